@@ -1,0 +1,53 @@
+"""The ``spikeless`` command: one module per sub-command, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from spikeless import __version__
+from spikeless.errors import SpikelessError
+
+#: Sub-command -> the module of this package that defines a click command ``command``, and its short help.
+COMMANDS: dict[str, str] = {}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"spikeless.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="spikeless")
+def cli() -> None:
+    """Swap a TensorFlow Serving model under live traffic without anyone noticing."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command: exit 0, 1 after ``spikeless: error: ...`` on standard error, 2 for wrong usage."""
+    try:
+        result: Any = cli.main(args=arguments, prog_name="spikeless", standalone_mode=False)
+    except SpikelessError as error:
+        print(f"spikeless: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("spikeless: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(result if isinstance(result, int) else 0)

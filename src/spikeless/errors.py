@@ -1,0 +1,102 @@
+"""The errors that Spikeless raises on purpose: one base, each kind with its gRPC status code.
+
+    SpikelessError
+    ├── InvalidArgument      the caller's input is wrong: says what, where and the remedy
+    ├── NotFound             a model, version, label, signature, file is not there
+    ├── AlreadyExists        it is there already and is never overwritten
+    ├── FailedPrecondition   the input is fine, the state of things does not allow it
+    ├── ResourceExhausted    a limit was reached
+    ├── Unimplemented        a valid request for something that is not supported
+    ├── Unavailable          not now; trying again may help
+    ├── DeadlineExceeded     it took longer than the caller allowed
+    ├── Cancelled            the caller went away
+    ├── DataLoss             a file is truncated or fails its checksum
+    └── Internal             TensorFlow reported something that is no fault of the caller
+
+Errors are translated once at each edge: by the gRPC interceptor into a status, by the command line into
+``spikeless: error: ...`` and exit code 1.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Code(enum.IntEnum):
+    """The canonical status codes, numbered as in gRPC and in TensorFlow's C API."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class SpikelessError(Exception):
+    """Base of every error raised on purpose; ``code`` is the gRPC status it becomes at the server's edge."""
+
+    code: Code = Code.UNKNOWN
+
+
+class InvalidArgument(SpikelessError):
+    code = Code.INVALID_ARGUMENT
+
+
+class NotFound(SpikelessError):
+    code = Code.NOT_FOUND
+
+
+class AlreadyExists(SpikelessError):
+    code = Code.ALREADY_EXISTS
+
+
+class FailedPrecondition(SpikelessError):
+    code = Code.FAILED_PRECONDITION
+
+
+class ResourceExhausted(SpikelessError):
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class Unimplemented(SpikelessError):
+    code = Code.UNIMPLEMENTED
+
+
+class Unavailable(SpikelessError):
+    code = Code.UNAVAILABLE
+
+
+class DeadlineExceeded(SpikelessError):
+    code = Code.DEADLINE_EXCEEDED
+
+
+class Cancelled(SpikelessError):
+    code = Code.CANCELLED
+
+
+class DataLoss(SpikelessError):
+    code = Code.DATA_LOSS
+
+
+class Internal(SpikelessError):
+    code = Code.INTERNAL
+
+
+class TensorFlowError(SpikelessError):
+    """An error status from TensorFlow's C API, with the code that TensorFlow gave it."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = Code(code) if code in Code._value2member_map_ else Code.UNKNOWN

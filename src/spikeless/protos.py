@@ -1,0 +1,129 @@
+"""The protocol messages of TensorFlow and TensorFlow Serving, without importing TensorFlow.
+
+The generated modules live inside the ``tensorflow`` package, so a plain import of one of them runs
+``tensorflow/__init__.py``: seconds of time, half a gigabyte of memory and a full garbage collection of about
+100 ms that looks like a reload spike. Here a bare package of that name stands in while the messages are
+imported (tens of milliseconds) and is taken away afterwards, so that a later ``import tensorflow`` gets the
+real one and shares the message classes.
+
+Modules of this package import messages from here only. (``model_service_pb2`` and ``prediction_service_pb2``
+hold nothing but service descriptors and are left out: current protobuf cannot import those of the 2.20.0 wheel.)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def tensorflow_directory() -> Path:
+    """The folder of the installed ``tensorflow`` wheel, found without importing it."""
+    spec = importlib.util.find_spec("tensorflow")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("tensorflow is not installed: run `pip install -r requirements.txt`")
+    return Path(spec.submodule_search_locations[0])
+
+
+@contextmanager
+def _bare_tensorflow() -> Iterator[None]:
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    bare = types.ModuleType("tensorflow")
+    bare.__path__ = [str(tensorflow_directory())]
+    sys.modules["tensorflow"] = bare
+    try:
+        yield
+    finally:
+        if sys.modules.get("tensorflow") is bare:
+            del sys.modules["tensorflow"]
+
+
+with _bare_tensorflow():
+    from tensorflow.core.example import example_pb2, feature_pb2
+    from tensorflow.core.framework import (
+        attr_value_pb2,
+        function_pb2,
+        graph_pb2,
+        node_def_pb2,
+        op_def_pb2,
+        tensor_pb2,
+        tensor_shape_pb2,
+        types_pb2,
+        versions_pb2,
+    )
+    from tensorflow.core.protobuf import (
+        config_pb2,
+        meta_graph_pb2,
+        rewriter_config_pb2,
+        saved_model_pb2,
+        saved_object_graph_pb2,
+        saver_pb2,
+        struct_pb2,
+        tensor_bundle_pb2,
+        trackable_object_graph_pb2,
+    )
+    from tensorflow_serving.apis import (
+        classification_pb2,
+        get_model_metadata_pb2,
+        get_model_status_pb2,
+        inference_pb2,
+        input_pb2,
+        model_management_pb2,
+        model_pb2,
+        model_service_pb2_grpc,
+        predict_pb2,
+        prediction_log_pb2,
+        prediction_service_pb2_grpc,
+        regression_pb2,
+        status_pb2,
+    )
+    from tensorflow_serving.config import (
+        file_system_storage_path_source_pb2,
+        model_server_config_pb2,
+        platform_config_pb2,
+    )
+
+__all__ = [
+    "attr_value_pb2",
+    "classification_pb2",
+    "config_pb2",
+    "example_pb2",
+    "feature_pb2",
+    "file_system_storage_path_source_pb2",
+    "function_pb2",
+    "get_model_metadata_pb2",
+    "get_model_status_pb2",
+    "graph_pb2",
+    "inference_pb2",
+    "input_pb2",
+    "meta_graph_pb2",
+    "model_management_pb2",
+    "model_pb2",
+    "model_server_config_pb2",
+    "model_service_pb2_grpc",
+    "node_def_pb2",
+    "op_def_pb2",
+    "platform_config_pb2",
+    "predict_pb2",
+    "prediction_log_pb2",
+    "prediction_service_pb2_grpc",
+    "regression_pb2",
+    "rewriter_config_pb2",
+    "saved_model_pb2",
+    "saved_object_graph_pb2",
+    "saver_pb2",
+    "status_pb2",
+    "struct_pb2",
+    "tensor_bundle_pb2",
+    "tensor_pb2",
+    "tensor_shape_pb2",
+    "tensorflow_directory",
+    "trackable_object_graph_pb2",
+    "types_pb2",
+    "versions_pb2",
+]

@@ -1,0 +1,201 @@
+"""Between ``TensorProto`` and NumPy arrays, without TensorFlow.
+
+Both encodings are read: ``tensor_content`` (the raw little-endian bytes) and the typed repeated fields, where
+fewer values than elements means that the last one repeats and no value at all means zeros (or empty strings),
+as documented in ``tensorflow/core/framework/tensor.proto``. Strings become object arrays of ``bytes``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from spikeless.errors import InvalidArgument, Unimplemented
+from spikeless.protos import tensor_pb2, tensor_shape_pb2, types_pb2
+
+#: TensorFlow DataType number -> NumPy dtype (strings are object arrays of ``bytes``).
+NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
+    types_pb2.DT_FLOAT: np.dtype(np.float32),
+    types_pb2.DT_DOUBLE: np.dtype(np.float64),
+    types_pb2.DT_INT32: np.dtype(np.int32),
+    types_pb2.DT_UINT8: np.dtype(np.uint8),
+    types_pb2.DT_INT16: np.dtype(np.int16),
+    types_pb2.DT_INT8: np.dtype(np.int8),
+    types_pb2.DT_STRING: np.dtype(object),
+    types_pb2.DT_COMPLEX64: np.dtype(np.complex64),
+    types_pb2.DT_INT64: np.dtype(np.int64),
+    types_pb2.DT_BOOL: np.dtype(np.bool_),
+    types_pb2.DT_UINT16: np.dtype(np.uint16),
+    types_pb2.DT_COMPLEX128: np.dtype(np.complex128),
+    types_pb2.DT_HALF: np.dtype(np.float16),
+    types_pb2.DT_UINT32: np.dtype(np.uint32),
+    types_pb2.DT_UINT64: np.dtype(np.uint64),
+    types_pb2.DT_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    types_pb2.DT_FLOAT8_E5M2: np.dtype(ml_dtypes.float8_e5m2),
+    types_pb2.DT_FLOAT8_E4M3FN: np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_DATA_TYPES = {dtype: number for number, dtype in NUMPY_DTYPES.items()}
+
+#: The typed field that holds each dtype's values; half and bfloat16 keep their bits in ``half_val``.
+_VALUE_FIELDS: dict[int, str] = {
+    types_pb2.DT_FLOAT: "float_val",
+    types_pb2.DT_DOUBLE: "double_val",
+    types_pb2.DT_INT32: "int_val",
+    types_pb2.DT_UINT8: "int_val",
+    types_pb2.DT_INT16: "int_val",
+    types_pb2.DT_INT8: "int_val",
+    types_pb2.DT_UINT16: "int_val",
+    types_pb2.DT_STRING: "string_val",
+    types_pb2.DT_COMPLEX64: "scomplex_val",
+    types_pb2.DT_COMPLEX128: "dcomplex_val",
+    types_pb2.DT_INT64: "int64_val",
+    types_pb2.DT_BOOL: "bool_val",
+    types_pb2.DT_HALF: "half_val",
+    types_pb2.DT_BFLOAT16: "half_val",
+    types_pb2.DT_UINT32: "uint32_val",
+    types_pb2.DT_UINT64: "uint64_val",
+    types_pb2.DT_FLOAT8_E5M2: "float8_val",
+    types_pb2.DT_FLOAT8_E4M3FN: "float8_val",
+}
+
+#: More elements than this in one request tensor are refused before anything is allocated.
+MAX_ELEMENTS = 1 << 31
+
+
+def dtype_name(data_type: int) -> str:
+    """``DT_FLOAT`` for 1, and so on; ``DT_<number>`` for one that this TensorFlow does not know."""
+    try:
+        return str(types_pb2.DataType.Name(data_type))
+    except ValueError:
+        return f"DT_{data_type}"
+
+
+def numpy_dtype(data_type: int) -> np.dtype[Any]:
+    """The NumPy dtype of a DataType; ``Unimplemented`` for resource, variant and quantized types."""
+    try:
+        return NUMPY_DTYPES[data_type]
+    except KeyError:
+        raise Unimplemented(f"tensors of type {dtype_name(data_type)} cannot be sent or returned") from None
+
+
+def data_type(dtype: np.dtype[Any] | type) -> int:
+    """The TensorFlow DataType of a NumPy dtype; byte and unicode strings count as DT_STRING."""
+    dtype = np.dtype(dtype)
+    if dtype.kind in "SU":
+        return int(types_pb2.DT_STRING)
+    try:
+        return _DATA_TYPES[dtype.newbyteorder("=")]
+    except KeyError:
+        raise InvalidArgument(f"there is no TensorFlow type for NumPy dtype {dtype}") from None
+
+
+def shape_of(proto: tensor_shape_pb2.TensorShapeProto) -> tuple[int | None, ...] | None:
+    """A shape proto as a tuple with None for unknown dimensions, or None for an unknown rank."""
+    if proto.unknown_rank:
+        return None
+    return tuple(None if dim.size < 0 else int(dim.size) for dim in proto.dim)
+
+
+def shape_text(shape: Sequence[int | None] | None) -> str:
+    """``[?, 30]``; an unknown rank is ``[...]``."""
+    if shape is None:
+        return "[...]"
+    return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
+
+
+def _static_shape(proto: tensor_pb2.TensorProto) -> tuple[int, ...]:
+    shape = shape_of(proto.tensor_shape)
+    if shape is None or any(dim is None for dim in shape):
+        raise InvalidArgument("tensor shape is not fully known: every dimension must be 0 or more")
+    static = tuple(dim for dim in shape if dim is not None)
+    # Zero dimensions do not excuse absurd ones: TensorFlow multiplies them all the same.
+    if len(static) > 254 or math.prod(max(dim, 1) for dim in static) > MAX_ELEMENTS:
+        raise InvalidArgument(f"tensor shape {list(static)} has too many elements")
+    return static
+
+
+def to_numpy(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any]:
+    """The value of a TensorProto.
+
+    Arrays of numbers made from ``tensor_content`` are read-only views of its bytes.
+
+    Raises:
+        InvalidArgument: an unknown shape, or content that does not fit the shape.
+        Unimplemented: a type that has no NumPy counterpart.
+    """
+    dtype = numpy_dtype(proto.dtype)
+    shape = _static_shape(proto)
+    count = math.prod(shape)
+    if proto.dtype == types_pb2.DT_STRING:
+        if proto.tensor_content:
+            raise InvalidArgument("string tensors must be sent in string_val, not in tensor_content")
+        return _fill(np.array(proto.string_val, dtype=object), count, b"").reshape(shape)
+    if proto.tensor_content:
+        if len(proto.tensor_content) != count * dtype.itemsize:
+            raise InvalidArgument(
+                f"tensor_content has {len(proto.tensor_content)} bytes, but shape {list(shape)} of "
+                f"{dtype_name(proto.dtype)} needs {count * dtype.itemsize}"
+            )
+        return np.frombuffer(proto.tensor_content, dtype=dtype).reshape(shape)
+    return _fill(_typed_values(proto, dtype), count, 0).reshape(shape)
+
+
+def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    field = _VALUE_FIELDS[proto.dtype]
+    values = getattr(proto, field)
+    if field == "half_val":
+        return np.array(values, dtype=np.int64).astype(np.uint16).view(dtype)
+    if field == "float8_val":
+        return np.frombuffer(values, dtype=dtype)
+    if field in ("scomplex_val", "dcomplex_val"):
+        if len(values) % 2:
+            raise InvalidArgument(f"{field} has {len(values)} values: real and imaginary parts come in pairs")
+        part = np.dtype(np.float32 if field == "scomplex_val" else np.float64)
+        return np.array(values, dtype=part).view(dtype)
+    if field == "int_val":
+        # Wraps as the server's own static_cast does instead of raising.
+        return np.array(values, dtype=np.int64).astype(dtype)
+    return np.array(values, dtype=dtype)
+
+
+def _fill(values: np.ndarray[Any, Any], count: int, empty: Any) -> np.ndarray[Any, Any]:
+    """Bring a flat array to ``count`` elements: too many is an error, too few repeats the last one."""
+    if len(values) > count:
+        raise InvalidArgument(f"tensor has {len(values)} values, but its shape has room for {count}")
+    if len(values) == count:
+        return values
+    filled = np.empty(count, dtype=values.dtype)
+    filled[: len(values)] = values
+    filled[len(values) :] = values[-1] if len(values) else empty
+    return filled
+
+
+def to_proto(array: Any, dtype: int | None = None) -> tensor_pb2.TensorProto:
+    """A TensorProto of an array (or anything ``np.asarray`` takes): ``tensor_content``, or ``string_val``.
+
+    Args:
+        array: numbers, booleans, or strings (``bytes``; ``str`` is encoded as UTF-8).
+        dtype: the TensorFlow DataType, when it is not to be told from the array.
+    """
+    values = np.asarray(array)
+    number = data_type(values.dtype) if dtype is None else dtype
+    proto = tensor_pb2.TensorProto(dtype=number)
+    for dim in values.shape:
+        proto.tensor_shape.dim.add(size=dim)
+    if number == types_pb2.DT_STRING:
+        proto.string_val.extend(as_bytes(values.reshape(-1).tolist()))
+    else:
+        proto.tensor_content = np.ascontiguousarray(values, dtype=numpy_dtype(number)).tobytes()
+    return proto
+
+
+def as_bytes(values: Sequence[Any]) -> list[bytes]:
+    """Each of ``values`` as bytes, text as UTF-8; ``InvalidArgument`` where one is neither."""
+    try:
+        return [value if isinstance(value, bytes) else value.encode() for value in values]
+    except AttributeError:
+        raise InvalidArgument("a string tensor may only hold text or bytes") from None
