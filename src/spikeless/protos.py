@@ -7,7 +7,7 @@ imported (tens of milliseconds) and is taken away afterwards, so that a later ``
 real one and shares the message classes.
 
 Modules of this package import messages from here only. (``model_service_pb2`` and ``prediction_service_pb2``
-hold nothing but service descriptors and are left out: current protobuf cannot import those of the 2.20.0 wheel.)
+hold nothing but service descriptors and are left out: current protobuf cannot import those of 2.20.0.)
 """
 
 from __future__ import annotations

@@ -45,10 +45,7 @@ class TensorSpec:
     shape: tuple[int | None, ...] | None
 
     def __str__(self) -> str:
-        dims = (
-            "?" if self.shape is None else ", ".join("?" if dim is None else str(dim) for dim in self.shape)
-        )
-        return f"{self.alias}: {dtype_name(self.dtype)} [{dims}]"
+        return f"{self.alias}: {dtype_name(self.dtype)} {shape_text(self.shape)}"
 
 
 @dataclass(frozen=True)
