@@ -174,12 +174,13 @@ def _fill(values: np.ndarray[Any, Any], count: int, empty: Any) -> np.ndarray[An
     return filled
 
 
-def to_proto(array: Any, dtype: int | None = None) -> tensor_pb2.TensorProto:
-    """A TensorProto of an array (or anything ``np.asarray`` takes): ``tensor_content``, or ``string_val``.
+def to_proto(array: Any, dtype: int | None = None, as_field: bool = False) -> tensor_pb2.TensorProto:
+    """A TensorProto of an array (or anything ``np.asarray`` takes).
 
     Args:
         array: numbers, booleans, or strings (``bytes``; ``str`` is encoded as UTF-8).
         dtype: the TensorFlow DataType, when it is not to be told from the array.
+        as_field: numbers go into the typed field (``float_val``, ...) instead of ``tensor_content``.
     """
     values = np.asarray(array)
     number = data_type(values.dtype) if dtype is None else dtype
@@ -188,9 +189,23 @@ def to_proto(array: Any, dtype: int | None = None) -> tensor_pb2.TensorProto:
         proto.tensor_shape.dim.add(size=dim)
     if number == types_pb2.DT_STRING:
         proto.string_val.extend(as_bytes(values.reshape(-1).tolist()))
+    elif as_field:
+        _set_field(proto, np.ascontiguousarray(values, dtype=numpy_dtype(number)).reshape(-1))
     else:
         proto.tensor_content = np.ascontiguousarray(values, dtype=numpy_dtype(number)).tobytes()
     return proto
+
+
+def _set_field(proto: tensor_pb2.TensorProto, flat: np.ndarray[Any, Any]) -> None:
+    field = _VALUE_FIELDS[proto.dtype]
+    if field == "half_val":
+        flat = flat.view(np.uint16)
+    elif field == "float8_val":
+        proto.float8_val = flat.tobytes()
+        return
+    elif field in ("scomplex_val", "dcomplex_val"):
+        flat = flat.view(np.float32 if field == "scomplex_val" else np.float64)
+    getattr(proto, field).extend(flat.tolist())
 
 
 def as_bytes(values: Sequence[Any]) -> list[bytes]:

@@ -1,0 +1,355 @@
+"""What a loaded model answers to each kind of request: the inference API without a transport.
+
+In: the request messages of ``tensorflow_serving/apis``. Out: its response messages, or a ``SpikelessError``
+with the status code and message of TensorFlow Serving's own ``predict_util.cc``, ``classifier.cc``,
+``regressor.cc`` and ``multi_inference.cc``. gRPC, REST and warmup replay all go through here, so they cannot
+differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spikeless.errors import FailedPrecondition, InvalidArgument, SpikelessError, Unimplemented
+from spikeless.protos import (
+    classification_pb2,
+    inference_pb2,
+    input_pb2,
+    meta_graph_pb2,
+    model_pb2,
+    predict_pb2,
+    regression_pb2,
+    tensor_pb2,
+    types_pb2,
+)
+from spikeless.runtime import Session
+from spikeless.savedmodel import CLASSIFY_METHOD, DEFAULT_SIGNATURE, PREDICT_METHOD, REGRESS_METHOD
+from spikeless.tensors import dtype_name, shape_text, to_numpy, to_proto
+
+#: The aliases that Classify and Regress signatures use (``signature_constants.h``).
+EXAMPLES_INPUT = "inputs"
+CLASSES_OUTPUT = "classes"
+SCORES_OUTPUT = "scores"
+REGRESS_OUTPUT = "outputs"
+
+_Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model and the version that its responses name.
+
+    Args:
+        session: where it runs.
+        version: goes into the ``model_spec`` of every response; None leaves it out.
+        tensor_content: numeric outputs go into ``tensor_content`` instead of the typed fields, where
+            TensorFlow Serving puts them by default (``--enable_serialization_as_tensor_content``).
+    """
+
+    session: Session
+    version: int | None = None
+    tensor_content: bool = False
+
+    @property
+    def signature_defs(self) -> dict[str, meta_graph_pb2.SignatureDef]:
+        """The model's signatures by key, as stored in its meta graph."""
+        signatures: dict[str, meta_graph_pb2.SignatureDef] = self.session.meta_graph.signature_def
+        return signatures
+
+    def predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
+        """Named tensors in, named tensors out."""
+        key = request.model_spec.signature_name or DEFAULT_SIGNATURE
+        if key not in self.signature_defs:
+            raise FailedPrecondition(f'Serving signature key "{key}" not found.')
+        signature = self.signature_defs[key]
+        if signature.method_name not in (PREDICT_METHOD, CLASSIFY_METHOD, REGRESS_METHOD):
+            raise FailedPrecondition(
+                "Expected prediction signature method_name to be one of "
+                f"{{{PREDICT_METHOD}, {CLASSIFY_METHOD}, {REGRESS_METHOD}}}. Was: {signature.method_name}"
+            )
+        aliases = _requested_outputs(signature, request.output_filter)
+        outputs = self.session.run(
+            _feeds(signature, request.inputs), [signature.outputs[alias].name for alias in aliases]
+        )
+        response = predict_pb2.PredictResponse(model_spec=self._model_spec(request.model_spec.name, key))
+        for alias, output in zip(aliases, outputs, strict=True):
+            response.outputs[alias].CopyFrom(to_proto(output, as_field=not self.tensor_content))
+        return response
+
+    def classify(
+        self, request: classification_pb2.ClassificationRequest
+    ) -> classification_pb2.ClassificationResponse:
+        """Examples in, classes with scores out."""
+        key, signature = self._examples_signature(request.model_spec, CLASSIFY_METHOD, "classification")
+        feed, fetches = _classify_tensors(signature)
+        count, outputs = self._run_examples(request.input, feed, fetches)
+        return classification_pb2.ClassificationResponse(
+            model_spec=self._model_spec(request.model_spec.name, key),
+            result=_classification_result(signature, count, outputs),
+        )
+
+    def regress(self, request: regression_pb2.RegressionRequest) -> regression_pb2.RegressionResponse:
+        """Examples in, one number each out."""
+        key, signature = self._examples_signature(request.model_spec, REGRESS_METHOD, "regression")
+        feed, fetches = _regress_tensors(signature)
+        count, outputs = self._run_examples(request.input, feed, fetches)
+        return regression_pb2.RegressionResponse(
+            model_spec=self._model_spec(request.model_spec.name, key),
+            result=_regression_result(signature, count, outputs),
+        )
+
+    def multi_inference(
+        self, request: inference_pb2.MultiInferenceRequest
+    ) -> inference_pb2.MultiInferenceResponse:
+        """Several Classify and Regress signatures on the same examples, in one run."""
+        tasks = [(task, *self._task_signature(task)) for task in request.tasks]
+        names = {task.model_spec.name for task in request.tasks}
+        if "" in names:
+            raise InvalidArgument("Found ModelSpec with an empty model name.")
+        if len(names) > 1:
+            raise InvalidArgument(
+                "All ModelSpecs in a MultiInferenceRequest must access the same model name."
+            )
+        feeds: set[str] = set()
+        fetches: set[str] = set()
+        seen: set[str] = set()
+        for task, key, signature in tasks:
+            if key in seen:
+                raise InvalidArgument(f"Duplicate evaluation of signature: {key}")
+            seen.add(key)
+            tensors = _classify_tensors if task.method_name == CLASSIFY_METHOD else _regress_tensors
+            feed, outputs = tensors(signature)
+            feeds.add(feed)
+            fetches.update(outputs)
+        if len(feeds) > 1:
+            raise InvalidArgument("Input tensor must be the same for all Signatures.")
+        if not feeds:
+            raise InvalidArgument("MultiInferenceRequest has no tasks.")
+        count, values = self._run_examples(request.input, feeds.pop(), sorted(fetches))
+        response = inference_pb2.MultiInferenceResponse()
+        for task, key, signature in tasks:
+            result = response.results.add(model_spec=self._model_spec(task.model_spec.name, key))
+            if task.method_name == CLASSIFY_METHOD:
+                result.classification_result.CopyFrom(_classification_result(signature, count, values))
+            else:
+                result.regression_result.CopyFrom(_regression_result(signature, count, values))
+        return response
+
+    def _task_signature(self, task: inference_pb2.InferenceTask) -> tuple[str, meta_graph_pb2.SignatureDef]:
+        key = task.model_spec.signature_name or DEFAULT_SIGNATURE
+        if key not in self.signature_defs:
+            raise InvalidArgument(f"Requested signature not found in model graph: {key}")
+        if task.method_name not in (CLASSIFY_METHOD, REGRESS_METHOD):
+            raise Unimplemented(f"Unsupported signature method_name: {task.method_name}")
+        return key, self.signature_defs[key]
+
+    def _examples_signature(
+        self, spec: model_pb2.ModelSpec, method: str, kind: str
+    ) -> tuple[str, meta_graph_pb2.SignatureDef]:
+        key = spec.signature_name or DEFAULT_SIGNATURE
+        if key not in self.signature_defs:
+            raise InvalidArgument(f"No signature was found with the name: {key}")
+        signature = self.signature_defs[key]
+        _check_method(signature, method, kind)
+        return key, signature
+
+    def _run_examples(
+        self, examples: input_pb2.Input, feed: str, fetches: list[str]
+    ) -> tuple[int, dict[str, _Array]]:
+        serialized = _serialized_examples(examples)
+        outputs = self.session.run({feed: serialized}, fetches)
+        return len(serialized), dict(zip(fetches, outputs, strict=True))
+
+    def _model_spec(self, name: str, signature: str) -> model_pb2.ModelSpec:
+        spec = model_pb2.ModelSpec(name=name, signature_name=signature)
+        if self.version is not None:
+            spec.version.value = self.version
+        return spec
+
+
+def _feeds(
+    signature: meta_graph_pb2.SignatureDef, inputs: dict[str, tensor_pb2.TensorProto]
+) -> dict[str, _Array]:
+    """The request's inputs by tensor name; inputs with a default in the signature may be missing."""
+    required = set(signature.inputs)
+    if len(inputs) > len(required) or (len(inputs) < len(required) and not signature.defaults):
+        sent = set(inputs)
+        raise InvalidArgument(
+            f"input size does not match signature: {len(sent)}!={len(required)} "
+            f"len({_braces(sent)}) != len({_braces(required)}). Sent extra: {_braces(sent - required)}. "
+            f"Missing but required: {_braces(required - sent)}."
+        )
+    feeds: dict[str, _Array] = {}
+    for alias, info in signature.inputs.items():
+        if alias in inputs:
+            value = inputs[alias]
+        elif alias in signature.defaults:
+            value = signature.defaults[alias]
+        else:
+            raise InvalidArgument(
+                f"Signature input alias: {alias}(feed name: {info.name}) not found in request and no default "
+                f"value provided. Inputs expected to be in the request {_braces(inputs)}, or default input "
+                f"alias set: {','.join(sorted(signature.defaults))}"
+            )
+        try:
+            feeds[info.name] = to_numpy(value)
+        except SpikelessError as error:
+            raise InvalidArgument(f"tensor parsing error: {alias}: {error}") from None
+    if not set(inputs) <= required:
+        raise InvalidArgument(
+            f"Inputs contains invalid name. Used request inputs: {','.join(sorted(required & set(inputs)))}, "
+            f"request input: {','.join(sorted(inputs))}"
+        )
+    return feeds
+
+
+def _requested_outputs(signature: meta_graph_pb2.SignatureDef, output_filter: Iterable[str]) -> list[str]:
+    """The output aliases that the filter names, or all of them without one."""
+    aliases: list[str] = []
+    for alias in output_filter:
+        if alias not in signature.outputs:
+            raise InvalidArgument(
+                f"output tensor alias not found in signature: {alias} Outputs expected to be in the set "
+                f"{_braces(signature.outputs)}."
+            )
+        if alias in aliases:
+            raise InvalidArgument(f"duplicate output tensor alias: {alias}")
+        aliases.append(alias)
+    return aliases or sorted(signature.outputs)
+
+
+def _braces(names: Iterable[str]) -> str:
+    return "{" + ",".join(sorted(names)) + "}"
+
+
+def _check_method(signature: meta_graph_pb2.SignatureDef, method: str, kind: str) -> None:
+    if signature.method_name != method:
+        raise InvalidArgument(
+            f"Expected {kind} signature method_name to be {method}. Was: {signature.method_name}"
+        )
+
+
+def _serialized_examples(examples: input_pb2.Input) -> _Array:
+    """Shape ``[examples]``: each serialized, with the shared context put before it where there is one."""
+    kind = examples.WhichOneof("kind")
+    prefix = b""
+    listed: Iterable[Any] = ()
+    if kind == "example_list":
+        listed = examples.example_list.examples
+    elif kind == "example_list_with_context":
+        # Concatenated messages merge, which is how the context reaches every example.
+        prefix = examples.example_list_with_context.context.SerializeToString()
+        listed = examples.example_list_with_context.examples
+    serialized = [prefix + example.SerializeToString() for example in listed]
+    if not serialized:
+        raise InvalidArgument("Input is empty.")
+    return np.array(serialized, dtype=object)
+
+
+def _examples_feed(signature: meta_graph_pb2.SignatureDef, kind: str) -> str:
+    if len(signature.inputs) != 1:
+        raise InvalidArgument("Expected one input Tensor.")
+    if EXAMPLES_INPUT not in signature.inputs:
+        raise FailedPrecondition(f"No {kind} inputs found in SignatureDef: {signature}")
+    return str(signature.inputs[EXAMPLES_INPUT].name)
+
+
+def _classify_tensors(signature: meta_graph_pb2.SignatureDef) -> tuple[str, list[str]]:
+    """The tensor to feed and the tensors to fetch for a Classify signature."""
+    _check_method(signature, CLASSIFY_METHOD, "classification")
+    feed = _examples_feed(signature, "classification")
+    if len(signature.outputs) not in (1, 2):
+        raise InvalidArgument(f"Expected one or two output Tensors, found {len(signature.outputs)}")
+    fetches = [
+        signature.outputs[alias].name
+        for alias in (CLASSES_OUTPUT, SCORES_OUTPUT)
+        if alias in signature.outputs
+    ]
+    if not fetches:
+        raise FailedPrecondition(
+            f'Expected classification signature outputs to contain at least one of "{CLASSES_OUTPUT}" or '
+            f'"{SCORES_OUTPUT}". Signature was: {signature}'
+        )
+    return feed, fetches
+
+
+def _regress_tensors(signature: meta_graph_pb2.SignatureDef) -> tuple[str, list[str]]:
+    """The tensor to feed and the tensor to fetch for a Regress signature."""
+    _check_method(signature, REGRESS_METHOD, "regression")
+    feed = _examples_feed(signature, "regression")
+    if len(signature.outputs) != 1:
+        raise InvalidArgument("Expected one output Tensor.")
+    if REGRESS_OUTPUT not in signature.outputs:
+        raise FailedPrecondition(f"No regression outputs found in SignatureDef: {signature}")
+    return feed, [signature.outputs[REGRESS_OUTPUT].name]
+
+
+def _classification_result(
+    signature: meta_graph_pb2.SignatureDef, count: int, outputs: dict[str, _Array]
+) -> classification_pb2.ClassificationResult:
+    classes = _class_output(signature, CLASSES_OUTPUT, types_pb2.DT_STRING, np.dtype(object), count, outputs)
+    scores = _class_output(signature, SCORES_OUTPUT, types_pb2.DT_FLOAT, np.dtype(np.float32), count, outputs)
+    if classes is not None and scores is not None and classes.shape[1] != scores.shape[1]:
+        raise InvalidArgument(
+            "Tensors class and score should match in dim_size(1). Got "
+            f"{classes.shape[1]} vs. {scores.shape[1]}"
+        )
+    result = classification_pb2.ClassificationResult()
+    for row in range(count):
+        entry = result.classifications.add()
+        labels = None if classes is None else classes[row].tolist()
+        values = None if scores is None else scores[row].tolist()
+        for index in range(len(labels if labels is not None else values or [])):
+            entry.classes.add(
+                # Labels are text in the message; bytes that are not UTF-8 cannot be sent.
+                label="" if labels is None else labels[index].decode("utf-8", "replace"),
+                score=0.0 if values is None else values[index],
+            )
+    return result
+
+
+def _class_output(
+    signature: meta_graph_pb2.SignatureDef,
+    alias: str,
+    data_type: int,
+    dtype: np.dtype[Any],
+    count: int,
+    outputs: dict[str, _Array],
+) -> _Array | None:
+    if alias not in signature.outputs:
+        return None
+    values = outputs[signature.outputs[alias].name]
+    if values.ndim != 2:
+        raise InvalidArgument(
+            f"Expected Tensor shape: [batch_size num_classes] but got {shape_text(values.shape)}"
+        )
+    if values.dtype != dtype:
+        raise InvalidArgument(f"Expected {alias} Tensor of {dtype_name(data_type)}. Got: {values.dtype}")
+    if values.shape[0] != count:
+        raise InvalidArgument(f"Expected {alias} output batch size of {count}. Got: {values.shape[0]}")
+    return values
+
+
+def _regression_result(
+    signature: meta_graph_pb2.SignatureDef, count: int, outputs: dict[str, _Array]
+) -> regression_pb2.RegressionResult:
+    values = outputs[signature.outputs[REGRESS_OUTPUT].name]
+    if values.ndim != 1 and not (values.ndim == 2 and values.shape[1] == 1):
+        raise InvalidArgument(
+            "Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got "
+            f"{shape_text(values.shape)}"
+        )
+    if values.shape[0] != count:
+        raise InvalidArgument(
+            f"Input batch size did not match output batch size: {count} vs. {values.shape[0]}"
+        )
+    if values.dtype != np.float32:
+        raise InvalidArgument(f"Expected output Tensor of DT_FLOAT.  Got: {values.dtype}")
+    result = regression_pb2.RegressionResult()
+    for value in values.reshape(-1).tolist():
+        result.regressions.add(value=value)
+    return result

@@ -1,0 +1,403 @@
+"""TensorFlow's C runtime through ctypes: load a SavedModel, run it, close it.
+
+In: a SavedModel directory, then named NumPy arrays. Out: NumPy arrays. This is the same loader, session and
+set of kernels that TensorFlow Serving uses, in ``libtensorflow_cc.so.2`` of the ``tensorflow`` wheel, called
+with the GIL released. TensorFlow's Python package is not imported.
+
+All of ctypes is in this module. The functions are declared in ``tensorflow/c/c_api.h``, ``tf_buffer.h``,
+``tf_status.h``, ``tf_tensor.h`` and ``tf_tstring.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint8, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spikeless.errors import FailedPrecondition, InvalidArgument, TensorFlowError
+from spikeless.protos import config_pb2, meta_graph_pb2, tensorflow_directory, types_pb2
+from spikeless.tensors import as_bytes, data_type, numpy_dtype
+
+#: Restore and initialise on the calling thread instead of the pool that requests run on
+#: (``RunOptions.inter_op_thread_pool``), so that a load does not take that pool's threads from them.
+CALLING_THREAD = -1
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("length", c_size_t),
+        ("deallocator", c_void_p),
+    ]
+
+
+class _Output(ctypes.Structure):
+    """One output of an operation in a graph."""
+
+    _fields_ = [("operation", c_void_p), ("index", c_int)]
+
+
+_STRING_BYTES = 24  # sizeof(TF_TString), fixed by its ABI
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "TF_Version": (c_char_p, []),
+    "TF_NewStatus": (c_void_p, []),
+    "TF_DeleteStatus": (None, [c_void_p]),
+    "TF_GetCode": (c_int, [c_void_p]),
+    "TF_Message": (c_char_p, [c_void_p]),
+    "TF_NewBuffer": (POINTER(_Buffer), []),
+    "TF_NewBufferFromString": (POINTER(_Buffer), [c_char_p, c_size_t]),
+    "TF_DeleteBuffer": (None, [POINTER(_Buffer)]),
+    "TF_NewGraph": (c_void_p, []),
+    "TF_DeleteGraph": (None, [c_void_p]),
+    "TF_GraphOperationByName": (c_void_p, [c_void_p, c_char_p]),
+    "TF_OperationNumOutputs": (c_int, [c_void_p]),
+    "TF_NewSessionOptions": (c_void_p, []),
+    "TF_SetConfig": (None, [c_void_p, c_char_p, c_size_t, c_void_p]),
+    "TF_DeleteSessionOptions": (None, [c_void_p]),
+    "TF_LoadSessionFromSavedModel": (
+        c_void_p,
+        [
+            c_void_p,
+            POINTER(_Buffer),
+            c_char_p,
+            POINTER(c_char_p),
+            c_int,
+            c_void_p,
+            POINTER(_Buffer),
+            c_void_p,
+        ],
+    ),
+    "TF_SessionRun": (
+        None,
+        [
+            c_void_p,
+            POINTER(_Buffer),
+            POINTER(_Output),
+            POINTER(c_void_p),
+            c_int,
+            POINTER(_Output),
+            POINTER(c_void_p),
+            c_int,
+            POINTER(c_void_p),
+            c_int,
+            POINTER(_Buffer),
+            c_void_p,
+        ],
+    ),
+    "TF_CloseSession": (None, [c_void_p, c_void_p]),
+    "TF_DeleteSession": (None, [c_void_p, c_void_p]),
+    "TF_AllocateTensor": (c_void_p, [c_int, POINTER(c_int64), c_int, c_size_t]),
+    "TF_DeleteTensor": (None, [c_void_p]),
+    "TF_TensorType": (c_int, [c_void_p]),
+    "TF_NumDims": (c_int, [c_void_p]),
+    "TF_Dim": (c_int64, [c_void_p, c_int]),
+    "TF_TensorByteSize": (c_size_t, [c_void_p]),
+    "TF_TensorData": (c_void_p, [c_void_p]),
+    "TF_StringInit": (None, [c_void_p]),
+    "TF_StringCopy": (None, [c_void_p, c_char_p, c_size_t]),
+    "TF_StringGetDataPointer": (c_void_p, [c_void_p]),
+    "TF_StringGetSize": (c_size_t, [c_void_p]),
+}
+
+
+class _Library:
+    """The functions of the C API that are used here, declared once, each a plain attribute."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+        directory = tensorflow_directory()
+        suffix = "2.dylib" if os.uname().sysname == "Darwin" else "so.2"
+        path = directory / f"libtensorflow_cc.{suffix}"
+        if not path.exists():
+            raise FailedPrecondition(f"{path} is missing: install the tensorflow wheel in full")
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name.removeprefix("TF_"), function)
+
+    def __getattr__(self, name: str) -> Any:  # only for the type checker: all are set in __init__
+        raise AttributeError(name)
+
+
+_library_lock = threading.Lock()
+
+
+@functools.cache
+def _load_library() -> _Library:
+    return _Library()
+
+
+def _tf() -> _Library:
+    with _library_lock:  # without it, two first callers would both load it
+        return _load_library()
+
+
+def version() -> str:
+    """The version of the TensorFlow runtime, such as ``2.20.0``."""
+    return str(_tf().Version().decode())
+
+
+class _Status:
+    """A TF_Status that raises what a call reported."""
+
+    def __init__(self, tf: _Library) -> None:
+        self._tf = tf
+        self.handle = tf.NewStatus()
+
+    def check(self) -> None:
+        code = self._tf.GetCode(self.handle)
+        if code:
+            raise TensorFlowError(code, self._tf.Message(self.handle).decode("utf-8", "replace"))
+
+
+@contextmanager
+def _status(tf: _Library) -> Iterator[_Status]:
+    status = _Status(tf)
+    try:
+        yield status
+    finally:
+        tf.DeleteStatus(status.handle)
+
+
+@contextmanager
+def _buffer(tf: _Library, content: bytes) -> Iterator[Any]:
+    buffer = tf.NewBufferFromString(content, len(content))
+    try:
+        yield buffer
+    finally:
+        tf.DeleteBuffer(buffer)
+
+
+class _Held:
+    """Owns one TF_Tensor for as long as arrays look into its memory."""
+
+    def __init__(self, tf: _Library, handle: int) -> None:
+        self.handle = handle
+        self._finalizer = weakref.finalize(self, tf.DeleteTensor, handle)
+
+    def release(self) -> None:
+        self._finalizer()
+
+
+def _to_tensor(tf: _Library, array: np.ndarray[Any, Any]) -> _Held:
+    """Copy an array into a new TF_Tensor (TensorFlow wants its own 64-byte alignment)."""
+    number = data_type(array.dtype)
+    dims = (c_int64 * array.ndim)(*array.shape)
+    if number == types_pb2.DT_STRING:
+        return _to_string_tensor(tf, as_bytes(array.reshape(-1).tolist()), dims)
+    contiguous = np.ascontiguousarray(array)
+    handle = tf.AllocateTensor(number, dims, array.ndim, contiguous.nbytes)
+    if not handle:
+        raise MemoryError(f"no memory for a tensor of {contiguous.nbytes} bytes")
+    tensor = _Held(tf, handle)
+    if contiguous.nbytes:
+        ctypes.memmove(tf.TensorData(handle), contiguous.ctypes.data, contiguous.nbytes)
+    return tensor
+
+
+def _to_string_tensor(tf: _Library, values: list[bytes], dims: Any) -> _Held:
+    handle = tf.AllocateTensor(types_pb2.DT_STRING, dims, len(dims), len(values) * _STRING_BYTES)
+    if not handle:
+        raise MemoryError(f"no memory for a tensor of {len(values)} strings")
+    tensor = _Held(tf, handle)
+    address = tf.TensorData(handle)
+    for index, value in enumerate(values):
+        element = address + index * _STRING_BYTES
+        tf.StringInit(element)
+        tf.StringCopy(element, value, len(value))
+    return tensor
+
+
+def _from_tensor(tf: _Library, handle: int) -> np.ndarray[Any, Any]:
+    """An array that looks into a TF_Tensor's memory and keeps it alive; strings are copied out."""
+    tensor = _Held(tf, handle)
+    number = tf.TensorType(handle)
+    shape = tuple(tf.Dim(handle, axis) for axis in range(tf.NumDims(handle)))
+    dtype = numpy_dtype(number)
+    size, address = tf.TensorByteSize(handle), tf.TensorData(handle)
+    if number == types_pb2.DT_STRING:
+        flat = np.empty(size // _STRING_BYTES, dtype=object)
+        for index in range(len(flat)):
+            element = address + index * _STRING_BYTES
+            flat[index] = ctypes.string_at(tf.StringGetDataPointer(element), tf.StringGetSize(element))
+        tensor.release()
+        return flat.reshape(shape)
+    if not size:
+        tensor.release()
+        return np.empty(shape, dtype=dtype)
+    memory = (c_uint8 * size).from_address(address)
+    memory._tensor = tensor
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+class Session:
+    """A loaded SavedModel: runs any number of calls at once from any number of threads.
+
+    Close it only when no call is running any more; ``close`` waits for those that are.
+    """
+
+    def __init__(self, session: int, graph: int, meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
+        self.meta_graph = meta_graph
+        self._tf = _tf()
+        self._session: int | None = session
+        self._graph = graph
+        self._running = 0
+        self._idle = threading.Condition()
+        self._outputs: dict[str, _Output] = {}
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        tags: Collection[str] = ("serve",),
+        config: config_pb2.ConfigProto | None = None,
+        inter_op_thread_pool: int | None = CALLING_THREAD,
+    ) -> Session:
+        """Load the SavedModel in ``path``: build its graph, restore its variables, run its initialiser.
+
+        Args:
+            path: the SavedModel's directory.
+            tags: the meta graph to load is the one with exactly these tags.
+            config: session settings; TensorFlow's defaults without it.
+            inter_op_thread_pool: where restore and initialisation run: ``CALLING_THREAD``, the index of one
+                of the config's ``session_inter_op_thread_pool`` entries, or None for the requests' pool.
+
+        Raises:
+            TensorFlowError: TensorFlow could not load it; code and message are TensorFlow's.
+        """
+        tf = _tf()
+        options = config_pb2.RunOptions()
+        if inter_op_thread_pool is not None:
+            options.inter_op_thread_pool = inter_op_thread_pool
+        names = (c_char_p * len(tags))(*(tag.encode() for tag in sorted(tags)))
+        session_options, graph, meta_graph = tf.NewSessionOptions(), tf.NewGraph(), tf.NewBuffer()
+        try:
+            with _status(tf) as status, _buffer(tf, options.SerializeToString()) as run_options:
+                if config is not None:
+                    content = config.SerializeToString()
+                    tf.SetConfig(session_options, content, len(content), status.handle)
+                    status.check()
+                session = tf.LoadSessionFromSavedModel(
+                    session_options,
+                    run_options,
+                    os.fsencode(Path(path)),
+                    names,
+                    len(names),
+                    graph,
+                    meta_graph,
+                    status.handle,
+                )
+                status.check()
+            definition = meta_graph_pb2.MetaGraphDef()
+            definition.ParseFromString(ctypes.string_at(meta_graph.contents.data, meta_graph.contents.length))
+            # Nothing reads the graph again, and it can be large.
+            definition.ClearField("graph_def")
+            definition.ClearField("object_graph_def")
+        except BaseException:
+            tf.DeleteGraph(graph)
+            raise
+        finally:
+            tf.DeleteBuffer(meta_graph)
+            tf.DeleteSessionOptions(session_options)
+        return cls(session, graph, definition)
+
+    def run(
+        self,
+        feeds: Mapping[str, np.ndarray[Any, Any]],
+        fetches: Sequence[str],
+        options: config_pb2.RunOptions | None = None,
+    ) -> list[np.ndarray[Any, Any]]:
+        """One call: values for ``feeds`` by tensor name, and the tensors ``fetches`` back, in their order.
+
+        Raises:
+            TensorFlowError: the kernels' error, or a tensor that is not in the graph (INVALID_ARGUMENT).
+            FailedPrecondition: the session is closed.
+        """
+        tf = self._tf
+        inputs = (_Output * len(feeds))(*(self._output(name) for name in feeds))
+        outputs = (_Output * len(fetches))(*(self._output(name) for name in fetches))
+        tensors = [_to_tensor(tf, array) for array in feeds.values()]
+        values = (c_void_p * len(tensors))(*(tensor.handle for tensor in tensors))
+        results = (c_void_p * len(fetches))()
+        content = None if options is None else options.SerializeToString()
+        run_options = None if content is None else tf.NewBufferFromString(content, len(content))
+        try:
+            with self._entered() as session, _status(tf) as status:
+                tf.SessionRun(
+                    session,
+                    run_options,
+                    inputs,
+                    values,
+                    len(tensors),
+                    outputs,
+                    results,
+                    len(fetches),
+                    None,
+                    0,
+                    None,
+                    status.handle,
+                )
+                status.check()
+        finally:
+            for tensor in tensors:
+                tensor.release()
+            if run_options is not None:
+                tf.DeleteBuffer(run_options)
+        return [_from_tensor(tf, handle) for handle in results if handle is not None]
+
+    @contextmanager
+    def _entered(self) -> Iterator[int]:
+        with self._idle:
+            if self._session is None:
+                raise FailedPrecondition("the session is closed")
+            session = self._session
+            self._running += 1
+        try:
+            yield session
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
+
+    def _output(self, name: str) -> _Output:
+        """Where a tensor such as ``dense/BiasAdd:0`` comes from; found once, then remembered."""
+        output = self._outputs.get(name)
+        if output is None:
+            operation_name, _, index = name.partition(":")
+            with self._entered():
+                operation = self._tf.GraphOperationByName(self._graph, operation_name.encode())
+                known = operation and int(index or 0) < self._tf.OperationNumOutputs(operation)
+            if not known:
+                raise InvalidArgument(
+                    f"Tensor {name}, specified in the signature, was not found in the graph"
+                )
+            output = self._outputs[name] = _Output(operation, int(index or 0))
+        return output
+
+    def close(self) -> None:
+        """Wait for the calls that are running, then free the session; calling it again does nothing."""
+        with self._idle:
+            session, self._session = self._session, None
+            if session is None:
+                return
+            self._idle.wait_for(lambda: not self._running)
+        with _status(self._tf) as status:
+            self._tf.CloseSession(session, status.handle)
+            self._tf.DeleteSession(session, status.handle)
+        self._tf.DeleteGraph(self._graph)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
