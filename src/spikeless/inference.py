@@ -60,8 +60,14 @@ class Model:
         signatures: dict[str, meta_graph_pb2.SignatureDef] = self.session.meta_graph.signature_def
         return signatures
 
-    def predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
-        """Named tensors in, named tensors out."""
+    def close(self) -> None:
+        """Free the session, after the calls that are running."""
+        self.session.close()
+
+    def predict(
+        self, request: predict_pb2.PredictRequest, timeout: float | None = None
+    ) -> predict_pb2.PredictResponse:
+        """Named tensors in, named tensors out; ``DEADLINE_EXCEEDED`` after ``timeout`` seconds."""
         key = request.model_spec.signature_name or DEFAULT_SIGNATURE
         if key not in self.signature_defs:
             raise FailedPrecondition(f'Serving signature key "{key}" not found.')
@@ -73,7 +79,7 @@ class Model:
             )
         aliases = _requested_outputs(signature, request.output_filter)
         outputs = self.session.run(
-            _feeds(signature, request.inputs), [signature.outputs[alias].name for alias in aliases]
+            _feeds(signature, request.inputs), [signature.outputs[alias].name for alias in aliases], timeout
         )
         response = predict_pb2.PredictResponse(model_spec=self._model_spec(request.model_spec.name, key))
         for alias, output in zip(aliases, outputs, strict=True):
@@ -81,29 +87,31 @@ class Model:
         return response
 
     def classify(
-        self, request: classification_pb2.ClassificationRequest
+        self, request: classification_pb2.ClassificationRequest, timeout: float | None = None
     ) -> classification_pb2.ClassificationResponse:
         """Examples in, classes with scores out."""
         key, signature = self._examples_signature(request.model_spec, CLASSIFY_METHOD, "classification")
         feed, fetches = _classify_tensors(signature)
-        count, outputs = self._run_examples(request.input, feed, fetches)
+        count, outputs = self._run_examples(request.input, feed, fetches, timeout)
         return classification_pb2.ClassificationResponse(
             model_spec=self._model_spec(request.model_spec.name, key),
             result=_classification_result(signature, count, outputs),
         )
 
-    def regress(self, request: regression_pb2.RegressionRequest) -> regression_pb2.RegressionResponse:
+    def regress(
+        self, request: regression_pb2.RegressionRequest, timeout: float | None = None
+    ) -> regression_pb2.RegressionResponse:
         """Examples in, one number each out."""
         key, signature = self._examples_signature(request.model_spec, REGRESS_METHOD, "regression")
         feed, fetches = _regress_tensors(signature)
-        count, outputs = self._run_examples(request.input, feed, fetches)
+        count, outputs = self._run_examples(request.input, feed, fetches, timeout)
         return regression_pb2.RegressionResponse(
             model_spec=self._model_spec(request.model_spec.name, key),
             result=_regression_result(signature, count, outputs),
         )
 
     def multi_inference(
-        self, request: inference_pb2.MultiInferenceRequest
+        self, request: inference_pb2.MultiInferenceRequest, timeout: float | None = None
     ) -> inference_pb2.MultiInferenceResponse:
         """Several Classify and Regress signatures on the same examples, in one run."""
         tasks = [(task, *self._task_signature(task)) for task in request.tasks]
@@ -129,7 +137,7 @@ class Model:
             raise InvalidArgument("Input tensor must be the same for all Signatures.")
         if not feeds:
             raise InvalidArgument("MultiInferenceRequest has no tasks.")
-        count, values = self._run_examples(request.input, feeds.pop(), sorted(fetches))
+        count, values = self._run_examples(request.input, feeds.pop(), sorted(fetches), timeout)
         response = inference_pb2.MultiInferenceResponse()
         for task, key, signature in tasks:
             result = response.results.add(model_spec=self._model_spec(task.model_spec.name, key))
@@ -158,10 +166,10 @@ class Model:
         return key, signature
 
     def _run_examples(
-        self, examples: input_pb2.Input, feed: str, fetches: list[str]
+        self, examples: input_pb2.Input, feed: str, fetches: list[str], timeout: float | None
     ) -> tuple[int, dict[str, _Array]]:
         serialized = _serialized_examples(examples)
-        outputs = self.session.run({feed: serialized}, fetches)
+        outputs = self.session.run({feed: serialized}, fetches, timeout)
         return len(serialized), dict(zip(fetches, outputs, strict=True))
 
     def _model_spec(self, name: str, signature: str) -> model_pb2.ModelSpec:

@@ -240,6 +240,44 @@ def _from_tensor(tf: _Library, handle: int) -> np.ndarray[Any, Any]:
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
+#: Fields of MetaGraphDef that can be as large as the model: ``graph_def`` and ``object_graph_def``.
+_LARGE_FIELDS = frozenset({2, 7})
+
+
+def _parse_without_graph(content: memoryview) -> meta_graph_pb2.MetaGraphDef:
+    """A MetaGraphDef without the fields that nobody reads after the load.
+
+    Parsing a large graph would hold the GIL, and with it all requests, for as long as it takes. So the top
+    level of the message is walked (a tag, a length and the bytes, see the protocol buffer encoding), and the
+    large fields are never looked into.
+    """
+    kept = bytearray()
+    position = 0
+    while position < len(content):
+        start = position
+        tag, position = _varint(content, position)
+        if tag & 7 != 2:  # MetaGraphDef has only messages at its top level
+            raise InvalidArgument("the meta graph that TensorFlow returned cannot be read")
+        length, position = _varint(content, position)
+        position += length
+        if tag >> 3 not in _LARGE_FIELDS:
+            kept += content[start:position]
+    definition = meta_graph_pb2.MetaGraphDef()
+    definition.ParseFromString(bytes(kept))
+    return definition
+
+
+def _varint(content: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = content[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
 class Session:
     """A loaded SavedModel: runs any number of calls at once from any number of threads.
 
@@ -283,10 +321,13 @@ class Session:
         session_options, graph, meta_graph = tf.NewSessionOptions(), tf.NewGraph(), tf.NewBuffer()
         try:
             with _status(tf) as status, _buffer(tf, options.SerializeToString()) as run_options:
+                settings = config_pb2.ConfigProto()
+                settings.device_count["GPU"] = 0  # not looked for: this engine runs on the CPU
                 if config is not None:
-                    content = config.SerializeToString()
-                    tf.SetConfig(session_options, content, len(content), status.handle)
-                    status.check()
+                    settings.MergeFrom(config)
+                content = settings.SerializeToString()
+                tf.SetConfig(session_options, content, len(content), status.handle)
+                status.check()
                 session = tf.LoadSessionFromSavedModel(
                     session_options,
                     run_options,
@@ -315,12 +356,13 @@ class Session:
         self,
         feeds: Mapping[str, np.ndarray[Any, Any]],
         fetches: Sequence[str],
-        options: config_pb2.RunOptions | None = None,
+        timeout: float | None = None,
     ) -> list[np.ndarray[Any, Any]]:
         """One call: values for ``feeds`` by tensor name, and the tensors ``fetches`` back, in their order.
 
         Raises:
-            TensorFlowError: the kernels' error, or a tensor that is not in the graph (INVALID_ARGUMENT).
+            TensorFlowError: the kernels' error, or DEADLINE_EXCEEDED after ``timeout`` seconds.
+            InvalidArgument: a tensor that is not in the graph.
             FailedPrecondition: the session is closed.
         """
         tf = self._tf
@@ -329,8 +371,10 @@ class Session:
         tensors = [_to_tensor(tf, array) for array in feeds.values()]
         values = (c_void_p * len(tensors))(*(tensor.handle for tensor in tensors))
         results = (c_void_p * len(fetches))()
-        content = None if options is None else options.SerializeToString()
-        run_options = None if content is None else tf.NewBufferFromString(content, len(content))
+        run_options = None
+        if timeout is not None:
+            content = config_pb2.RunOptions(timeout_in_ms=max(1, int(timeout * 1000))).SerializeToString()
+            run_options = tf.NewBufferFromString(content, len(content))
         try:
             with self._entered() as session, _status(tf) as status:
                 tf.SessionRun(

@@ -12,7 +12,9 @@ from spikeless import __version__
 from spikeless.errors import SpikelessError
 
 #: Sub-command -> the module of this package that defines a click command ``command``, and its short help.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "serve": "Serve models with the embedded engine.",
+}
 
 
 class _LazyGroup(click.Group):

@@ -1,0 +1,122 @@
+"""``spikeless serve``: run the embedded engine with TensorFlow Serving's flags."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from spikeless.core import CoreSettings
+from spikeless.loader import ModelLoader
+from spikeless.manager import ManagerSettings
+from spikeless.server import Server, ServerSettings
+
+_log = logging.getLogger(__name__)
+_STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+#: Flags of TensorFlow Serving that this engine takes and ignores, so that one command line starts either.
+IGNORED_FLAGS = (
+    "flush_filesystem_caches",
+    "num_initial_load_threads",
+    "prefer_tflite_model",
+    "remove_unused_fields_from_bundle_metagraph",
+    "xla_cpu_compilation_enabled",
+)
+
+
+def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function], _Function]:
+    """An option spelt as TensorFlow's flags are: ``--name=value``, and for booleans ``--name`` too."""
+    extra: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if kind is bool else {}
+    return click.option(f"--{name}", name, type=kind, default=default, show_default=True, help=text, **extra)
+
+
+@click.command()
+@_flag("port", int, 8500, "Port of the gRPC API; 0 picks a free one.")
+@_flag("host", str, "127.0.0.1", "Address to listen on.")
+@_flag("model_name", str, "default", "Name of the model.")
+@_flag("model_base_path", str, "", "Folder whose sub-folders, named by numbers, are the versions.")
+@_flag("model_config_file", str, "", "ModelServerConfig in text format; replaces the two flags before.")
+@_flag("model_config_file_poll_wait_seconds", float, 0, "Seconds between two looks at that file; 0: never.")
+@_flag("file_system_poll_wait_seconds", float, 1, "Seconds between two looks for new versions; 0: one look.")
+@_flag("num_load_threads", int, 0, "Threads that load versions; 0: the manager's own.")
+@_flag("num_unload_threads", int, 0, "Threads that unload versions; 0: the manager's own.")
+@_flag("max_num_load_retries", int, 5, "How often a load that failed is tried again.")
+@_flag("load_retry_interval_micros", int, 60_000_000, "Microseconds between two tries.")
+@_flag("allow_version_labels_for_unavailable_models", bool, False, "New labels may point at any version.")
+@_flag("enable_model_warmup", bool, True, "Replay a version's warmup file before it becomes available.")
+@_flag("num_request_iterations_for_warmup", int, 1, "How often each warmup record is replayed.")
+@_flag("saved_model_tags", str, "serve", "Comma-separated tags of the meta graph to load.")
+@_flag("tensorflow_session_parallelism", int, 0, "Threads for both of the two flags after; 0: automatic.")
+@_flag("tensorflow_intra_op_parallelism", int, 0, "Threads inside one operation; 0: automatic.")
+@_flag("tensorflow_inter_op_parallelism", int, 0, "Threads for independent operations; 0: automatic.")
+@_flag("enable_serialization_as_tensor_content", bool, False, "Answer numbers in tensor_content.")
+@_flag("grpc_max_threads", int, 4 * (os.cpu_count() or 1), "Calls in progress at once; more are refused.")
+@_flag("grace", float, 10.0, "Seconds that requests in progress have to end after SIGTERM.")
+def command(**flags: Any) -> None:
+    """Serve models with the embedded engine; flags are TensorFlow Serving's.
+
+    The gRPC port opens when the first version of every model is loaded and warm. SIGTERM and SIGINT let the
+    requests in progress end.
+    """
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s.%(msecs)03d %(levelname).1s %(name)s: %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+    )
+    # Blocked before any thread is started, so that the one that waits for them is the only one to see them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    server = Server(_settings(flags))
+    threading.Thread(target=_stop_on_signal, args=(server, flags["grace"]), daemon=True).start()
+    port = server.start()
+    if port is not None:
+        print(f"serving gRPC on {flags['host']}:{port}", flush=True)
+        server.wait()
+
+
+def _stop_on_signal(server: Server, grace: float) -> None:
+    received = signal.sigwait(_STOP_SIGNALS)
+    _log.info("%s: draining", signal.Signals(received).name)
+    server.stop(grace)
+
+
+def _settings(flags: dict[str, Any]) -> ServerSettings:
+    both = flags["tensorflow_session_parallelism"]
+    return ServerSettings(
+        port=flags["port"],
+        host=flags["host"],
+        model_name=flags["model_name"],
+        model_base_path=flags["model_base_path"],
+        model_config_file=flags["model_config_file"],
+        model_config_file_poll_wait_seconds=flags["model_config_file_poll_wait_seconds"],
+        grpc_max_threads=flags["grpc_max_threads"],
+        core=CoreSettings(
+            manager=ManagerSettings(
+                num_load_threads=flags["num_load_threads"],
+                num_unload_threads=flags["num_unload_threads"],
+                max_num_load_retries=flags["max_num_load_retries"],
+                load_retry_interval=flags["load_retry_interval_micros"] / 1e6,
+            ),
+            file_system_poll_wait_seconds=flags["file_system_poll_wait_seconds"],
+            allow_version_labels_for_unavailable_models=flags["allow_version_labels_for_unavailable_models"],
+        ),
+        loader=ModelLoader(
+            saved_model_tags=tuple(tag for tag in flags["saved_model_tags"].split(",") if tag),
+            inter_op_parallelism=flags["tensorflow_inter_op_parallelism"] or both,
+            intra_op_parallelism=flags["tensorflow_intra_op_parallelism"] or both,
+            enable_model_warmup=flags["enable_model_warmup"],
+            num_request_iterations_for_warmup=flags["num_request_iterations_for_warmup"],
+            enable_serialization_as_tensor_content=flags["enable_serialization_as_tensor_content"],
+        ),
+    )
+
+
+for _name in IGNORED_FLAGS:
+    command.params.append(click.Option([f"--{_name}", _name], hidden=True, expose_value=False))

@@ -1,0 +1,149 @@
+"""A small gRPC client for TensorFlow Serving and the embedded engine.
+
+In: a target such as ``127.0.0.1:8500``. Out: response messages; gRPC errors become ``SpikelessError`` with
+the same code and message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from spikeless.errors import Code, SpikelessError, Unavailable
+from spikeless.manager import State, VersionStatus
+from spikeless.protos import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    meta_graph_pb2,
+    model_management_pb2,
+    model_pb2,
+    model_server_config_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+)
+from spikeless.tensors import to_numpy, to_proto
+
+
+class RemoteError(SpikelessError):
+    """An error that a server answered with."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def _translated(target: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        code, message = Code(error.code().value[0]), error.details() or ""
+        if code is Code.UNAVAILABLE:
+            raise Unavailable(f"no server answers at {target}: {message}") from None
+        raise RemoteError(code, message) from None
+
+
+class Client:
+    """Calls one server; safe to use from several threads.
+
+    Args:
+        target: ``host:port``.
+        timeout: seconds that each call may take.
+    """
+
+    def __init__(self, target: str, timeout: float = 10.0) -> None:
+        self.target = target
+        self.timeout = timeout
+        self._channel = grpc.insecure_channel(
+            target, options=[("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
+        )
+        self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
+        self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def call(self, method: Any, request: Any) -> Any:
+        """Call a stub's method, with this client's timeout and error translation."""
+        with _translated(self.target):
+            return method(request, timeout=self.timeout)
+
+    def predict(
+        self,
+        name: str,
+        inputs: dict[str, np.ndarray[Any, Any]],
+        signature: str = "",
+        version: int | None = None,
+        label: str = "",
+        outputs: Sequence[str] = (),
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Predict with arrays in and arrays out."""
+        request = predict_pb2.PredictRequest(
+            model_spec=model_spec(name, version, label, signature), output_filter=outputs
+        )
+        for alias, value in inputs.items():
+            request.inputs[alias].CopyFrom(to_proto(value))
+        response = self.call(self.prediction.Predict, request)
+        return {alias: to_numpy(proto) for alias, proto in response.outputs.items()}
+
+    def statuses(self, name: str, version: int | None = None, label: str = "") -> list[VersionStatus]:
+        """The states of all versions of a model, lowest first, or of the one that is asked for."""
+        request = get_model_status_pb2.GetModelStatusRequest(model_spec=model_spec(name, version, label))
+        response = self.call(self.models.GetModelStatus, request)
+        return sorted((_version_status(status) for status in response.model_version_status), key=_number)
+
+    def signatures(self, name: str, version: int | None = None) -> dict[str, meta_graph_pb2.SignatureDef]:
+        """The signatures of a model that is being served."""
+        request = get_model_metadata_pb2.GetModelMetadataRequest(
+            model_spec=model_spec(name, version), metadata_field=["signature_def"]
+        )
+        response = self.call(self.prediction.GetModelMetadata, request)
+        signatures = get_model_metadata_pb2.SignatureDefMap()
+        response.metadata["signature_def"].Unpack(signatures)
+        return dict(signatures.signature_def)
+
+    def reload_config(self, config: model_server_config_pb2.ModelServerConfig) -> None:
+        """Replace the server's whole model configuration."""
+        request = model_management_pb2.ReloadConfigRequest(config=config)
+        self.call(self.models.HandleReloadConfigRequest, request)
+
+    def is_serving(self) -> bool:
+        """What the standard health service says (TensorFlow Serving itself has none)."""
+        response = self.call(self._health.Check, health_pb2.HealthCheckRequest())
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def model_spec(
+    name: str, version: int | None = None, label: str = "", signature: str = ""
+) -> model_pb2.ModelSpec:
+    """A ``ModelSpec``: by version, by label, or, with neither, the latest version."""
+    spec = model_pb2.ModelSpec(name=name, signature_name=signature)
+    if version is not None:
+        spec.version.value = version
+    elif label:
+        spec.version_label = label
+    return spec
+
+
+def _version_status(status: get_model_status_pb2.ModelVersionStatus) -> VersionStatus:
+    error: SpikelessError | None = None
+    if status.status.error_code:
+        error = RemoteError(Code(status.status.error_code), status.status.error_message)
+    return VersionStatus(status.version, State(status.state), error)
+
+
+def _number(status: VersionStatus) -> int:
+    return status.version

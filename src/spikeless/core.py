@@ -1,0 +1,210 @@
+"""The models that a server serves: its configuration, labels and versions, and the look-up for a request.
+
+In: a ``ModelServerConfig`` (``model_config_list``), at the start and again at each reload. Out: the loaded
+model for a ``ModelSpec``, and the states of versions. It knows no transport.
+
+The rules, and the messages that clients see, are those of TensorFlow Serving's ``server_core.cc``: a new
+configuration replaces the whole of the old one; it is checked as a whole, and one that is refused leaves
+everything as it was; a label may only point at a version that is available.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, SpikelessError
+from spikeless.inference import Model
+from spikeless.manager import Manager, ManagerSettings, VersionStatus
+from spikeless.protos import model_pb2, model_server_config_pb2
+from spikeless.versions import aspired_versions
+
+_log = logging.getLogger(__name__)
+_PLATFORM = "tensorflow"
+_Labels = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class CoreSettings:
+    """The flags of TensorFlow Serving that have to do with models."""
+
+    manager: ManagerSettings = field(default_factory=ManagerSettings)
+    #: Seconds between two looks at the file system; 0 looks once for each configuration.
+    file_system_poll_wait_seconds: float = 1.0
+    #: Let a label that is not in use yet point at a version that is not available.
+    allow_version_labels_for_unavailable_models: bool = False
+
+
+class ServerCore:
+    """Keeps the models of one configuration loaded and lends them to requests."""
+
+    def __init__(
+        self, loader: Callable[[str, int, Path], Model], settings: CoreSettings | None = None
+    ) -> None:
+        self.settings = settings or CoreSettings()
+        self.manager: Manager[Model] = Manager(loader, self.settings.manager)
+        self._config = model_server_config_pb2.ModelServerConfig()
+        self._labels: _Labels = {}
+        self._reloading = threading.Lock()
+        self._polling = threading.Lock()
+        self._stop = threading.Event()
+        self._poller: threading.Thread | None = None
+
+    @property
+    def config(self) -> model_server_config_pb2.ModelServerConfig:
+        """A copy of the configuration that is in force."""
+        copy = model_server_config_pb2.ModelServerConfig()
+        copy.CopyFrom(self._config)
+        return copy
+
+    def model_names(self) -> list[str]:
+        """The names of the configured models."""
+        return [config.name for config in self._config.model_config_list.config]
+
+    # --- configuration ------------------------------------------------------------------------------
+
+    def reload_config(self, config: model_server_config_pb2.ModelServerConfig) -> None:
+        """Serve what ``config`` says from now on; returns when every new model has an available version.
+
+        Raises:
+            InvalidArgument: the configuration is wrong; the old one stays.
+            FailedPrecondition: a label points at a version that is not available; the old one stays.
+            SpikelessError: a new model could not be loaded (UNKNOWN); the new configuration is in force.
+        """
+        with self._reloading:
+            _validate(config)
+            labels = self._checked_labels(config)
+            old = set(self.model_names())
+            self._config, self._labels = config, labels
+            for name in old - set(self.model_names()):
+                self.manager.set_aspired(name, {})
+            self.poll()
+            self._start_polling()
+            new = [name for name in self.model_names() if name not in old]
+            self._wait_for(new)
+
+    def _wait_for(self, names: list[str]) -> None:
+        failed = self.manager.wait_available(names)
+        if failed and not self._stop.is_set():
+            reasons = ", ".join(f"{{{reason}}}" for reason in failed.values())
+            raise SpikelessError(f"{len(failed)} servable(s) did not become available: {reasons}")
+
+    def _checked_labels(self, config: model_server_config_pb2.ModelServerConfig) -> _Labels:
+        labels: _Labels = {}
+        for model in config.model_config_list.config:
+            in_use = self._labels.get(model.name, {})
+            available = self.manager.available(model.name)
+            for label, version in model.version_labels.items():
+                unused = label not in in_use
+                excused = in_use.get(label) == version or (
+                    unused and self.settings.allow_version_labels_for_unavailable_models
+                )
+                if version not in available and not excused:
+                    raise FailedPrecondition(
+                        f"Request to assign label {label} to version {version} of model {model.name}, "
+                        "which is not currently available for inference"
+                    )
+            labels[model.name] = dict(model.version_labels)
+        return labels
+
+    # --- versions on disk ---------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Look at the file system now and tell the manager which versions are wanted."""
+        with self._polling:
+            for config in self._config.model_config_list.config:
+                try:
+                    versions = aspired_versions(config)
+                except SpikelessError as error:
+                    # What is loaded stays: a mount that comes and goes must not unload a model.
+                    _log.error("%s", error)
+                    continue
+                self.manager.set_aspired(config.name, versions)
+
+    def _start_polling(self) -> None:
+        if self._poller is None and self.settings.file_system_poll_wait_seconds > 0:
+            self._poller = threading.Thread(target=self._poll_forever, name="poll", daemon=True)
+            self._poller.start()
+
+    def _poll_forever(self) -> None:
+        while not self._stop.wait(self.settings.file_system_poll_wait_seconds):
+            try:
+                self.poll()
+            except Exception:
+                _log.exception("looking for versions")
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, spec: model_pb2.ModelSpec) -> Iterator[Model]:
+        """Lend the model that a request's ``ModelSpec`` names: by version, by label, or the latest.
+
+        Raises:
+            InvalidArgument: no name, or a label that is not assigned.
+            NotFound: no such model or version is available.
+        """
+        if not spec.name:
+            raise InvalidArgument("ModelSpec has no name specified.")
+        with self.manager.use(spec.name, self.version_of(spec)) as model:
+            yield model
+
+    def version_of(self, spec: model_pb2.ModelSpec) -> int | None:
+        """The version that a ``ModelSpec`` asks for, None for the latest."""
+        choice = spec.WhichOneof("version_choice")
+        if choice == "version":
+            return int(spec.version.value)
+        if choice == "version_label":
+            version = self._labels.get(spec.name, {}).get(spec.version_label)
+            if version is None:
+                raise InvalidArgument(f"Unrecognized servable version label: {spec.version_label}")
+            return version
+        return None
+
+    def statuses(self, spec: model_pb2.ModelSpec) -> list[VersionStatus]:
+        """The state of one version, or of all versions, of a model.
+
+        Raises:
+            NotFound: the model or the version was never seen.
+        """
+        version = self.version_of(spec)
+        statuses = self.manager.statuses(spec.name)
+        if version is not None:
+            statuses = [status for status in statuses if status.version == version]
+            if not statuses:
+                raise NotFound(f"Could not find version {version} of model {spec.name}")
+        elif not statuses:
+            raise NotFound(f"Could not find any versions of model {spec.name}")
+        return statuses
+
+    def close(self) -> None:
+        """Stop looking for versions, wait for running requests, unload everything."""
+        self._stop.set()
+        if self._poller is not None:
+            self._poller.join()
+        self.manager.close()
+
+
+def _validate(config: model_server_config_pb2.ModelServerConfig) -> None:
+    if config.WhichOneof("config") not in (None, "model_config_list"):
+        raise InvalidArgument("only a model_config_list can be served, not a custom_model_config")
+    seen: set[str] = set()
+    for model in config.model_config_list.config:
+        if not model.name:
+            raise InvalidArgument("a model in the configuration has no name")
+        if model.name in seen:
+            raise InvalidArgument(f"Illegal to list model {model.name} multiple times in config list")
+        seen.add(model.name)
+        if model.model_platform != _PLATFORM and not model.model_type:
+            raise InvalidArgument(
+                f"model {model.name}: model_platform is {model.model_platform!r}, it must be {_PLATFORM!r}"
+            )
+        if not os.path.isabs(model.base_path):
+            raise InvalidArgument(
+                f"Expected model {model.name} to have an absolute path or URI; got base_path()="
+                f"{model.base_path}"
+            )

@@ -1,0 +1,52 @@
+"""From a version directory to a model that is ready for requests: load, then warm up.
+
+A version becomes available only when this has returned, so its first request finds a graph that is built,
+optimised and has run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spikeless.inference import Model
+from spikeless.protos import config_pb2
+from spikeless.runtime import Session
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelLoader:
+    """How every version is loaded; the fields are TensorFlow Serving's flags of the same meaning."""
+
+    #: The meta graph to load is the one with these tags.
+    saved_model_tags: tuple[str, ...] = ("serve",)
+    #: Threads for independent operations of one session; 0 lets TensorFlow choose.
+    inter_op_parallelism: int = 0
+    #: Threads inside one operation, shared by all sessions; 0 lets TensorFlow choose.
+    intra_op_parallelism: int = 0
+    enable_model_warmup: bool = True
+    num_request_iterations_for_warmup: int = 1
+    enable_serialization_as_tensor_content: bool = False
+    #: Further settings of every session, as in a platform configuration file.
+    session_config: config_pb2.ConfigProto = field(default_factory=config_pb2.ConfigProto)
+
+    def __call__(self, name: str, version: int, path: Path) -> Model:
+        """Load and warm up one version.
+
+        Raises:
+            SpikelessError: it could not be loaded, or a warmup record failed.
+        """
+        config = config_pb2.ConfigProto()
+        config.CopyFrom(self.session_config)
+        config.inter_op_parallelism_threads = self.inter_op_parallelism
+        config.intra_op_parallelism_threads = self.intra_op_parallelism
+        started = time.monotonic()
+        session = Session.load(path, self.saved_model_tags, config)
+        model = Model(session, version, self.enable_serialization_as_tensor_content)
+        loaded = time.monotonic()
+        _log.info("loaded %s version %d in %.0f ms", name, version, 1000 * (loaded - started))
+        return model

@@ -1,0 +1,392 @@
+"""The life of model versions: START, LOADING, AVAILABLE, UNLOADING, END.
+
+In: the versions that are wanted of each model (``set_aspired``). Out: a handle on a loaded version
+(``use``), and every version's state. It knows neither gRPC nor files: a loader function turns a path into
+something that can be closed.
+
+One thread decides, and two pools of threads load and unload, so that neither waits for the other and requests
+wait for neither. The policy is TensorFlow Serving's availability-preserving one: a version that is no longer
+wanted stays until one that is wanted is available. A version is closed only after the last request that uses
+it has ended; nobody who looks it up later can find it.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from spikeless.errors import Internal, NotFound, SpikelessError, Unavailable
+
+_log = logging.getLogger(__name__)
+
+#: States of versions that have ended are kept for status queries, this many for each model.
+MAX_ENDED = 1000
+
+
+class State(enum.IntEnum):
+    """Numbered as ``ModelVersionStatus.State`` in ``get_model_status.proto``."""
+
+    START = 10
+    LOADING = 20
+    AVAILABLE = 30
+    UNLOADING = 40
+    END = 50
+
+
+@dataclass(frozen=True)
+class VersionStatus:
+    """What ``GetModelStatus`` tells of one version."""
+
+    version: int
+    state: State
+    #: Why the version could not be loaded; None while it is healthy.
+    error: SpikelessError | None = None
+
+
+@dataclass(frozen=True)
+class ManagerSettings:
+    """The flags of TensorFlow Serving that have to do with loading."""
+
+    #: Threads that load; with 0 the deciding thread loads, and nothing else happens meanwhile.
+    num_load_threads: int = 0
+    #: Threads that unload; with 0 the deciding thread does.
+    num_unload_threads: int = 0
+    #: How often a failed load is tried again.
+    max_num_load_retries: int = 5
+    #: Seconds between two tries.
+    load_retry_interval: float = 60.0
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closable)
+Loader = Callable[[str, int, Path], T]
+
+
+class _Loaded(Generic[T]):
+    """A loaded version and the number of requests that are using it."""
+
+    def __init__(self, version: int, model: T) -> None:
+        self.version = version
+        self.model = model
+        self._users = 0
+        self._retired = False
+        self._idle = threading.Condition()
+
+    def acquire(self) -> bool:
+        """Count one more user; False when the version is on its way out."""
+        with self._idle:
+            if self._retired:
+                return False
+            self._users += 1
+            return True
+
+    def release(self) -> None:
+        with self._idle:
+            self._users -= 1
+            if self._retired and not self._users:
+                self._idle.notify_all()
+
+    def retire(self) -> None:
+        """Admit no new users and wait until the last one is gone."""
+        with self._idle:
+            self._retired = True
+            self._idle.wait_for(lambda: not self._users)
+
+
+class _Version(Generic[T]):
+    """One version as the manager sees it; only touched under the manager's lock."""
+
+    def __init__(self, name: str, version: int, path: Path) -> None:
+        self.name = name
+        self.version = version
+        self.path = path
+        self.state = State.START
+        self.error: SpikelessError | None = None
+        self.aspired = True
+        self.attempts = 0
+        self.retry_at = 0.0
+        self.loaded: _Loaded[T] | None = None
+
+    def __str__(self) -> str:
+        return f"{{name: {self.name} version: {self.version}}}"
+
+
+class Manager(Generic[T]):
+    """Loads and unloads versions in the background and lends them to requests."""
+
+    def __init__(self, loader: Loader[T], settings: ManagerSettings | None = None) -> None:
+        self._loader = loader
+        self._settings = settings or ManagerSettings()
+        self._versions: dict[str, dict[int, _Version[T]]] = defaultdict(dict)
+        # What requests see: replaced as a whole, never changed, so that a look-up needs no lock.
+        self._available: Mapping[str, Mapping[int, _Loaded[T]]] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._listeners: list[Callable[[str, VersionStatus], None]] = []
+        self._load_pool = _pool(self._settings.num_load_threads, "load")
+        self._unload_pool = _pool(self._settings.num_unload_threads, "unload")
+        self._thread = threading.Thread(target=self._decide_forever, name="manager", daemon=True)
+        self._thread.start()
+
+    # --- what is wanted -----------------------------------------------------------------------------
+
+    def set_aspired(self, name: str, versions: Mapping[int, Path]) -> None:
+        """From now on these versions of the model ``name`` are wanted, and no others."""
+        with self._changed:
+            known = self._versions[name]
+            for version, path in versions.items():
+                entry = known.get(version)
+                ended = entry is not None and entry.state is State.END
+                if entry is None or (ended and entry.error is None) or (ended and not entry.aspired):
+                    entry = known[version] = _Version(name, version, path)
+                    self._announce(entry)
+                entry.aspired = True
+            for version, entry in known.items():
+                if version not in versions:
+                    entry.aspired = False
+            self._changed.notify_all()
+
+    def add_listener(self, listener: Callable[[str, VersionStatus], None]) -> None:
+        """Call ``listener(name, status)`` at each change of state, on the thread that makes it; be quick."""
+        with self._changed:
+            self._listeners.append(listener)
+
+    # --- what there is ------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, name: str, version: int | None = None) -> Iterator[T]:
+        """Lend a loaded version, the highest one without a number; it is not closed while it is lent.
+
+        Raises:
+            NotFound: no such version is available.
+        """
+        loaded = self._acquire(name, version)
+        try:
+            yield loaded.model
+        finally:
+            loaded.release()
+
+    def _acquire(self, name: str, version: int | None) -> _Loaded[T]:
+        while True:
+            versions = self._available.get(name) or {}
+            if version is not None:
+                loaded = versions.get(version)
+            else:
+                loaded = versions[max(versions)] if versions else None
+            if loaded is None:
+                request = f"Latest({name})" if version is None else f"Specific({name}, {version})"
+                raise NotFound(f"Servable not found for request: {request}")
+            if loaded.acquire():
+                return loaded
+
+    def available(self, name: str) -> list[int]:
+        """The versions of ``name`` that can be used now, lowest first."""
+        return sorted(self._available.get(name) or ())
+
+    def statuses(self, name: str) -> list[VersionStatus]:
+        """Every version of ``name`` that was ever wanted, lowest first."""
+        with self._changed:
+            return [_status(entry) for _, entry in sorted(self._versions.get(name, {}).items())]
+
+    def wait_available(self, names: Iterable[str], timeout: float | None = None) -> dict[str, str]:
+        """Wait until each model has an available version, or none that could still become available.
+
+        Returns:
+            The models that have none, with the reason.
+        """
+        names = list(names)
+
+        def failure(name: str) -> str | None:
+            """Why there is nothing to wait for, empty when the model is available, None when undecided."""
+            if self._available.get(name):
+                return ""
+            wanted = [entry for entry in self._versions.get(name, {}).values() if entry.aspired]
+            if wanted and all(entry.state is State.END for entry in wanted):
+                return "; ".join(f"{entry} due to error: {entry.error}" for entry in wanted)
+            return None
+
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping or all(failure(name) is not None for name in names), timeout
+            )
+            results = {name: failure(name) for name in names}
+        return {
+            name: "it has no version to load" if reason is None else reason
+            for name, reason in results.items()
+            if reason != ""
+        }
+
+    def close(self) -> None:
+        """Let running requests end, unload everything and stop the threads."""
+        with self._changed:
+            if self._stopping:
+                return
+            self._stopping = True
+            for versions in self._versions.values():
+                for entry in versions.values():
+                    entry.aspired = False
+            self._changed.notify_all()
+        self._thread.join()
+        for pool in (self._load_pool, self._unload_pool):
+            if pool is not None:
+                pool.shutdown()
+
+    # --- how it gets there --------------------------------------------------------------------------
+
+    def _decide_forever(self) -> None:
+        while True:
+            with self._changed:
+                loads, unloads = self._decide(time.monotonic())
+                if not loads and not unloads:
+                    if self._stopping and not self._busy():
+                        return
+                    self._changed.wait(self._until_next_retry(time.monotonic()))
+                    continue
+            for entry in loads:
+                _submit(self._load_pool, self._load, entry)
+            for entry in unloads:
+                _submit(self._unload_pool, self._unload, entry)
+
+    def _busy(self) -> bool:
+        return any(
+            entry.state is not State.END
+            for versions in self._versions.values()
+            for entry in versions.values()
+        )
+
+    def _until_next_retry(self, now: float) -> float | None:
+        waits = [
+            entry.retry_at - now
+            for versions in self._versions.values()
+            for entry in versions.values()
+            if entry.retry_at > now
+        ]
+        return min(waits) if waits else None
+
+    def _decide(self, now: float) -> tuple[list[_Version[T]], list[_Version[T]]]:
+        """What to load and what to unload now; the chosen versions change their state here."""
+        loads: list[_Version[T]] = []
+        unloads: list[_Version[T]] = []
+        for versions in self._versions.values():
+            entries = [versions[version] for version in sorted(versions, reverse=True)]
+            for entry in entries:
+                # A version that is waiting for its first or its next try is not being worked on.
+                waiting = entry.state is State.START or entry.retry_at > 0
+                if waiting and not entry.aspired:
+                    entry.retry_at = 0.0
+                    self._enter(entry, State.END, entry.error)
+                elif waiting and entry.retry_at <= now:
+                    entry.retry_at = 0.0
+                    if entry.state is State.START:
+                        self._enter(entry, State.LOADING)
+                    loads.append(entry)
+            served = any(entry.aspired and entry.state is State.AVAILABLE for entry in entries)
+            if served or not any(entry.aspired for entry in entries):
+                for entry in entries:
+                    if entry.state is State.AVAILABLE and not entry.aspired:
+                        self._withdraw(entry)
+                        self._enter(entry, State.UNLOADING)
+                        unloads.append(entry)
+            self._forget_oldest(versions)
+        return loads, unloads
+
+    def _load(self, entry: _Version[T]) -> None:
+        try:
+            model = self._loader(entry.name, entry.version, entry.path)
+        except SpikelessError as error:
+            self._load_failed(entry, error)
+        except Exception as error:
+            _log.exception("loading %s", entry)
+            self._load_failed(entry, Internal(f"{type(error).__name__}: {error}"))
+        else:
+            loaded = _Loaded(entry.version, model)
+            with self._changed:
+                entry.loaded = loaded
+                by_version = {**self._available.get(entry.name, {}), entry.version: loaded}
+                self._available = {**self._available, entry.name: by_version}
+                self._enter(entry, State.AVAILABLE)
+
+    def _load_failed(self, entry: _Version[T], error: SpikelessError) -> None:
+        with self._changed:
+            entry.attempts += 1
+            entry.error = error
+            if self._stopping or entry.attempts > self._settings.max_num_load_retries:
+                self._enter(entry, State.END, error)
+                return
+            _log.error(
+                "loading %s failed (attempt %d of %d): %s",
+                entry,
+                entry.attempts,
+                self._settings.max_num_load_retries + 1,
+                error,
+            )
+            entry.retry_at = time.monotonic() + self._settings.load_retry_interval
+            self._changed.notify_all()
+
+    def _withdraw(self, entry: _Version[T]) -> None:
+        """Take a version out of what requests see."""
+        rest = dict(self._available[entry.name])
+        del rest[entry.version]
+        self._available = {**self._available, entry.name: rest}
+
+    def _unload(self, entry: _Version[T]) -> None:
+        loaded = entry.loaded
+        assert loaded is not None
+        loaded.retire()
+        entry.loaded = None
+        try:
+            loaded.model.close()
+        except Exception:
+            _log.exception("unloading %s", entry)
+        with self._changed:
+            self._enter(entry, State.END)
+
+    def _forget_oldest(self, versions: dict[int, _Version[T]]) -> None:
+        ended = [version for version, entry in versions.items() if entry.state is State.END]
+        for version in sorted(ended)[: max(0, len(ended) - MAX_ENDED)]:
+            if not versions[version].aspired:
+                del versions[version]
+
+    def _enter(self, entry: _Version[T], state: State, error: SpikelessError | None = None) -> None:
+        entry.state = state
+        entry.error = error
+        self._announce(entry)
+        self._changed.notify_all()
+
+    def _announce(self, entry: _Version[T]) -> None:
+        if entry.error is None:
+            _log.info("servable version %s: %s", entry, entry.state.name)
+        else:
+            _log.error("servable version %s: %s: %s", entry, entry.state.name, entry.error)
+        for listener in self._listeners:
+            listener(entry.name, _status(entry))
+
+
+def _status(entry: _Version[T]) -> VersionStatus:
+    return VersionStatus(entry.version, entry.state, entry.error)
+
+
+def _pool(threads: int, name: str) -> ThreadPoolExecutor | None:
+    return ThreadPoolExecutor(threads, thread_name_prefix=name) if threads > 0 else None
+
+
+def _submit(pool: ThreadPoolExecutor | None, work: Callable[[_Version[T]], None], entry: _Version[T]) -> None:
+    if pool is None:
+        work(entry)
+        return
+    try:
+        pool.submit(work, entry)
+    except RuntimeError:  # the interpreter is shutting down
+        raise Unavailable("the server is stopping") from None

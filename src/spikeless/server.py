@@ -1,0 +1,187 @@
+"""The embedded engine: a TensorFlow-Serving-compatible server over TensorFlow's own C runtime.
+
+In: settings, named as TensorFlow Serving's flags. Out: listening ports. The life of a server is three calls:
+``start`` (returns the bound ports), ``wait``, ``stop`` with a grace.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from google.protobuf import text_format
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from spikeless.core import CoreSettings, ServerCore
+from spikeless.errors import InvalidArgument, NotFound, SpikelessError, Unavailable
+from spikeless.loader import ModelLoader
+from spikeless.manager import VersionStatus
+from spikeless.protos import model_server_config_pb2, model_service_pb2_grpc, prediction_service_pb2_grpc
+from spikeless.servicers import ErrorInterceptor, ModelServicer, PredictionServicer
+
+_log = logging.getLogger(__name__)
+PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What a server needs to know; fields without a note are TensorFlow Serving's flags of that name."""
+
+    #: The gRPC port; 0 picks a free one.
+    port: int = 8500
+    #: The address to listen on. TensorFlow Serving listens on all; this one has to be told to.
+    host: str = "127.0.0.1"
+    model_name: str = "default"
+    model_base_path: str = ""
+    #: A ``ModelServerConfig`` in protocol buffer text format; then name and base path above are ignored.
+    model_config_file: str = ""
+    #: Seconds between two looks at that file; 0 reads it once.
+    model_config_file_poll_wait_seconds: float = 0.0
+    #: Calls that may be in progress at once; more are refused with RESOURCE_EXHAUSTED.
+    grpc_max_threads: int = 4 * (os.cpu_count() or 1)
+    #: Bytes that one request may have at most.
+    max_request_bytes: int = 256 << 20
+    core: CoreSettings = field(default_factory=CoreSettings)
+    loader: ModelLoader = field(default_factory=ModelLoader)
+
+
+def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
+    """Parse a ``ModelServerConfig`` in protocol buffer text format."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise NotFound(f"cannot read the model config file {path}: {error.strerror}") from None
+    try:
+        config = model_server_config_pb2.ModelServerConfig()
+        return text_format.Parse(text, config)
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"Invalid protobuf file: '{path}': {error}") from None
+
+
+def _single_model_config(name: str, base_path: str) -> model_server_config_pb2.ModelServerConfig:
+    config = model_server_config_pb2.ModelServerConfig()
+    config.model_config_list.config.add(
+        name=name, base_path=os.path.abspath(base_path), model_platform="tensorflow"
+    )
+    return config
+
+
+class Server:
+    """One server process's worth of state."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        if not settings.model_config_file and not settings.model_base_path:
+            raise InvalidArgument(
+                "--model_base_path is needed, or --model_config_file: what should be served?"
+            )
+        self.settings = settings
+        self.core = ServerCore(settings.loader, settings.core)
+        self._health = health.HealthServicer()
+        self._grpc: grpc.Server | None = None
+        self._stopping = threading.Event()
+        self._stopped = threading.Event()
+
+    def start(self) -> int | None:
+        """Load the models, then listen. Returns the gRPC port, or None when it was stopped meanwhile.
+
+        Raises:
+            SpikelessError: a wrong configuration, a model that cannot be loaded, or a port that is taken.
+        """
+        try:
+            self.core.manager.add_listener(self._version_changed)
+            self.core.reload_config(self._read_config())
+            # Whatever lives now lives on; the collector need not visit it again.
+            gc.collect()
+            gc.freeze()
+            return None if self._stopping.is_set() else self._listen()
+        except BaseException:
+            self.stop(0.0)
+            raise
+
+    def _read_config(self) -> model_server_config_pb2.ModelServerConfig:
+        if self.settings.model_config_file:
+            return read_model_config(self.settings.model_config_file)
+        return _single_model_config(self.settings.model_name, self.settings.model_base_path)
+
+    def _listen(self) -> int:
+        threads = self.settings.grpc_max_threads
+        server = grpc.server(
+            ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
+            interceptors=[ErrorInterceptor()],
+            maximum_concurrent_rpcs=threads,
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", self.settings.max_request_bytes),
+                ("grpc.max_send_message_length", -1),
+            ],
+        )
+        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
+            PredictionServicer(self.core), server
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        address = f"{self.settings.host}:{self.settings.port}"
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError:
+            raise Unavailable(f"cannot listen on {address}: is another server using it?") from None
+        self._update_health()
+        server.start()
+        self._grpc = server
+        if self.settings.model_config_file and self.settings.model_config_file_poll_wait_seconds > 0:
+            threading.Thread(target=self._watch_config_file, name="config", daemon=True).start()
+        _log.info("Running gRPC ModelServer at %s:%d ...", self.settings.host, port)
+        return port
+
+    def _version_changed(self, name: str, status: VersionStatus) -> None:
+        self._update_health()
+
+    def _update_health(self) -> None:
+        """SERVING exactly while every configured model has an available version."""
+        names = self.core.model_names()
+        serving = all(self.core.manager.available(name) for name in names) and not self._stopping.is_set()
+        status = health_pb2.HealthCheckResponse.SERVING
+        if not serving:
+            status = health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", PREDICTION_SERVICE):
+            self._health.set(service, status)
+
+    def _watch_config_file(self) -> None:
+        path = self.settings.model_config_file
+        refused: model_server_config_pb2.ModelServerConfig | None = None
+        while not self._stopping.wait(self.settings.model_config_file_poll_wait_seconds):
+            try:
+                config = read_model_config(path)
+                if config in (self.core.config, refused):
+                    continue
+                _log.info("%s has changed: reloading", path)
+                self.core.reload_config(config)
+                refused = None
+                self._update_health()
+            except SpikelessError as error:
+                _log.error("%s is not in force, the models stay as they are: %s", path, error)
+                refused = config
+            except Exception:
+                _log.exception("reading %s", path)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the server has stopped; False when ``timeout`` seconds passed before."""
+        return self._stopped.wait(timeout)
+
+    def stop(self, grace: float = 10.0) -> None:
+        """Take no new requests, let those in progress end within ``grace`` seconds, unload the models."""
+        if self._stopping.is_set():
+            self._stopped.wait()
+            return
+        self._stopping.set()
+        self._health.enter_graceful_shutdown()
+        if self._grpc is not None:
+            self._grpc.stop(grace).wait()
+        self.core.close()
+        self._stopped.set()

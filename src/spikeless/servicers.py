@@ -1,0 +1,163 @@
+"""The gRPC services: each call unpacks a request, asks the core, and packs the answer. Nothing else.
+
+``tensorflow.serving.PredictionService`` and ``tensorflow.serving.ModelService``, as declared in
+``tensorflow_serving/apis``. Errors become status codes in one place, the interceptor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from spikeless.core import ServerCore
+from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.protos import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    inference_pb2,
+    model_management_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+    regression_pb2,
+)
+
+_log = logging.getLogger(__name__)
+_STATUS_CODES = {Code(code.value[0]): code for code in grpc.StatusCode}
+_SIGNATURES = "signature_def"
+
+
+def _timeout(context: grpc.ServicerContext) -> float | None:
+    """Seconds until the caller's deadline; None without one (gRPC then reports years)."""
+    remaining = context.time_remaining()
+    return None if remaining is None or remaining > 1e8 else remaining
+
+
+def _require_spec(request: Any) -> None:
+    if not request.HasField("model_spec"):
+        raise InvalidArgument("Missing ModelSpec")
+
+
+class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
+    """Inference."""
+
+    def __init__(self, core: ServerCore) -> None:
+        self._core = core
+
+    def Predict(
+        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
+    ) -> predict_pb2.PredictResponse:
+        _require_spec(request)
+        with self._core.use(request.model_spec) as model:
+            return model.predict(request, _timeout(context))
+
+    def Classify(
+        self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext
+    ) -> classification_pb2.ClassificationResponse:
+        _require_spec(request)
+        with self._core.use(request.model_spec) as model:
+            return model.classify(request, _timeout(context))
+
+    def Regress(
+        self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext
+    ) -> regression_pb2.RegressionResponse:
+        _require_spec(request)
+        with self._core.use(request.model_spec) as model:
+            return model.regress(request, _timeout(context))
+
+    def MultiInference(
+        self, request: inference_pb2.MultiInferenceRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.MultiInferenceResponse:
+        if not request.tasks:
+            raise InvalidArgument("MultiInferenceRequest must have at least one task.")
+        with self._core.use(request.tasks[0].model_spec) as model:
+            return model.multi_inference(request, _timeout(context))
+
+    def GetModelMetadata(
+        self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.ServicerContext
+    ) -> get_model_metadata_pb2.GetModelMetadataResponse:
+        _require_spec(request)
+        if not request.metadata_field:
+            raise InvalidArgument("GetModelMetadataRequest must specify at least one metadata_field")
+        for name in request.metadata_field:
+            if name != _SIGNATURES:
+                raise InvalidArgument(f"Metadata field {name} is not supported")
+        with self._core.use(request.model_spec) as model:
+            response = get_model_metadata_pb2.GetModelMetadataResponse()
+            response.model_spec.name = request.model_spec.name
+            if model.version is not None:
+                response.model_spec.version.value = model.version
+            signatures = get_model_metadata_pb2.SignatureDefMap()
+            for key, signature in model.signature_defs.items():
+                signatures.signature_def[key].CopyFrom(signature)
+            response.metadata[_SIGNATURES].Pack(signatures)
+            return response
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore[misc]
+    """Model states and configuration."""
+
+    def __init__(self, core: ServerCore) -> None:
+        self._core = core
+
+    def GetModelStatus(
+        self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.ServicerContext
+    ) -> get_model_status_pb2.GetModelStatusResponse:
+        _require_spec(request)
+        response = get_model_status_pb2.GetModelStatusResponse()
+        for status in self._core.statuses(request.model_spec):
+            entry = response.model_version_status.add(version=status.version, state=int(status.state))
+            entry.status.SetInParent()
+            if status.error is not None:
+                entry.status.error_code = int(status.error.code)
+                entry.status.error_message = str(status.error)
+        return response
+
+    def HandleReloadConfigRequest(
+        self, request: model_management_pb2.ReloadConfigRequest, context: grpc.ServicerContext
+    ) -> model_management_pb2.ReloadConfigResponse:
+        if request.config.WhichOneof("config") != "model_config_list":
+            raise InvalidArgument(
+                "ServerModelConfig type not supported by HandleReloadConfigRequest. "
+                "Only ModelConfigList is currently supported"
+            )
+        _log.info("reloading the configuration: %d models", len(request.config.model_config_list.config))
+        self._core.reload_config(request.config)
+        response = model_management_pb2.ReloadConfigResponse()
+        response.status.SetInParent()
+        return response
+
+
+class ErrorInterceptor(grpc.ServerInterceptor):  # type: ignore[misc,type-arg]
+    """Turns each error of a call into its gRPC status; whatever was not foreseen becomes INTERNAL."""
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.response_streaming:
+            return handler
+        call = handler.unary_unary
+
+        def answer(request: Any, context: grpc.ServicerContext) -> Any:
+            try:
+                return call(request, context)
+            except SpikelessError as error:
+                code, message = error.code, str(error)
+            except MemoryError:
+                code, message = Code.RESOURCE_EXHAUSTED, "not enough memory for this request"
+            except Exception as error:
+                _log.exception("%s failed", handler_call_details.method)
+                code, message = Code.INTERNAL, f"{type(error).__name__}: {error}"
+            # The status goes into trailing metadata, which has a size limit of its own.
+            context.abort(_STATUS_CODES[code], message[:4096])
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )

@@ -1,0 +1,60 @@
+"""Which versions of a model should be served: the file system's version directories and the version policy.
+
+In: a ``ModelConfig``. Out: version number -> directory. As in TensorFlow Serving's
+``file_system_storage_path_source.cc``, a version is any child of the base path whose name is an integer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from spikeless.errors import NotFound
+from spikeless.protos import model_server_config_pb2
+
+_log = logging.getLogger(__name__)
+_VERSION = re.compile(r"\d{1,19}", re.ASCII)
+_MAX_VERSION = (1 << 63) - 1
+
+
+def parse_version(name: str) -> int | None:
+    """The version that a directory name stands for, or None: ``7`` and ``00000007`` are both version 7."""
+    if not _VERSION.fullmatch(name) or int(name) > _MAX_VERSION:
+        return None
+    return int(name)
+
+
+def list_versions(base_path: str | os.PathLike[str]) -> dict[int, Path]:
+    """All version directories below ``base_path``, lowest first; ``NotFound`` when it cannot be read."""
+    try:
+        names = os.listdir(base_path)
+    except OSError as error:
+        raise NotFound(f"Could not find base path {os.fspath(base_path)}: {error.strerror}") from None
+    found = {version: Path(base_path, name) for name in names if (version := parse_version(name)) is not None}
+    return dict(sorted(found.items()))
+
+
+def aspired_versions(config: model_server_config_pb2.ModelConfig) -> dict[int, Path]:
+    """The versions that the policy selects among those on disk; without a policy, the highest one."""
+    versions = list_versions(config.base_path)
+    policy = config.model_version_policy
+    choice = policy.WhichOneof("policy_choice")
+    if choice == "all":
+        aspired = versions
+    elif choice == "specific":
+        wanted = set(policy.specific.versions)
+        aspired = {version: path for version, path in versions.items() if version in wanted}
+        for version in sorted(wanted - set(aspired)):
+            _log.warning("version %d of %s is configured but not on disk", version, config.name)
+    else:
+        newest = sorted(versions)[-max(policy.latest.num_versions, 1) :]
+        aspired = {version: versions[version] for version in newest}
+    if not aspired:
+        _log.warning(
+            "no versions of servable %s found under base path %s: a version is a folder named by a number",
+            config.name,
+            config.base_path,
+        )
+    return aspired
