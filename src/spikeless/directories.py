@@ -1,0 +1,131 @@
+"""Directories that appear whole or not at all.
+
+In: a directory that others read at any time. Out: private staging space beside it, copies that depend on
+nothing outside them, and data that is on the disk before its name shows.
+
+Only the standard library is used, so that training environments of their own can import this module.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spikeless.errors import InvalidArgument
+
+#: What a server of another user needs in order to read.
+DIRECTORY_MODE = 0o755
+FILE_MODE = 0o644
+
+_PREFIX = "staging-"
+_OWNER = "owner"
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold the exclusive lock of ``file``, which is created when missing; waits for whoever holds it.
+
+    The kernel releases the lock when its holder dies, however it dies.
+    """
+    with open(file, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def staging(directory: Path) -> Iterator[Path]:
+    """A new private directory below ``directory``, removed at the end whatever happens.
+
+    It stays locked while its owner lives. Whoever stages next in the same place removes what a killed
+    process left behind, and nothing that is still in use.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # Under the lock, so that nobody takes the new directory for a stale one before it has its owner.
+    with locked(directory / "lock"):
+        for leftover in directory.glob(_PREFIX + "*"):
+            if not _is_owned(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
+        owner = open(path / _OWNER, "w")  # noqa: SIM115 (its lock is held until the end)
+        fcntl.flock(owner, fcntl.LOCK_EX)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        owner.close()
+
+
+def _is_owned(path: Path) -> bool:
+    try:
+        with open(path / _OWNER, "a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a directory to ``target``, which must not exist, readable by every user.
+
+    Links are followed: the copy holds what they point at and depends on nothing outside itself.
+
+    Raises:
+        InvalidArgument: a link that leads nowhere or back into itself, a pipe, a socket or a device.
+        OSError: what the file system says, such as no space left.
+    """
+    _copy_directory(source, target, ())
+
+
+def _copy_directory(source: Path, target: Path, inside: tuple[Path, ...]) -> None:
+    real = source.resolve()
+    if real in inside:
+        raise InvalidArgument(f"{source} is a link to a folder that contains it; remove the link")
+    target.mkdir()
+    target.chmod(DIRECTORY_MODE)
+    for child in sorted(source.iterdir()):
+        try:
+            mode = child.stat().st_mode
+        except OSError as error:
+            raise InvalidArgument(
+                f"{child} cannot be read ({error.strerror}); is it a broken link?"
+            ) from None
+        if stat.S_ISDIR(mode):
+            _copy_directory(child, target / child.name, (*inside, real))
+        elif stat.S_ISREG(mode):
+            shutil.copyfile(child, target / child.name)
+            (target / child.name).chmod(FILE_MODE)
+        else:
+            raise InvalidArgument(f"{child} is neither a file nor a folder; remove it")
+
+
+def make_readable(root: Path) -> None:
+    """Give a directory and everything in it the modes that a server of another user can read."""
+    for directory, _, names in os.walk(root):
+        os.chmod(directory, DIRECTORY_MODE)
+        for name in names:
+            os.chmod(os.path.join(directory, name), FILE_MODE)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's data, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Wait until a directory and everything in it are on the disk."""
+    for directory, _, names in os.walk(root, topdown=False):
+        for name in names:
+            sync(Path(directory, name))
+        sync(Path(directory))

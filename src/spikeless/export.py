@@ -1,0 +1,259 @@
+"""The last step of every training script: a trained model becomes a run directory that can be published.
+
+In: the model's signatures as TensorFlow functions, sample requests, settings and metrics.
+Out: ``<runs>/<name>-<UTC time>/``, which appears whole or not at all, with
+
+    saved_model/     the SavedModel to warm, map and publish
+    samples.jsonl    sample requests, one TensorFlow Serving REST request a line; warmup is built from them
+    metrics.json     settings, metrics, wall time, versions, commit
+    README.md        the model card
+
+Nothing but the standard library and TensorFlow is needed, and both TensorFlow 2.15 with Keras 2 and
+TensorFlow 2.20 with Keras 3 will do, so that a script may run in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib.metadata
+import itertools
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from spikeless import directories
+from spikeless.errors import InvalidArgument
+
+#: Methods that a signature may have, as TensorFlow Serving names them in ``signature_constants.h``.
+METHODS = {
+    "predict": "tensorflow/serving/predict",
+    "classify": "tensorflow/serving/classify",
+    "regress": "tensorflow/serving/regress",
+}
+_PACKAGES = ("tensorflow", "keras", "numpy", "spikeless")
+
+
+def export(
+    *,
+    name: str,
+    signatures: Mapping[str, Any],
+    samples: Iterable[Mapping[str, Any]],
+    settings: Any,
+    metrics: Mapping[str, Any],
+    seconds: float,
+    card: str,
+    methods: Mapping[str, str] | None = None,
+    resources: Iterable[Any] = (),
+    runs: str | Path = "runs",
+) -> Path:
+    """Write a run directory and return its path. Interrupted or failing at any point, it leaves none.
+
+    Args:
+        name: what the run is called; the name of the training script.
+        signatures: signature key -> ``tf.function`` with an input signature that returns a dictionary of
+            tensors. The variables that these functions use are exported, and no others: an optimizer's
+            slots would treble the size of every load.
+        samples: request bodies of TensorFlow Serving's REST API, such as
+            ``{"signature_name": "serving_default", "instances": [[1.0, 2.0]]}``.
+        settings: a dataclass or a mapping: everything needed to run the same again, the seed included.
+        metrics: metric -> value, such as ``{"test_auc": 0.99}``.
+        seconds: wall time of the training.
+        card: the model card's text (markdown, without a title): what the model does, the data it comes
+            from, what it should not be used for. Metrics and settings are added to it.
+        methods: signature key -> ``classify`` or ``regress`` where it is not ``predict``.
+        resources: lookup tables, assets, and layers that hold some, which the signatures use.
+        runs: where run directories are kept.
+
+    Raises:
+        InvalidArgument: a sample or method that names no signature, a signature that TensorFlow Serving
+            would refuse for its method, no sample at all.
+    """
+    import tensorflow as tf
+
+    moment = datetime.now(timezone.utc)
+    methods = dict(methods or {})
+    lines = list(samples)
+    _check_names(name, signatures, methods, lines)
+    record = {
+        "name": name,
+        "time": moment.isoformat(timespec="seconds"),
+        "metrics": dict(metrics),
+        "settings": _mapping(settings),
+        "seconds": round(seconds, 3),
+        "versions": {"python": platform.python_version(), **_package_versions()},
+        "commit": _commit(),
+    }
+    runs = Path(runs)
+    functions = {key: function.get_concrete_function() for key, function in signatures.items()}
+    for key, method in methods.items():
+        _check_method(key, method, functions[key])
+    with directories.staging(runs / ".spikeless") as staging:
+        run = staging / "run"
+        saved_model = run / "saved_model"
+        root = tf.Module()
+        root.weights = _variables(functions.values())
+        root.resources = list(resources)
+        tf.saved_model.save(root, str(saved_model), signatures=functions)
+        _set_methods(saved_model, methods)
+        (run / "samples.jsonl").write_text("".join(_json(line) + "\n" for line in lines))
+        (run / "metrics.json").write_text(json.dumps(record, indent=2, default=_plain) + "\n")
+        (run / "README.md").write_text(_card(card, record))
+        directories.make_readable(run)
+        directories.sync_tree(run)
+        return _rename(run, runs, f"{name}-{moment:%Y%m%dT%H%M%SZ}")
+
+
+def _check_names(
+    name: str,
+    signatures: Mapping[str, Any],
+    methods: Mapping[str, str],
+    samples: list[Mapping[str, Any]],
+) -> None:
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise InvalidArgument(f"run name {name!r} must be letters, digits and underscores")
+    if not samples:
+        raise InvalidArgument(f"{name}: no sample requests; warmup is built from them, so give at least one")
+    known = ", ".join(sorted(signatures))
+    for sample in samples:
+        key = sample.get("signature_name", "serving_default")
+        if key not in signatures:
+            raise InvalidArgument(f"{name}: a sample names the signature {key!r}; there is: {known}")
+    for key, method in methods.items():
+        if key not in signatures:
+            raise InvalidArgument(f"{name}: a method is given for the signature {key!r}; there is: {known}")
+        if method not in METHODS:
+            raise InvalidArgument(f"{name}: method {method!r} of {key!r} must be one of {', '.join(METHODS)}")
+
+
+def _check_method(key: str, method: str, function: Any) -> None:
+    """Ask of a signature what TensorFlow Serving will (its ``classifier.cc`` and ``regressor.cc``)."""
+    import tensorflow as tf
+
+    arguments, keywords = function.structured_input_signature
+    inputs = {spec.name: spec for spec in (*arguments, *keywords.values())}
+    outputs = function.structured_outputs
+    if method == "classify":
+        allowed: dict[str, Any] = {"classes": (tf.string, (2,)), "scores": (tf.float32, (2,))}
+        wanted = "`classes` (string) and `scores` (float32), both [batch, classes]"
+    elif method == "regress":
+        allowed = {"outputs": (tf.float32, (1, 2))}
+        wanted = "`outputs` (float32), [batch] or [batch, 1]"
+    else:
+        return
+    if list(inputs) != ["inputs"] or inputs["inputs"].dtype != tf.string:
+        raise InvalidArgument(
+            f"{key}: a {method} signature takes one input, `inputs` (string), the serialized tf.Examples; "
+            f"this one takes {', '.join(map(str, inputs))}"
+        )
+    for alias, spec in outputs.items():
+        dtype, ranks = allowed.get(alias, (None, ()))
+        if spec.dtype != dtype or spec.shape.rank not in (None, *ranks):
+            raise InvalidArgument(
+                f"{key}: a {method} signature returns {wanted}; this one returns {alias}: {spec}"
+            )
+
+
+def _variables(functions: Iterable[Any]) -> dict[str, Any]:
+    """The variables that concrete functions use, each once, by name; equal names are numbered."""
+    named: dict[str, Any] = {}
+    seen = set()
+    for variable in itertools.chain.from_iterable(function.variables for function in functions):
+        if id(variable) in seen:
+            continue
+        seen.add(id(variable))
+        name = variable.name.split(":")[0]
+        key = next(key for key in _numbered(name) if key not in named)
+        named[key] = variable
+    return named
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    for number in itertools.count(2):
+        yield f"{name}-{number}"
+
+
+def _set_methods(saved_model: Path, methods: Mapping[str, str]) -> None:
+    """Set method names in ``saved_model.pb``: ``tf.saved_model.save`` calls every signature a predict one."""
+    import tensorflow as tf
+
+    updater = tf.compat.v1.saved_model.signature_def_utils.MethodNameUpdater(str(saved_model))
+    for key, method in methods.items():
+        updater.replace_method_name(key, METHODS[method])
+    updater.save()
+
+
+def _rename(run: Path, runs: Path, name: str) -> Path:
+    """Move the staged run to its name, numbered when another one was exported in the same second."""
+    for target in (runs / numbered for numbered in _numbered(name)):
+        try:
+            run.rename(target)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    directories.sync(runs)
+    return target
+
+
+def _mapping(settings: Any) -> dict[str, Any]:
+    return dict(settings) if isinstance(settings, Mapping) else dataclasses.asdict(settings)
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit of the working directory, with ``-dirty`` when files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _card(text: str, record: Mapping[str, Any]) -> str:
+    """The model card: the script's text, then tables of metrics and settings."""
+
+    def table(title: str, values: Mapping[str, Any]) -> str:
+        rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in values.items())
+        return f"## {title}\n\n| name | value |\n|---|---|\n{rows}"
+
+    versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
+    return "\n".join(
+        [
+            f"# {record['name']}\n",
+            text.strip() + "\n",
+            table("Metrics", record["metrics"]),
+            table("Settings", record["settings"]),
+            f"Trained in {record['seconds']:.1f} s, exported {record['time']}, with {versions}.",
+            "",
+        ]
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=_plain, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy values as JSON: arrays as nested lists, scalars as numbers; paths and the like as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
