@@ -1,0 +1,83 @@
+"""Warmup records: ``PredictionLog`` messages in a TFRecord file.
+
+In: a file. Out: its records, numbered from 1, each with the kind of request that it holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from spikeless import tfrecord
+from spikeless.errors import DataLoss, InvalidArgument
+from spikeless.protos import prediction_log_pb2
+from spikeless.savedmodel import EXTRA_DIRECTORY
+
+#: TensorFlow Serving's ``WarmupConsts`` (``saved_model_warmup_util.h``).
+WARMUP_FILE = "tf_serving_warmup_requests"
+MAX_RECORDS = 1000
+
+PREDICT = "Predict"
+CLASSIFY = "Classify"
+REGRESS = "Regress"
+MULTI_INFERENCE = "MultiInference"
+#: The kinds of request that a server replays -> their field in ``PredictionLog``.
+LOG_FIELDS = {
+    PREDICT: "predict_log",
+    CLASSIFY: "classify_log",
+    REGRESS: "regress_log",
+    MULTI_INFERENCE: "multi_inference_log",
+}
+_KINDS = {field: kind for kind, field in LOG_FIELDS.items()}
+
+
+def warmup_file(saved_model: str | os.PathLike[str]) -> Path:
+    """Where a server looks for the warmup records of the SavedModel in this directory."""
+    return Path(saved_model) / EXTRA_DIRECTORY / WARMUP_FILE
+
+
+@dataclass(frozen=True)
+class Record:
+    """One warmup record and where it stands."""
+
+    #: Counted from 1.
+    number: int
+    log: prediction_log_pb2.PredictionLog
+    #: Bytes of the serialized record.
+    size: int
+
+    @property
+    def kind(self) -> str | None:
+        """One of the keys of ``LOG_FIELDS``, or the name of a field that no server replays, or None."""
+        field: str | None = self.log.WhichOneof("log_type")
+        return _KINDS.get(field, field) if field else None
+
+    @property
+    def request(self) -> Any:
+        """The request message of a record of a replayed kind."""
+        return getattr(self.log, LOG_FIELDS[self.kind or ""]).request
+
+
+def read(path: str | os.PathLike[str], *, gzipped: bool | None = False) -> Iterator[Record]:
+    """The records of a warmup file, one at a time.
+
+    Raises:
+        NotFound: there is no such file.
+        DataLoss: the file is truncated, damaged or no TFRecord file.
+        InvalidArgument: a record is no PredictionLog.
+    """
+    try:
+        for number, content in enumerate(tfrecord.read(path, gzipped=gzipped), 1):
+            log = prediction_log_pb2.PredictionLog()
+            try:
+                log.ParseFromString(content)
+            except DecodeError:
+                raise InvalidArgument(f"Failed to parse warmup record {number} from {path}") from None
+            yield Record(number, log, len(content))
+    except DataLoss as error:
+        raise DataLoss(f"{error}. Please verify your warmup data is in TFRecord format.") from None

@@ -1,0 +1,93 @@
+"""Replay a warmup file into a loaded model, as a server does before the version becomes AVAILABLE.
+
+In: a loaded model and the file. Out: nothing but a warm model; the answers are thrown away. The rules are
+those of TensorFlow Serving's ``saved_model_warmup.cc`` and ``saved_model_warmup_util.cc``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
+from spikeless.warmup.records import (
+    CLASSIFY,
+    LOG_FIELDS,
+    MAX_RECORDS,
+    MULTI_INFERENCE,
+    PREDICT,
+    REGRESS,
+    Record,
+    read,
+)
+
+
+class Inference(Protocol):
+    """What a model must answer to be warmed; `spikeless.inference.Model` does."""
+
+    def predict(self, request: Any) -> Any: ...
+    def classify(self, request: Any) -> Any: ...
+    def regress(self, request: Any) -> Any: ...
+    def multi_inference(self, request: Any) -> Any: ...
+
+
+class WarmupError(SpikelessError):
+    """A record that fails the load of its version; the code is the one that its cause has."""
+
+    def __init__(self, path: str | os.PathLike[str], number: int, cause: SpikelessError) -> None:
+        super().__init__(f"warmup record {number} of {os.fspath(path)}: {cause}")
+        self.number = number
+        self.cause = cause
+        self.code = cause.code
+
+
+def replay(model: Inference, path: str | os.PathLike[str], *, request_iterations: int = 1) -> int:
+    """Run every record of the warmup file ``path`` through ``model``, in order.
+
+    The model's name and version in a record are not looked at: it is replayed into the version that it came
+    with. A record that holds no request at all counts, and does nothing.
+
+    Args:
+        model: a loaded model.
+        path: the warmup file; there may be none.
+        request_iterations: how often each record is run (``--num_request_iterations_for_warmup``).
+
+    Returns:
+        The number of records replayed; 0 without a file.
+
+    Raises:
+        WarmupError: a record failed, with its number and cause; Unimplemented for SessionRun and streamed
+            records, InvalidArgument for the one beyond ``MAX_RECORDS``.
+        DataLoss: the file is truncated, damaged or no TFRecord file.
+        InvalidArgument: a record is no PredictionLog.
+    """
+    if not Path(path).exists():
+        return 0
+    count = 0
+    for record in read(path):
+        count = record.number
+        try:
+            if count > MAX_RECORDS:
+                raise InvalidArgument(f"Number of warmup records exceeds the maximum ({MAX_RECORDS})")
+            for _ in range(request_iterations):
+                run(model, record)
+        except SpikelessError as error:
+            raise WarmupError(path, count, error) from error
+    return count
+
+
+def run(model: Inference, record: Record) -> None:
+    """Run one record through ``model``."""
+    kind = record.kind
+    if kind is None:
+        return
+    if kind not in LOG_FIELDS:
+        raise Unimplemented(f"Unsupported log_type for warmup: {kind}")
+    answer = {
+        PREDICT: model.predict,
+        CLASSIFY: model.classify,
+        REGRESS: model.regress,
+        MULTI_INFERENCE: model.multi_inference,
+    }[kind]
+    answer(record.request)

@@ -1,0 +1,141 @@
+"""Replaying a warmup file into a real model, by TensorFlow Serving's rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spikeless import tfrecord
+from spikeless.errors import Code, DataLoss, InvalidArgument
+from spikeless.inference import Model
+from spikeless.protos import example_pb2, input_pb2, prediction_log_pb2
+from spikeless.runtime import Session
+from spikeless.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD
+from spikeless.tensors import to_proto
+from spikeless.warmup import WarmupError, replay, warmup_file
+
+
+@pytest.fixture(scope="module")
+def model(saved_models):
+    with Session.load(saved_models / "signatures") as session:
+        yield Model(session)
+
+
+@pytest.fixture(scope="module")
+def examples_model(saved_models):
+    with Session.load(saved_models / "examples") as session:
+        yield Model(session)
+
+
+class Counting:
+    """A model that counts the requests on their way to it, by kind."""
+
+    def __init__(self, model):
+        self.model = model
+        self.calls = []
+
+    def __getattr__(self, kind):
+        def answer(request):
+            self.calls.append(kind)
+            return getattr(self.model, kind)(request)
+
+        return answer
+
+
+def predict_log(signature="serving_default", name="any", **inputs):
+    log = prediction_log_pb2.PredictionLog()
+    request = log.predict_log.request
+    request.model_spec.name, request.model_spec.signature_name = name, signature
+    for alias, value in (inputs or {"x": np.ones([1, 4], np.float32)}).items():
+        request.inputs[alias].CopyFrom(to_proto(value))
+    return log
+
+
+def examples(count=1):
+    example = example_pb2.Example()
+    example.features.feature["x"].float_list.value.extend([1, 2, 3, 4])
+    return input_pb2.Input(example_list=input_pb2.ExampleList(examples=[example] * count))
+
+
+def write(tmp_path, *logs):
+    path = tmp_path / "warmup"
+    tfrecord.write(path, [log.SerializeToString() for log in logs])
+    return path
+
+
+def test_where_a_server_looks(tmp_path):
+    assert warmup_file(tmp_path) == tmp_path / "assets.extra" / "tf_serving_warmup_requests"
+
+
+def test_no_file_is_fine(model, tmp_path):
+    assert replay(model, tmp_path / "none") == 0
+
+
+def test_every_replayed_kind(examples_model, tmp_path):
+    predict = predict_log(x=np.ones([2, 4], np.float32))
+    classify, regress, multi = (prediction_log_pb2.PredictionLog() for _ in range(3))
+    for request, key in (
+        (classify.classify_log.request, "classify"),
+        (regress.regress_log.request, "regress"),
+    ):
+        request.model_spec.signature_name = key
+        request.input.CopyFrom(examples())
+    request = multi.multi_inference_log.request
+    request.input.CopyFrom(examples(2))
+    for key, method in (("classify", CLASSIFY_METHOD), ("regress", REGRESS_METHOD)):
+        task = request.tasks.add(method_name=method)
+        task.model_spec.name, task.model_spec.signature_name = "any", key
+    path = write(tmp_path, predict, classify, regress, multi)
+    counting = Counting(examples_model)
+    assert replay(counting, path, request_iterations=2) == 4
+    assert counting.calls == [
+        kind for kind in ("predict", "classify", "regress", "multi_inference") for _ in range(2)
+    ]
+
+
+def test_a_record_without_a_request_counts_and_does_nothing(model, tmp_path):
+    counting = Counting(model)
+    assert replay(counting, write(tmp_path, prediction_log_pb2.PredictionLog(), predict_log())) == 2
+    assert counting.calls == ["predict"]
+
+
+@pytest.mark.parametrize("field", ["session_run_log", "predict_streamed_log"])
+def test_kinds_that_no_server_replays(model, tmp_path, field):
+    log = prediction_log_pb2.PredictionLog()
+    getattr(log, field).SetInParent()
+    with pytest.raises(
+        WarmupError, match=f"record 2 of .*: Unsupported log_type for warmup: {field}"
+    ) as info:
+        replay(model, write(tmp_path, predict_log(), log))
+    assert info.value.code is Code.UNIMPLEMENTED
+    assert info.value.number == 2
+
+
+def test_the_first_failing_record_ends_it_with_its_number_and_cause(model, tmp_path):
+    bad = predict_log("gather", ids=np.array([10], np.int32))
+    counting = Counting(model)
+    with pytest.raises(WarmupError, match=r"warmup record 2 of .*/warmup: .*indices\[0\] = 10") as info:
+        replay(counting, write(tmp_path, predict_log(), bad, predict_log()))
+    assert info.value.code is Code.INVALID_ARGUMENT
+    assert counting.calls == ["predict", "predict"]
+    with pytest.raises(WarmupError, match=r"record 1 .* not found") as info:
+        replay(model, write(tmp_path, predict_log("none")))
+    assert info.value.code is Code.FAILED_PRECONDITION
+
+
+def test_a_thousand_records_and_one_more(model, tmp_path):
+    empty = prediction_log_pb2.PredictionLog()
+    assert replay(model, write(tmp_path, *[empty] * 1000)) == 1000
+    with pytest.raises(WarmupError, match=r"record 1001 .* exceeds the maximum \(1000\)") as info:
+        replay(model, write(tmp_path, *[empty] * 1001))
+    assert info.value.code is Code.INVALID_ARGUMENT
+
+
+def test_files_that_are_no_warmup_records(model, tmp_path):
+    path = tmp_path / "warmup"
+    path.write_text("no records at all")
+    with pytest.raises(DataLoss, match="verify your warmup data is in TFRecord format"):
+        replay(model, path)
+    tfrecord.write(path, [b"\xff\xff\xff"])
+    with pytest.raises(InvalidArgument, match="Failed to parse warmup record 1 from"):
+        replay(model, path)
