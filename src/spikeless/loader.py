@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from spikeless import warmup
 from spikeless.inference import Model
 from spikeless.protos import config_pb2
 from spikeless.runtime import Session
@@ -48,5 +49,17 @@ class ModelLoader:
         session = Session.load(path, self.saved_model_tags, config)
         model = Model(session, version, self.enable_serialization_as_tensor_content)
         loaded = time.monotonic()
-        _log.info("loaded %s version %d in %.0f ms", name, version, 1000 * (loaded - started))
+        _log.info("restored %s version %d in %.0f ms", name, version, 1000 * (loaded - started))
+        try:
+            if self.enable_model_warmup:
+                records = warmup.replay(
+                    model,
+                    warmup.warmup_file(path),
+                    request_iterations=self.num_request_iterations_for_warmup,
+                )
+                elapsed = 1000 * (time.monotonic() - loaded)
+                _log.info("warmed %s version %d with %d records in %.0f ms", name, version, records, elapsed)
+        except BaseException:
+            model.close()
+            raise
         return model
