@@ -1,3 +1,3 @@
-"""What tests share: the SavedModels of saved_models.py, as fixtures."""
+"""Fixtures that several test files share."""
 
-pytest_plugins = ("saved_models",)
+pytest_plugins = ("saved_models", "trained_models")

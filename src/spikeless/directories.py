@@ -23,7 +23,7 @@ from spikeless.errors import InvalidArgument
 DIRECTORY_MODE = 0o755
 FILE_MODE = 0o644
 
-_PREFIX = "staging-"
+_LOCK = "lock"
 _OWNER = "owner"
 
 
@@ -39,19 +39,17 @@ def locked(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staging(directory: Path) -> Iterator[Path]:
+def staging(directory: Path, prefix: str = "") -> Iterator[Path]:
     """A new private directory below ``directory``, removed at the end whatever happens.
 
-    It stays locked while its owner lives. Whoever stages next in the same place removes what a killed
-    process left behind, and nothing that is still in use.
+    It is locked while its owner lives. Whoever stages next in the same place removes what a killed process
+    left behind, and nothing that is still in use.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # Under the lock, so that nobody takes the new directory for a stale one before it has its owner.
-    with locked(directory / "lock"):
-        for leftover in directory.glob(_PREFIX + "*"):
-            if not _is_owned(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
+    with locked(directory / _LOCK):
+        _remove_stale(directory)
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
         owner = open(path / _OWNER, "w")  # noqa: SIM115 (its lock is held until the end)
         fcntl.flock(owner, fcntl.LOCK_EX)
     try:
@@ -61,11 +59,26 @@ def staging(directory: Path) -> Iterator[Path]:
         owner.close()
 
 
+def staged(directory: Path) -> list[Path]:
+    """The staging directories below ``directory`` that are in use; what killed processes left is removed."""
+    if not directory.is_dir():
+        return []
+    with locked(directory / _LOCK):
+        _remove_stale(directory)
+        return [path for path in directory.iterdir() if path.is_dir()]
+
+
+def _remove_stale(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not _is_owned(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _is_owned(path: Path) -> bool:
     try:
-        with open(path / _OWNER, "a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with open(path / _OWNER, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # in use, or another user's to clean up
         return True
     except FileNotFoundError:
         return False
@@ -107,11 +120,16 @@ def _copy_directory(source: Path, target: Path, inside: tuple[Path, ...]) -> Non
 
 
 def make_readable(root: Path) -> None:
-    """Give a directory and everything in it the modes that a server of another user can read."""
+    """Let every user read a directory and everything in it, and nobody but its owner write."""
     for directory, _, names in os.walk(root):
-        os.chmod(directory, DIRECTORY_MODE)
+        _allow(Path(directory), DIRECTORY_MODE)
         for name in names:
-            os.chmod(os.path.join(directory, name), FILE_MODE)
+            _allow(Path(directory, name), 0o444)
+
+
+def _allow(path: Path, bits: int) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(mode & 0o755 | bits)
 
 
 def sync(path: Path) -> None:

@@ -93,7 +93,7 @@ def export(
     functions = {key: function.get_concrete_function() for key, function in signatures.items()}
     for key, method in methods.items():
         _check_method(key, method, functions[key])
-    with directories.staging(runs / ".spikeless") as staging:
+    with directories.staging(runs / ".staging") as staging:
         run = staging / "run"
         saved_model = run / "saved_model"
         root = tf.Module()

@@ -16,12 +16,12 @@ from spikeless.protos import model_server_config_pb2
 
 _log = logging.getLogger(__name__)
 _VERSION = re.compile(r"\d{1,19}", re.ASCII)
-_MAX_VERSION = (1 << 63) - 1
+MAX_VERSION = (1 << 63) - 1
 
 
 def parse_version(name: str) -> int | None:
     """The version that a directory name stands for, or None: ``7`` and ``00000007`` are both version 7."""
-    if not _VERSION.fullmatch(name) or int(name) > _MAX_VERSION:
+    if not _VERSION.fullmatch(name) or int(name) > MAX_VERSION:
         return None
     return int(name)
 

@@ -1,0 +1,171 @@
+"""The model repository: ``<models>/<name>/<version>/``, in which every version is whole at any moment.
+
+In: a SavedModel from anywhere. Out: the same as a version that TensorFlow Serving picks up by polling.
+
+A server takes every child of ``<models>/<name>/`` whose name is an integer for a version and loads it at
+once; there is no marker for "complete". So a version is built in ``<models>/<name>/.spikeless/staging/``,
+which no server looks into and which is on the same file system, and gets its number by a single rename at the
+very end. Whatever happens before that, a kill included, leaves the versions as they were; what is left of it
+is removed by the next publish.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikeless import directories
+from spikeless.checks import check_files, check_load
+from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
+from spikeless.versions import MAX_VERSION, list_versions
+
+#: What belongs to Spikeless inside a model's directory.
+STATE_DIRECTORY = ".spikeless"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A version that is staged and not yet visible."""
+
+    path: Path
+    name: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something done with a staged version before it becomes visible: a check that raises, or a rewrite."""
+
+    #: What it does, for progress messages.
+    title: str
+    run: Callable[[Candidate], None]
+
+
+CHECK_FILES = Step("checking files", lambda candidate: check_files(candidate.path))
+CHECK_LOAD = Step("loading", lambda candidate: check_load(candidate.path))
+STEPS = (CHECK_FILES, CHECK_LOAD)
+
+
+def versions(models: str | os.PathLike[str], name: str) -> dict[int, Path]:
+    """The versions of a model that are on disk, lowest first; none when the model is unknown."""
+    directory = _model_directory(models, name)
+    return list_versions(directory) if directory.is_dir() else {}
+
+
+def publish(
+    saved_model: str | os.PathLike[str],
+    models: str | os.PathLike[str],
+    name: str,
+    version: int | None = None,
+    *,
+    steps: Sequence[Step] = STEPS,
+    progress: Callable[[str], None] = lambda title: None,
+) -> Path:
+    """Copy a SavedModel into the repository as a new version and return its directory.
+
+    The copy holds what links in the source point at (`spikeless.directories.copy_tree`) and every user can
+    read it, whatever the modes in the source. The source is left as it is.
+
+    Args:
+        saved_model: the directory with ``saved_model.pb``.
+        models: the repository; created when it is not there.
+        name: the model's name: letters, digits, ``_``, ``-``, ``.``; a letter or ``_`` first.
+        version: its number, from 0 to 2**63 - 1; by default one more than the highest that is there or being
+            published, or 1.
+        steps: what is done with the staged copy, in this order, before it becomes visible.
+        progress: called with the title of each stage as it begins.
+
+    Raises:
+        AlreadyExists: the version is there, or another process is publishing it.
+        ResourceExhausted: no space is left.
+        SpikelessError: a step refused it, the arguments are wrong, the file system failed. In all these cases
+            the versions in the repository are what they were.
+    """
+    source = Path(saved_model)
+    directory = _model_directory(models, name)
+    if version is not None and not 0 <= version <= MAX_VERSION:
+        raise InvalidArgument(f"version {version} of {name} must be between 0 and {MAX_VERSION}")
+    # Again on the copy, as a step; here to fail before gigabytes are copied and anything is created.
+    check_files(source)
+    with _file_system_errors(directory), _reserved(directory, version) as (number, staging):
+        staged = staging / "version"
+        progress("copying")
+        directories.copy_tree(source, staged)
+        for step in steps:
+            progress(step.title)
+            step.run(Candidate(staged, name, number))
+        progress("writing to disk")
+        directories.make_readable(staged)
+        directories.sync_tree(staged)
+        progress("publishing")
+        return _rename(staged, directory / str(number))
+
+
+def _model_directory(models: str | os.PathLike[str], name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"model name {name!r} must be letters, digits, '_', '-' and '.', starting with a letter or '_'"
+        )
+    return Path(models) / name
+
+
+@contextmanager
+def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]]:
+    """A version number that nobody else gets, and the staging directory that reserves it by its name."""
+    _make_directory(directory)
+    state = directory / STATE_DIRECTORY
+    state.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        with directories.locked(state / "lock"):
+            published = list_versions(directory)
+            reserved = {int(path.name.partition("-")[0]) for path in directories.staged(state / "staging")}
+            number = max([0, *published, *reserved]) + 1 if version is None else version
+            if number in published:
+                raise AlreadyExists(f"{published[number]} is there already; versions are never overwritten")
+            if number in reserved:
+                raise AlreadyExists(f"{directory / str(number)} is being published by another process")
+            if number > MAX_VERSION:
+                raise InvalidArgument(f"{directory} has the highest version there is; give a free one")
+            staging = stack.enter_context(directories.staging(state / "staging", prefix=f"{number}-"))
+        yield number, staging
+
+
+def _make_directory(path: Path) -> None:
+    """Create a directory that a server of another user can list, and its parents."""
+    if path.is_dir():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(exist_ok=True)
+    path.chmod(directories.DIRECTORY_MODE)
+    directories.sync(path.parent)
+
+
+def _rename(staged: Path, target: Path) -> Path:
+    try:
+        # Fails where anything but an empty directory is in the way.
+        staged.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise AlreadyExists(f"{target} appeared meanwhile; versions are never overwritten") from None
+    directories.sync(target.parent)
+    return target
+
+
+@contextmanager
+def _file_system_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot publish to {directory}: {error.strerror or error}"
+        if error.filename is not None:
+            message += f" ({error.filename})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(f"{message}; make room and publish again") from error
+        raise FailedPrecondition(message) from error

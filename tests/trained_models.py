@@ -1,0 +1,35 @@
+"""The factorization machine, trained as a user would.
+
+In: nothing. Out: the session fixture ``boston_run``, its run directory; ``spikeless`` runs the command.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def spikeless(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, from the root of the bundle."""
+    return subprocess.run(
+        [sys.executable, "-m", "spikeless", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def boston_run(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    done = spikeless("train", "factorization_machine", "--runs", runs)
+    assert done.returncode == 0, done.stderr
+    (run,) = (path for path in runs.iterdir() if not path.name.startswith("."))
+    assert done.stdout.splitlines()[-1] == f"run directory: {run}"
+    return run
