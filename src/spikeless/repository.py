@@ -36,6 +36,17 @@ class Candidate:
     path: Path
     name: str
     version: int
+    #: Where it will be.
+    target: Path
+
+    def publish(self) -> Path:
+        """Make it visible: one rename. Returns the version's directory.
+
+        Raises:
+            AlreadyExists: something is in the way.
+        """
+        with _file_system_errors(self.target.parent):
+            return _rename(self.path, self.target)
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,28 @@ def publish(
 ) -> Path:
     """Copy a SavedModel into the repository as a new version and return its directory.
 
-    The copy holds what links in the source point at (`spikeless.directories.copy_tree`) and every user can
-    read it, whatever the modes in the source. The source is left as it is.
+    Arguments and errors are those of `stage`.
+    """
+    with stage(saved_model, models, name, version, steps=steps, progress=progress) as candidate:
+        progress("publishing")
+        return candidate.publish()
+
+
+@contextmanager
+def stage(
+    saved_model: str | os.PathLike[str],
+    models: str | os.PathLike[str],
+    name: str,
+    version: int | None = None,
+    *,
+    steps: Sequence[Step] = STEPS,
+    progress: Callable[[str], None] = lambda title: None,
+) -> Iterator[Candidate]:
+    """Do all of publishing but the rename, for those who must choose the moment: ``candidate.publish()``.
+
+    A candidate that is not published is gone at the end of the block. The copy holds what links in the source
+    point at (`spikeless.directories.copy_tree`) and every user can read it, whatever the modes in the source.
+    The source is left as it is.
 
     Args:
         saved_model: the directory with ``saved_model.pb``.
@@ -93,18 +124,19 @@ def publish(
         raise InvalidArgument(f"version {version} of {name} must be between 0 and {MAX_VERSION}")
     # Again on the copy, as a step; here to fail before gigabytes are copied and anything is created.
     check_files(source)
-    with _file_system_errors(directory), _reserved(directory, version) as (number, staging):
-        staged = staging / "version"
-        progress("copying")
-        directories.copy_tree(source, staged)
-        for step in steps:
-            progress(step.title)
-            step.run(Candidate(staged, name, number))
-        progress("writing to disk")
-        directories.make_readable(staged)
-        directories.sync_tree(staged)
-        progress("publishing")
-        return _rename(staged, directory / str(number))
+    with ExitStack() as stack:
+        with _file_system_errors(directory):
+            number, staging = stack.enter_context(_reserved(directory, version))
+            candidate = Candidate(staging / "version", name, number, directory / str(number))
+            progress("copying")
+            directories.copy_tree(source, candidate.path)
+            for step in steps:
+                progress(step.title)
+                step.run(candidate)
+            progress("writing to disk")
+            directories.make_readable(candidate.path)
+            directories.sync_tree(candidate.path)
+        yield candidate
 
 
 def _model_directory(models: str | os.PathLike[str], name: str) -> Path:
