@@ -1,0 +1,384 @@
+"""TensorFlow Serving's REST JSON to tensors and examples.
+
+In: the body of a ``:predict``, ``:classify`` or ``:regress`` call. Out: NumPy arrays by input alias, or an
+``Input`` message. The rules and error texts are those of ``tensorflow_serving/util/json_tensor.cc``:
+
+- ``instances`` is a list of rows; a row is a value or nested list (signatures with one input), or an object
+  with one entry for each input. Rows become the first dimension.
+- ``inputs`` holds columns: one value or nested list (signatures with one input), or an object with one entry
+  for each input; entries for anything else are ignored.
+- Numbers must fit their type: no fractions for integers, no numbers for booleans, nothing too large.
+- Strings are text, or ``{"b64": "..."}`` for bytes.
+
+Values are checked by type and converted in bulk; no Python code runs per number.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from spikeless.errors import InvalidArgument, Unimplemented
+from spikeless.protos import example_pb2, feature_pb2, input_pb2, types_pb2
+from spikeless.savedmodel import TensorSpec
+from spikeless.tensors import dtype_name, numpy_dtype
+
+SIGNATURE_KEY = "signature_name"
+INSTANCES_KEY = "instances"
+INPUTS_KEY = "inputs"
+EXAMPLES_KEY = "examples"
+CONTEXT_KEY = "context"
+BASE64_KEY = "b64"
+
+_Array = np.ndarray[Any, Any]
+
+_FLOATS = frozenset({types_pb2.DT_FLOAT, types_pb2.DT_DOUBLE})
+_INTEGERS = frozenset(
+    {
+        types_pb2.DT_INT8,
+        types_pb2.DT_INT16,
+        types_pb2.DT_INT32,
+        types_pb2.DT_INT64,
+        types_pb2.DT_UINT8,
+        types_pb2.DT_UINT32,
+        types_pb2.DT_UINT64,
+    }
+)
+_JSON_TYPES = {
+    dict: "Object",
+    list: "Array",
+    str: "String",
+    int: "Number",
+    float: "Number",
+    bool: "Bool",
+    type(None): "Null",
+}
+
+
+def parse(body: bytes | str) -> dict[str, Any]:
+    """The JSON object in a request body; ``NaN`` and ``Infinity`` are numbers."""
+    if not body:
+        raise InvalidArgument("JSON Parse error: The document is empty")
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, absurdly long numbers, deep nesting
+        raise InvalidArgument(f"JSON Parse error: {error}") from None
+    if type(document) is not dict:
+        raise InvalidArgument(f"JSON Value: {_text(document)} Is not object")
+    return document
+
+
+def signature_name(document: Mapping[str, Any]) -> str:
+    """The signature that a request asks for; empty for the default."""
+    name = document.get(SIGNATURE_KEY, "")
+    if not isinstance(name, str):
+        raise InvalidArgument(
+            f"JSON Value: {_text(document)} not formatted correctly. 'signature_name' key must be a string "
+            "value."
+        )
+    return _encode(name).decode()
+
+
+def is_row_format(document: Mapping[str, Any]) -> bool:
+    """Whether a ``:predict`` request has ``instances``, which decides the layout of its response.
+
+    Raises:
+        InvalidArgument: it has both of ``instances`` and ``inputs``, or neither.
+    """
+    rows, columns = INSTANCES_KEY in document, INPUTS_KEY in document
+    if rows and columns:
+        raise InvalidArgument(
+            f"JSON Value: {_text(document)} Not formatted correctly expecting only one of 'inputs' or "
+            "'instances' keys to exist "
+        )
+    if not rows and not columns:
+        raise InvalidArgument("Missing 'inputs' or 'instances' key")
+    return rows
+
+
+def predict_inputs(
+    document: Mapping[str, Any], specs: Mapping[str, TensorSpec], *, strict: bool = False
+) -> dict[str, _Array]:
+    """The tensors of a ``:predict`` request, by alias; strings as object arrays of ``bytes``.
+
+    Args:
+        document: the request.
+        specs: the inputs of the signature that it asks for.
+        strict: refuse ``inputs`` that the signature does not have instead of ignoring them.
+
+    Raises:
+        InvalidArgument: the request does not have the form described above.
+        Unimplemented: an input has a type that JSON requests cannot hold.
+    """
+    rows = is_row_format(document)
+    if not specs:
+        name = signature_name(document) or "DEFAULT"
+        raise InvalidArgument(f"Failed to get input map for signature: {name}")
+    if rows:
+        return _from_rows(document, specs)
+    columns = document[INPUTS_KEY]
+    if strict and _is_object(columns) and (unknown := columns.keys() - specs.keys()):
+        raise InvalidArgument(
+            f"unknown input {_text(min(unknown))}; the signature has: {', '.join(sorted(specs))}"
+        )
+    return _from_columns(columns, specs)
+
+
+def _from_rows(document: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, _Array]:
+    rows = document[INSTANCES_KEY]
+    if type(rows) is not list:
+        raise InvalidArgument(f"JSON Value: {_text(document)} Excepting 'instances' to be an list/array")
+    if not rows:
+        raise InvalidArgument(f"JSON Value: {_text(document)} No values in 'instances' array")
+    named = _is_object(rows[0])
+    for number, row in enumerate(rows):
+        if _is_object(row) != named:
+            expected, got = ("object", "list") if named else ("value/list", "object")
+            raise InvalidArgument(f"Expecting {expected} but got {got} at item {number} of input list")
+    if not named:
+        if len(specs) > 1:
+            raise InvalidArgument(
+                "instances is a plain list, but expecting list of objects as multiple input tensors required "
+                "as per tensorinfo_map"
+            )
+        (spec,) = specs.values()
+        return {spec.alias: _tensor(rows, spec, "'instances' list")}
+    for number, row in enumerate(rows):
+        if row.keys() != specs.keys():
+            raise InvalidArgument(
+                f"Failed to process element: {number} of 'instances' list. JSON object: {_text(row)} keys "
+                f"must be equal to: {','.join(sorted(specs))}"
+            )
+    return {
+        alias: _tensor([row[alias] for row in rows], spec, f"key: {alias} of 'instances' list")
+        for alias, spec in specs.items()
+    }
+
+
+def _from_columns(columns: Any, specs: Mapping[str, TensorSpec]) -> dict[str, _Array]:
+    if not _is_object(columns):
+        if len(specs) > 1:
+            raise InvalidArgument(
+                "inputs is a plain value/list, but expecting an object as multiple input tensors required as "
+                "per tensorinfo_map"
+            )
+        (spec,) = specs.values()
+        return {spec.alias: _tensor(columns, spec, "'inputs'")}
+    for alias in specs:
+        if alias not in columns:
+            raise InvalidArgument(f"Missing named input: {alias} in 'inputs' object.")
+    return {
+        alias: _tensor(columns[alias], spec, f"key: {alias} of 'inputs' object")
+        for alias, spec in specs.items()
+    }
+
+
+def _is_object(value: Any) -> bool:
+    """An object that stands for named values, not for base64-encoded bytes."""
+    return type(value) is dict and not _is_base64(value)
+
+
+def _is_base64(value: dict[str, Any]) -> bool:
+    return len(value) == 1 and type(value.get(BASE64_KEY)) is str
+
+
+def _tensor(value: Any, spec: TensorSpec, where: str) -> _Array:
+    try:
+        shape, leaves = _flatten(value)
+        return _convert(leaves, spec.dtype).reshape(shape)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"Failed to process {where}. Error: {error}") from None
+
+
+def _flatten(value: Any) -> tuple[list[int], list[Any]]:
+    """The shape of nested lists, and what they hold; every list of one level must be equally long."""
+    shape: list[int] = []
+    level = [value]
+    while list in (types := set(map(type, level))):
+        if len(types) > 1:
+            odd = next(item for item in level if type(item) is not list)
+            raise InvalidArgument(
+                f"JSON Value: {_text(odd)} found at incorrect level: {len(shape)} in the JSON DOM: its "
+                "neighbours are lists"
+            )
+        size = len(level[0])
+        for length in set(map(len, level)) - {size}:
+            raise InvalidArgument(
+                f"Encountered list at unexpected size: {length} at level: {len(shape)} expected size: {size}"
+            )
+        shape.append(size)
+        level = list(chain.from_iterable(level))
+    return shape, level
+
+
+def _convert(leaves: list[Any], dtype: int) -> _Array:
+    """A flat array of the values, all of which must be of the right JSON type and fit ``dtype``."""
+    types = set(map(type, leaves))
+    if dtype == types_pb2.DT_STRING:
+        _check_types(leaves, types, {str, dict}, dtype)
+        strings = np.empty(len(leaves), dtype=object)
+        strings[:] = [_string(leaf) for leaf in leaves]
+        return strings
+    if dtype == types_pb2.DT_BOOL:
+        _check_types(leaves, types, {bool}, dtype)
+        return np.array(leaves, dtype=np.bool_)
+    if dtype in _INTEGERS:
+        _check_types(leaves, types, {int}, dtype)
+        return _integers(leaves, dtype)
+    if dtype in _FLOATS:
+        _check_types(leaves, types, {int, float}, dtype)
+        return _floats(leaves, dtype)
+    raise Unimplemented(f"Conversion of JSON Value to type: {_type_text(dtype)}")
+
+
+def _check_types(leaves: list[Any], types: set[type], allowed: set[type], dtype: int) -> None:
+    if not types <= allowed:
+        odd = next(leaf for leaf in leaves if type(leaf) not in allowed)
+        raise InvalidArgument(
+            f"JSON Value: {_text(odd)} Type: {_JSON_TYPES[type(odd)]} is not of expected type: "
+            f"{_type_text(dtype)}"
+        )
+
+
+def _integers(leaves: list[int], dtype: int) -> _Array:
+    numpy = numpy_dtype(dtype)
+    if leaves:
+        limits = np.iinfo(numpy)
+        for extreme in (min(leaves), max(leaves)):
+            # The server lets 8 and 16 bit integers wrap around; saying so instead loses no valid request.
+            if not limits.min <= extreme <= limits.max:
+                raise InvalidArgument(
+                    f"JSON Value: {extreme} Type: Number is not of expected type: {_type_text(dtype)}"
+                )
+    return np.array(leaves, dtype=numpy)
+
+
+def _floats(leaves: list[float], dtype: int) -> _Array:
+    numpy = numpy_dtype(dtype)
+    try:
+        values = np.array(leaves, dtype=np.float64)
+    except OverflowError:
+        raise InvalidArgument("JSON Parse error: Number too big to be stored in double.") from None
+    limits = np.finfo(numpy)
+    magnitudes = np.abs(values)
+    # Whole numbers are exact up to the width of the fraction; only where there are larger ones need JSON's
+    # integers be told from its decimals, which may be rounded.
+    exact = (1 << (limits.nmant + 1)) - 1
+    for index in np.flatnonzero((magnitudes > exact) & np.isfinite(values)).tolist():
+        leaf = leaves[index]
+        integer = type(leaf) is int and -(1 << 63) <= leaf < 1 << 64
+        if integer or magnitudes[index] > limits.max:
+            target = "float" if dtype == types_pb2.DT_FLOAT else "double"
+            raise InvalidArgument(
+                f"Cannot convert JSON value: {_text(leaf)} to {target} without loss of precision."
+            )
+    return values.astype(numpy)
+
+
+def _string(leaf: str | dict[str, Any]) -> bytes:
+    if isinstance(leaf, dict):
+        return _decode_base64(leaf)
+    return _encode(leaf)
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"JSON Value: {_text(text)} is not valid Unicode: a lone surrogate") from None
+
+
+def _decode_base64(value: dict[str, Any]) -> bytes:
+    if not _is_base64(value):
+        raise InvalidArgument(f"JSON Value: {_text(value)} not formatted correctly for base64 data")
+    text = "".join(value[BASE64_KEY].split())
+    try:
+        # Padding may be left out.
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidArgument("Unable to base64 decode") from None
+
+
+def examples_input(document: Mapping[str, Any]) -> input_pb2.Input:
+    """The ``Input`` of a ``:classify`` or ``:regress`` request: its ``examples``, and its ``context`` if any.
+
+    A feature is a value or a list of values: decimals are floats, whole numbers and booleans are int64,
+    strings and ``b64`` objects are bytes; one feature holds one kind only.
+    """
+    examples = document.get(EXAMPLES_KEY)
+    if EXAMPLES_KEY not in document:
+        raise InvalidArgument(
+            f"JSON Value: {_text(document)} When method is classify, key 'examples' is expected and was not "
+            "found"
+        )
+    if type(examples) is not list:
+        raise InvalidArgument(f"JSON Value: {_text(document)} Expecting 'examples' value to be an list/array")
+    if not examples:
+        raise InvalidArgument(f"JSON Value: {_text(document)} 'examples' value is an empty array")
+    result = input_pb2.Input()
+    listed: Any = result.example_list
+    if CONTEXT_KEY in document:
+        listed = result.example_list_with_context
+        listed.context.CopyFrom(_example(document[CONTEXT_KEY]))
+    listed.examples.extend(_example(example) for example in examples)
+    return result
+
+
+def _example(value: Any) -> example_pb2.Example:
+    if type(value) is not dict:
+        raise InvalidArgument(f"Example must be JSON object but got JSON {_JSON_TYPES[type(value)]}")
+    example = example_pb2.Example()
+    for name, content in value.items():
+        # Assigning also keeps features without a value, which is another thing than no feature.
+        example.features.feature[_encode(name).decode()].CopyFrom(_feature(name, content))
+    return example
+
+
+def _feature(name: str, content: Any) -> feature_pb2.Feature:
+    values = content if type(content) is list else [content]
+    feature = feature_pb2.Feature()
+    if not values:
+        return feature
+    types = set(map(type, values))
+    if types & {list, type(None)} or any(not _is_base64(value) for value in values if type(value) is dict):
+        odd = next(
+            value
+            for value in values
+            if type(value) in (list, type(None)) or (type(value) is dict and not _is_base64(value))
+        )
+        raise InvalidArgument(
+            f"Feature: {name} has element with unexpected JSON type: {_JSON_TYPES[type(odd)]}"
+        )
+    if types <= {str, dict}:
+        feature.bytes_list.value.extend(map(_string, values))
+    elif types <= {int, bool}:
+        feature.int64_list.value.extend(_integers([int(v) for v in values], types_pb2.DT_INT64).tolist())
+    elif types == {float}:
+        feature.float_list.value.extend(_floats(values, types_pb2.DT_FLOAT).tolist())
+    else:
+        raise InvalidArgument(
+            f"Unexpected element type in feature: {name} expecting type: one of bytes, float, int64 for all "
+            "its values"
+        )
+    return feature
+
+
+def _type_text(dtype: int) -> str:
+    """TensorFlow's short name, such as ``int64``."""
+    return dtype_name(dtype).removeprefix("DT_").lower()
+
+
+def _text(value: Any, limit: int = 200) -> str:
+    """A JSON value for an error message, cut where it gets long."""
+    text = ""
+    for piece in json.JSONEncoder().iterencode(value):  # lazily: the value may be a whole request
+        text += piece
+        if len(text) > limit:
+            return text[:limit] + "..."
+    return text

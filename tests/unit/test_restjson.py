@@ -1,0 +1,274 @@
+"""REST JSON to tensors and examples, by TensorFlow Serving's rules."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spikeless import restjson
+from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
+from spikeless.protos import types_pb2
+from spikeless.savedmodel import TensorSpec
+from spikeless.tensors import dtype_name, numpy_dtype
+
+
+def specs(**dtypes):
+    return {
+        alias: TensorSpec(alias, f"{alias}:0", types_pb2.DataType.Value(f"DT_{dtype.upper()}"), None)
+        for alias, dtype in dtypes.items()
+    }
+
+
+def inputs(document, **dtypes):
+    text = document if isinstance(document, str) else json.dumps(document)
+    return restjson.predict_inputs(restjson.parse(text), specs(**dtypes))
+
+
+def only(document, dtype):
+    return inputs(document, x=dtype)["x"]
+
+
+def test_plain_rows():
+    array = only({"instances": [[1, 2.5], [3, -4]]}, "float")
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, [[1, 2.5], [3, -4]])
+
+
+def test_rows_of_scalars_and_of_base64():
+    assert only({"instances": [1, 2, 3]}, "int32").shape == (3,)
+    assert only({"instances": [{"b64": "aGk="}, "text"]}, "string").tolist() == [b"hi", b"text"]
+
+
+def test_named_rows():
+    rows = [{"a": [1, 2], "b": "x"}, {"b": {"b64": "/w=="}, "a": [3, 4]}]
+    result = inputs({"signature_name": "s", "instances": rows}, a="int64", b="string")
+    np.testing.assert_array_equal(result["a"], [[1, 2], [3, 4]])
+    assert result["b"].tolist() == [b"x", b"\xff"]
+
+
+def test_named_rows_for_one_input():
+    assert inputs({"instances": [{"x": 1}, {"x": 2}]}, x="int64")["x"].tolist() == [1, 2]
+
+
+def test_columns():
+    result = inputs({"inputs": {"a": [[1], [2]], "b": 0.5, "ignored": None}}, a="int8", b="double")
+    assert result["a"].shape == (2, 1)
+    assert result["a"].dtype == np.int8
+    assert result["b"].shape == ()
+    assert result["b"] == 0.5
+    assert result.keys() == {"a", "b"}
+
+
+def test_strict_columns():
+    document = restjson.parse('{"inputs": {"x": 1, "y": 2}}')
+    with pytest.raises(InvalidArgument, match='unknown input "y"; the signature has: x'):
+        restjson.predict_inputs(document, specs(x="float"), strict=True)
+
+
+def test_plain_columns_and_a_base64_scalar():
+    np.testing.assert_array_equal(only({"inputs": [[1, 2]]}, "float"), [[1, 2]])
+    assert only({"inputs": {"b64": "aGk"}}, "string").tolist() == b"hi"
+
+
+def test_not_a_number_and_infinity():
+    array = only('{"instances": [NaN, Infinity, -Infinity]}', "float")
+    assert math.isnan(array[0])
+    assert array[1:].tolist() == [math.inf, -math.inf]
+
+
+def test_empty_lists():
+    assert only({"instances": [[], []]}, "float").shape == (2, 0)
+    assert only({"inputs": []}, "string").shape == (0,)
+    assert only({"inputs": []}, "int32").shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("document", "dtype", "message"),
+    [
+        ("", "float", "The document is empty"),
+        ("{", "float", "JSON Parse error"),
+        (b"\xff\xfe", "float", "JSON Parse error"),
+        ("[" * 100000, "float", "JSON Parse error"),
+        ("9" * 5000, "float", "JSON Parse error"),
+        ("[1]", "float", "Is not object"),
+        ({}, "float", "Missing 'inputs' or 'instances' key"),
+        ({"instances": [1], "inputs": [1]}, "float", "only one of 'inputs' or 'instances'"),
+        ({"instances": {}}, "float", "to be an list/array"),
+        ({"instances": []}, "float", "No values in 'instances' array"),
+        ({"instances": [[1, 2], [3]]}, "float", "unexpected size: 1 at level: 1 expected size: 2"),
+        ({"instances": [[1], 2]}, "float", "JSON Value: 2 found at incorrect level"),
+        ({"instances": [1, [2]]}, "float", "JSON Value: 1 found at incorrect level"),
+        ({"instances": [{"x": 1}, 2]}, "float", "Expecting object but got list at item 1"),
+        ({"instances": [1, {"x": 2}]}, "float", "Expecting value/list but got object at item 1"),
+        ({"instances": [{"y": 1}]}, "float", "keys must be equal to: x"),
+        ({"instances": [{"x": 1, "y": 1}]}, "float", "keys must be equal to: x"),
+        ({"inputs": {"y": 1}}, "float", "Missing named input: x"),
+        ({"inputs": "text"}, "float", 'JSON Value: "text" Type: String is not of expected type: float'),
+        ({"inputs": [1, True]}, "float", "JSON Value: true Type: Bool"),
+        ({"inputs": [None]}, "float", "JSON Value: null Type: Null"),
+        ({"inputs": [1, True]}, "int32", "JSON Value: true Type: Bool"),
+        ({"inputs": [1, 2.0]}, "int32", "JSON Value: 2.0 Type: Number is not of expected type: int32"),
+        ({"inputs": [2**31]}, "int32", "JSON Value: 2147483648"),
+        ({"inputs": [-1]}, "uint64", "JSON Value: -1"),
+        ({"inputs": [2**64]}, "uint64", "JSON Value: 18446744073709551616"),
+        ({"inputs": [256]}, "uint8", "JSON Value: 256"),
+        ({"inputs": [1]}, "bool", "is not of expected type: bool"),
+        ({"inputs": [True, 1]}, "bool", "JSON Value: 1 Type: Number"),
+        ({"inputs": [1]}, "string", "is not of expected type: string"),
+        ({"inputs": [{"b64": "aGk="}]}, "float", "Type: Object is not of expected type: float"),
+        ({"inputs": [{"b64": "!!"}]}, "string", "Unable to base64 decode"),
+        ({"inputs": [{"b64": 1}]}, "string", "not formatted correctly for base64"),
+        ({"inputs": [{"b64": "aGk=", "c": 1}]}, "string", "not formatted correctly for base64"),
+        ({"inputs": ["\ud800"]}, "string", "lone surrogate"),
+        ({"inputs": [0, 2**24]}, "float", "Cannot convert JSON value: 16777216 to float without loss"),
+        ({"inputs": [0.5, 1e39]}, "float", "1e\\+39 to float without loss"),
+        ({"inputs": [2**53]}, "double", "to double without loss"),
+        ({"inputs": [10**400]}, "double", "too big"),
+    ],
+)
+def test_refusals(document, dtype, message):
+    text = document if isinstance(document, str | bytes) else json.dumps(document)
+    with pytest.raises(InvalidArgument, match=message):
+        restjson.predict_inputs(restjson.parse(text), specs(x=dtype))
+
+
+def test_signature_name():
+    assert restjson.signature_name({}) == ""
+    assert restjson.signature_name({"signature_name": "s"}) == "s"
+    with pytest.raises(InvalidArgument, match="key must be a string"):
+        restjson.signature_name({"signature_name": 1})
+    with pytest.raises(InvalidArgument, match="lone surrogate"):
+        restjson.signature_name({"signature_name": "\ud800"})
+
+
+def test_large_numbers_that_fit():
+    assert only({"inputs": [2**24 - 1, 16777216.0, 3e38, 2**70]}, "float").dtype == np.float32
+    assert only({"inputs": [2**63 - 1, -(2**63)]}, "int64").tolist() == [2**63 - 1, -(2**63)]
+    assert only({"inputs": [2**64 - 1]}, "uint64").tolist() == [2**64 - 1]
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_several_inputs_need_names(kind):
+    document = {"instances": [[1]]} if kind == "rows" else {"inputs": [1]}
+    with pytest.raises(InvalidArgument, match="expecting"):
+        inputs(document, a="float", b="float")
+
+
+def test_a_signature_without_inputs():
+    with pytest.raises(InvalidArgument, match="Failed to get input map for signature: DEFAULT"):
+        inputs({"inputs": []})
+
+
+def test_types_that_json_requests_cannot_hold():
+    for dtype in ("half", "complex64"):
+        with pytest.raises(Unimplemented, match=dtype):
+            only({"inputs": [1]}, dtype)
+
+
+def test_long_values_are_cut_in_messages():
+    with pytest.raises(InvalidArgument) as info:
+        inputs({"instances": [{"x": ["y" * 100] * 100000, "z": 1}]}, x="string")
+    assert len(str(info.value)) < 500
+
+
+_NUMBERS = {
+    types_pb2.DT_FLOAT: st.floats(width=32, allow_nan=False),
+    types_pb2.DT_DOUBLE: st.floats(allow_nan=False),
+    types_pb2.DT_INT64: st.integers(-(2**63), 2**63 - 1),
+    types_pb2.DT_UINT8: st.integers(0, 255),
+    types_pb2.DT_BOOL: st.booleans(),
+    types_pb2.DT_STRING: st.binary(max_size=8),
+}
+
+
+@given(st.data(), st.lists(st.integers(0, 4), max_size=3), st.sampled_from(sorted(_NUMBERS)))
+def test_round_trip(data, shape, dtype):
+    count = math.prod(shape)
+    flat = np.empty(count, numpy_dtype(dtype))
+    flat[:] = data.draw(st.lists(_NUMBERS[dtype], min_size=count, max_size=count))
+    array = flat.reshape(shape)
+    # A zero dimension hides those behind it from JSON.
+    visible = shape[: shape.index(0) + 1] if 0 in shape else shape
+
+    def encode(value):
+        if isinstance(value, list):
+            return [encode(item) for item in value]
+        return {"b64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+
+    spec = TensorSpec("x", "x:0", dtype, None)
+    document = restjson.parse(json.dumps({"inputs": {"x": encode(array.tolist())}}))
+    result = restjson.predict_inputs(document, {"x": spec})["x"]
+    assert result.dtype == array.dtype, dtype_name(dtype)
+    assert result.shape == tuple(visible)
+    np.testing.assert_array_equal(result, array.reshape(visible))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["x", "b64", "y"]), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["instances", "inputs", "examples", "context", "signature_name"]), _JSON, min_size=1
+    ),
+    st.sampled_from(["float", "int8", "uint64", "bool", "string", "half"]),
+)
+def test_any_json_gives_tensors_or_a_spikeless_error(document, dtype):
+    for convert in (lambda: restjson.predict_inputs(document, specs(x=dtype)), lambda: examples(document)):
+        with contextlib.suppress(SpikelessError):
+            convert()
+
+
+def examples(document):
+    return restjson.examples_input(document)
+
+
+def test_examples():
+    document = restjson.parse(
+        '{"examples": [{"f": 1.5, "i": [1, true], "s": ["a", {"b64": "/w=="}], "none": []},'
+        ' {"f": [2.0, 3.5]}]}'
+    )
+    first, second = examples(document).example_list.examples
+    feature = first.features.feature
+    assert feature["f"].float_list.value == [1.5]
+    assert feature["i"].int64_list.value == [1, 1]
+    assert feature["s"].bytes_list.value == [b"a", b"\xff"]
+    assert feature["none"].WhichOneof("kind") is None
+    assert second.features.feature["f"].float_list.value == [2.0, 3.5]
+
+
+def test_examples_with_context():
+    result = examples({"examples": [{"a": 1}], "context": {"c": "x"}}).example_list_with_context
+    assert result.context.features.feature["c"].bytes_list.value == [b"x"]
+    assert len(result.examples) == 1
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({}, "key 'examples' is expected"),
+        ({"examples": {}}, "to be an list/array"),
+        ({"examples": []}, "is an empty array"),
+        ({"examples": [1]}, "Example must be JSON object but got JSON Number"),
+        ({"examples": [{"a": None}]}, "Feature: a has element with unexpected JSON type: Null"),
+        ({"examples": [{"a": [[1]]}]}, "Feature: a has element with unexpected JSON type: Array"),
+        ({"examples": [{"a": {"x": 1}}]}, "Feature: a has element with unexpected JSON type: Object"),
+        ({"examples": [{"a": [1, 2.5]}]}, "Unexpected element type in feature: a"),
+        ({"examples": [{"a": [1, "x"]}]}, "Unexpected element type in feature: a"),
+        ({"examples": [{"a": 2**63}]}, "9223372036854775808"),
+        ({"examples": [{"a": 1e39}]}, "without loss of precision"),
+    ],
+)
+def test_examples_refusals(document, message):
+    with pytest.raises(InvalidArgument, match=message):
+        examples(document)
