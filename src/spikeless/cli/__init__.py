@@ -14,6 +14,7 @@ from spikeless.errors import SpikelessError
 #: Sub-command -> the module of this package that defines a click command ``command``, and its short help.
 COMMANDS: dict[str, str] = {
     "train": "Train one of the models in training/ and export it.",
+    "warmup": "Build, inspect and verify warmup files.",
     "publish": "Make a SavedModel a version that servers pick up.",
     "serve": "Serve models with the embedded engine.",
 }

@@ -1,0 +1,184 @@
+"""``spikeless warmup``: build, inspect and verify the warmup file of a SavedModel."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from spikeless import warmup
+from spikeless.warmup import BuildSettings, SampleFile
+from spikeless.warmup.records import CLASSIFY, PREDICT, REGRESS
+
+_KINDS = {kind.lower(): kind for kind in (PREDICT, CLASSIFY, REGRESS)}
+
+_Dims = dict[str | None, tuple[int, ...]]
+
+
+def _parse_samples(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[SampleFile, ...]:
+    """``FILE`` or ``SIGNATURE=FILE``."""
+    files = []
+    for value in values:
+        signature, equals, file = value.partition("=")
+        named = equals and not Path(value).exists()
+        files.append(SampleFile(Path(file), signature) if named else SampleFile(Path(value)))
+    return tuple(files)
+
+
+def _parse_sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+    return () if value is None else _sizes(value)
+
+
+def _parse_dims(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> _Dims:
+    """``SIZE`` for every input or ``INPUT=SIZE,...``."""
+    dims: _Dims = {}
+    for value in values:
+        alias, equals, text = value.rpartition("=")
+        sizes = _sizes(text)
+        if not equals and len(sizes) > 1:
+            raise click.BadParameter(f"{value!r} gives several sizes, so name the input: INPUT={value}")
+        dims[alias if equals else None] = sizes
+    return dims
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of whole numbers such as 1,8,32") from None
+
+
+@click.group()
+def command() -> None:
+    """Build, inspect and verify warmup files.
+
+    A server replays the requests in <version>/assets.extra/tf_serving_warmup_requests before the version
+    takes traffic, so that its first caller does not wait for what only the first request has to do.
+    """
+
+
+@command.command()
+@click.argument("saved_model", type=click.Path(path_type=Path))
+@click.option(
+    "--samples",
+    metavar="[SIGNATURE=]FILE",
+    callback=_parse_samples,
+    multiple=True,
+    help="Sample requests: TensorFlow Serving REST JSON (.json, .jsonl), .npz, .csv, or TFRecords of "
+    "tf.Example or PredictionLog. SIGNATURE is for samples that name none themselves. Repeatable. Without "
+    "samples, requests are made up from the signatures.",
+)
+@click.option(
+    "--signature",
+    "signatures",
+    metavar="KEY[:KIND]",
+    multiple=True,
+    help="A signature to warm, and predict, classify or regress where its method name does not tell. "
+    "Repeatable. Default: those that the samples are for, or all.",
+)
+@click.option(
+    "--multi-inference",
+    metavar="KEY,KEY...",
+    multiple=True,
+    help="Also a MultiInference request that joins these Classify and Regress signatures. Repeatable.",
+)
+@click.option(
+    "--batch-sizes",
+    metavar="SIZE,...",
+    callback=_parse_sizes,
+    help="Put the samples into batches of each of these sizes.",
+)
+@click.option(
+    "--dim",
+    "dims",
+    metavar="SIZE|INPUT=SIZE,...",
+    callback=_parse_dims,
+    multiple=True,
+    help="Sizes of the unknown dimensions behind the batch, for requests that are made up. Repeatable.",
+)
+@click.option("--model-name", help="The model name in the requests; servers do not look at it.")
+def build(
+    saved_model: Path,
+    samples: tuple[SampleFile, ...],
+    signatures: tuple[str, ...],
+    multi_inference: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    dims: _Dims,
+    model_name: str | None,
+) -> None:
+    """Write the warmup file of SAVED_MODEL, a directory with saved_model.pb.
+
+    Every record is checked against its signature first; on any error nothing is written.
+    """
+    named = [_key_and_kind(signature) for signature in signatures]
+    settings = BuildSettings(
+        samples=samples,
+        signatures=tuple(key for key, _ in named),
+        kinds={key: kind for key, kind in named if kind is not None},
+        multi_inference=tuple(tuple(keys.split(",")) for keys in multi_inference),
+        batch_sizes=batch_sizes,
+        dims=dims,
+        model_name=model_name,
+    )
+    path = warmup.build(saved_model, settings)
+    count = len(list(warmup.inspect(path)))
+    click.echo(f"{path}: {count} {'record' if count == 1 else 'records'}, {path.stat().st_size} bytes")
+
+
+def _key_and_kind(signature: str) -> tuple[str, str | None]:
+    key, _, kind = signature.rpartition(":")
+    return (key, _KINDS[kind.lower()]) if key and kind.lower() in _KINDS else (signature, None)
+
+
+@command.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def inspect(path: Path, as_json: bool) -> None:
+    """List the records of PATH, a warmup file or a SavedModel that has one."""
+    records = list(warmup.inspect(path))
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(record) for record in records], indent=2))
+        return
+    table = Table("record", "kind", "signature", "inputs", "bytes")
+    for record in records:
+        table.add_row(
+            str(record.number),
+            record.kind or "(no request)",
+            escape("\n".join(record.signatures)),
+            escape("\n".join(map(str, record.inputs))),
+            str(record.bytes),
+        )
+    Console().print(table)
+
+
+@command.command()
+@click.argument("saved_model", type=click.Path(path_type=Path))
+@click.option(
+    "--request-iterations",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How often each record is replayed, as --num_request_iterations_for_warmup of the server.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def verify(saved_model: Path, request_iterations: int, as_json: bool) -> None:
+    """Replay the warmup file of SAVED_MODEL as a server would, and measure what it gains.
+
+    Fails with the number and the cause of the first record that would fail the load.
+    """
+    result = warmup.verify(saved_model, request_iterations=request_iterations)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+        return
+    table = Table("first request", "signature", "cold ms", "after warmup ms")
+    for first in result.first_requests:
+        signatures = escape("\n".join(first.signatures))
+        table.add_row(first.kind, signatures, f"{first.cold_ms:.1f}", f"{first.warm_ms:.1f}")
+    Console().print(table)
+    count = result.records
+    click.echo(f"{count} {'record' if count == 1 else 'records'} replayed in {result.replay_ms:.0f} ms")

@@ -1,0 +1,114 @@
+"""The same samples in every batch size asked for.
+
+In: requests of any batch size. Out: requests of exactly the sizes asked for, made of the same rows. The rows
+of all requests that differ in nothing else are put one after the other and cut into batches; the last batch
+starts over from the first row, so that it is full as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spikeless.errors import InvalidArgument
+from spikeless.protos import prediction_log_pb2
+from spikeless.savedmodel import TensorSpec
+from spikeless.tensors import to_numpy, to_proto
+from spikeless.warmup.records import PREDICT
+from spikeless.warmup.requests import Request, Servable, example_messages
+
+
+def rebatch(servable: Servable, requests: Sequence[Request], sizes: Sequence[int]) -> list[Request]:
+    """``requests``, which must fit their signatures, in each of ``sizes``.
+
+    Inputs whose first dimension is fixed, or that are scalars, stay as they are; so do requests that have no
+    other input.
+
+    Raises:
+        InvalidArgument: the inputs of a request disagree about its batch size, or have no rows.
+    """
+    groups: dict[Any, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(_group(servable, request), []).append(request)
+    batches: list[Request] = []
+    for group in groups.values():
+        make = _predict_batches if group[0].kind == PREDICT else _example_batches
+        batches.extend(make(servable, group, sizes))
+    return batches
+
+
+def _group(servable: Servable, request: Request) -> tuple[Any, ...]:
+    """Equal for requests whose rows can go into one batch: all but the rows' values is the same."""
+    rest = _copy(request)
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    if rest.kind == PREDICT:
+        for alias in _batched(servable, request):
+            shapes.append((alias, to_numpy(rest.message.inputs[alias]).shape[1:]))
+            del rest.message.inputs[alias]
+    else:
+        del example_messages(rest.message.input)[:]
+    return (*shapes, rest.log.SerializeToString(deterministic=True))
+
+
+def _copy(request: Request) -> Request:
+    log = prediction_log_pb2.PredictionLog()
+    log.CopyFrom(request.log)
+    return Request(request.source, log)
+
+
+def _batched(servable: Servable, request: Request) -> list[str]:
+    """The inputs of a Predict request that have rows; they must have equally many."""
+    specs = servable.signature(request.message.model_spec.signature_name).inputs
+    sizes = {
+        alias: tensor.tensor_shape.dim[0].size
+        for alias, tensor in sorted(request.message.inputs.items())
+        if tensor.tensor_shape.dim and _has_rows(specs[alias])
+    }
+    if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        text = ", ".join(f"{alias}: {size}" for alias, size in sizes.items())
+        raise InvalidArgument(f"{request.source}: the inputs need equally many rows, and some ({text})")
+    return list(sizes)
+
+
+def _has_rows(spec: TensorSpec) -> bool:
+    return spec.shape is None or (len(spec.shape) > 0 and spec.shape[0] is None)
+
+
+def _indices(rows: int, size: int) -> list[Any]:
+    """Which rows go into each batch of ``size``."""
+    count = -(-rows // size)
+    return list(np.resize(np.arange(rows), count * size).reshape(count, size))
+
+
+def _predict_batches(servable: Servable, group: list[Request], sizes: Sequence[int]) -> list[Request]:
+    aliases = _batched(servable, group[0])
+    if not aliases:
+        return group
+    rows = {
+        alias: np.concatenate([to_numpy(request.message.inputs[alias]) for request in group])
+        for alias in aliases
+    }
+    batches = []
+    for size in sizes:
+        for chosen in _indices(len(rows[aliases[0]]), size):
+            batch = _copy(group[0])
+            for alias in aliases:
+                tensor = batch.message.inputs[alias]
+                tensor.CopyFrom(to_proto(rows[alias][chosen], tensor.dtype))
+            batches.append(batch)
+    return batches
+
+
+def _example_batches(servable: Servable, group: list[Request], sizes: Sequence[int]) -> list[Request]:
+    rows = [example for request in group for example in example_messages(request.message.input)]
+    batches = []
+    for size in sizes:
+        for chosen in _indices(len(rows), size):
+            batch = _copy(group[0])
+            examples = example_messages(batch.message.input)
+            del examples[:]
+            examples.extend(rows[index] for index in chosen)
+            batches.append(batch)
+    return batches

@@ -1,0 +1,129 @@
+"""Build a warmup file.
+
+In: a SavedModel and sample files, or none. Out: its ``assets.extra/tf_serving_warmup_requests``, in which
+every record fits its signature. On any error nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spikeless import tfrecord
+from spikeless.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from spikeless.savedmodel import DEFAULT_SIGNATURE
+from spikeless.warmup import samples, synthetic
+from spikeless.warmup.batching import rebatch
+from spikeless.warmup.records import MAX_RECORDS, warmup_file
+from spikeless.warmup.requests import Request, Servable
+from spikeless.warmup.samples import Router, SampleFile
+from spikeless.warmup.validation import validate
+
+#: What TensorFlow Serving calls a model when it is not told; MultiInference requests must have some name.
+DEFAULT_MODEL_NAME = "default"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What goes into a warmup file."""
+
+    #: Files of sample requests. Without any, requests are made up from the signatures alone.
+    samples: tuple[SampleFile, ...] = ()
+    #: The signatures to warm; those that no sample is for get a made-up request. Without any: those that the
+    #: samples are for, or all where there are no samples.
+    signatures: tuple[str, ...] = ()
+    #: Signature key -> ``Predict``, ``Classify`` or ``Regress``, where it is not the one that its method name
+    #: says; TensorFlow 2 calls every signature that it exports Predict.
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    #: For each MultiInference request wanted, the Classify and Regress signatures that it joins.
+    multi_inference: tuple[tuple[str, ...], ...] = ()
+    #: The batch sizes of the requests; empty leaves samples as they are.
+    batch_sizes: tuple[int, ...] = ()
+    #: Sizes of unknown dimensions in made-up requests.
+    dims: synthetic.Dims = field(default_factory=dict)
+    #: The model name in the requests; None keeps the name in a PredictionLog sample, else ``default``.
+    #: Servers do not look at it when they warm up.
+    model_name: str | None = None
+
+
+def make_requests(saved_model: str | os.PathLike[str], settings: BuildSettings) -> list[Request]:
+    """The requests of a warmup file, each of which fits its signature.
+
+    Raises:
+        NotFound: no SavedModel, sample file or signature where one was named.
+        InvalidArgument: a sample does not fit its signature, or a setting names nothing.
+        ResourceExhausted: more than ``MAX_RECORDS`` requests.
+    """
+    _check(settings)
+    servable = Servable.read(saved_model, settings.kinds)
+    named = [servable.target(key) for key in settings.signatures]
+    joined = [servable.multi_inference(keys) for keys in settings.multi_inference]
+    _check_names(servable, settings)
+    router = Router(servable, named, joined)
+    requests = [request for file in settings.samples for request in samples.read(file, router)]
+    for request in requests:
+        _address(request, settings.model_name)
+    covered = {tuple(spec.signature_name for spec in request.model_specs) for request in requests}
+    if not settings.samples and not named:
+        named = [servable.target(key) for key in servable.signatures]
+    wanted = [target for target in (*named, *joined) if target.keys not in covered]
+    for target in wanted:
+        requests.append(synthetic.request(servable, target, settings.dims))
+        _address(requests[-1], settings.model_name)
+    for request in requests:
+        validate(servable, request)
+    if settings.batch_sizes:
+        requests = rebatch(servable, requests, settings.batch_sizes)
+    if not requests:
+        raise InvalidArgument(f"{saved_model} has no signature to warm")
+    if len(requests) > MAX_RECORDS:
+        raise ResourceExhausted(
+            f"{len(requests)} records: a server refuses a warmup file with more than {MAX_RECORDS}; give "
+            "fewer samples, or larger or fewer batch sizes"
+        )
+    return requests
+
+
+def build(saved_model: str | os.PathLike[str], settings: BuildSettings | None = None) -> Path:
+    """Write the warmup file of ``saved_model``, in place of one that is there, and return its path.
+
+    Raises what `make_requests` does, and FailedPrecondition where the file cannot be written; nothing is left
+    behind then, and an older warmup file stays.
+    """
+    requests = make_requests(saved_model, settings or BuildSettings())
+    path = warmup_file(saved_model)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        tfrecord.write(path, (request.log.SerializeToString() for request in requests))
+    except OSError as error:
+        raise FailedPrecondition(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def _check(settings: BuildSettings) -> None:
+    for size in settings.batch_sizes:
+        if size < 1:
+            raise InvalidArgument(f"batch size {size}: it must be 1 or more")
+    for alias, sizes in settings.dims.items():
+        if any(size < 0 for size in sizes):
+            raise InvalidArgument(f"dimensions {sizes} of {alias or 'every input'}: none may be negative")
+
+
+def _check_names(servable: Servable, settings: BuildSettings) -> None:
+    for key in settings.kinds:
+        servable.signature(key)
+    known = {alias for signature in servable.signatures.values() for alias in signature.inputs}
+    for alias in settings.dims:
+        if alias is not None and alias not in known:
+            raise InvalidArgument(f"no signature has input {alias!r}; there is: {', '.join(sorted(known))}")
+
+
+def _address(request: Request, model_name: str | None) -> None:
+    """Name model and signature, and no version: a request warms whatever version it comes with."""
+    for spec in request.model_specs:
+        spec.name = model_name or spec.name or DEFAULT_MODEL_NAME
+        spec.signature_name = spec.signature_name or DEFAULT_SIGNATURE
+        spec.ClearField("version")
+        spec.ClearField("version_label")

@@ -1,0 +1,175 @@
+"""Requests on their way into a warmup file, and the signatures that they are for.
+
+In: tensors or examples. Out: ``PredictionLog`` messages that hold a request and no response.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from spikeless import savedmodel
+from spikeless.errors import InvalidArgument, NotFound
+from spikeless.inference import EXAMPLES_INPUT
+from spikeless.protos import input_pb2, meta_graph_pb2, prediction_log_pb2, types_pb2
+from spikeless.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD, Signature
+from spikeless.tensors import to_proto
+from spikeless.warmup.features import FeatureSpec, parsed_features
+from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS
+
+_METHOD_KINDS = {CLASSIFY_METHOD: CLASSIFY, REGRESS_METHOD: REGRESS}
+#: The kinds that a MultiInference request can ask for -> the method name that it gives them.
+TASK_METHODS = {kind: method for method, kind in _METHOD_KINDS.items()}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request and where it came from, for messages."""
+
+    source: str
+    #: Of one of the kinds that servers replay.
+    log: prediction_log_pb2.PredictionLog
+
+    @property
+    def kind(self) -> str:
+        """One of the keys of ``LOG_FIELDS``."""
+        field = self.log.WhichOneof("log_type")
+        return next(kind for kind, name in LOG_FIELDS.items() if name == field)
+
+    @property
+    def message(self) -> Any:
+        """The request message inside the log."""
+        return getattr(self.log, LOG_FIELDS[self.kind]).request
+
+    @property
+    def model_specs(self) -> list[Any]:
+        """Every ModelSpec in the request; changing them changes it."""
+        if self.kind == MULTI_INFERENCE:
+            return [task.model_spec for task in self.message.tasks]
+        return [self.message.model_spec]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What requests are sent to: a signature, or for MultiInference several."""
+
+    kind: str
+    keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {'+'.join(self.keys)}"
+
+
+@dataclass(frozen=True)
+class Servable:
+    """A SavedModel as requests see it."""
+
+    meta_graph: meta_graph_pb2.MetaGraphDef
+    signatures: Mapping[str, Signature]
+    #: Signature key -> kind of request, where it is not the one that the method name says.
+    kinds: Mapping[str, str]
+    _features: dict[str, dict[str, FeatureSpec]] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], kinds: Mapping[str, str] | None = None) -> Servable:
+        """Read ``saved_model.pb`` in the directory ``path``; ``NotFound`` where there is none."""
+        meta_graph = savedmodel.read(path).meta_graph()
+        return cls(meta_graph, savedmodel.signatures_of(meta_graph), kinds or {})
+
+    def signature(self, key: str) -> Signature:
+        """The signature ``key``, or ``NotFound`` with those that there are."""
+        if key not in self.signatures:
+            raise NotFound(f"there is no signature {key!r}; the model has: {', '.join(self.signatures)}")
+        return self.signatures[key]
+
+    def target(self, key: str) -> Target:
+        """The signature ``key`` with its own kind of request."""
+        method = self.signature(key).method_name
+        return Target(self.kinds.get(key) or _METHOD_KINDS.get(method, PREDICT), (key,))
+
+    def multi_inference(self, keys: Sequence[str]) -> Target:
+        """Several Classify and Regress signatures in one request.
+
+        Raises:
+            InvalidArgument: one of them is of another kind.
+        """
+        for key in keys:
+            if (kind := self.target(key).kind) not in TASK_METHODS:
+                raise InvalidArgument(
+                    f"MultiInference joins Classify and Regress signatures, but {key!r} is {kind}"
+                )
+        return Target(MULTI_INFERENCE, tuple(keys))
+
+    def features(self, key: str) -> dict[str, FeatureSpec]:
+        """The features that the signature ``key`` parses out of its examples."""
+        if key not in self._features:
+            self._features[key] = parsed_features(self.meta_graph, self.signature(key))
+        return self._features[key]
+
+    def defaults(self, key: str) -> set[str]:
+        """The inputs that a request may leave out."""
+        return set(self.meta_graph.signature_def[key].defaults)
+
+
+def predict(key: str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> prediction_log_pb2.PredictionLog:
+    """A Predict request with these tensors for the signature ``key``."""
+    log = prediction_log_pb2.PredictionLog()
+    request = log.predict_log.request
+    request.model_spec.signature_name = key
+    for alias, array in inputs.items():
+        request.inputs[alias].CopyFrom(to_proto(array))
+    return log
+
+
+def with_examples(
+    servable: Servable, target: Target, examples: input_pb2.Input
+) -> prediction_log_pb2.PredictionLog:
+    """A request of any kind with these examples; Predict takes them serialized, in its only input.
+
+    Raises:
+        InvalidArgument: a Predict signature that has no such input.
+    """
+    log = prediction_log_pb2.PredictionLog()
+    if target.kind == MULTI_INFERENCE:
+        multi = log.multi_inference_log.request
+        multi.input.CopyFrom(examples)
+        for key in target.keys:
+            task = multi.tasks.add(method_name=TASK_METHODS[servable.target(key).kind])
+            task.model_spec.signature_name = key
+        return log
+    (key,) = target.keys
+    if target.kind == PREDICT:
+        specs = list(servable.signature(key).inputs.values())
+        if len(specs) != 1 or specs[0].dtype != types_pb2.DT_STRING:
+            raise InvalidArgument(
+                f"examples cannot be sent to Predict signature {key!r}: it has not one string input but "
+                + "; ".join(map(str, specs))
+            )
+        serialized = np.array(serialized_examples(examples), dtype=object)
+        return predict(key, {specs[0].alias: serialized})
+    request = getattr(log, LOG_FIELDS[target.kind]).request
+    request.model_spec.signature_name = key
+    request.input.CopyFrom(examples)
+    return log
+
+
+def example_messages(examples: input_pb2.Input) -> Any:
+    """The list of examples in an ``Input`` of either form."""
+    kind = examples.WhichOneof("kind") or "example_list"
+    return getattr(examples, kind).examples
+
+
+def serialized_examples(examples: input_pb2.Input) -> list[bytes]:
+    """Each example with the shared context merged into it, as the server parses it."""
+    context = examples.example_list_with_context.context.SerializeToString()
+    return [context + example.SerializeToString() for example in example_messages(examples)]
+
+
+def is_examples_signature(signature: Signature) -> bool:
+    """Whether Classify and Regress can feed it: one string input named ``inputs``."""
+    spec = signature.inputs.get(EXAMPLES_INPUT)
+    return len(signature.inputs) == 1 and spec is not None and spec.dtype == types_pb2.DT_STRING

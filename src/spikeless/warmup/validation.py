@@ -1,0 +1,131 @@
+"""Whether a request fits the signature that it is for, told before any server tries it.
+
+In: a request and the model's signatures. Out: nothing, or the error that says what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
+from spikeless.inference import CLASSES_OUTPUT, REGRESS_OUTPUT, SCORES_OUTPUT
+from spikeless.protos import input_pb2, predict_pb2, tensor_pb2
+from spikeless.savedmodel import Signature, TensorSpec
+from spikeless.tensors import dtype_name, shape_text, to_numpy
+from spikeless.warmup.features import check_example
+from spikeless.warmup.records import CLASSIFY, MULTI_INFERENCE, PREDICT
+from spikeless.warmup.requests import (
+    TASK_METHODS,
+    Request,
+    Servable,
+    example_messages,
+    is_examples_signature,
+)
+
+_METHOD_KINDS = {method: kind for kind, method in TASK_METHODS.items()}
+_OUTPUTS = {True: {CLASSES_OUTPUT, SCORES_OUTPUT}, False: {REGRESS_OUTPUT}}
+
+
+def validate(servable: Servable, request: Request) -> None:
+    """Raise what is wrong with ``request``, which names its signature, and where it came from.
+
+    Raises:
+        NotFound: there is no such signature.
+        InvalidArgument: an input is unknown, missing, or of the wrong dtype or shape; examples do not have
+            the features that the model parses; a signature cannot answer this kind of request.
+        Unimplemented: a MultiInference task of another method than Classify and Regress.
+    """
+    try:
+        _validate(servable, request)
+    except SpikelessError as error:
+        raise type(error)(f"{request.source}: {error}") from None
+
+
+def _validate(servable: Servable, request: Request) -> None:
+    kind, message = request.kind, request.message
+    if kind == PREDICT:
+        _check_predict(servable, message)
+    elif kind == MULTI_INFERENCE:
+        _check_multi_inference(servable, message)
+    else:
+        _check_examples(servable, servable.signature(message.model_spec.signature_name), kind, message.input)
+
+
+def _check_predict(servable: Servable, message: predict_pb2.PredictRequest) -> None:
+    signature = servable.signature(message.model_spec.signature_name)
+    sent, known = set(message.inputs), set(signature.inputs)
+    if unknown := sent - known:
+        raise InvalidArgument(
+            f"signature {signature.key!r} has no input {_names(unknown)}; it has: {_specs(signature)}"
+        )
+    if missing := known - sent - servable.defaults(signature.key):
+        raise InvalidArgument(
+            f"signature {signature.key!r} lacks input {_names(missing)}; it has: {_specs(signature)}"
+        )
+    if unknown := set(message.output_filter) - set(signature.outputs):
+        raise InvalidArgument(f"signature {signature.key!r} has no output {_names(unknown)}")
+    for alias, tensor in sorted(message.inputs.items()):
+        _check_tensor(signature.inputs[alias], tensor)
+
+
+def _check_tensor(spec: TensorSpec, tensor: tensor_pb2.TensorProto) -> None:
+    if tensor.dtype != spec.dtype:
+        raise InvalidArgument(
+            f"input {spec.alias!r} is {dtype_name(tensor.dtype)}, but the signature takes {spec}; convert it"
+        )
+    shape = to_numpy(tensor).shape
+    if spec.shape is None:
+        return
+    fits = len(shape) == len(spec.shape) and all(
+        wanted is None or wanted == size for wanted, size in zip(spec.shape, shape, strict=True)
+    )
+    if not fits:
+        raise InvalidArgument(
+            f"input {spec.alias!r} has shape {shape_text(shape)}, but the signature takes {spec}"
+        )
+
+
+def _check_examples(servable: Servable, signature: Signature, kind: str, examples: input_pb2.Input) -> None:
+    wanted = _OUTPUTS[kind == CLASSIFY]
+    if not is_examples_signature(signature) or not wanted & set(signature.outputs):
+        raise InvalidArgument(
+            f"signature {signature.key!r} cannot answer {kind}: that takes one string input 'inputs' and "
+            f"output {_names(wanted)}; it has: {_specs(signature)} -> {_names(signature.outputs)}"
+        )
+    messages = example_messages(examples)
+    if not messages:
+        raise InvalidArgument("the request holds no example")
+    features = servable.features(signature.key)
+    context = examples.example_list_with_context.context
+    for message in messages:
+        merged = type(message)()
+        merged.CopyFrom(context)
+        merged.MergeFrom(message)
+        check_example(merged, features)
+
+
+def _check_multi_inference(servable: Servable, message: Any) -> None:
+    if not message.tasks:
+        raise InvalidArgument("the MultiInference request has no tasks")
+    keys = [task.model_spec.signature_name for task in message.tasks]
+    if len(set(keys)) < len(keys):
+        raise InvalidArgument(f"the MultiInference request asks twice for the same signature: {_names(keys)}")
+    for key, task in zip(keys, message.tasks, strict=True):
+        if task.method_name not in _METHOD_KINDS:
+            raise Unimplemented(f"MultiInference cannot ask for method {task.method_name!r}")
+        _check_examples(servable, servable.signature(key), _METHOD_KINDS[task.method_name], message.input)
+    tensors = {key: next(iter(servable.signature(key).inputs.values())).tensor_name for key in keys}
+    if len(set(tensors.values())) > 1:
+        raise InvalidArgument(
+            "MultiInference needs signatures that share one input tensor, but theirs are "
+            + ", ".join(f"{key}: {name}" for key, name in tensors.items())
+        )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _specs(signature: Signature) -> str:
+    return "; ".join(map(str, signature.inputs.values()))
