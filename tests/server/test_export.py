@@ -1,0 +1,178 @@
+"""The export helper: what it writes, what it refuses, and that it leaves nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from trained_models import ROOT
+
+from spikeless.errors import InvalidArgument
+from spikeless.export import export
+from spikeless.runtime import Session
+
+
+class Scale(tf.Module):
+    def __init__(self):
+        self.factor = tf.Variable([2.0, 3.0], name="factor")
+        self.slot = tf.Variable(tf.zeros([1000]), name="optimizer/slot")
+        self.other = tf.Variable([10.0, 10.0], name="factor")
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, "x")])
+    def __call__(self, x):
+        return {"y": x * self.factor + self.other}
+
+
+SCALE = Scale()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    seed: int = 7
+    rate: float = 0.5
+
+
+def examples_signature(outputs, name="inputs"):
+    """A signature over serialized examples that returns ``outputs`` of them."""
+    return tf.function(outputs, input_signature=[tf.TensorSpec([None], tf.string, name)])
+
+
+def write(runs, **options):
+    options = {
+        "name": "scale",
+        "signatures": {"serving_default": SCALE.__call__},
+        "samples": [{"instances": np.ones([1, 2], np.float32)}],
+        "settings": Settings(),
+        "metrics": {"loss": np.float32(0.25)},
+        "seconds": 1.5,
+        "card": "Scales.",
+        "runs": runs,
+    } | options
+    return export(**options)
+
+
+def visible(runs):
+    return sorted(path.name for path in runs.glob("[!.]*"))
+
+
+def test_a_run_directory_holds_model_samples_metrics_and_card(tmp_path):
+    run = write(tmp_path)
+    assert visible(tmp_path) == [run.name]
+    assert visible(run) == ["README.md", "metrics.json", "samples.jsonl", "saved_model"]
+    assert (run / "samples.jsonl").read_text() == '{"instances":[[1.0,1.0]]}\n'
+    record = json.loads((run / "metrics.json").read_text())
+    assert record["settings"] == {"seed": 7, "rate": 0.5}
+    assert record["metrics"] == {"loss": 0.25}
+    assert record["seconds"] == 1.5
+    assert (run / "README.md").read_text().startswith("# scale\n\nScales.\n")
+    assert list((tmp_path / ".staging").iterdir()) == [tmp_path / ".staging" / "lock"]
+
+
+def test_only_the_variables_in_use_are_exported_also_under_equal_names(tmp_path):
+    run = write(tmp_path)
+    names = dict(tf.train.list_variables(str(run / "saved_model" / "variables" / "variables")))
+    names.pop("_CHECKPOINTABLE_OBJECT_GRAPH")
+    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
+    assert names == {f"weights/factor{suffix}": [2], f"weights/factor-2{suffix}": [2]}
+    with Session.load(run / "saved_model") as session:
+        definition = session.meta_graph.signature_def["serving_default"]
+        feeds = {definition.inputs["x"].name: np.ones([1, 2], np.float32)}
+        (y,) = session.run(feeds, [definition.outputs["y"].name])
+    assert y.tolist() == [[12.0, 13.0]]
+
+
+def test_a_lookup_table_travels_as_a_resource(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("malignant\nbenign\n")
+    index = tf.lookup.TextFileIndex
+    table = tf.lookup.StaticHashTable(
+        tf.lookup.TextFileInitializer(str(words), tf.string, index.WHOLE_LINE, tf.int64, index.LINE_NUMBER),
+        default_value=-1,
+    )
+    find = tf.function(
+        lambda x: {"id": table.lookup(x)}, input_signature=[tf.TensorSpec([None], tf.string, "x")]
+    )
+    run = write(tmp_path / "runs", signatures={"serving_default": find}, resources=[table])
+    words.unlink()
+    with Session.load(run / "saved_model") as session:
+        definition = session.meta_graph.signature_def["serving_default"]
+        feeds = {definition.inputs["x"].name: np.array([b"benign", b"other"], object)}
+        (ids,) = session.run(feeds, [definition.outputs["id"].name])
+    assert ids.tolist() == [1, -1]
+
+
+def test_two_exports_in_the_same_second_get_names_of_their_own(tmp_path):
+    assert len({write(tmp_path) for _ in range(3)}) == 3
+    assert len(visible(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "a/b"}, "run name"),
+        ({"samples": []}, "no sample requests"),
+        ({"samples": [{"signature_name": "nope"}]}, "'nope'; there is: serving_default"),
+        ({"methods": {"nope": "classify"}}, "'nope'; there is: serving_default"),
+        ({"methods": {"serving_default": "guess"}}, "must be one of predict, classify, regress"),
+        ({"methods": {"serving_default": "classify"}}, "takes one input, `inputs`"),
+        (
+            {
+                "signatures": {
+                    "serving_default": examples_signature(lambda inputs: {"scores": tf.zeros([1])})
+                },
+                "methods": {"serving_default": "classify"},
+            },
+            "returns `classes` .* and `scores`",
+        ),
+        (
+            {
+                "signatures": {"serving_default": examples_signature(lambda inputs: {"y": tf.zeros([1])})},
+                "methods": {"serving_default": "regress"},
+            },
+            "returns `outputs` .*this one returns y",
+        ),
+    ],
+)
+def test_what_could_not_be_served_is_refused_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        write(tmp_path / "runs", **options)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interruption_after_the_model_was_written_leaves_no_run(tmp_path, error):
+    class Interrupting:
+        def __str__(self):
+            assert list(tmp_path.glob(".staging/*/run/saved_model/saved_model.pb"))
+            raise error
+
+    with pytest.raises(error):
+        write(tmp_path, metrics={"loss": Interrupting()})
+    assert visible(tmp_path) == []
+    assert [path.name for path in (tmp_path / ".staging").iterdir()] == ["lock"]
+
+
+def test_ctrl_c_while_training_leaves_no_run_and_exits_130(tmp_path):
+    command = [sys.executable, "-u", "-m", "spikeless", "train", "factorization_machine"]
+    command += ["--runs", str(tmp_path), "--epochs", "1000000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ
+    ) as child:
+        assert child.stdout is not None
+        assert any(line.startswith("Epoch 2/") for line in child.stdout)
+        while child.poll() is None:
+            # Again if need be: Python drops an interrupt that arrives inside a destructor.
+            child.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, errors = child.communicate(timeout=10)
+    assert child.returncode == 130, errors
+    assert errors.splitlines()[-1] == "spikeless: interrupted"
+    assert list(tmp_path.iterdir()) == []
