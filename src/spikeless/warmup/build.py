@@ -96,7 +96,8 @@ def build(saved_model: str | os.PathLike[str], settings: BuildSettings | None = 
     path = warmup_file(saved_model)
     try:
         path.parent.mkdir(exist_ok=True)
-        tfrecord.write(path, (request.log.SerializeToString() for request in requests))
+        # Deterministic, so that the same samples give the same file.
+        tfrecord.write(path, (request.log.SerializeToString(deterministic=True) for request in requests))
     except OSError as error:
         raise FailedPrecondition(f"{path} cannot be written: {error.strerror}") from None
     return path

@@ -1,0 +1,31 @@
+"""The warmup file of a trained model, built from the samples that the bundle keeps for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from trained_models import spikeless
+
+
+def test_boston(boston_run, tmp_path):
+    model = shutil.copytree(boston_run / "saved_model", tmp_path / "model")
+    samples = (
+        "--samples",
+        "warmup/boston/samples.jsonl",
+        "--batch-sizes",
+        "1,8,32",
+        "--model-name",
+        "boston",
+    )
+    for arguments in (samples, ("--batch-sizes", "1,8")):  # from samples, and from the signatures alone
+        done = spikeless("warmup", "build", model, *arguments)
+        assert done.returncode == 0, done.stderr
+        done = spikeless("warmup", "verify", model, "--json")
+        assert done.returncode == 0, done.stderr
+        firsts = json.loads(done.stdout)["first_requests"]
+        assert {(first["kind"], *first["signatures"]) for first in firsts} == {
+            ("Predict", "serving_default"),
+            ("Classify", "classify"),
+            ("Regress", "regress"),
+        }
