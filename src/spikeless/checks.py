@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 from spikeless import savedmodel
-from spikeless.errors import DataLoss, FailedPrecondition, NotFound
+from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from spikeless.protos import meta_graph_pb2
+from spikeless.warmup.records import LOG_FIELDS, MAX_RECORDS, read, warmup_file
+from spikeless.warmup.requests import Request, Servable
+from spikeless.warmup.validation import validate
 
 _VARIABLE_OPS = frozenset({"VarHandleOp", "VariableV2", "Variable"})
 _SHARD = re.compile(r"variables\.data-\d+-of-(\d+)")
@@ -51,29 +54,66 @@ def _check_variables(path: Path, meta_graph: meta_graph_pb2.MetaGraphDef) -> Non
         )
 
 
-def check_load(path: Path) -> None:
-    """Load the SavedModel for real, in a process of its own that may crash without harm.
+def check_warmup(path: Path) -> None:
+    """Refuse a warmup file that would fail the load, as far as can be told without one.
+
+    A SavedModel without a warmup file passes.
 
     Raises:
-        FailedPrecondition: TensorFlow could not load it, with its message, or crashed.
+        DataLoss: the file is truncated, damaged or no TFRecord file.
+        InvalidArgument: a record is no PredictionLog or does not fit its signature; too many records.
+        NotFound: a record names a signature that is not there.
+        Unimplemented: a record of a kind that servers do not replay.
+    """
+    file = warmup_file(path)
+    if not file.exists():
+        return
+    servable = Servable.read(path)
+    for record in read(file):
+        source = f"{file}: record {record.number}"
+        if record.number > MAX_RECORDS:
+            raise InvalidArgument(
+                f"{source}: a server refuses a warmup file of more than {MAX_RECORDS} records"
+            )
+        if record.kind is None:
+            continue  # holds no request: a server skips it
+        if record.kind not in LOG_FIELDS:
+            raise Unimplemented(
+                f"{source}: servers do not replay {record.kind}; build the file again without it"
+            )
+        request = Request(source, record.log)
+        for spec in request.model_specs:
+            spec.signature_name = spec.signature_name or savedmodel.DEFAULT_SIGNATURE
+        validate(servable, request)
+
+
+def check_load(path: Path) -> None:
+    """Load and warm the SavedModel as a server would, in a process of its own that may crash without harm.
+
+    Raises:
+        FailedPrecondition: TensorFlow could not load it, or a warmup record failed, with the cause; or it
+            crashed.
     """
     done = subprocess.run(
         [sys.executable, "-c", _LOAD, str(path)], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise FailedPrecondition(f"{path} cannot be loaded: TensorFlow died of {name}\n{done.stderr[-2000:]}")
+        reason = f"TensorFlow died of {signal.Signals(-done.returncode).name}\n{done.stderr[-2000:]}"
+    else:
+        reason = done.stdout.strip() or done.stderr[-2000:]
     if done.returncode:
-        raise FailedPrecondition(f"{path} cannot be loaded: {done.stdout.strip() or done.stderr[-2000:]}")
+        # Names inside the model: where it is staged is of no use to the caller.
+        raise FailedPrecondition(f"the model cannot be loaded: {reason.replace(f'{path}/', '')}")
 
 
 #: Prints why a SavedModel cannot be loaded and exits 1, or exits 0.
 _LOAD = """
 import sys
+from pathlib import Path
 from spikeless.errors import SpikelessError
-from spikeless.runtime import Session
+from spikeless.loader import ModelLoader
 try:
-    Session.load(sys.argv[1]).close()
+    ModelLoader()("candidate", 0, Path(sys.argv[1])).close()
 except SpikelessError as error:
     print(error)
     sys.exit(1)

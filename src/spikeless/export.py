@@ -3,13 +3,13 @@
 In: the model's signatures as TensorFlow functions, sample requests, settings and metrics.
 Out: ``<runs>/<name>-<UTC time>/``, which appears whole or not at all, with
 
-    saved_model/     the SavedModel to warm, map and publish
+    saved_model/     the SavedModel to map and publish, with its warmup file if that was asked for
     samples.jsonl    sample requests, one TensorFlow Serving REST request a line; warmup is built from them
     metrics.json     settings, metrics, wall time, versions, commit
     README.md        the model card
 
-Nothing but the standard library and TensorFlow is needed, and both TensorFlow 2.15 with Keras 2 and
-TensorFlow 2.20 with Keras 3 will do, so that a script may run in an environment of its own.
+Without the warmup file, nothing but the standard library and TensorFlow is needed, and both TensorFlow 2.15
+with Keras 2 and TensorFlow 2.20 with Keras 3 will do, so that a script may run in an environment of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def export(
     card: str,
     methods: Mapping[str, str] | None = None,
     resources: Iterable[Any] = (),
+    warmup_batch_sizes: Sequence[int] | None = None,
     runs: str | Path = "runs",
 ) -> Path:
     """Write a run directory and return its path. Interrupted or failing at any point, it leaves none.
@@ -68,11 +69,14 @@ def export(
             from, what it should not be used for. Metrics and settings are added to it.
         methods: signature key -> ``classify`` or ``regress`` where it is not ``predict``.
         resources: lookup tables, assets, and layers that hold some, which the signatures use.
+        warmup_batch_sizes: build the warmup file from the samples, put into batches of each of these sizes;
+            empty leaves them as they are. None leaves warmup to ``spikeless warmup build``, as an environment
+            that lacks the packages of `spikeless.warmup` has to.
         runs: where run directories are kept.
 
     Raises:
         InvalidArgument: a sample or method that names no signature, a signature that TensorFlow Serving
-            would refuse for its method, no sample at all.
+            would refuse for its method, no sample at all, a sample that does not fit its signature.
     """
     import tensorflow as tf
 
@@ -101,7 +105,10 @@ def export(
         root.resources = list(resources)
         tf.saved_model.save(root, str(saved_model), signatures=functions)
         _set_methods(saved_model, methods)
-        (run / "samples.jsonl").write_text("".join(_json(line) + "\n" for line in lines))
+        samples_file = run / "samples.jsonl"
+        samples_file.write_text("".join(_json(line) + "\n" for line in lines))
+        if warmup_batch_sizes is not None:
+            _warm(saved_model, samples_file, warmup_batch_sizes)
         (run / "metrics.json").write_text(json.dumps(record, indent=2, default=_plain) + "\n")
         (run / "README.md").write_text(_card(card, record))
         directories.make_readable(run)
@@ -187,6 +194,13 @@ def _set_methods(saved_model: Path, methods: Mapping[str, str]) -> None:
     for key, method in methods.items():
         updater.replace_method_name(key, METHODS[method])
     updater.save()
+
+
+def _warm(saved_model: Path, samples: Path, batch_sizes: Sequence[int]) -> None:
+    from spikeless import warmup  # only here: it needs more than TensorFlow
+
+    settings = warmup.BuildSettings(samples=(warmup.SampleFile(samples),), batch_sizes=tuple(batch_sizes))
+    warmup.build(saved_model, settings)
 
 
 def _rename(run: Path, runs: Path, name: str) -> Path:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spikeless import directories
-from spikeless.checks import check_files, check_load
+from spikeless.checks import check_files, check_load, check_warmup
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
 from spikeless.versions import MAX_VERSION, list_versions
 
@@ -59,8 +59,9 @@ class Step:
 
 
 CHECK_FILES = Step("checking files", lambda candidate: check_files(candidate.path))
+CHECK_WARMUP = Step("checking warmup", lambda candidate: check_warmup(candidate.path))
 CHECK_LOAD = Step("loading", lambda candidate: check_load(candidate.path))
-STEPS = (CHECK_FILES, CHECK_LOAD)
+STEPS = (CHECK_FILES, CHECK_WARMUP, CHECK_LOAD)
 
 
 def versions(models: str | os.PathLike[str], name: str) -> dict[int, Path]:
@@ -122,8 +123,9 @@ def stage(
     directory = _model_directory(models, name)
     if version is not None and not 0 <= version <= MAX_VERSION:
         raise InvalidArgument(f"version {version} of {name} must be between 0 and {MAX_VERSION}")
-    # Again on the copy, as a step; here to fail before gigabytes are copied and anything is created.
+    # Again on the copy, as steps; here to fail before gigabytes are copied and anything is created.
     check_files(source)
+    check_warmup(source)
     with ExitStack() as stack:
         with _file_system_errors(directory):
             number, staging = stack.enter_context(_reserved(directory, version))

@@ -18,6 +18,7 @@ from trained_models import ROOT
 from spikeless.errors import InvalidArgument
 from spikeless.export import export
 from spikeless.runtime import Session
+from spikeless.warmup.records import read, warmup_file
 
 
 class Scale(tf.Module):
@@ -109,6 +110,19 @@ def test_a_lookup_table_travels_as_a_resource(tmp_path):
     assert ids.tolist() == [1, -1]
 
 
+def test_the_warmup_file_is_built_from_the_samples_when_asked_for(tmp_path):
+    cold, warm = write(tmp_path), write(tmp_path, warmup_batch_sizes=(1, 4))
+    assert not warmup_file(cold / "saved_model").exists()
+    records = [record.request for record in read(warmup_file(warm / "saved_model"))]
+    assert [record.inputs["x"].tensor_shape.dim[0].size for record in records] == [1, 4]
+
+
+def test_a_sample_that_does_not_fit_leaves_no_run(tmp_path):
+    with pytest.raises(InvalidArgument, match=r"samples\.jsonl"):
+        write(tmp_path, samples=[{"instances": [["text"]]}], warmup_batch_sizes=())
+    assert visible(tmp_path) == []
+
+
 def test_two_exports_in_the_same_second_get_names_of_their_own(tmp_path):
     assert len({write(tmp_path) for _ in range(3)}) == 3
     assert len(visible(tmp_path)) == 3
@@ -169,7 +183,7 @@ def test_ctrl_c_while_training_leaves_no_run_and_exits_130(tmp_path):
         assert child.stdout is not None
         assert any(line.startswith("Epoch 2/") for line in child.stdout)
         while child.poll() is None:
-            # Again if need be: Python drops an interrupt that arrives inside a destructor.
+            # Again if need be: TensorFlow drops an interrupt that arrives inside one of its callbacks.
             child.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 _, errors = child.communicate(timeout=10)

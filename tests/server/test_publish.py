@@ -8,10 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from trained_models import spikeless
+from trained_models import ROOT, spikeless
 
-from spikeless.repository import CHECK_FILES, publish, versions
+from spikeless import checks, tfrecord, warmup
+from spikeless.errors import DataLoss, FailedPrecondition, SpikelessError
+from spikeless.repository import CHECK_FILES, CHECK_LOAD, CHECK_WARMUP, Step, publish, versions
+from spikeless.tensors import to_proto
+from spikeless.warmup import records
+
+SAMPLES = ROOT / "warmup" / "boston" / "samples.jsonl"
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -33,7 +40,8 @@ def test_publish_loads_the_model_and_prints_the_new_version(boston_run, tmp_path
     done = spikeless(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/boston/1\n"
-    assert done.stderr.splitlines()[1:3] == ["boston: checking files", "boston: loading"]
+    titles = ["copying", "checking files", "checking warmup", "loading", "writing to disk", "publishing"]
+    assert done.stderr.splitlines() == [f"boston: {title}" for title in titles]
     assert tree(tmp_path / "boston" / "1") == tree(boston_run / "saved_model")
 
     again = spikeless(*arguments, "--version=1")
@@ -87,6 +95,76 @@ def test_a_model_that_tensorflow_cannot_load_is_refused(saved_model, tmp_path):
     assert "cannot be loaded" in done.stderr
     assert "ParseExampleV9" in done.stderr
     assert versions(tmp_path / "models", "boston") == {}
+    assert not leftovers(tmp_path / "models")
+
+
+def rewrite_records(saved_model: Path, change) -> None:
+    """Build the warmup file and change the PredictionLog of its first record."""
+    file = warmup.build(saved_model, warmup.BuildSettings(samples=(warmup.SampleFile(SAMPLES),)))
+    logs = [record.log for record in records.read(file)]
+    change(logs[0])
+    tfrecord.write(file, (log.SerializeToString() for log in logs))
+
+
+def _unknown_signature(log):
+    log.predict_log.request.model_spec.signature_name = "nope"
+
+
+def _unknown_input(log):
+    log.predict_log.request.inputs["more"].CopyFrom(log.predict_log.request.inputs["features"])
+
+
+def _not_replayed(log):
+    log.session_run_log.SetInParent()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_unknown_signature, "record 1: there is no signature 'nope'"),
+        (_unknown_input, "record 1: signature 'serving_default' has no input 'more'"),
+        (_not_replayed, "record 1: servers do not replay session_run_log"),
+    ],
+)
+def test_a_warmup_record_that_would_fail_the_load_is_refused_without_one(
+    saved_model, tmp_path, change, message
+):
+    rewrite_records(saved_model, change)
+    with pytest.raises(SpikelessError, match=f"{saved_model}/assets.extra/.*{message}"):
+        publish(saved_model, tmp_path / "models", "boston", steps=[CHECK_FILES, CHECK_WARMUP])
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_warmup_file_is_replayed_before_its_version_is_published(saved_model, tmp_path):
+    def default_signature(log):
+        log.predict_log.request.model_spec.signature_name = ""
+
+    rewrite_records(saved_model, default_signature)
+    assert publish(saved_model, tmp_path / "models", "boston").name == "1"
+
+    def incomplete(candidate):  # after the checks, so that only the load can tell
+        def cut(log):
+            log.predict_log.request.inputs["features"].CopyFrom(to_proto(np.zeros([1, 29], np.float32)))
+
+        rewrite_records(candidate.path, cut)
+
+    with pytest.raises(SpikelessError, match=r"cannot be loaded: warmup record 1 of assets\.extra/"):
+        publish(saved_model, tmp_path / "models", "boston", steps=[Step("cut", incomplete), CHECK_LOAD])
+    assert list(versions(tmp_path / "models", "boston")) == [1]
+
+
+def test_a_truncated_warmup_file_is_refused(saved_model, tmp_path):
+    rewrite_records(saved_model, lambda log: None)
+    file = warmup.warmup_file(saved_model)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataLoss, match="tf_serving_warmup_requests"):
+        publish(saved_model, tmp_path / "models", "boston", steps=[CHECK_WARMUP])
+
+
+def test_a_model_that_kills_the_process_that_loads_it_is_refused(saved_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "_LOAD", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(FailedPrecondition, match="TensorFlow died of SIGSEGV"):
+        publish(saved_model, tmp_path / "models", "boston")
     assert not leftovers(tmp_path / "models")
 
 
