@@ -183,7 +183,40 @@ def build_examples(path: str) -> None:
         builder.save()
 
 
+def build_times(path: str, factor: float) -> None:
+    """Answers ``y = x * factor`` for x: float32 [?], so that versions can be told apart; ``spin`` is slow."""
+    import tensorflow as tf
+
+    class Model(tf.Module):
+        def __init__(self):
+            self.factor = tf.Variable(factor, name="factor")
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
+        def times(self, x):
+            return {"y": x * self.factor}
+
+        @tf.function(input_signature=[tf.TensorSpec([], tf.int32, "steps")])
+        def spin(self, steps):
+            """About a millisecond for each step."""
+            square = tf.ones([200, 200])
+            body = lambda step, value: (step + 1, tf.matmul(value, square) / 200.0)  # noqa: E731
+            return {"y": tf.while_loop(lambda step, _: step < steps, body, (0, square))[1][0, 0]}
+
+    model = Model()
+    tf.saved_model.save(model, path, signatures={"serving_default": model.times, "spin": model.spin})
+
+
+def build_times_one(path: str) -> None:
+    build_times(path, 1.0)
+
+
+def build_times_two(path: str) -> None:
+    build_times(path, 2.0)
+
+
 BUILDERS = {
+    "times_one": build_times_one,
+    "times_two": build_times_two,
     "signatures": build_signatures,
     "dtypes": build_dtypes,
     "examples": build_examples,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spikeless.errors import FailedPrecondition, InvalidArgument, SpikelessError, Unimplemented
+from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError, Unimplemented
 from spikeless.protos import (
     classification_pb2,
     inference_pb2,
@@ -28,6 +28,7 @@ from spikeless.protos import (
 )
 from spikeless.runtime import Session
 from spikeless.savedmodel import CLASSIFY_METHOD, DEFAULT_SIGNATURE, PREDICT_METHOD, REGRESS_METHOD
+from spikeless.tensors import data_type as data_type_of
 from spikeless.tensors import dtype_name, shape_text, to_numpy, to_proto
 
 #: The aliases that Classify and Regress signatures use (``signature_constants.h``).
@@ -36,6 +37,7 @@ CLASSES_OUTPUT = "classes"
 SCORES_OUTPUT = "scores"
 REGRESS_OUTPUT = "outputs"
 
+_METHODS = (PREDICT_METHOD, CLASSIFY_METHOD, REGRESS_METHOD)
 _Array = np.ndarray[Any, Any]
 
 
@@ -48,11 +50,15 @@ class Model:
         version: goes into the ``model_spec`` of every response; None leaves it out.
         tensor_content: numeric outputs go into ``tensor_content`` instead of the typed fields, where
             TensorFlow Serving puts them by default (``--enable_serialization_as_tensor_content``).
+        check_method_names: a signature's method name must fit the call. Off by default, as in TensorFlow
+            Serving (``--enable_signature_method_name_check``), because TensorFlow 2 exports know no method
+            but Predict.
     """
 
     session: Session
     version: int | None = None
     tensor_content: bool = False
+    check_method_names: bool = False
 
     @property
     def signature_defs(self) -> dict[str, meta_graph_pb2.SignatureDef]:
@@ -72,10 +78,10 @@ class Model:
         if key not in self.signature_defs:
             raise FailedPrecondition(f'Serving signature key "{key}" not found.')
         signature = self.signature_defs[key]
-        if signature.method_name not in (PREDICT_METHOD, CLASSIFY_METHOD, REGRESS_METHOD):
-            raise FailedPrecondition(
+        if self.check_method_names and signature.method_name not in _METHODS:
+            raise Internal(
                 "Expected prediction signature method_name to be one of "
-                f"{{{PREDICT_METHOD}, {CLASSIFY_METHOD}, {REGRESS_METHOD}}}. Was: {signature.method_name}"
+                f"{{{', '.join(_METHODS)}}}. Was: {signature.method_name}"
             )
         aliases = _requested_outputs(signature, request.output_filter)
         outputs = self.session.run(
@@ -90,7 +96,7 @@ class Model:
         self, request: classification_pb2.ClassificationRequest, timeout: float | None = None
     ) -> classification_pb2.ClassificationResponse:
         """Examples in, classes with scores out."""
-        key, signature = self._examples_signature(request.model_spec, CLASSIFY_METHOD, "classification")
+        key, signature = self._examples_signature(request.model_spec, CLASSIFY_METHOD)
         feed, fetches = _classify_tensors(signature)
         count, outputs = self._run_examples(request.input, feed, fetches, timeout)
         return classification_pb2.ClassificationResponse(
@@ -102,7 +108,7 @@ class Model:
         self, request: regression_pb2.RegressionRequest, timeout: float | None = None
     ) -> regression_pb2.RegressionResponse:
         """Examples in, one number each out."""
-        key, signature = self._examples_signature(request.model_spec, REGRESS_METHOD, "regression")
+        key, signature = self._examples_signature(request.model_spec, REGRESS_METHOD)
         feed, fetches = _regress_tensors(signature)
         count, outputs = self._run_examples(request.input, feed, fetches, timeout)
         return regression_pb2.RegressionResponse(
@@ -129,6 +135,7 @@ class Model:
             if key in seen:
                 raise InvalidArgument(f"Duplicate evaluation of signature: {key}")
             seen.add(key)
+            self._check_method(signature, task.method_name)
             tensors = _classify_tensors if task.method_name == CLASSIFY_METHOD else _regress_tensors
             feed, outputs = tensors(signature)
             feeds.add(feed)
@@ -156,14 +163,20 @@ class Model:
         return key, self.signature_defs[key]
 
     def _examples_signature(
-        self, spec: model_pb2.ModelSpec, method: str, kind: str
+        self, spec: model_pb2.ModelSpec, method: str
     ) -> tuple[str, meta_graph_pb2.SignatureDef]:
         key = spec.signature_name or DEFAULT_SIGNATURE
         if key not in self.signature_defs:
             raise InvalidArgument(f"No signature was found with the name: {key}")
-        signature = self.signature_defs[key]
-        _check_method(signature, method, kind)
-        return key, signature
+        self._check_method(self.signature_defs[key], method)
+        return key, self.signature_defs[key]
+
+    def _check_method(self, signature: meta_graph_pb2.SignatureDef, method: str) -> None:
+        if self.check_method_names and signature.method_name != method:
+            kind = "classification" if method == CLASSIFY_METHOD else "regression"
+            raise InvalidArgument(
+                f"Expected {kind} signature method_name to be {method}. Was: {signature.method_name}"
+            )
 
     def _run_examples(
         self, examples: input_pb2.Input, feed: str, fetches: list[str], timeout: float | None
@@ -234,13 +247,6 @@ def _braces(names: Iterable[str]) -> str:
     return "{" + ",".join(sorted(names)) + "}"
 
 
-def _check_method(signature: meta_graph_pb2.SignatureDef, method: str, kind: str) -> None:
-    if signature.method_name != method:
-        raise InvalidArgument(
-            f"Expected {kind} signature method_name to be {method}. Was: {signature.method_name}"
-        )
-
-
 def _serialized_examples(examples: input_pb2.Input) -> _Array:
     """Shape ``[examples]``: each serialized, with the shared context put before it where there is one."""
     kind = examples.WhichOneof("kind")
@@ -262,13 +268,12 @@ def _examples_feed(signature: meta_graph_pb2.SignatureDef, kind: str) -> str:
     if len(signature.inputs) != 1:
         raise InvalidArgument("Expected one input Tensor.")
     if EXAMPLES_INPUT not in signature.inputs:
-        raise FailedPrecondition(f"No {kind} inputs found in SignatureDef: {signature}")
+        raise InvalidArgument(f"No {kind} inputs found in SignatureDef: {signature}")
     return str(signature.inputs[EXAMPLES_INPUT].name)
 
 
 def _classify_tensors(signature: meta_graph_pb2.SignatureDef) -> tuple[str, list[str]]:
     """The tensor to feed and the tensors to fetch for a Classify signature."""
-    _check_method(signature, CLASSIFY_METHOD, "classification")
     feed = _examples_feed(signature, "classification")
     if len(signature.outputs) not in (1, 2):
         raise InvalidArgument(f"Expected one or two output Tensors, found {len(signature.outputs)}")
@@ -278,7 +283,7 @@ def _classify_tensors(signature: meta_graph_pb2.SignatureDef) -> tuple[str, list
         if alias in signature.outputs
     ]
     if not fetches:
-        raise FailedPrecondition(
+        raise InvalidArgument(
             f'Expected classification signature outputs to contain at least one of "{CLASSES_OUTPUT}" or '
             f'"{SCORES_OUTPUT}". Signature was: {signature}'
         )
@@ -287,12 +292,11 @@ def _classify_tensors(signature: meta_graph_pb2.SignatureDef) -> tuple[str, list
 
 def _regress_tensors(signature: meta_graph_pb2.SignatureDef) -> tuple[str, list[str]]:
     """The tensor to feed and the tensor to fetch for a Regress signature."""
-    _check_method(signature, REGRESS_METHOD, "regression")
     feed = _examples_feed(signature, "regression")
     if len(signature.outputs) != 1:
         raise InvalidArgument("Expected one output Tensor.")
     if REGRESS_OUTPUT not in signature.outputs:
-        raise FailedPrecondition(f"No regression outputs found in SignatureDef: {signature}")
+        raise InvalidArgument(f"No regression outputs found in SignatureDef: {signature}")
     return feed, [signature.outputs[REGRESS_OUTPUT].name]
 
 
@@ -336,7 +340,8 @@ def _class_output(
             f"Expected Tensor shape: [batch_size num_classes] but got {shape_text(values.shape)}"
         )
     if values.dtype != dtype:
-        raise InvalidArgument(f"Expected {alias} Tensor of {dtype_name(data_type)}. Got: {values.dtype}")
+        got = dtype_name(data_type_of(values.dtype))
+        raise InvalidArgument(f"Expected {alias} Tensor of {dtype_name(data_type)}. Got: {got}")
     if values.shape[0] != count:
         raise InvalidArgument(f"Expected {alias} output batch size of {count}. Got: {values.shape[0]}")
     return values
@@ -356,7 +361,9 @@ def _regression_result(
             f"Input batch size did not match output batch size: {count} vs. {values.shape[0]}"
         )
     if values.dtype != np.float32:
-        raise InvalidArgument(f"Expected output Tensor of DT_FLOAT.  Got: {values.dtype}")
+        raise InvalidArgument(
+            f"Expected output Tensor of DT_FLOAT.  Got: {dtype_name(data_type_of(values.dtype))}"
+        )
     result = regression_pb2.RegressionResult()
     for value in values.reshape(-1).tolist():
         result.regressions.add(value=value)

@@ -32,6 +32,7 @@ class ModelLoader:
     enable_model_warmup: bool = True
     num_request_iterations_for_warmup: int = 1
     enable_serialization_as_tensor_content: bool = False
+    enable_signature_method_name_check: bool = False
     #: Further settings of every session, as in a platform configuration file.
     session_config: config_pb2.ConfigProto = field(default_factory=config_pb2.ConfigProto)
 
@@ -47,7 +48,12 @@ class ModelLoader:
         config.intra_op_parallelism_threads = self.intra_op_parallelism
         started = time.monotonic()
         session = Session.load(path, self.saved_model_tags, config)
-        model = Model(session, version, self.enable_serialization_as_tensor_content)
+        model = Model(
+            session,
+            version,
+            tensor_content=self.enable_serialization_as_tensor_content,
+            check_method_names=self.enable_signature_method_name_check,
+        )
         loaded = time.monotonic()
         _log.info("restored %s version %d in %.0f ms", name, version, 1000 * (loaded - started))
         try:

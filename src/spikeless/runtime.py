@@ -218,9 +218,9 @@ def _to_string_tensor(tf: _Library, values: list[bytes], dims: Any) -> _Held:
     return tensor
 
 
-def _from_tensor(tf: _Library, handle: int) -> np.ndarray[Any, Any]:
+def _from_tensor(tf: _Library, tensor: _Held) -> np.ndarray[Any, Any]:
     """An array that looks into a TF_Tensor's memory and keeps it alive; strings are copied out."""
-    tensor = _Held(tf, handle)
+    handle = tensor.handle
     number = tf.TensorType(handle)
     shape = tuple(tf.Dim(handle, axis) for axis in range(tf.NumDims(handle)))
     dtype = numpy_dtype(number)
@@ -397,7 +397,9 @@ class Session:
                 tensor.release()
             if run_options is not None:
                 tf.DeleteBuffer(run_options)
-        return [_from_tensor(tf, handle) for handle in results if handle is not None]
+        # Owned before the first is looked into: an error in one must not lose the others.
+        held = [_Held(tf, handle) for handle in results if handle is not None]
+        return [_from_tensor(tf, tensor) for tensor in held]
 
     @contextmanager
     def _entered(self) -> Iterator[int]:

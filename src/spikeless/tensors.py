@@ -62,8 +62,12 @@ _VALUE_FIELDS: dict[int, str] = {
     types_pb2.DT_FLOAT8_E4M3FN: "float8_val",
 }
 
-#: More elements than this in one request tensor are refused before anything is allocated.
+#: More elements than this in one tensor are refused before anything is allocated.
 MAX_ELEMENTS = 1 << 31
+#: Bytes that the typed fields may be filled up to: a short message stands for no more than a long one holds.
+MAX_FILLED_BYTES = 256 << 20
+#: More dimensions than NumPy has (before version 2); hardly any kernel takes more than eight.
+MAX_RANK = 32
 
 
 def dtype_name(data_type: int) -> str:
@@ -108,18 +112,20 @@ def shape_text(shape: Sequence[int | None] | None) -> str:
 
 
 def _static_shape(proto: tensor_pb2.TensorProto) -> tuple[int, ...]:
-    shape = shape_of(proto.tensor_shape)
-    if shape is None or any(dim is None for dim in shape):
+    # As in TensorFlow, ``unknown_rank`` says nothing about a value: without dimensions it is a scalar.
+    static = tuple(int(dim.size) for dim in proto.tensor_shape.dim)
+    if min(static, default=0) < 0:
         raise InvalidArgument("tensor shape is not fully known: every dimension must be 0 or more")
-    static = tuple(dim for dim in shape if dim is not None)
     # Zero dimensions do not excuse absurd ones: TensorFlow multiplies them all the same.
-    if len(static) > 254 or math.prod(max(dim, 1) for dim in static) > MAX_ELEMENTS:
+    if len(static) > MAX_RANK:
+        raise InvalidArgument(f"tensor shape has {len(static)} dimensions, at most {MAX_RANK} are supported")
+    if math.prod(max(dim, 1) for dim in static) > MAX_ELEMENTS:
         raise InvalidArgument(f"tensor shape {list(static)} has too many elements")
     return static
 
 
 def to_numpy(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any]:
-    """The value of a TensorProto.
+    """The value of a TensorProto, by the rules of TensorFlow's own ``Tensor::FromProto``.
 
     Arrays of numbers made from ``tensor_content`` are read-only views of its bytes.
 
@@ -130,48 +136,76 @@ def to_numpy(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any]:
     dtype = numpy_dtype(proto.dtype)
     shape = _static_shape(proto)
     count = math.prod(shape)
+    if not count:
+        return np.empty(shape, dtype=dtype)
+    if not proto.tensor_content:
+        return _fill(_typed_values(proto, dtype, count), count, dtype).reshape(shape)
     if proto.dtype == types_pb2.DT_STRING:
-        if proto.tensor_content:
-            raise InvalidArgument("string tensors must be sent in string_val, not in tensor_content")
-        return _fill(np.array(proto.string_val, dtype=object), count, b"").reshape(shape)
-    if proto.tensor_content:
-        if len(proto.tensor_content) != count * dtype.itemsize:
-            raise InvalidArgument(
-                f"tensor_content has {len(proto.tensor_content)} bytes, but shape {list(shape)} of "
-                f"{dtype_name(proto.dtype)} needs {count * dtype.itemsize}"
-            )
-        return np.frombuffer(proto.tensor_content, dtype=dtype).reshape(shape)
-    return _fill(_typed_values(proto, dtype), count, 0).reshape(shape)
+        return _strings(proto.tensor_content, count).reshape(shape)
+    if len(proto.tensor_content) != count * dtype.itemsize:
+        raise InvalidArgument(
+            f"tensor_content has {len(proto.tensor_content)} bytes, but shape {list(shape)} of "
+            f"{dtype_name(proto.dtype)} needs {count * dtype.itemsize}"
+        )
+    if proto.dtype == types_pb2.DT_BOOL and max(proto.tensor_content) > 1:
+        raise InvalidArgument("tensor_content of booleans may only hold the bytes 0 and 1")
+    return np.frombuffer(proto.tensor_content, dtype=dtype).reshape(shape)
 
 
-def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any], count: int) -> np.ndarray[Any, Any]:
+    """The first ``count`` values of the dtype's field; there may be fewer."""
     field = _VALUE_FIELDS[proto.dtype]
     values = getattr(proto, field)
     if field == "half_val":
-        return np.array(values, dtype=np.int64).astype(np.uint16).view(dtype)
+        return np.array(values[:count], dtype=np.int64).astype(np.uint16).view(dtype)
     if field == "float8_val":
-        return np.frombuffer(values, dtype=dtype)
+        return np.frombuffer(values[:count], dtype=dtype)
     if field in ("scomplex_val", "dcomplex_val"):
-        if len(values) % 2:
-            raise InvalidArgument(f"{field} has {len(values)} values: real and imaginary parts come in pairs")
+        # Real and imaginary parts alternate; a real part alone at the end counts for nothing.
         part = np.dtype(np.float32 if field == "scomplex_val" else np.float64)
-        return np.array(values, dtype=part).view(dtype)
+        return np.array(values[: 2 * min(count, len(values) // 2)], dtype=part).view(dtype)
     if field == "int_val":
         # Wraps as the server's own static_cast does instead of raising.
-        return np.array(values, dtype=np.int64).astype(dtype)
-    return np.array(values, dtype=dtype)
+        return np.array(values[:count], dtype=np.int64).astype(dtype)
+    return np.array(values[:count], dtype=dtype)
 
 
-def _fill(values: np.ndarray[Any, Any], count: int, empty: Any) -> np.ndarray[Any, Any]:
-    """Bring a flat array to ``count`` elements: too many is an error, too few repeats the last one."""
-    if len(values) > count:
-        raise InvalidArgument(f"tensor has {len(values)} values, but its shape has room for {count}")
+def _fill(values: np.ndarray[Any, Any], count: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Bring a flat array to ``count`` elements: the last one repeats; where there is none, all are zero."""
     if len(values) == count:
         return values
-    filled = np.empty(count, dtype=values.dtype)
+    if count * dtype.itemsize > MAX_FILLED_BYTES:
+        raise InvalidArgument(f"tensor has {len(values)} values for {count} elements: send them all")
+    empty: Any = b"" if dtype.hasobject else 0
+    filled = np.full(count, values[-1] if len(values) else empty, dtype=dtype)
     filled[: len(values)] = values
-    filled[len(values) :] = values[-1] if len(values) else empty
     return filled
+
+
+def _strings(content: bytes, count: int) -> np.ndarray[Any, Any]:
+    """Strings in ``tensor_content``: the length of each as a varint, then the bytes of each."""
+    lengths: list[int] = []
+    position = 0
+    try:
+        while len(lengths) < count:
+            length = shift = 0
+            while (byte := content[position]) >= 0x80:
+                length |= (byte & 0x7F) << shift
+                position, shift = position + 1, shift + 7
+            lengths.append(length | byte << shift)
+            position += 1
+    except IndexError:
+        raise InvalidArgument(f"tensor_content ends before the lengths of {count} strings") from None
+    if position + sum(lengths) != len(content):
+        raise InvalidArgument(
+            f"tensor_content has {len(content) - position} bytes of strings, "
+            f"their lengths add up to {sum(lengths)}"
+        )
+    strings = np.empty(count, dtype=object)
+    for index, length in enumerate(lengths):
+        strings[index] = content[position : position + length]
+        position += length
+    return strings
 
 
 def to_proto(array: Any, dtype: int | None = None, as_field: bool = False) -> tensor_pb2.TensorProto:

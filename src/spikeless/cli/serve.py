@@ -57,6 +57,7 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function]
 @_flag("tensorflow_intra_op_parallelism", int, 0, "Threads inside one operation; 0: automatic.")
 @_flag("tensorflow_inter_op_parallelism", int, 0, "Threads for independent operations; 0: automatic.")
 @_flag("enable_serialization_as_tensor_content", bool, False, "Answer numbers in tensor_content.")
+@_flag("enable_signature_method_name_check", bool, False, "A signature's method name must fit the call.")
 @_flag("grpc_max_threads", int, 4 * (os.cpu_count() or 1), "Calls in progress at once; more are refused.")
 @_flag("grace", float, 10.0, "Seconds that requests in progress have to end after SIGTERM.")
 def command(**flags: Any) -> None:
@@ -114,6 +115,7 @@ def _settings(flags: dict[str, Any]) -> ServerSettings:
             enable_model_warmup=flags["enable_model_warmup"],
             num_request_iterations_for_warmup=flags["num_request_iterations_for_warmup"],
             enable_serialization_as_tensor_content=flags["enable_serialization_as_tensor_content"],
+            enable_signature_method_name_check=flags["enable_signature_method_name_check"],
         ),
     )
 

@@ -1,0 +1,98 @@
+"""What the conformance suite is made of: servers with a client, published versions, expected errors.
+
+Everything here runs on the embedded engine, or on the ``tensorflow_model_server`` that ``SPIKELESS_SERVER``
+names. Where the two differ, ``differences.toml`` says so and why.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from spikeless import launch
+from spikeless.client import Client
+from spikeless.errors import Code, SpikelessError
+from spikeless.manager import State
+from spikeless.protos import model_server_config_pb2
+
+ENGINE = os.environ.get(launch.ENGINE_VARIABLE) or "embedded"
+IS_EMBEDDED = ENGINE == "embedded"
+
+Config = model_server_config_pb2.ModelServerConfig
+
+
+@contextmanager
+def refused(code: Code, message: str = "") -> Iterator[None]:
+    """The call inside must fail with this status code and a message that matches."""
+    with pytest.raises(SpikelessError) as caught:
+        yield
+    assert (caught.value.code, str(caught.value)) == (code, caught.value.args[0])
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def put_version(saved_model: Path, models: Path, version: int) -> Path:
+    """Publish a SavedModel: copied beside, then one rename, as every publisher must do it."""
+    models.mkdir(parents=True, exist_ok=True)
+    staged = models / f"staging-{version}"
+    shutil.copytree(saved_model, staged)
+    return staged.rename(models / str(version))
+
+
+def model_config(*models: tuple[str, Path], **settings: object) -> Config:
+    """A configuration that serves each ``(name, base path)``; ``settings`` go into each model's entry."""
+    config = Config()
+    for name, base_path in models:
+        entry = config.model_config_list.config.add(
+            name=name, base_path=str(base_path), model_platform="tensorflow"
+        )
+        entry.MergeFrom(model_server_config_pb2.ModelConfig(**settings))
+    return config
+
+
+def states(client: Client, name: str) -> dict[int, State]:
+    """The state of each version that the server knows of."""
+    try:
+        return {status.version: status.state for status in client.statuses(name)}
+    except SpikelessError as error:
+        if error.code is not Code.NOT_FOUND:
+            raise
+        return {}
+
+
+class Running:
+    """A server with a client: what most tests need."""
+
+    def __init__(self, server: launch.Server, client: Client) -> None:
+        self.server = server
+        self.client = client
+
+    @property
+    def rest_url(self) -> str:
+        assert self.server.rest_url is not None
+        return self.server.rest_url
+
+    def wait(self, name: str, expected: dict[int, State]) -> None:
+        """Wait until the versions of ``name`` that the server knows of have exactly these states."""
+
+        def reached() -> bool:
+            # A version that has ended may be told of or forgotten; tests that care look for themselves.
+            return {**dict.fromkeys(expected, State.END), **states(self.client, name)} == expected
+
+        self.server.wait_for(reached, f"{name} to reach {expected}", timeout=60.0)
+
+
+@contextmanager
+def run_server(log: Path, *flags: str, **settings: object) -> Iterator[Running]:
+    """Start a server with these flags, wait until it is ready, and stop it at the end."""
+    launch_settings = launch.LaunchSettings(flags=flags, log=log, **settings)  # type: ignore[arg-type]
+    with launch.start(launch_settings) as server, Client(server.target) as client:
+        yield Running(server, client)
+
+
+ServerFactory = Callable[..., AbstractContextManager[Running]]
