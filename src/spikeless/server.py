@@ -19,7 +19,7 @@ from google.protobuf import text_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from spikeless.core import CoreSettings, ServerCore
-from spikeless.errors import InvalidArgument, NotFound, SpikelessError, Unavailable
+from spikeless.errors import InvalidArgument, NotFound, Unavailable
 from spikeless.loader import ModelLoader
 from spikeless.manager import VersionStatus
 from spikeless.protos import model_server_config_pb2, model_service_pb2_grpc, prediction_service_pb2_grpc
@@ -154,21 +154,23 @@ class Server:
 
     def _watch_config_file(self) -> None:
         path = self.settings.model_config_file
+        complaint = ""
         refused: model_server_config_pb2.ModelServerConfig | None = None
         while not self._stopping.wait(self.settings.model_config_file_poll_wait_seconds):
+            config = None
             try:
                 config = read_model_config(path)
                 if config in (self.core.config, refused):
                     continue
                 _log.info("%s has changed: reloading", path)
                 self.core.reload_config(config)
-                refused = None
+                complaint, refused = "", None
                 self._update_health()
-            except SpikelessError as error:
-                _log.error("%s is not in force, the models stay as they are: %s", path, error)
-                refused = config
-            except Exception:
-                _log.exception("reading %s", path)
+            except Exception as error:
+                # Said once for each cause, not at every look.
+                if str(error) != complaint:
+                    _log.error("%s is not in force, the models stay as they are: %s", path, error)
+                complaint, refused = str(error), config
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server has stopped; False when ``timeout`` seconds passed before."""
