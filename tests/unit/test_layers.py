@@ -63,6 +63,8 @@ def test_nothing_below_reaches_up(upper: str) -> None:
         "import spikeless.server",
         "import spikeless.warmup",
         "import spikeless.client",
+        "import spikeless.bench, spikeless.report",
+        "import spikeless.bench.locustfile",
     ],
 )
 def test_tensorflow_is_not_imported(statement: str) -> None:

@@ -1,0 +1,75 @@
+"""What the load generator itself costs: the same load against a server that answers at once.
+
+In: the settings of a run. Out: a `Floor`. It is an upper bound, because the trivial server's own time is in
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from spikeless import tfrecord
+from spikeless.bench import analysis
+from spikeless.bench.record import Floor, ServerFacts, Settings
+from spikeless.bench.scenario import Progress, run
+from spikeless.errors import Unavailable
+from spikeless.protos import prediction_log_pb2
+from spikeless.tensors import to_proto
+
+FLOOR_SECONDS = 5.0
+
+
+@contextmanager
+def trivial_server() -> Iterator[str]:
+    """A running `spikeless.bench.trivial`; gives its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spikeless.bench.trivial"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            port = process.stdout.readline().strip()
+            if not port:
+                raise Unavailable("the trivial server did not start; its error stands above")
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def built_in_requests() -> Iterator[Path]:
+    """A file with one small request, for measuring a floor where there is no model yet."""
+    log = prediction_log_pb2.PredictionLog()
+    tensor = log.predict_log.request.inputs["features"]
+    tensor.CopyFrom(to_proto(np.zeros((1, 30), np.float32)))
+    with tempfile.TemporaryDirectory(prefix="spikeless-floor-") as directory:
+        path = Path(directory) / "requests"
+        tfrecord.write(path, [log.SerializeToString()])
+        yield path
+
+
+def measure_floor(
+    settings: Settings, seconds: float = FLOOR_SECONDS, progress: Progress | None = None
+) -> Floor:
+    """Drive the load of `settings` for `seconds` against a trivial server.
+
+    Raises what `spikeless.bench.scenario.run` raises.
+    """
+    warm = min(1.0, seconds / 4)
+    short = dataclasses.replace(settings, seconds=seconds, warm_seconds=warm, publish_at=None)
+    with trivial_server() as target:
+        result = run("floor", short, ServerFacts(target, engine="trivial"), progress=progress)
+    steady = analysis.analyse(result).steady
+    return Floor(settings.rate, steady.requests, steady.p50, steady.p99, steady.p99_9, steady.max)

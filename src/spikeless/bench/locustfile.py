@@ -1,0 +1,220 @@
+"""The load, as Locust runs it: one user per process, and that user is one open-loop schedule.
+
+In: Locust's ``--host HOST:PORT`` and the options below. Out: Locust's statistics, and with ``--record`` a raw
+result with every request (`spikeless.bench.record`). With workers (``--processes 2``, or ``--master`` and
+``--worker``) the master gives all of them one start and each a share of the one schedule; each writes a file
+of its own, which `spikeless bench merge` puts together.
+
+The user's thread is a real one, outside gevent: see `spikeless.bench.openloop`. Locust's statistics are fed
+from it a few milliseconds later, and only from the raw result should a percentile be read.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.queue
+from locust import LoadTestShape, User, events, task
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from locust.exception import StopUser
+from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
+
+from spikeless.bench.connection import parse_target
+from spikeless.bench.machine import describe_machine, source_commit
+from spikeless.bench.openloop import LINE_PREFIX, OpenLoop
+from spikeless.bench.record import Facts, Run, ServerFacts, Settings
+from spikeless.bench.requests import Request, read_requests
+from spikeless.bench.schedule import ARRIVALS
+from spikeless.errors import Code, SpikelessError
+
+#: From the decision to start until the first request: the workers' time to get ready.
+_LEAD_SECONDS = 1.0
+_REPORT_SECONDS = 0.02
+_LINE_SECONDS = 0.5
+_SHARE, _DONE = "spikeless-share", "spikeless-done"
+
+
+class _Load:
+    """What this process knows of the run."""
+
+    shares: gevent.queue.Queue[dict[str, Any]] = gevent.queue.Queue()
+    shares_given = 0
+    shares_done = 0
+
+
+@events.init_command_line_parser.add_listener
+def _options(parser: LocustArgumentParser) -> None:
+    group = parser.add_argument_group("Open loop", "The load of Spikeless; -u, -r and -t do not apply")
+    add = group.add_argument
+    add("--model-name", default="boston", help="Name of the served model")
+    add(
+        "--requests",
+        default="",
+        metavar="FILE",
+        help="The requests to replay: a TFRecord file of PredictionLog, as the model's own "
+        "assets.extra/tf_serving_warmup_requests",
+    )
+    add("--rate", type=float, default=300.0, help="Requests per second, of all workers together")
+    add("--seconds", type=float, default=30.0, help="How long requests leave")
+    add("--arrivals", choices=ARRIVALS, default="poisson", help="Poisson or evenly spaced arrivals")
+    add("--seed", type=int, default=1, help="Seed of the Poisson arrivals")
+    add("--timeout", type=float, default=10.0, help="Deadline of each request in seconds")
+    add("--scenario", default="load", help="Name of the run in its record")
+    add("--record", default="", metavar="FILE", help="Write every request to this .npz file")
+
+
+@events.init.add_listener
+def _init(environment: Environment, runner: Runner, **_: Any) -> None:
+    if isinstance(runner, WorkerRunner):
+        runner.register_message(_SHARE, lambda msg, **_: _Load.shares.put(msg.data))
+    elif isinstance(runner, MasterRunner):
+        runner.register_message(_DONE, _share_done)
+    try:
+        _read(environment)
+    except SpikelessError as error:
+        if environment.web_ui is None:
+            sys.exit(f"spikeless: error: {error}")
+
+
+def _read(environment: Environment) -> tuple[Settings, list[Request]]:
+    """The settings and the requests that the options name; raises SpikelessError when they are wrong."""
+    options: Namespace = environment.parsed_options
+    parse_target(environment.host or "")
+    settings = Settings(
+        model_name=options.model_name,
+        requests=options.requests,
+        rate=options.rate,
+        seconds=options.seconds,
+        arrivals=options.arrivals,
+        seed=options.seed,
+        timeout=options.timeout,
+        processes=max(1, abs(options.processes or 1)),
+        warm_seconds=0.0,
+    )
+    return settings, read_requests(settings.requests, settings.model_name)
+
+
+@events.test_start.add_listener
+def _start(environment: Environment, **_: Any) -> None:
+    """Decide when offset zero is, and give each worker its share."""
+    runner = environment.runner
+    if isinstance(runner, WorkerRunner):
+        return
+    start = time.time() + _LEAD_SECONDS
+    _Load.shares_done = 0
+    if isinstance(runner, MasterRunner):
+        workers = sorted(runner.clients.keys())
+        _Load.shares_given = len(workers)
+        for index, worker in enumerate(workers):
+            share = {"start": start, "index": index, "count": len(workers)}
+            runner.send_message(_SHARE, share, client_id=worker)
+    else:
+        _Load.shares_given = 1
+        _Load.shares.put({"start": start, "index": 0, "count": 1})
+    _tell(start=start)
+
+
+def _share_done(**_: Any) -> None:
+    _Load.shares_done += 1
+
+
+def _tell(**facts: Any) -> None:
+    # One write, so that the lines of several processes do not run into each other.
+    os.write(1, f"{LINE_PREFIX}{json.dumps(facts)}\n".encode())
+
+
+class OneUserPerProcess(LoadTestShape):
+    """Starts one user in each process and ends the test when all of them are through."""
+
+    def tick(self) -> tuple[int, float] | None:
+        if _Load.shares_given and _Load.shares_done >= _Load.shares_given:
+            _Load.shares_given = 0
+            return None
+        users = max(1, self.runner.worker_count) if isinstance(self.runner, MasterRunner) else 1
+        return users, users
+
+
+class OpenLoopUser(User):
+    """Drives one share of the schedule in a thread, and passes on what happens to Locust's statistics."""
+
+    @task
+    def drive(self) -> None:
+        settings, requests = _read(self.environment)
+        share = _Load.shares.get()
+        offsets = settings.schedule.share(share["index"], share["count"])
+        load = OpenLoop(offsets, requests, self.environment.host, settings.timeout)
+        # A full collection during the run would look like a spike of the server.
+        gc.collect()
+        gc.freeze()
+        sys.setswitchinterval(0.0005)
+        start = time.monotonic() + share["start"] - time.time()
+        thread = gevent.get_hub().threadpool.spawn(load.run, start)
+        try:
+            self._follow(load, thread, start, share["index"])
+        finally:
+            load.stop()
+            thread.get()
+            self._save(load, settings, share)
+        runner = self.environment.runner
+        if isinstance(runner, LocalRunner):
+            _share_done()
+        else:
+            runner.send_message(_DONE, {})
+        raise StopUser
+
+    def _follow(self, load: OpenLoop, thread: Any, start: float, worker: int) -> None:
+        fire = self.environment.events.request.fire
+        recorder = load.recorder
+        methods = [request.method for request in load.requests]
+        next_line = start
+        failed, slowest = 0, 0.0
+        while not thread.ready() or load.finished:
+            gevent.sleep(_REPORT_SECONDS)
+            while load.finished:
+                index = load.finished.popleft()
+                code = Code(recorder.code[index])
+                latency = float(recorder.latency[index]) * 1e3
+                failed += code != Code.OK
+                slowest = max(slowest, latency)
+                fire(
+                    request_type="gRPC",
+                    name=methods[recorder.request[index]],
+                    response_time=latency,
+                    response_length=0,
+                    exception=None if code == Code.OK else RuntimeError(code.name),
+                    context={},
+                )
+            if time.monotonic() >= next_line:
+                next_line += _LINE_SECONDS
+                _tell(worker=worker, sent=load.sent, failed=failed, slowest_ms=round(slowest, 3))
+                slowest = 0.0
+
+    def _save(self, load: OpenLoop, settings: Settings, share: dict[str, Any]) -> None:
+        options: Namespace = self.environment.parsed_options
+        if not options.record:
+            return
+        path = Path(options.record)
+        if share["count"] > 1:
+            path = path.with_name(f"{path.stem}.worker-{share['index']}.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        started = datetime.datetime.fromtimestamp(share["start"], datetime.timezone.utc)
+        facts = Facts(
+            scenario=options.scenario,
+            started=started.isoformat(timespec="milliseconds"),
+            commit=source_commit(),
+            settings=settings,
+            machine=describe_machine(),
+            server=ServerFacts(self.environment.host),
+            generator=tuple(sys.argv),
+        )
+        Run(facts, load.recorder.columns()).save(path)

@@ -1,0 +1,207 @@
+"""The raw result of a run: every request and all that is needed to judge it, in one self-describing file.
+
+In and out: an ``.npz`` file (NumPy's zip of arrays, read without pickle) of
+
+``metadata``                one JSON text in UTF-8 bytes: the fields of `Facts`
+a column per fact           as in `spikeless.bench.recorder.COLUMNS`, one row per request
+``sample_`` + a column      as in `spikeless.bench.watch.SAMPLES`, one row per sample of the server's memory
+
+Times are seconds after the start of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikeless.bench.machine import UNKNOWN, Machine
+from spikeless.bench.recorder import COLUMNS
+from spikeless.bench.schedule import Schedule
+from spikeless.bench.watch import SAMPLES, StateChange
+from spikeless.errors import DataLoss, InvalidArgument, NotFound
+from spikeless.files import atomic_writer
+
+SCHEMA = 1
+_SAMPLE_PREFIX = "sample_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    model_name: the served model. requests: the file whose requests are replayed. rate (requests per
+    second), seconds, arrivals, seed: the schedule. timeout: each request's deadline in seconds. processes:
+    of the load generator. publish_at: when the next version is published, in seconds after the start, or
+    None. warm_seconds: left out of the steady window. slo_ms: a request slower than this counts as part of
+    a spike.
+    """
+
+    model_name: str
+    requests: str
+    rate: float = 300.0
+    seconds: float = 30.0
+    arrivals: str = "poisson"
+    seed: int = 1
+    timeout: float = 10.0
+    processes: int = 1
+    publish_at: float | None = None
+    warm_seconds: float = 3.0
+    slo_ms: float = 10.0
+
+    def __post_init__(self) -> None:
+        _ = self.schedule  # Raises when it makes no sense.
+        if self.processes < 1:
+            raise InvalidArgument(f"processes must be 1 or more, not {self.processes}")
+        if not (self.timeout > 0 and self.slo_ms > 0 and self.warm_seconds >= 0):
+            raise InvalidArgument("timeout and slo_ms must be positive, warm_seconds not negative")
+        end = self.seconds if self.publish_at is None else self.publish_at
+        if not self.warm_seconds < end <= self.seconds:
+            raise InvalidArgument(
+                f"there is no steady window: {self.warm_seconds:g} s are for warming, publishing is at "
+                f"{end:g} s of {self.seconds:g} s; change warm_seconds, publish_at or seconds"
+            )
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.rate, self.seconds, self.arrivals, self.seed)
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What was measured. `allocator_proof` is the mapped library that says which allocator it was."""
+
+    target: str
+    engine: str = UNKNOWN
+    engine_version: str = UNKNOWN
+    allocator: str = UNKNOWN
+    allocator_proof: str = UNKNOWN
+    command: Sequence[str] = ()
+    pid: int | None = None
+
+
+@dataclass(frozen=True)
+class Publish:
+    """When publishing began and when it was done (seconds), and what it said."""
+
+    begin: float
+    end: float
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The generator's own latency in milliseconds, against a server that answers at once."""
+
+    rate: float
+    requests: int
+    p50: float
+    p99: float
+    p99_9: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All of a run that is not a column. `started` is UTC in ISO 8601."""
+
+    scenario: str
+    started: str
+    commit: str
+    settings: Settings
+    machine: Machine
+    server: ServerFacts
+    generator: Sequence[str]
+    publish: Publish | None = None
+    states: Sequence[StateChange] = ()
+    floor: Floor | None = None
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its facts, a column per fact of each request, and samples of the server's memory."""
+
+    facts: Facts
+    requests: dict[str, NDArray[Any]]
+    samples: dict[str, NDArray[Any]] = field(default_factory=lambda: empty_samples())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all."""
+        metadata = json.dumps({"schema": SCHEMA, **dataclasses.asdict(self.facts)}, indent=1)
+        arrays: dict[str, NDArray[Any]] = {"metadata": np.frombuffer(metadata.encode(), np.uint8)}
+        arrays |= self.requests
+        arrays |= {_SAMPLE_PREFIX + name: values for name, values in self.samples.items()}
+        with atomic_writer(path) as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def load(path: str | os.PathLike[str]) -> Run:
+    """Read a file that `Run.save` wrote.
+
+    Raises:
+        NotFound: there is no such file.
+        DataLoss: it is damaged or no raw result.
+        InvalidArgument: it has another schema.
+    """
+    name = os.fspath(path)
+    try:
+        with np.load(name, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        metadata = json.loads(arrays.pop("metadata").tobytes())
+    except OSError as error:
+        raise NotFound(f"{name} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataLoss(f"{name} is no raw result of `spikeless bench`: {error}") from None
+    schema = metadata.pop("schema", None) if isinstance(metadata, dict) else None
+    if schema != SCHEMA:
+        raise InvalidArgument(f"{name} has schema {schema}; this version of Spikeless reads schema {SCHEMA}")
+    try:
+        facts = _facts(metadata)
+        requests = {column: arrays[column].astype(dtype) for column, dtype in COLUMNS.items()}
+        samples = {column: arrays[_SAMPLE_PREFIX + column] for column in SAMPLES}
+    except (KeyError, TypeError) as error:
+        raise DataLoss(f"{name} is incomplete or has unknown fields: {error}") from None
+    if len({len(values) for values in requests.values()}) != 1:
+        raise DataLoss(f"{name} has columns of different lengths")
+    return Run(facts, requests, samples)
+
+
+def _facts(metadata: dict[str, Any]) -> Facts:
+    metadata["settings"] = Settings(**metadata["settings"])
+    metadata["machine"] = Machine(**metadata["machine"])
+    metadata["server"] = ServerFacts(**metadata["server"])
+    metadata["states"] = tuple(StateChange(**state) for state in metadata["states"])
+    if metadata["publish"] is not None:
+        metadata["publish"] = Publish(**metadata["publish"])
+    if metadata["floor"] is not None:
+        metadata["floor"] = Floor(**metadata["floor"])
+    return Facts(**metadata)
+
+
+def merge(parts: Sequence[Run]) -> Run:
+    """The run that several workers made together, ordered by intended start.
+
+    Raises:
+        InvalidArgument: there is no part, or they are of different runs.
+    """
+    if not parts:
+        raise InvalidArgument("nothing to merge")
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.facts.started, part.facts.settings) != (first.facts.started, first.facts.settings):
+            raise InvalidArgument("these files are of different runs: merge the workers' files of one run")
+    order = np.argsort(np.concatenate([part.requests["intended"] for part in parts]), kind="stable")
+    requests = {name: np.concatenate([part.requests[name] for part in parts])[order] for name in COLUMNS}
+    return Run(first.facts, requests, first.samples)
+
+
+def empty_samples() -> dict[str, NDArray[Any]]:
+    return {name: np.zeros(0, dtype) for name, dtype in SAMPLES.items()}

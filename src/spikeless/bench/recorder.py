@@ -1,0 +1,55 @@
+"""Every request of a run, in arrays that exist before the first one leaves.
+
+In: the intended starts, then what happened to each request. Out: one column per fact. Latency counts from
+the intended start: a request that had to wait behind a stall was late for its user, wherever it waited
+(coordinated omission: G. Tene, wrk2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikeless.errors import Code
+
+#: Column -> dtype. Times are seconds; `intended` counts from the start of the run, `lag` (send) and
+#: `latency` (answer) from the intended start. `code` is the gRPC status, `version` what served it (0:
+#: unknown), `request` the number of the record that was replayed.
+COLUMNS: dict[str, Any] = {
+    "intended": np.float64,
+    "lag": np.float64,
+    "latency": np.float64,
+    "code": np.uint8,
+    "version": np.int64,
+    "request": np.uint32,
+}
+
+
+class Recorder:
+    """Preallocated columns for the requests of one schedule; `offsets` are the intended starts in seconds."""
+
+    def __init__(self, offsets: NDArray[np.float64], request_count: int) -> None:
+        size = len(offsets)
+        self.intended = offsets
+        self.lag = np.full(size, np.nan)
+        self.latency = np.full(size, np.nan)
+        self.code = np.full(size, Code.UNKNOWN, np.uint8)
+        self.version = np.zeros(size, np.int64)
+        self.request = (np.arange(size) % request_count).astype(np.uint32)
+
+    def sent(self, index: int, offset: float) -> None:
+        """Request `index` left at `offset`, in seconds after the start of the run."""
+        self.lag[index] = offset - self.intended[index]
+
+    def answered(self, index: int, offset: float, code: int, version: int = 0) -> None:
+        """The answer to request `index` arrived (or was given up) at `offset`."""
+        self.latency[index] = offset - self.intended[index]
+        self.code[index] = code
+        self.version[index] = version
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The requests that have an end, by column; a run stopped early has fewer than were planned."""
+        ended = ~np.isnan(self.latency)
+        return {name: getattr(self, name)[ended].astype(dtype, copy=False) for name, dtype in COLUMNS.items()}

@@ -1,0 +1,295 @@
+"""Run one scenario: load on a running server, a version published in the middle, everything recorded.
+
+In: settings, the server's facts, and what publishes. Out: a `Run`. The load runs in processes and a session
+of its own (`spikeless.bench.locustfile`); this process watches the server and publishes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from spikeless import launch
+from spikeless.bench import record
+from spikeless.bench.openloop import LINE_PREFIX
+from spikeless.bench.record import Floor, Publish, Run, ServerFacts, Settings
+from spikeless.bench.requests import read_requests
+from spikeless.bench.watch import Watcher
+from spikeless.errors import FailedPrecondition, Internal, NotFound
+
+#: For every server that is measured: none of its calls shall be refused for lack of a thread.
+SERVER_FLAGS = ("--grpc_max_threads=256",)
+
+#: Beyond the schedule and the last deadline: starting Python, Locust and its workers, writing the file.
+_OVERHEAD_SECONDS = 60.0
+_OUTPUT_TAIL_LINES = 30
+#: How often the loop looks whether it is time to publish.
+_LOOK_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run is: seconds since its start (negative: not yet), and what happened until now.
+
+    slowest_ms: of the last half second. states: version -> state.
+    """
+
+    elapsed: float
+    sent: int
+    failed: int
+    slowest_ms: float
+    states: dict[int, str]
+
+
+Progress = Callable[[Moment], None]
+
+
+def server_facts(server: launch.Server) -> ServerFacts:
+    """What the record says about a server that `spikeless.launch` started."""
+    allocator = server.allocator()
+    return ServerFacts(
+        target=server.target,
+        engine=server.engine,
+        engine_version=server.engine_version,
+        allocator=allocator.name,
+        allocator_proof=allocator.proof,
+        command=_portable(server.command),
+        pid=server.pid,
+    )
+
+
+def running_server(target: str, pid: int | None = None) -> ServerFacts:
+    """What can be said about a server that somebody else started; without its `pid`, only where it is."""
+    if pid is None:
+        return ServerFacts(target)
+    try:
+        command = psutil.Process(pid).cmdline()
+    except psutil.NoSuchProcess:
+        raise NotFound(f"there is no process {pid}") from None
+    allocator = launch.allocator_of(pid)
+    engine = "embedded" if "spikeless" in command else Path(command[0]).name
+    return ServerFacts(
+        target,
+        engine=engine,
+        allocator=allocator.name,
+        allocator_proof=allocator.proof,
+        command=_portable(command),
+        pid=pid,
+    )
+
+
+def result_path(directory: Path, result: Run) -> Path:
+    """Where a run's raw result goes: scenario and start make its name."""
+    scenario = re.sub(r"[^A-Za-z0-9.-]+", "-", result.facts.scenario).strip("-.") or "run"
+    started = datetime.datetime.fromisoformat(result.facts.started)
+    return directory / f"{scenario}-{started:%Y%m%dT%H%M%SZ}.npz"
+
+
+def _portable(command: Sequence[str]) -> tuple[str, ...]:
+    """A command line without the place of this machine's interpreter."""
+    return ("python" if command[0] == sys.executable else command[0], *command[1:])
+
+
+def run(
+    scenario: str,
+    settings: Settings,
+    server: ServerFacts,
+    publish: Callable[[], object] | None = None,
+    floor: Floor | None = None,
+    progress: Progress | None = None,
+    notes: Sequence[str] = (),
+) -> Run:
+    """Drive the load and return its record.
+
+    scenario: the name that the report groups by. publish: called at ``settings.publish_at``; what it
+    returns is kept as text (the path of the version, for example). progress: called a few times a second.
+
+    Raises:
+        FailedPrecondition: publishing failed; the load is stopped.
+        Internal: the load generator failed; the end of its output is in the message.
+        SpikelessError: the requests cannot be read.
+    """
+    if (publish is None) != (settings.publish_at is None):
+        raise FailedPrecondition("publish and settings.publish_at belong together: give both or neither")
+    read_requests(settings.requests, settings.model_name)  # Fails here rather than in the child.
+    with tempfile.TemporaryDirectory(prefix="spikeless-bench-") as directory:
+        command = _command(scenario, settings, server.target, Path(directory))
+        with Watcher(server.target, settings.model_name, server.pid) as watcher:
+            start, published = _drive(command, settings, publish, watcher, progress)
+        parts = [record.load(path) for path in sorted(Path(directory).glob("*.npz"))]
+    if len(parts) != settings.processes:
+        raise Internal(f"{len(parts)} of {settings.processes} load generator processes wrote their record")
+    merged = record.merge(parts)
+    facts = dataclasses.replace(
+        merged.facts,
+        settings=settings,
+        server=server,
+        generator=_portable(command),
+        publish=published,
+        states=tuple(watcher.state_changes(start)),
+        floor=floor,
+        notes=tuple(notes),
+    )
+    return Run(facts, merged.requests, watcher.samples(start))
+
+
+def publisher(command: str) -> Callable[[], object]:
+    """A callable that runs `command` (split as a shell would, without a shell) and fails when it fails."""
+    arguments = shlex.split(command)
+
+    def call() -> str:
+        try:
+            done = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        except OSError as error:
+            raise FailedPrecondition(f"`{command}` cannot be run: {error.strerror}") from None
+        if done.returncode:
+            raise FailedPrecondition(f"`{command}` exited with {done.returncode}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    return call
+
+
+def _command(scenario: str, settings: Settings, target: str, directory: Path) -> list[str]:
+    command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("locustfile.py"))]
+    command += ["--headless", "--only-summary", "--exit-code-on-error", "0", "--host", target]
+    command += ["--scenario", scenario, "--record", str(directory / "load.npz")]
+    for name in ("model_name", "requests", "rate", "seconds", "arrivals", "seed", "timeout"):
+        command += ["--" + name.replace("_", "-"), str(getattr(settings, name))]
+    if settings.processes > 1:
+        port = str(launch.free_port())
+        command += ["--processes", str(settings.processes), "--master-bind-port", port, "--master-port", port]
+    return command
+
+
+def _drive(
+    command: Sequence[str],
+    settings: Settings,
+    publish: Callable[[], object] | None,
+    watcher: Watcher,
+    progress: Progress | None,
+) -> tuple[float, Publish | None]:
+    """Run the load generator to its end; returns its start (``time.monotonic``) and what publishing did."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    tail: list[str] = []
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    threading.Thread(target=_drain, args=(process.stdout, lines), daemon=True).start()
+    start: float | None = None
+    publication = _Publication(publish)
+    workers: dict[int, dict[str, Any]] = {}
+    give_up = time.monotonic() + settings.seconds + settings.timeout + _OVERHEAD_SECONDS
+    try:
+        while True:
+            now = time.monotonic()
+            if now > give_up:
+                raise Internal("the load generator hangs; its output ends:\n" + "\n".join(tail))
+            if start is not None and settings.publish_at is not None and now >= start + settings.publish_at:
+                publication.begin()
+            publication.check()
+            try:
+                line = lines.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                continue
+            if line is None:
+                break
+            if not line.startswith(LINE_PREFIX):
+                tail = [*tail, line][-_OUTPUT_TAIL_LINES:]
+                continue
+            facts = json.loads(line[len(LINE_PREFIX) :])
+            if "start" in facts:
+                start = time.monotonic() + facts["start"] - time.time()
+                continue
+            workers[facts["worker"]] = facts
+            if progress is not None and start is not None:
+                progress(_moment(start, workers, watcher))
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    published = publication.wait(start or 0.0)
+    if code or start is None:
+        raise Internal(f"the load generator exited with {code}; its output ends:\n" + "\n".join(tail))
+    return start, published
+
+
+def _moment(start: float, workers: dict[int, dict[str, Any]], watcher: Watcher) -> Moment:
+    reports = workers.values()
+    return Moment(
+        elapsed=time.monotonic() - start,
+        sent=sum(report["sent"] for report in reports),
+        failed=sum(report["failed"] for report in reports),
+        slowest_ms=max(report["slowest_ms"] for report in reports),
+        states=watcher.states,
+    )
+
+
+def _drain(stream: IO[str], lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+class _Publication:
+    """Calls `publish` once, in a thread of its own, and remembers when."""
+
+    def __init__(self, publish: Callable[[], object] | None) -> None:
+        self._publish = publish
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._times = (0.0, 0.0)
+        self._result = ""
+
+    def begin(self) -> None:
+        if self._thread is None and self._publish is not None:
+            self._thread = threading.Thread(target=self._call, daemon=True)
+            self._thread.start()
+
+    def _call(self) -> None:
+        assert self._publish is not None
+        begin = time.monotonic()
+        try:
+            result = self._publish()
+            self._result = "" if result is None else str(result)
+        except Exception as error:
+            self._error = error
+        self._times = (begin, time.monotonic())
+
+    def check(self) -> None:
+        """Raises FailedPrecondition when publishing has failed."""
+        if self._error is not None:
+            raise FailedPrecondition(f"publishing failed: {self._error}") from self._error
+
+    def wait(self, start: float) -> Publish | None:
+        """The publication with its times after `start`, once it is over; None when there was none."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self.check()
+        begin, end = self._times
+        return Publish(begin - start, end - start, self._result)

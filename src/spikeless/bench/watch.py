@@ -1,0 +1,150 @@
+"""Watch the server beside the load: version states over a connection of its own, memory and processor from
+/proc.
+
+In: an address, a model name, a process id. Out: the changes of state, and samples. Moments are those of
+``time.monotonic`` until `offsets` are taken from the start of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from spikeless.protos import get_model_status_pb2, model_service_pb2_grpc
+
+STATE_POLL_SECONDS = 0.05
+SAMPLE_SECONDS = 0.1
+
+#: Column -> dtype of the samples: seconds; bytes of private (RssAnon) and of file-backed memory (RssFile);
+#: time of all processors since boot in clock ticks, and how much of it the hypervisor gave to others.
+SAMPLES: dict[str, Any] = {
+    "t": np.float64,
+    "rss_anon": np.int64,
+    "rss_file": np.int64,
+    "cpu_total": np.int64,
+    "cpu_steal": np.int64,
+}
+#: What is recorded when the server no longer lists a version that it listed before.
+GONE = "GONE"
+
+_State = get_model_status_pb2.ModelVersionStatus.State
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """A version was first seen in `state` at `t`; the change itself came up to one poll earlier."""
+
+    t: float
+    version: int
+    state: str
+    error: str = ""
+
+
+class Watcher:
+    """Polls in threads while the block runs; a context manager.
+
+    `pid` is None when the server's process is not known or not on this machine: then there are no samples.
+    """
+
+    def __init__(self, target: str, model_name: str, pid: int | None) -> None:
+        self.changes: list[StateChange] = []
+        self._samples: list[tuple[float, int, int, int, int]] = []
+        self._pid = pid
+        self._request = get_model_status_pb2.GetModelStatusRequest()
+        self._request.model_spec.name = model_name
+        self._known: dict[int, str] = {}
+        # A local pool, so that the connection is not shared with another channel of this process.
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+        self._channel = grpc.insecure_channel(target, options=options)
+        self._status = model_service_pb2_grpc.ModelServiceStub(self._channel).GetModelStatus
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._every, args=(STATE_POLL_SECONDS, self._poll), daemon=True)
+        ]
+        if pid is not None and Path(f"/proc/{pid}/status").exists():
+            self._threads.append(
+                threading.Thread(target=self._every, args=(SAMPLE_SECONDS, self._sample), daemon=True)
+            )
+
+    def __enter__(self) -> Watcher:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._channel.close()
+
+    @property
+    def states(self) -> dict[int, str]:
+        """The last known state of each version."""
+        return dict(self._known)
+
+    def _every(self, period: float, action: Callable[[], None]) -> None:
+        due = time.monotonic()
+        while not self._stop.is_set():
+            action()
+            due = max(due + period, time.monotonic())
+            self._stop.wait(due - time.monotonic())
+
+    def _poll(self) -> None:
+        try:
+            versions = self._status(self._request, timeout=1.0).model_version_status
+        except grpc.RpcError:
+            return  # No answer is no state.
+        now = time.monotonic()
+        seen = {version.version: version for version in versions}
+        for number, version in seen.items():
+            state = _State.Name(version.state)
+            if self._known.get(number) != state:
+                self.changes.append(StateChange(now, number, state, version.status.error_message))
+                self._known[number] = state
+        for number in [number for number in self._known if number not in seen]:
+            self.changes.append(StateChange(now, number, GONE))
+            del self._known[number]
+
+    def _sample(self) -> None:
+        try:
+            status = Path(f"/proc/{self._pid}/status").read_text()
+            processors = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
+        except OSError:
+            return  # The server is gone.
+        # proc_pid_status(5) counts in kB. proc_stat(5): user nice system idle iowait irq softirq steal; guest
+        # time, which follows, is in user already.
+        memory = {name: int(value.split()[0]) for name, value in _fields(status) if name.startswith("Rss")}
+        ticks = [int(value) for value in processors[:8]]
+        now = time.monotonic()
+        anon, file = memory.get("RssAnon", 0), memory.get("RssFile", 0) + memory.get("RssShmem", 0)
+        self._samples.append((now, anon * 1024, file * 1024, sum(ticks), ticks[7]))
+
+    def state_changes(self, start: float) -> list[StateChange]:
+        """The changes, in seconds after `start`; those from before it stand at their (negative) time."""
+        return [dataclasses.replace(change, t=change.t - start) for change in self.changes]
+
+    def samples(self, start: float) -> dict[str, NDArray[Any]]:
+        """The samples by column, in seconds after `start`."""
+        columns = zip(*self._samples, strict=True) if self._samples else [()] * len(SAMPLES)
+        table = {
+            name: np.array(values, dtype)
+            for (name, dtype), values in zip(SAMPLES.items(), columns, strict=True)
+        }
+        table["t"] -= start
+        return table
+
+
+def _fields(status: str) -> list[tuple[str, str]]:
+    return [(name, value) for name, _, value in (line.partition(":") for line in status.splitlines())]

@@ -1,0 +1,98 @@
+"""Runs made up for tests: latencies that are known exactly, in the form in which a benchmark records them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spikeless import tfrecord
+from spikeless.bench import Facts, Floor, Publish, Run, ServerFacts, Settings
+from spikeless.bench.machine import Machine
+from spikeless.bench.recorder import COLUMNS
+from spikeless.bench.watch import StateChange
+from spikeless.errors import Code
+from spikeless.protos import prediction_log_pb2
+from spikeless.tensors import to_proto
+
+SETTINGS = Settings(
+    "boston", "requests", rate=200, seconds=20, arrivals="constant", publish_at=10, warm_seconds=2
+)
+MACHINE = Machine("Debian 12", "Linux 6.1", "x86_64", "a processor", 2, 8 << 30, "3.11.7")
+
+
+def made_up_run(scenario: str = "warmup", spike_ms: float = 0.0, rate: float = 200, **facts: Any) -> Run:
+    """A run of 20 s at constant arrivals: 1 ms each (the first 20 after the start 150 ms).
+
+    Version 2 is published at 10 s, AVAILABLE at 11.2 s; version 1 ends at 11.4 s. With `spike_ms` the server
+    stalls for that long from 11.2 s on, and every request that is due meanwhile waits for the stall's end.
+    """
+    settings = dataclasses.replace(SETTINGS, rate=rate)
+    intended = settings.schedule.offsets()
+    latency = np.full(len(intended), 0.001)
+    latency[:20] = 0.15
+    stall_end = 11.2 + spike_ms / 1e3
+    waits = (intended >= 11.2) & (intended < stall_end)
+    latency[waits] += stall_end - intended[waits]
+    columns = {
+        "intended": intended,
+        "lag": np.full(len(intended), 0.0001),
+        "latency": latency,
+        "code": np.zeros(len(intended)),
+        "version": np.where(intended < 11.2, 1, 2),
+        "request": np.arange(len(intended)) % 3,
+    }
+    t = np.arange(0, 20, 0.1)
+    samples = {
+        "t": t,
+        "rss_anon": np.where(t < 10, 100 << 20, np.where(t < 11.4, 180 << 20, 110 << 20)),
+        "rss_file": np.full(len(t), 300 << 20),
+        "cpu_total": (t * 200).astype(np.int64),
+        "cpu_steal": np.zeros(len(t), np.int64),
+    }
+    standard: dict[str, Any] = {
+        "scenario": scenario,
+        "started": "2026-01-02T03:04:05.678+00:00",
+        "commit": "0123456789ab",
+        "settings": settings,
+        "machine": MACHINE,
+        "server": ServerFacts(
+            "127.0.0.1:8500", "embedded", "0.1.0", "jemalloc", "libjemalloc.so.2", ("serve",)
+        ),
+        "generator": ("locust",),
+        "publish": Publish(10.0, 10.01, "models/boston/2"),
+        "states": (
+            StateChange(-1.0, 1, "AVAILABLE"),
+            StateChange(10.9, 2, "LOADING"),
+            StateChange(11.2, 2, "AVAILABLE"),
+            StateChange(11.3, 1, "UNLOADING"),
+            StateChange(11.4, 1, "END"),
+        ),
+        "floor": Floor(200, 1000, 0.3, 0.6, 1.5, 1.7),
+    }
+    requests = {name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()}
+    return Run(Facts(**standard | facts), requests, samples)
+
+
+def with_failures(run: Run, count: int) -> Run:
+    """The same, with `count` requests before the publishing UNAVAILABLE."""
+    requests = {name: values.copy() for name, values in run.requests.items()}
+    requests["code"][1000 : 1000 + count] = Code.UNAVAILABLE
+    requests["version"][1000 : 1000 + count] = 0
+    return dataclasses.replace(run, requests=requests)
+
+
+def write_requests(path: Path, *sizes: int, alias: str = "x", width: int = 4) -> Path:
+    """A warmup file of Predict requests with float32 inputs of `sizes` rows."""
+    records = []
+    for rows in sizes:
+        log = prediction_log_pb2.PredictionLog()
+        spec = log.predict_log.request.model_spec
+        spec.name, spec.version.value = "somebody", 7
+        tensor = to_proto(np.ones((rows, width), np.float32))
+        log.predict_log.request.inputs[alias].CopyFrom(tensor)
+        records.append(log.SerializeToString())
+    tfrecord.write(path, records)
+    return path
