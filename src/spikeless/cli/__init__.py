@@ -17,6 +17,8 @@ COMMANDS: dict[str, str] = {
     "warmup": "Build, inspect and verify warmup files.",
     "publish": "Make a SavedModel a version that servers pick up.",
     "serve": "Serve models with the embedded engine.",
+    "bench": "Measure latency under load while a version is swapped.",
+    "report": "Turn raw results into a page and a table.",
 }
 
 

@@ -1,0 +1,203 @@
+"""``spikeless bench``: drive load, swap a version in the middle of it, keep every request."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from spikeless import bench, launch, report, repository
+from spikeless.bench.floor import built_in_requests
+from spikeless.errors import InvalidArgument, NotFound
+
+_WARMUP_FILE = Path("assets.extra") / "tf_serving_warmup_requests"
+_PATH = click.Path(path_type=Path)
+
+
+@click.group()
+def command() -> None:
+    """Measure latency under open-loop load while a version is swapped."""
+
+
+def _load_options(function: Any) -> Any:
+    """The options that say what the load is."""
+    options = [
+        click.option("--model-name", default="boston", show_default=True, help="Name of the served model."),
+        click.option(
+            "--requests", type=_PATH, help="TFRecord file of PredictionLog with the requests to replay."
+        ),
+        click.option("--rate", default=300.0, show_default=True, help="Requests per second."),
+        click.option(
+            "--arrivals", type=click.Choice(["poisson", "constant"]), default="poisson", show_default=True
+        ),
+        click.option("--seed", default=1, show_default=True, help="Seed of the Poisson arrivals."),
+        click.option(
+            "--timeout", default=10.0, show_default=True, help="Deadline of each request, in seconds."
+        ),
+        click.option("--processes", default=1, show_default=True, help="Processes of the load generator."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@command.command("run")
+@_load_options
+@click.option("--target", help="HOST:PORT of a running server.  [default: start one for the run]")
+@click.option("--pid", type=int, help="Its process id, to sample its memory.")
+@click.option("--models", type=_PATH, default="models", show_default=True, help="The model repository.")
+@click.option("--scenario", default="load", show_default=True, help="Name that the report groups runs by.")
+@click.option("--seconds", default=30.0, show_default=True, help="How long requests leave.")
+@click.option("--warm-seconds", default=3.0, show_default=True, help="Left out of the steady window.")
+@click.option("--slo-ms", default=10.0, show_default=True, help="A slower request is part of a spike.")
+@click.option("--publish", "saved_model", type=_PATH, help="SavedModel to publish as the next version.")
+@click.option("--publish-command", help="Command that publishes instead.")
+@click.option("--publish-at", type=float, help="When, in seconds.  [default: after 60 % of the load]")
+@click.option("--allocator", type=click.Choice(launch.ALLOCATORS), default="glibc", show_default=True)
+@click.option("--server-flag", multiple=True, help="Further flag for the server that is started; repeatable.")
+@click.option("--floor/--no-floor", default=True, help="Measure the generator's own latency first.")
+@click.option(
+    "--out", type=_PATH, default="reports/raw", show_default=True, help="Directory of the raw results."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def run_command(
+    model_name: str,
+    requests: Path | None,
+    rate: float,
+    arrivals: str,
+    seed: int,
+    timeout: float,
+    processes: int,
+    target: str | None,
+    pid: int | None,
+    models: Path,
+    scenario: str,
+    seconds: float,
+    warm_seconds: float,
+    slo_ms: float,
+    saved_model: Path | None,
+    publish_command: str | None,
+    publish_at: float | None,
+    allocator: str,
+    server_flag: tuple[str, ...],
+    floor: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Drive load against a server and write one raw result.
+
+    Without --target a server is started on MODELS/MODEL_NAME (which engine: SPIKELESS_SERVER) and stopped
+    afterwards. With --publish or --publish-command the next version appears while the load runs. The requests
+    are by default those of the newest version's warmup file.
+    """
+    if saved_model is not None and publish_command is not None:
+        raise click.UsageError("--publish and --publish-command exclude each other")
+    publishes = saved_model is not None or publish_command is not None
+    if publish_at is not None and not publishes:
+        raise click.UsageError("--publish-at needs --publish or --publish-command")
+    settings = bench.Settings(
+        model_name=model_name,
+        requests=str(requests or _own_requests(models, model_name)),
+        rate=rate,
+        seconds=seconds,
+        arrivals=arrivals,
+        seed=seed,
+        timeout=timeout,
+        processes=processes,
+        publish_at=(0.6 * seconds if publish_at is None else publish_at) if publishes else None,
+        warm_seconds=warm_seconds,
+        slo_ms=slo_ms,
+    )
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        measured = None
+        if floor:
+            with bench.progress_bar("floor", bench.FLOOR_SECONDS, console) as progress:
+                measured = bench.measure_floor(settings, progress=progress)
+        publish = None
+        if publish_command is not None:
+            publish = bench.publisher(publish_command)
+        elif saved_model is not None:
+            # All of publishing but the rename happens before the load.
+            publish = stack.enter_context(repository.stage(saved_model, models, model_name)).publish
+        if target is None:
+            launched = launch.LaunchSettings(
+                model_name,
+                models / model_name,
+                flags=(*bench.SERVER_FLAGS, *server_flag),
+                allocator=allocator,
+            )
+            facts = bench.server_facts(stack.enter_context(launch.start(launched)))
+        else:
+            facts = bench.running_server(target, pid)
+        with bench.progress_bar(scenario, seconds, console) as progress:
+            result = bench.run(scenario, settings, facts, publish, measured, progress)
+    summary = bench.analyse(result)
+    path = bench.result_path(out, result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result.save(path)
+    if as_json:
+        click.echo(json.dumps({"result": str(path), **dataclasses.asdict(summary)}, indent=1))
+    else:
+        click.echo(report.render_markdown(report.group([result])))
+        click.echo(path)
+
+
+@command.command("floor")
+@_load_options
+@click.option("--seconds", default=bench.FLOOR_SECONDS, show_default=True, help="How long requests leave.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def floor_command(
+    model_name: str,
+    requests: Path | None,
+    rate: float,
+    arrivals: str,
+    seed: int,
+    timeout: float,
+    processes: int,
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Measure the load generator's own latency, against a server that answers at once."""
+    with ExitStack() as stack:
+        settings = bench.Settings(
+            model_name=model_name,
+            requests=str(requests or stack.enter_context(built_in_requests())),
+            rate=rate,
+            seconds=seconds,
+            arrivals=arrivals,
+            seed=seed,
+            timeout=timeout,
+            processes=processes,
+            warm_seconds=0.0,
+        )
+        progress = stack.enter_context(bench.progress_bar("floor", seconds))
+        measured = bench.measure_floor(settings, seconds, progress)
+    click.echo(json.dumps(dataclasses.asdict(measured), indent=1) if as_json else report.floor_text(measured))
+
+
+@command.command("merge")
+@click.argument("merged", type=_PATH)
+@click.argument("parts", type=_PATH, nargs=-1, required=True)
+def merge_command(merged: Path, parts: tuple[Path, ...]) -> None:
+    """Put the files that the workers of one run wrote together into MERGED."""
+    if merged.exists():
+        raise InvalidArgument(f"{merged} is there already and is not overwritten")
+    bench.merge([bench.load(part) for part in parts]).save(merged)
+    click.echo(merged)
+
+
+def _own_requests(models: Path, name: str) -> Path:
+    """The warmup file of the newest version that has one."""
+    for directory in reversed(repository.versions(models, name).values()):
+        if (directory / _WARMUP_FILE).is_file():
+            return directory / _WARMUP_FILE
+    raise NotFound(
+        f"no version of {name} in {models} has a warmup file ({_WARMUP_FILE}): build one with "
+        "`spikeless warmup build`, or name the requests with --requests"
+    )

@@ -1,0 +1,260 @@
+"""The load generator against servers that answer: in a thread, through Locust, and as the command runs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_runs import write_requests
+from trained_models import ROOT, spikeless
+
+from spikeless import bench, launch
+from spikeless.bench.floor import trivial_server
+from spikeless.bench.openloop import OpenLoop
+from spikeless.bench.requests import read_requests
+from spikeless.bench.schedule import Schedule
+from spikeless.errors import Code, FailedPrecondition
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    (tmp_path / "models" / "boston" / "1").mkdir(parents=True)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    return write_requests(tmp_path / "requests", 1, 8, 32)
+
+
+def stand_in(models: Path, *flags: str, port: int | None = None) -> launch.Server:
+    engine = models / "model_server"
+    engine.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_IN}" "$@"\n')
+    engine.chmod(engine.stat().st_mode | stat.S_IXUSR)
+    return launch.start(
+        launch.LaunchSettings("boston", models / "boston", engine=str(engine), flags=flags, port=port)
+    )
+
+
+@pytest.fixture
+def server(models: Path) -> Iterator[launch.Server]:
+    with stand_in(models) as server:
+        yield server
+
+
+def drive(requests: Path, target: str, rate: float, seconds: float, name: str = "boston") -> OpenLoop:
+    load = OpenLoop(Schedule(rate, seconds).offsets(), read_requests(requests, name), target, timeout=30)
+    load.run(time.monotonic())
+    return load
+
+
+def test_every_request_is_answered_and_recorded(server: launch.Server, requests: Path) -> None:
+    columns = drive(requests, server.target, 200, 1).recorder.columns()
+    assert len(columns["intended"]) == len(Schedule(200, 1).offsets())
+    assert set(columns["code"]) == {Code.OK}
+    assert set(columns["version"]) == {1}
+    assert (columns["lag"] >= 0).all()
+    assert (columns["latency"] >= columns["lag"]).all()
+    assert np.array_equal(columns["request"], np.arange(len(columns["request"])) % 3)
+
+
+def test_statuses_are_those_of_the_server(server: launch.Server, requests: Path) -> None:
+    columns = drive(requests, server.target, 50, 0.2, name="nobody").recorder.columns()
+    assert len(columns["code"])
+    assert set(columns["code"]) == {Code.NOT_FOUND}
+    assert set(columns["version"]) == {0}
+
+
+def test_requests_larger_than_the_flow_control_window(server: launch.Server, tmp_path: Path) -> None:
+    large = write_requests(tmp_path / "large", 60_000)  # 960 kB each; a window begins with 64 kB.
+    columns = drive(large, server.target, 40, 0.5).recorder.columns()
+    assert len(columns["code"])
+    assert set(columns["code"]) == {Code.OK}
+
+
+def test_a_stall_shows_in_every_request_that_was_due(models: Path, requests: Path) -> None:
+    with stand_in(models, "--stall=0.5,0.4") as server:
+        columns = drive(requests, server.target, 200, 1.2).recorder.columns()
+    # About 80 requests are due while the server stalls; the first waits 400 ms, and so on down to nothing.
+    latency = columns["latency"]
+    assert latency.max() >= 0.35
+    assert np.count_nonzero(latency > 0.1) >= 40
+    assert columns["lag"].min() >= 0
+
+
+def test_a_server_that_dies_and_returns(models: Path, requests: Path) -> None:
+    server = stand_in(models)
+    load = OpenLoop(Schedule(100, 120).offsets(), read_requests(requests, "boston"), server.target, 30)
+
+    def wait_until(condition) -> None:
+        server.wait_for(condition, "the load to go on", 60)
+
+    thread = threading.Thread(target=load.run, args=(time.monotonic(),))
+    thread.start()
+    codes = load.recorder.code
+    try:
+        wait_until(lambda: np.count_nonzero(codes == Code.OK) > 10)
+        port = server.port
+        server.stop(grace=0)
+        while not np.count_nonzero(codes == Code.UNAVAILABLE) > 10:
+            thread.join(0.01)
+        answered = np.count_nonzero(codes == Code.OK)
+        server = stand_in(models, port=port)
+        wait_until(lambda: np.count_nonzero(codes == Code.OK) > answered + 10)
+    finally:
+        load.stop()
+        thread.join()
+        server.stop()
+    assert set(load.recorder.columns()["code"]) <= {Code.OK, Code.UNAVAILABLE, Code.CANCELLED}
+
+
+def locust(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the benchmark's locustfile to its end."""
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        "benchmarks/locustfile.py",
+        "--headless",
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_locust_by_itself_and_with_workers(server: launch.Server, requests: Path, tmp_path: Path) -> None:
+    port = launch.free_port()
+    common = ("--host", server.target, "--requests", requests, "--rate", 100, "--seconds", 2)
+    ports = ("--master-bind-port", port, "--master-port", port)
+    alone = locust(*common, "--record", tmp_path / "alone.npz")
+    assert alone.returncode == 0, alone.stderr
+    assert "Predict" in alone.stderr, "Locust's own statistics have the requests"
+    workers = locust(*common, *ports, "--processes", 2, "--record", tmp_path / "shared.npz")
+    assert workers.returncode == 0, workers.stderr
+
+    done = spikeless("bench", "merge", tmp_path / "merged.npz", *sorted(tmp_path.glob("shared.worker-*.npz")))
+    assert done.returncode == 0, done.stderr
+    one, two = bench.load(tmp_path / "alone.npz"), bench.load(tmp_path / "merged.npz")
+    planned = Schedule(100, 2).offsets()
+    for run in (one, two):
+        assert np.array_equal(run.requests["intended"], planned)
+        assert set(run.requests["code"]) == {Code.OK}
+    again = spikeless("bench", "merge", tmp_path / "merged.npz", tmp_path / "alone.npz")
+    assert again.returncode == 1
+    assert "is there already" in again.stderr
+
+
+def test_locust_says_what_is_wrong(requests: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--host", "http://127.0.0.1:1", "--requests", requests), "is no gRPC address"),
+        (("--host", "127.0.0.1:1", "--requests", tmp_path / "nowhere"), "cannot be read"),
+        (("--host", "127.0.0.1:1", "--requests", requests, "--rate", 0), "must be positive"),
+    ):
+        done = locust(*arguments)
+        assert done.returncode != 0
+        assert "spikeless: error: " in done.stderr
+        assert message in done.stderr
+
+
+def test_an_interrupted_run_keeps_what_it_has(server: launch.Server, requests: Path, tmp_path: Path) -> None:
+    record = tmp_path / "part.npz"
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        "benchmarks/locustfile.py",
+        "--headless",
+        "--only-summary",
+    ]
+    command += ["--host", server.target, "--requests", requests, "--rate", "100", "--seconds", "300"]
+    process = subprocess.Popen(
+        [*map(str, command), "--record", str(record)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if '"sent"' in line and json.loads(line.partition(" ")[2])["sent"] > 50:
+                break
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+    run = bench.load(record)
+    assert 50 < len(run.requests["code"]) < 30_000
+    assert set(run.requests["code"]) <= {Code.OK, Code.CANCELLED}
+
+
+def test_publishing_that_fails_ends_the_run(server: launch.Server, requests: Path) -> None:
+    def publish() -> None:
+        raise OSError("disk full")
+
+    settings = bench.Settings("boston", str(requests), rate=50, seconds=60, publish_at=0.5, warm_seconds=0)
+    with pytest.raises(FailedPrecondition, match="publishing failed: disk full"):
+        bench.run("broken", settings, bench.server_facts(server), publish)
+
+
+def test_the_trivial_server_ends_with_its_block(requests: Path) -> None:
+    with trivial_server() as target:
+        columns = drive(requests, target, 100, 0.5).recorder.columns()
+        assert set(columns["code"]) == {Code.OK}
+    after = drive(requests, target, 100, 0.2).recorder.columns()
+    assert set(after["code"]) == {Code.UNAVAILABLE}
+
+
+def test_a_swap_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
+    """The command starts the engine, publishes under load, and writes what the report reads."""
+    models, source = tmp_path / "models", tmp_path / "source"
+    shutil.copytree(saved_models / "signatures", source)
+    (source / "assets.extra").mkdir()
+    write_requests(source / "assets.extra" / "tf_serving_warmup_requests", 1, 8)
+    first = spikeless("publish", source, "--name", "boston", "--models", models)
+    assert first.returncode == 0, first.stderr
+
+    load = ("--rate", 100, "--seconds", 8, "--publish-at", 3, "--warm-seconds", 1, "--timeout", 60)
+    place = ("--models", models, "--out", tmp_path / "raw")
+    done = spikeless(
+        "bench", "run", *load, *place, "--publish", source, "--scenario", "warm", "--no-floor", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["codes"] == {"OK": len(Schedule(100, 8).offsets())}
+    assert (answer["old_version"], answer["new_version"]) == (1, 2)
+    assert set(answer["served"]) == {"1", "2"}
+    run = bench.load(answer["result"])
+    assert run.facts.server.engine in ("embedded", "tensorflow_model_server", "docker")
+    assert run.facts.server.allocator == "glibc"
+    assert run.facts.publish.result == str(models / "boston" / "2")
+    assert {(change.version, change.state) for change in run.facts.states} >= {
+        (1, "AVAILABLE"),
+        (2, "AVAILABLE"),
+        (1, "END"),
+    }
+    assert run.samples["rss_anon"].min() > 0
+
+    report = spikeless("report", tmp_path / "raw", "--out", tmp_path / "report")
+    assert report.returncode == 0, report.stderr
+    assert "| first request on the new version |" in report.stdout
+    assert "Swapping boston 1" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_the_command_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
+    place = ("--models", tmp_path / "models", "--out", tmp_path / "raw")
+    done = spikeless("bench", "run", *place)
+    assert done.returncode == 1
+    assert "spikeless: error: no version of boston" in done.stderr
+    assert spikeless("bench", "run", *place, "--publish-at", 3).returncode == 2
+    done = spikeless("report", tmp_path)
+    assert done.returncode == 1
+    assert "holds no raw results" in done.stderr
+    assert not (tmp_path / "raw").exists()
