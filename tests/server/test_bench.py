@@ -151,6 +151,8 @@ def test_locust_by_itself_and_with_workers(server: launch.Server, requests: Path
     for run in (one, two):
         assert np.array_equal(run.requests["intended"], planned)
         assert set(run.requests["code"]) == {Code.OK}
+    assert locust(*common, "--record", tmp_path / "alone.npz").returncode == 0
+    assert len(list(tmp_path.glob("alone*.npz"))) == 2, "an earlier result is never overwritten"
     again = spikeless("bench", "merge", tmp_path / "merged.npz", tmp_path / "alone.npz")
     assert again.returncode == 1
     assert "is there already" in again.stderr

@@ -208,6 +208,8 @@ class OpenLoopUser(User):
             path = path.with_name(f"{path.stem}.worker-{share['index']}.npz")
         path.parent.mkdir(parents=True, exist_ok=True)
         started = datetime.datetime.fromtimestamp(share["start"], datetime.timezone.utc)
+        if path.exists():  # Of an earlier run, started from the web page for example.
+            path = path.with_name(f"{path.stem}-{started:%Y%m%dT%H%M%SZ}.npz")
         facts = Facts(
             scenario=options.scenario,
             started=started.isoformat(timespec="milliseconds"),

@@ -137,10 +137,10 @@ def run_command(
             facts = bench.running_server(target, pid)
         with bench.progress_bar(scenario, seconds, console) as progress:
             result = bench.run(scenario, settings, facts, publish, measured, progress)
-    summary = bench.analyse(result)
     path = bench.result_path(out, result)
     path.parent.mkdir(parents=True, exist_ok=True)
     result.save(path)
+    summary = bench.analyse(result)
     if as_json:
         click.echo(json.dumps({"result": str(path), **dataclasses.asdict(summary)}, indent=1))
     else:
