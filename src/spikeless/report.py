@@ -273,7 +273,10 @@ def _cell(scenario: Scenario, get: Callable[[Summary], float | None], show: Call
     if not found:
         return NOTHING
     middle = show(statistics.median(found))
-    return middle if len(found) == 1 else f"{middle} ({show(min(found))} to {show(max(found))})"
+    if len(found) == 1:
+        return middle
+    low, high = (show(value).partition(" ")[0] for value in (min(found), max(found)))
+    return f"{middle} ({low} to {high})"
 
 
 def _errors(scenario: Scenario) -> str:

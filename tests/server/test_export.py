@@ -187,6 +187,9 @@ def test_ctrl_c_while_training_leaves_no_run_and_exits_130(tmp_path):
             child.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 _, errors = child.communicate(timeout=10)
-    assert child.returncode == 130, errors
-    assert errors.splitlines()[-1] == "spikeless: interrupted"
+    # An interrupt that comes while Python is already on its way out ends it by the signal itself, which a
+    # shell shows as 130 too.
+    assert child.returncode in (130, -signal.SIGINT), errors
+    if child.returncode == 130:
+        assert errors.splitlines()[-1] == "spikeless: interrupted"
     assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "serve": "Serve models with the embedded engine.",
     "bench": "Measure latency under load while a version is swapped.",
     "report": "Turn raw results into a page and a table.",
+    "demo": "Do all of it once, without a warmup file and with one.",
 }
 
 

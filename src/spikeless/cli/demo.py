@@ -1,0 +1,30 @@
+"""``spikeless demo``: the whole bundle once, in a few minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from spikeless import demo
+
+
+@click.command()
+@click.option("--reports", type=click.Path(path_type=Path), default="reports", show_default=True)
+@click.option("--rate", type=float, default=demo.DemoSettings.rate, show_default=True, help="Requests/s.")
+@click.option(
+    "--seconds", type=float, default=demo.DemoSettings.seconds, show_default=True, help="Of load in each run."
+)
+@click.option(
+    "--repeats", type=int, default=demo.DemoSettings.repeats, show_default=True, help="Runs of each scenario."
+)
+def command(reports: Path, rate: float, seconds: float, repeats: int) -> None:
+    """Train, warm, publish, serve, swap under load, report: without a warmup file and with one.
+
+    Run it in a clone of the project.
+    """
+    settings = demo.DemoSettings(
+        reports=reports, rate=rate, seconds=seconds, publish_at=seconds * 5 / 9, repeats=repeats
+    )
+    demo.run(settings, Console())
