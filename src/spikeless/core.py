@@ -66,6 +66,10 @@ class ServerCore:
         """The names of the configured models."""
         return [config.name for config in self._config.model_config_list.config]
 
+    def is_configured(self, name: str) -> bool:
+        """Whether the configuration has a model of this name."""
+        return name in self._labels
+
     # --- configuration ------------------------------------------------------------------------------
 
     def reload_config(self, config: model_server_config_pb2.ModelServerConfig) -> None:

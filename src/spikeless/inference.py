@@ -8,9 +8,10 @@ differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,11 +24,17 @@ from spikeless.protos import (
     model_pb2,
     predict_pb2,
     regression_pb2,
-    tensor_pb2,
     types_pb2,
 )
 from spikeless.runtime import Session
-from spikeless.savedmodel import CLASSIFY_METHOD, DEFAULT_SIGNATURE, PREDICT_METHOD, REGRESS_METHOD
+from spikeless.savedmodel import (
+    CLASSIFY_METHOD,
+    DEFAULT_SIGNATURE,
+    PREDICT_METHOD,
+    REGRESS_METHOD,
+    Signature,
+    signatures_of,
+)
 from spikeless.tensors import data_type as data_type_of
 from spikeless.tensors import dtype_name, shape_text, to_numpy, to_proto
 
@@ -39,6 +46,7 @@ REGRESS_OUTPUT = "outputs"
 
 _METHODS = (PREDICT_METHOD, CLASSIFY_METHOD, REGRESS_METHOD)
 _Array = np.ndarray[Any, Any]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ class Model:
         signatures: dict[str, meta_graph_pb2.SignatureDef] = self.session.meta_graph.signature_def
         return signatures
 
+    @functools.cached_property
+    def signatures(self) -> dict[str, Signature]:
+        """The same, ready to be looked things up in, without the initialiser."""
+        return signatures_of(self.session.meta_graph)
+
     def close(self) -> None:
         """Free the session, after the calls that are running."""
         self.session.close()
@@ -75,22 +88,38 @@ class Model:
     ) -> predict_pb2.PredictResponse:
         """Named tensors in, named tensors out; ``DEADLINE_EXCEEDED`` after ``timeout`` seconds."""
         key = request.model_spec.signature_name or DEFAULT_SIGNATURE
-        if key not in self.signature_defs:
+        outputs = self._run(key, request.inputs, to_numpy, request.output_filter, timeout)
+        response = predict_pb2.PredictResponse(model_spec=self._model_spec(request.model_spec.name, key))
+        for alias, output in outputs.items():
+            response.outputs[alias].CopyFrom(to_proto(output, as_field=not self.tensor_content))
+        return response
+
+    def predict_arrays(
+        self, signature: str, inputs: Mapping[str, _Array], timeout: float | None = None
+    ) -> dict[str, _Array]:
+        """The same with arrays, by alias, for callers that have no messages; all outputs come back."""
+        return self._run(signature or DEFAULT_SIGNATURE, inputs, _as_it_is, (), timeout)
+
+    def _run(
+        self,
+        key: str,
+        inputs: Mapping[str, _T],
+        convert: Callable[[_T], _Array],
+        output_filter: Iterable[str],
+        timeout: float | None,
+    ) -> dict[str, _Array]:
+        signature = self.signature_defs.get(key)
+        if signature is None:
             raise FailedPrecondition(f'Serving signature key "{key}" not found.')
-        signature = self.signature_defs[key]
         if self.check_method_names and signature.method_name not in _METHODS:
             raise Internal(
                 "Expected prediction signature method_name to be one of "
                 f"{{{', '.join(_METHODS)}}}. Was: {signature.method_name}"
             )
-        aliases = _requested_outputs(signature, request.output_filter)
-        outputs = self.session.run(
-            _feeds(signature, request.inputs), [signature.outputs[alias].name for alias in aliases], timeout
-        )
-        response = predict_pb2.PredictResponse(model_spec=self._model_spec(request.model_spec.name, key))
-        for alias, output in zip(aliases, outputs, strict=True):
-            response.outputs[alias].CopyFrom(to_proto(output, as_field=not self.tensor_content))
-        return response
+        feeds = _feeds(signature, inputs, convert)
+        aliases = _requested_outputs(signature, output_filter)
+        outputs = self.session.run(feeds, [signature.outputs[alias].name for alias in aliases], timeout)
+        return dict(zip(aliases, outputs, strict=True))
 
     def classify(
         self, request: classification_pb2.ClassificationRequest, timeout: float | None = None
@@ -192,8 +221,12 @@ class Model:
         return spec
 
 
+def _as_it_is(value: _Array) -> _Array:
+    return value
+
+
 def _feeds(
-    signature: meta_graph_pb2.SignatureDef, inputs: dict[str, tensor_pb2.TensorProto]
+    signature: meta_graph_pb2.SignatureDef, inputs: Mapping[str, _T], convert: Callable[[_T], _Array]
 ) -> dict[str, _Array]:
     """The request's inputs by tensor name; inputs with a default in the signature may be missing."""
     required = set(signature.inputs)
@@ -206,18 +239,17 @@ def _feeds(
         )
     feeds: dict[str, _Array] = {}
     for alias, info in signature.inputs.items():
-        if alias in inputs:
-            value = inputs[alias]
-        elif alias in signature.defaults:
-            value = signature.defaults[alias]
-        else:
+        if alias not in inputs and alias not in signature.defaults:
             raise InvalidArgument(
                 f"Signature input alias: {alias}(feed name: {info.name}) not found in request and no default "
                 f"value provided. Inputs expected to be in the request {_braces(inputs)}, or default input "
                 f"alias set: {','.join(sorted(signature.defaults))}"
             )
         try:
-            feeds[info.name] = to_numpy(value)
+            if alias in inputs:
+                feeds[info.name] = convert(inputs[alias])
+            else:
+                feeds[info.name] = to_numpy(signature.defaults[alias])
         except SpikelessError as error:
             raise InvalidArgument(f"tensor parsing error: {alias}: {error}") from None
     if not set(inputs) <= required:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class ModelLoader:
     num_request_iterations_for_warmup: int = 1
     enable_serialization_as_tensor_content: bool = False
     enable_signature_method_name_check: bool = False
+    #: Told of each version that was loaded: its name, number, seconds to restore, seconds to warm, records.
+    on_loaded: Callable[[str, int, float, float, int], None] | None = None
     #: Further settings of every session, as in a platform configuration file.
     session_config: config_pb2.ConfigProto = field(default_factory=config_pb2.ConfigProto)
 
@@ -44,8 +47,10 @@ class ModelLoader:
         """
         config = config_pb2.ConfigProto()
         config.CopyFrom(self.session_config)
-        config.inter_op_parallelism_threads = self.inter_op_parallelism
-        config.intra_op_parallelism_threads = self.intra_op_parallelism
+        if self.inter_op_parallelism:
+            config.inter_op_parallelism_threads = self.inter_op_parallelism
+        if self.intra_op_parallelism:
+            config.intra_op_parallelism_threads = self.intra_op_parallelism
         started = time.monotonic()
         session = Session.load(path, self.saved_model_tags, config)
         model = Model(
@@ -57,15 +62,20 @@ class ModelLoader:
         loaded = time.monotonic()
         _log.info("restored %s version %d in %.0f ms", name, version, 1000 * (loaded - started))
         try:
-            if self.enable_model_warmup:
-                records = warmup.replay(
-                    model,
-                    warmup.warmup_file(path),
-                    request_iterations=self.num_request_iterations_for_warmup,
-                )
-                elapsed = 1000 * (time.monotonic() - loaded)
-                _log.info("warmed %s version %d with %d records in %.0f ms", name, version, records, elapsed)
+            records = self._warm(model, path)
         except BaseException:
             model.close()
             raise
+        warmed = time.monotonic()
+        if self.enable_model_warmup:
+            elapsed = 1000 * (warmed - loaded)
+            _log.info("warmed %s version %d with %d records in %.0f ms", name, version, records, elapsed)
+        if self.on_loaded is not None:
+            self.on_loaded(name, version, loaded - started, warmed - loaded, records)
         return model
+
+    def _warm(self, model: Model, path: Path) -> int:
+        if not self.enable_model_warmup:
+            return 0
+        iterations = self.num_request_iterations_for_warmup
+        return warmup.replay(model, warmup.warmup_file(path), request_iterations=iterations)

@@ -13,11 +13,36 @@ hold nothing but service descriptors and are left out: current protobuf cannot i
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf import text_format
+from google.protobuf.message import Message
+
+from spikeless.errors import InvalidArgument, NotFound
+
+_M = TypeVar("_M", bound=Message)
+
+
+def read_text_proto(file: str | os.PathLike[str], message: _M) -> _M:
+    """Parse a file in protocol buffer text format into ``message``, and return it.
+
+    Raises:
+        NotFound: the file cannot be read.
+        InvalidArgument: it holds no such message.
+    """
+    try:
+        text_format.Parse(Path(file).read_text(), message)
+    except OSError as error:
+        raise NotFound(f"cannot read {os.fspath(file)}: {error.strerror}") from None
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"Invalid protobuf file: '{os.fspath(file)}': {error}") from None
+    return message
 
 
 def tensorflow_directory() -> Path:
@@ -112,6 +137,7 @@ __all__ = [
     "predict_pb2",
     "prediction_log_pb2",
     "prediction_service_pb2_grpc",
+    "read_text_proto",
     "regression_pb2",
     "rewriter_config_pb2",
     "saved_model_pb2",

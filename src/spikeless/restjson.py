@@ -1,16 +1,18 @@
-"""TensorFlow Serving's REST JSON to tensors and examples.
+"""TensorFlow Serving's REST JSON, both ways.
 
 In: the body of a ``:predict``, ``:classify`` or ``:regress`` call. Out: NumPy arrays by input alias, or an
-``Input`` message. The rules and error texts are those of ``tensorflow_serving/util/json_tensor.cc``:
+``Input`` message; and back from output arrays, or a result message, to the body of the answer. The rules and
+error texts are those of ``tensorflow_serving/util/json_tensor.cc``:
 
 - ``instances`` is a list of rows; a row is a value or nested list (signatures with one input), or an object
-  with one entry for each input. Rows become the first dimension.
+  with one entry for each input. Rows become the first dimension. The answer has ``predictions``, row by row.
 - ``inputs`` holds columns: one value or nested list (signatures with one input), or an object with one entry
-  for each input; entries for anything else are ignored.
+  for each input; entries for anything else are ignored. The answer has ``outputs``.
 - Numbers must fit their type: no fractions for integers, no numbers for booleans, nothing too large.
-- Strings are text, or ``{"b64": "..."}`` for bytes.
+- Strings are text, or ``{"b64": "..."}`` for bytes; outputs whose name ends in ``_bytes`` come as the latter.
+- NaN, Infinity and -Infinity are written as such, although JSON does not know them.
 
-Values are checked by type and converted in bulk; no Python code runs per number.
+Values are checked by type and converted in bulk; no Python code runs per number, in either direction.
 """
 
 from __future__ import annotations
@@ -23,11 +25,19 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import orjson
 
 from spikeless.errors import InvalidArgument, Unimplemented
-from spikeless.protos import example_pb2, feature_pb2, input_pb2, types_pb2
+from spikeless.protos import (
+    classification_pb2,
+    example_pb2,
+    feature_pb2,
+    input_pb2,
+    regression_pb2,
+    types_pb2,
+)
 from spikeless.savedmodel import TensorSpec
-from spikeless.tensors import dtype_name, numpy_dtype
+from spikeless.tensors import data_type, dtype_name, numpy_dtype
 
 SIGNATURE_KEY = "signature_name"
 INSTANCES_KEY = "instances"
@@ -35,6 +45,12 @@ INPUTS_KEY = "inputs"
 EXAMPLES_KEY = "examples"
 CONTEXT_KEY = "context"
 BASE64_KEY = "b64"
+PREDICTIONS_KEY = "predictions"
+OUTPUTS_KEY = "outputs"
+RESULTS_KEY = "results"
+ERROR_KEY = "error"
+#: Outputs with such a name hold bytes, not text.
+BYTES_SUFFIX = "_bytes"
 
 _Array = np.ndarray[Any, Any]
 
@@ -66,12 +82,20 @@ def parse(body: bytes | str) -> dict[str, Any]:
     if not body:
         raise InvalidArgument("JSON Parse error: The document is empty")
     try:
-        document = json.loads(body)
+        document = _loads(body)
     except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, absurdly long numbers, deep nesting
         raise InvalidArgument(f"JSON Parse error: {error}") from None
     if type(document) is not dict:
         raise InvalidArgument(f"JSON Value: {_text(document)} Is not object")
     return document
+
+
+def _loads(body: bytes | str) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        # Several times slower, but it knows NaN and Infinity.
+        return json.loads(body)
 
 
 def signature_name(document: Mapping[str, Any]) -> str:
@@ -382,3 +406,139 @@ def _text(value: Any, limit: int = 200) -> str:
         if len(text) > limit:
             return text[:limit] + "..."
     return text
+
+
+# --- answers ----------------------------------------------------------------------------------------
+
+#: The types that an answer can hold; TensorFlow Serving has no JSON for half, bfloat16, complex and uint16.
+_WRITABLE = _FLOATS | _INTEGERS | {types_pb2.DT_BOOL, types_pb2.DT_STRING}
+
+
+def error_body(message: str) -> bytes:
+    """What every refusal looks like."""
+    return _document(ERROR_KEY, _text_json(message))
+
+
+def predict_body(outputs: Mapping[str, _Array], rows: bool) -> bytes:
+    """The answer to a ``:predict`` call.
+
+    Args:
+        outputs: by alias; strings are object arrays of ``bytes``.
+        rows: the request had ``instances``, so the answer goes row by row; otherwise column by column.
+
+    Raises:
+        InvalidArgument: outputs that are no rows, or of a type that JSON answers cannot hold.
+    """
+    if not outputs:
+        raise InvalidArgument("Cannot convert empty tensor map to JSON")
+    for array in outputs.values():
+        number = data_type(array.dtype)
+        if number not in _WRITABLE and array.size:
+            raise InvalidArgument(f"Failed to write JSON value for tensor type: {_type_text(number)}")
+    return _predictions(outputs) if rows else _columns(outputs)
+
+
+def _columns(outputs: Mapping[str, _Array]) -> bytes:
+    columns = {name: _array_json(array, name) for name, array in outputs.items()}
+    if len(columns) == 1:
+        return _document(OUTPUTS_KEY, *columns.values())
+    return _document(OUTPUTS_KEY, _object(columns))
+
+
+def _predictions(outputs: Mapping[str, _Array]) -> bytes:
+    sizes: set[int] = set()
+    for name, array in outputs.items():
+        if not array.ndim:
+            raise InvalidArgument(f"Tensor name: {name} has no shape information ")
+        size = array.shape[0]
+        if not size:
+            raise InvalidArgument(f"Tensor name: {name} has invalid batch size: {size}")
+        if sizes and size not in sizes:
+            raise InvalidArgument(
+                f"Tensor name: {name} has inconsistent batch size: {size} expecting: {sizes.pop()}"
+            )
+        sizes.add(size)
+    if len(outputs) == 1:
+        ((name, array),) = outputs.items()
+        return _document(PREDICTIONS_KEY, _array_json(array, name))
+    columns = [_rows_json(array, name) for name, array in outputs.items()]
+    rows = (_object(dict(zip(outputs, row, strict=True))) for row in zip(*columns, strict=True))
+    return _document(PREDICTIONS_KEY, b"[" + b", ".join(rows) + b"]")
+
+
+def _rows_json(array: _Array, name: str) -> list[bytes]:
+    """The JSON of each row of an array."""
+    if array.ndim > 1:
+        return [_array_json(row, name) for row in array]
+    if array.dtype.hasobject:
+        return [_string_json(value, name) for value in array.tolist()]
+    # Numbers contain no commas.
+    return _numbers_json(array)[1:-1].split(b",")
+
+
+def _array_json(array: _Array, name: str) -> bytes:
+    if not array.dtype.hasobject:
+        return _numbers_json(array)
+    if array.ndim == 0:
+        return _string_json(array.item(), name)
+    if array.ndim == 1:
+        return b"[" + b",".join(_string_json(value, name) for value in array.tolist()) + b"]"
+    return b"[" + b",".join(_array_json(row, name) for row in array) + b"]"
+
+
+def _numbers_json(array: _Array) -> bytes:
+    # A scalar goes in as a row of one, because its NumPy type has no JSON form of its own everywhere.
+    values = np.ascontiguousarray(array).reshape(array.shape or (1,))
+    text = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
+    if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+        # JSON has no word for these: they come out as null, which nothing else does, in their order.
+        words = _words(values[~finite])
+        parts = text.split(b"null")
+        text = b"".join(chain.from_iterable(zip(parts, [*words, b""], strict=True)))
+    return text if array.ndim else text[1:-1]
+
+
+def _words(values: _Array) -> list[bytes]:
+    """``NaN``, ``Infinity`` or ``-Infinity`` for each of the values, of which none is finite."""
+    table = [b"NaN", b"Infinity", b"-Infinity"]
+    return [table[index] for index in np.where(np.isnan(values), 0, np.where(values > 0, 1, 2)).tolist()]
+
+
+def _string_json(value: bytes, name: str) -> bytes:
+    if name.endswith(BYTES_SUFFIX):
+        return b'{"' + BASE64_KEY.encode() + b'": "' + base64.b64encode(value) + b'"}'
+    # Bytes that are no text go through as they are, as they do in TensorFlow Serving.
+    return _text_json(value.decode("utf-8", "surrogateescape"))
+
+
+def _text_json(text: str) -> bytes:
+    return json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+
+def _object(members: Mapping[str, bytes]) -> bytes:
+    return b"{" + b", ".join(_text_json(name) + b": " + value for name, value in members.items()) + b"}"
+
+
+def _document(key: str, value: bytes) -> bytes:
+    return b'{\n    "' + key.encode() + b'": ' + value + b"\n}"
+
+
+def classify_body(result: classification_pb2.ClassificationResult) -> bytes:
+    """The answer to a ``:classify`` call: for each example, a list of ``[label, score]``."""
+    if not result.classifications:
+        raise InvalidArgument("Cannot convert empty ClassificationResults to JSON")
+    rows = []
+    for row in result.classifications:
+        scores = np.array([entry.score for entry in row.classes], dtype=np.float32)
+        labels = (_text_json(entry.label) for entry in row.classes)
+        pairs = zip(labels, _rows_json(scores, ""), strict=True) if row.classes else ()
+        rows.append(b"[" + b",".join(b"[" + label + b"," + score + b"]" for label, score in pairs) + b"]")
+    return _document(RESULTS_KEY, b"[" + b",".join(rows) + b"]")
+
+
+def regress_body(result: regression_pb2.RegressionResult) -> bytes:
+    """The answer to a ``:regress`` call: one number for each example."""
+    if not result.regressions:
+        raise InvalidArgument("Cannot convert empty RegressionResults to JSON")
+    values = np.array([entry.value for entry in result.regressions], dtype=np.float32)
+    return _document(RESULTS_KEY, _numbers_json(values))

@@ -11,18 +11,24 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import grpc
-from google.protobuf import text_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from spikeless.calls import Calls
 from spikeless.core import CoreSettings, ServerCore
-from spikeless.errors import InvalidArgument, NotFound, Unavailable
+from spikeless.errors import InvalidArgument, Unavailable
 from spikeless.loader import ModelLoader
 from spikeless.manager import VersionStatus
-from spikeless.protos import model_server_config_pb2, model_service_pb2_grpc, prediction_service_pb2_grpc
+from spikeless.metrics import Metrics, read_monitoring_path
+from spikeless.protos import (
+    model_server_config_pb2,
+    model_service_pb2_grpc,
+    prediction_service_pb2_grpc,
+    read_text_proto,
+)
+from spikeless.rest import RestApi, RestServer, RestSettings
 from spikeless.servicers import ErrorInterceptor, ModelServicer, PredictionServicer
 
 _log = logging.getLogger(__name__)
@@ -45,23 +51,24 @@ class ServerSettings:
     model_config_file_poll_wait_seconds: float = 0.0
     #: Calls that may be in progress at once; more are refused with RESOURCE_EXHAUSTED.
     grpc_max_threads: int = 4 * (os.cpu_count() or 1)
+    #: Further channel arguments of the gRPC server, such as ``grpc.max_receive_message_length``.
+    grpc_channel_arguments: tuple[tuple[str, int | str], ...] = ()
     #: Bytes that one request may have at most.
     max_request_bytes: int = 256 << 20
+    #: The port of the REST API; None keeps it closed, 0 picks a free one.
+    rest_api_port: int | None = None
+    rest_api_num_threads: int = 4 * (os.cpu_count() or 1)
+    rest_api_timeout_in_ms: int = 30_000
+    rest_api_enable_cors_support: bool = False
+    #: A ``MonitoringConfig`` in text format: where below the REST port Prometheus finds the metrics.
+    monitoring_config_file: str = ""
     core: CoreSettings = field(default_factory=CoreSettings)
     loader: ModelLoader = field(default_factory=ModelLoader)
 
 
 def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
-    """Parse a ``ModelServerConfig`` in protocol buffer text format."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise NotFound(f"cannot read the model config file {path}: {error.strerror}") from None
-    try:
-        config = model_server_config_pb2.ModelServerConfig()
-        return text_format.Parse(text, config)
-    except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"Invalid protobuf file: '{path}': {error}") from None
+    """Read a ``ModelServerConfig`` in text format; raises as ``read_text_proto`` does."""
+    return read_text_proto(path, model_server_config_pb2.ModelServerConfig())
 
 
 def _single_model_config(name: str, base_path: str) -> model_server_config_pb2.ModelServerConfig:
@@ -81,7 +88,20 @@ class Server:
                 "--model_base_path is needed, or --model_config_file: what should be served?"
             )
         self.settings = settings
-        self.core = ServerCore(settings.loader, settings.core)
+        #: The port of the REST API once the server has started; None without one.
+        self.rest_port: int | None = None
+        self._metrics: Metrics | None = None
+        self._metrics_path = ""
+        loader = settings.loader
+        if settings.monitoring_config_file and (
+            path := read_monitoring_path(settings.monitoring_config_file)
+        ):
+            self._metrics, self._metrics_path = Metrics(), path
+            loader = replace(loader, on_loaded=self._metrics.loaded)
+        self.core = ServerCore(loader, settings.core)
+        if self._metrics is not None:
+            self.core.manager.add_listener(self._metrics.version_changed)
+        self._rest: RestServer | None = None
         self._health = health.HealthServicer()
         self._grpc: grpc.Server | None = None
         self._stopping = threading.Event()
@@ -119,12 +139,12 @@ class Server:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self.settings.max_request_bytes),
                 ("grpc.max_send_message_length", -1),
+                *self.settings.grpc_channel_arguments,
             ],
         )
-        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-            PredictionServicer(self.core), server
-        )
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), server)
+        calls = Calls(self.core, "GRPC", self._metrics)
+        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionServicer(calls), server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core, calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
@@ -134,9 +154,26 @@ class Server:
         self._update_health()
         server.start()
         self._grpc = server
+        if self.settings.rest_api_port is not None:
+            self.rest_port = self._listen_rest(self.settings.rest_api_port)
         if self.settings.model_config_file and self.settings.model_config_file_poll_wait_seconds > 0:
             threading.Thread(target=self._watch_config_file, name="config", daemon=True).start()
         _log.info("Running gRPC ModelServer at %s:%d ...", self.settings.host, port)
+        return port
+
+    def _listen_rest(self, port: int) -> int:
+        settings = RestSettings(
+            port=port,
+            host=self.settings.host,
+            num_threads=self.settings.rest_api_num_threads,
+            timeout_in_ms=self.settings.rest_api_timeout_in_ms,
+            enable_cors_support=self.settings.rest_api_enable_cors_support,
+            max_request_bytes=self.settings.max_request_bytes,
+        )
+        calls = Calls(self.core, "REST", self._metrics)
+        self._rest = RestServer(RestApi(calls, settings, self._metrics, self._metrics_path), settings)
+        port = self._rest.start()
+        _log.info("Exporting HTTP/REST API at:%s:%d ...", settings.host, port)
         return port
 
     def _version_changed(self, name: str, status: VersionStatus) -> None:
@@ -183,7 +220,11 @@ class Server:
             return
         self._stopping.set()
         self._health.enter_graceful_shutdown()
-        if self._grpc is not None:
-            self._grpc.stop(grace).wait()
+        # Both drain at the same time.
+        draining = self._grpc.stop(grace) if self._grpc is not None else None
+        if self._rest is not None:
+            self._rest.stop(grace)
+        if draining is not None:
+            draining.wait()
         self.core.close()
         self._stopped.set()

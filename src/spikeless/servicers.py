@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from spikeless.calls import Calls, require_spec
 from spikeless.core import ServerCore
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.protos import (
@@ -28,7 +29,6 @@ from spikeless.protos import (
 
 _log = logging.getLogger(__name__)
 _STATUS_CODES = {Code(code.value[0]): code for code in grpc.StatusCode}
-_SIGNATURES = "signature_def"
 
 
 def _timeout(context: grpc.ServicerContext) -> float | None:
@@ -37,36 +37,33 @@ def _timeout(context: grpc.ServicerContext) -> float | None:
     return None if remaining is None or remaining > 1e8 else remaining
 
 
-def _require_spec(request: Any) -> None:
-    if not request.HasField("model_spec"):
-        raise InvalidArgument("Missing ModelSpec")
-
-
 class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
     """Inference."""
 
-    def __init__(self, core: ServerCore) -> None:
-        self._core = core
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     def Predict(
         self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
     ) -> predict_pb2.PredictResponse:
-        _require_spec(request)
-        with self._core.use(request.model_spec) as model:
+        require_spec(request)
+        with self._calls.counted(request.model_spec, "Predict") as call, call.model() as model:
             return model.predict(request, _timeout(context))
 
     def Classify(
         self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext
     ) -> classification_pb2.ClassificationResponse:
-        _require_spec(request)
-        with self._core.use(request.model_spec) as model:
+        require_spec(request)
+        with self._calls.counted(request.model_spec, "Classify") as call, call.model() as model:
+            call.note_examples(request.input)
             return model.classify(request, _timeout(context))
 
     def Regress(
         self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext
     ) -> regression_pb2.RegressionResponse:
-        _require_spec(request)
-        with self._core.use(request.model_spec) as model:
+        require_spec(request)
+        with self._calls.counted(request.model_spec, "Regress") as call, call.model() as model:
+            call.note_examples(request.input)
             return model.regress(request, _timeout(context))
 
     def MultiInference(
@@ -74,48 +71,28 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
     ) -> inference_pb2.MultiInferenceResponse:
         if not request.tasks:
             raise InvalidArgument("MultiInferenceRequest must have at least one task.")
-        with self._core.use(request.tasks[0].model_spec) as model:
+        spec = request.tasks[0].model_spec
+        with self._calls.counted(spec, "MultiInference") as call, call.model() as model:
+            call.note_examples(request.input)
             return model.multi_inference(request, _timeout(context))
 
     def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.ServicerContext
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
-        _require_spec(request)
-        if not request.metadata_field:
-            raise InvalidArgument("GetModelMetadataRequest must specify at least one metadata_field")
-        for name in request.metadata_field:
-            if name != _SIGNATURES:
-                raise InvalidArgument(f"Metadata field {name} is not supported")
-        with self._core.use(request.model_spec) as model:
-            response = get_model_metadata_pb2.GetModelMetadataResponse()
-            response.model_spec.name = request.model_spec.name
-            if model.version is not None:
-                response.model_spec.version.value = model.version
-            signatures = get_model_metadata_pb2.SignatureDefMap()
-            for key, signature in model.signature_defs.items():
-                signatures.signature_def[key].CopyFrom(signature)
-            response.metadata[_SIGNATURES].Pack(signatures)
-            return response
+        return self._calls.metadata(request)
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore[misc]
     """Model states and configuration."""
 
-    def __init__(self, core: ServerCore) -> None:
+    def __init__(self, core: ServerCore, calls: Calls) -> None:
         self._core = core
+        self._calls = calls
 
     def GetModelStatus(
         self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.ServicerContext
     ) -> get_model_status_pb2.GetModelStatusResponse:
-        _require_spec(request)
-        response = get_model_status_pb2.GetModelStatusResponse()
-        for status in self._core.statuses(request.model_spec):
-            entry = response.model_version_status.add(version=status.version, state=int(status.state))
-            entry.status.SetInParent()
-            if status.error is not None:
-                entry.status.error_code = int(status.error.code)
-                entry.status.error_message = str(status.error)
-        return response
+        return self._calls.status(request)
 
     def HandleReloadConfigRequest(
         self, request: model_management_pb2.ReloadConfigRequest, context: grpc.ServicerContext

@@ -57,6 +57,8 @@ def shared(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         # A label may not name a version before it is available, and at the start none is.
         "--allow_version_labels_for_unavailable_models=true",
         "--grpc_max_threads=64",
+        f"--monitoring_config_file={monitoring}",
+        rest=True,
         wait_for=(*SHARED_MODELS, "times"),
     ) as running:
         running.wait("times", {1: State.AVAILABLE, 2: State.AVAILABLE})

@@ -117,7 +117,7 @@ def test_empty_lists():
         ({"inputs": [1, 2.0]}, "int32", "JSON Value: 2.0 Type: Number is not of expected type: int32"),
         ({"inputs": [2**31]}, "int32", "JSON Value: 2147483648"),
         ({"inputs": [-1]}, "uint64", "JSON Value: -1"),
-        ({"inputs": [2**64]}, "uint64", "JSON Value: 18446744073709551616"),
+        ({"inputs": [2**64]}, "uint64", r"JSON Value: 1\.8446744073709552e\+19"),
         ({"inputs": [256]}, "uint8", "JSON Value: 256"),
         ({"inputs": [1]}, "bool", "is not of expected type: bool"),
         ({"inputs": [True, 1]}, "bool", "JSON Value: 1 Type: Number"),

@@ -15,20 +15,40 @@ import click
 from spikeless.core import CoreSettings
 from spikeless.loader import ModelLoader
 from spikeless.manager import ManagerSettings
+from spikeless.protos import config_pb2, read_text_proto
 from spikeless.server import Server, ServerSettings
 
 _log = logging.getLogger(__name__)
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-#: Flags of TensorFlow Serving that this engine takes and ignores, so that one command line starts either.
-IGNORED_FLAGS = (
-    "flush_filesystem_caches",
-    "num_initial_load_threads",
-    "prefer_tflite_model",
-    "remove_unused_fields_from_bundle_metagraph",
-    "xla_cpu_compilation_enabled",
-)
+#: Flags of TensorFlow Serving that change nothing here and are taken all the same, so that one command line
+#: starts either server -> why they change nothing.
+IGNORED_FLAGS = {
+    "batching_parameters_file": "requests are not batched",
+    "enable_batching": "requests are not batched",
+    "enable_grpc_healthcheck_service": "the health service is always there",
+    "enable_per_model_batching_parameters": "requests are not batched",
+    "enable_profiler": "there is no profiler service",
+    "flush_filesystem_caches": "the page cache is the kernel's",
+    "mixed_precision": "models run as they were exported",
+    "num_initial_load_threads": "the first versions are loaded by the threads that load all others",
+    "num_tflite_interpreters_per_pool": "TensorFlow Lite models are not served",
+    "num_tflite_pools": "TensorFlow Lite models are not served",
+    "per_process_gpu_memory_fraction": "it runs on the CPU",
+    "platform_config_file": "all models are SavedModels, restored and warmed on the loading thread",
+    "prefer_tflite_model": "TensorFlow Lite models are not served",
+    "remove_unused_fields_from_bundle_metagraph": "they are always removed",
+    "skip_initialize_tpu": "it runs on the CPU",
+    "thread_pool_factory_config_file": "sessions have the thread pools of their session config",
+    "xla_cpu_compilation_enabled": "compilation is as TensorFlow decides",
+    "xla_gpu_compilation_enabled": "it runs on the CPU",
+}
+#: Flags that must not be ignored, because ignoring them would open what they close.
+REFUSED_FLAGS = {
+    "ssl_config_file": "this engine has no TLS: put a proxy in front of it",
+    "use_alts_credentials": "this engine has no ALTS: put a proxy in front of it",
+}
 
 
 def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function], _Function]:
@@ -39,6 +59,11 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function]
 
 @click.command()
 @_flag("port", int, 8500, "Port of the gRPC API; 0 picks a free one.")
+@_flag("rest_api_port", int, 0, "Port of the REST API; 0: no REST API.")
+@_flag("rest_api_num_threads", int, 4 * (os.cpu_count() or 1), "Requests that REST answers at once.")
+@_flag("rest_api_timeout_in_ms", int, 30_000, "Milliseconds that a REST call may run.")
+@_flag("rest_api_enable_cors_support", bool, False, "Allow REST calls from the pages of other sites.")
+@_flag("monitoring_config_file", str, "", "MonitoringConfig in text format: metrics, below the REST port.")
 @_flag("host", str, "127.0.0.1", "Address to listen on.")
 @_flag("model_name", str, "default", "Name of the model.")
 @_flag("model_base_path", str, "", "Folder whose sub-folders, named by numbers, are the versions.")
@@ -53,12 +78,14 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function]
 @_flag("enable_model_warmup", bool, True, "Replay a version's warmup file before it becomes available.")
 @_flag("num_request_iterations_for_warmup", int, 1, "How often each warmup record is replayed.")
 @_flag("saved_model_tags", str, "serve", "Comma-separated tags of the meta graph to load.")
+@_flag("tensorflow_session_config_file", str, "", "ConfigProto in text format for every session.")
 @_flag("tensorflow_session_parallelism", int, 0, "Threads for both of the two flags after; 0: automatic.")
 @_flag("tensorflow_intra_op_parallelism", int, 0, "Threads inside one operation; 0: automatic.")
 @_flag("tensorflow_inter_op_parallelism", int, 0, "Threads for independent operations; 0: automatic.")
 @_flag("enable_serialization_as_tensor_content", bool, False, "Answer numbers in tensor_content.")
 @_flag("enable_signature_method_name_check", bool, False, "A signature's method name must fit the call.")
 @_flag("grpc_max_threads", int, 4 * (os.cpu_count() or 1), "Calls in progress at once; more are refused.")
+@_flag("grpc_channel_arguments", str, "", "Comma-separated name=value arguments of the gRPC server.")
 @_flag("grace", float, 10.0, "Seconds that requests in progress have to end after SIGTERM.")
 def command(**flags: Any) -> None:
     """Serve models with the embedded engine; flags are TensorFlow Serving's.
@@ -79,6 +106,8 @@ def command(**flags: Any) -> None:
     port = server.start()
     if port is not None:
         print(f"serving gRPC on {flags['host']}:{port}", flush=True)
+        if server.rest_port is not None:
+            print(f"serving REST on http://{flags['host']}:{server.rest_port}", flush=True)
         server.wait()
 
 
@@ -98,6 +127,12 @@ def _settings(flags: dict[str, Any]) -> ServerSettings:
         model_config_file=flags["model_config_file"],
         model_config_file_poll_wait_seconds=flags["model_config_file_poll_wait_seconds"],
         grpc_max_threads=flags["grpc_max_threads"],
+        grpc_channel_arguments=_channel_arguments(flags["grpc_channel_arguments"]),
+        rest_api_port=flags["rest_api_port"] or None,
+        rest_api_num_threads=flags["rest_api_num_threads"],
+        rest_api_timeout_in_ms=flags["rest_api_timeout_in_ms"],
+        rest_api_enable_cors_support=flags["rest_api_enable_cors_support"],
+        monitoring_config_file=flags["monitoring_config_file"],
         core=CoreSettings(
             manager=ManagerSettings(
                 num_load_threads=flags["num_load_threads"],
@@ -112,6 +147,7 @@ def _settings(flags: dict[str, Any]) -> ServerSettings:
             saved_model_tags=tuple(tag for tag in flags["saved_model_tags"].split(",") if tag),
             inter_op_parallelism=flags["tensorflow_inter_op_parallelism"] or both,
             intra_op_parallelism=flags["tensorflow_intra_op_parallelism"] or both,
+            session_config=_session_config(flags["tensorflow_session_config_file"]),
             enable_model_warmup=flags["enable_model_warmup"],
             num_request_iterations_for_warmup=flags["num_request_iterations_for_warmup"],
             enable_serialization_as_tensor_content=flags["enable_serialization_as_tensor_content"],
@@ -120,5 +156,40 @@ def _settings(flags: dict[str, Any]) -> ServerSettings:
     )
 
 
-for _name in IGNORED_FLAGS:
-    command.params.append(click.Option([f"--{_name}", _name], hidden=True, expose_value=False))
+def _channel_arguments(text: str) -> tuple[tuple[str, int | str], ...]:
+    arguments: list[tuple[str, int | str]] = []
+    for argument in filter(None, text.split(",")):
+        name, separator, value = argument.partition("=")
+        if not separator:
+            raise click.UsageError(f"--grpc_channel_arguments: {argument!r} is not name=value")
+        arguments.append((name, int(value) if value.lstrip("-").isdigit() else value))
+    return tuple(arguments)
+
+
+def _session_config(file: str) -> config_pb2.ConfigProto:
+    config = config_pb2.ConfigProto()
+    return read_text_proto(file, config) if file else config
+
+
+def _ignore(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        print(f"--{parameter.name} is ignored: {IGNORED_FLAGS[str(parameter.name)]}", file=sys.stderr)
+
+
+def _refuse(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None and value.lower() != "false":
+        raise click.UsageError(f"--{parameter.name}: {REFUSED_FLAGS[str(parameter.name)]}", context)
+
+
+for _names, _callback in ((IGNORED_FLAGS, _ignore), (REFUSED_FLAGS, _refuse)):
+    for _name in _names:
+        command.params.append(
+            click.Option(
+                [f"--{_name}", _name],
+                is_flag=False,
+                flag_value="true",
+                hidden=True,
+                expose_value=False,
+                callback=_callback,
+            )
+        )

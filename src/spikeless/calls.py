@@ -1,0 +1,130 @@
+"""The calls that a server answers, whichever way they come: no transport, but all that transports share.
+
+In: request messages of ``tensorflow_serving/apis``, or just a ``ModelSpec``. Out: response messages, or the
+loaded model, lent for as long as the call lasts. What the metrics are to learn of a call is noted here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spikeless.core import ServerCore
+from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.inference import Model
+from spikeless.metrics import Metrics
+from spikeless.protos import get_model_metadata_pb2, get_model_status_pb2, input_pb2, model_pb2
+
+#: The only metadata field that there is.
+SIGNATURES = "signature_def"
+
+
+class Call:
+    """One call in progress: it may look its model up, once."""
+
+    def __init__(self, core: ServerCore, spec: model_pb2.ModelSpec) -> None:
+        self._core = core
+        self._spec = spec
+        #: The version that answers; None until it is found.
+        self.version: int | None = None
+        #: Examples in its input; None for calls that have none.
+        self.examples: int | None = None
+
+    def note_examples(self, given: input_pb2.Input) -> None:
+        """Remember for the metrics how many examples the call brings."""
+        kind = given.WhichOneof("kind")
+        self.examples = len(getattr(given, kind).examples) if kind else 0
+
+    @contextmanager
+    def model(self) -> Iterator[Model]:
+        """Lend the model that the call asks for; raises as ``ServerCore.use`` does."""
+        with self._core.use(self._spec) as model:
+            self.version = model.version
+            yield model
+
+
+class Calls:
+    """The calls of one transport, which the metrics name as the ``entrypoint``: ``GRPC`` or ``REST``."""
+
+    def __init__(self, core: ServerCore, entrypoint: str, metrics: Metrics | None = None) -> None:
+        self._core = core
+        self._entrypoint = entrypoint
+        self._metrics = metrics
+
+    @contextmanager
+    def counted(self, spec: model_pb2.ModelSpec, api: str) -> Iterator[Call]:
+        """Count what happens inside as one call of ``api``: ``Predict``, ``Classify``, ..."""
+        call, metrics = Call(self._core, spec), self._metrics
+        if metrics is None:
+            yield call
+            return
+        code, started = Code.OK, time.perf_counter()
+        metrics.started(self._entrypoint)
+        try:
+            yield call
+        except SpikelessError as error:
+            code = error.code
+            raise
+        except BaseException:
+            code = Code.INTERNAL
+            raise
+        finally:
+            # A name that nobody configured must not become a time series of its own.
+            name = spec.name if self._core.is_configured(spec.name) else ""
+            elapsed = time.perf_counter() - started
+            metrics.ended(name, call.version, api, self._entrypoint, code, elapsed)
+            if call.examples is not None and code is Code.OK:
+                metrics.examples(name, call.examples)
+
+    def metadata(
+        self, request: get_model_metadata_pb2.GetModelMetadataRequest
+    ) -> get_model_metadata_pb2.GetModelMetadataResponse:
+        """The signatures of a model.
+
+        Raises:
+            InvalidArgument: no model, no field, or one that does not exist.
+            NotFound: the model or version is not available.
+        """
+        require_spec(request)
+        if not request.metadata_field:
+            raise InvalidArgument("GetModelMetadataRequest must specify at least one metadata_field")
+        for name in request.metadata_field:
+            if name != SIGNATURES:
+                raise InvalidArgument(f"Metadata field {name} is not supported")
+        response = get_model_metadata_pb2.GetModelMetadataResponse()
+        signatures = get_model_metadata_pb2.SignatureDefMap()
+        with self._core.use(request.model_spec) as model:
+            response.model_spec.name = request.model_spec.name
+            if model.version is not None:
+                response.model_spec.version.value = model.version
+            for key, signature in model.signature_defs.items():
+                signatures.signature_def[key].CopyFrom(signature)
+        response.metadata[SIGNATURES].Pack(signatures)
+        return response
+
+    def status(
+        self, request: get_model_status_pb2.GetModelStatusRequest
+    ) -> get_model_status_pb2.GetModelStatusResponse:
+        """The states of a model's versions.
+
+        Raises:
+            InvalidArgument: no model, or an unknown label.
+            NotFound: the model or version was never seen.
+        """
+        require_spec(request)
+        response = get_model_status_pb2.GetModelStatusResponse()
+        # The highest version first, as TensorFlow Serving lists them.
+        for status in reversed(self._core.statuses(request.model_spec)):
+            entry = response.model_version_status.add(version=status.version, state=int(status.state))
+            entry.status.SetInParent()
+            if status.error is not None:
+                entry.status.error_code = int(status.error.code)
+                entry.status.error_message = str(status.error)
+        return response
+
+
+def require_spec(request: object) -> None:
+    """Refuse a request message that names no model at all."""
+    if not request.HasField("model_spec"):  # type: ignore[attr-defined]
+        raise InvalidArgument("Missing ModelSpec")

@@ -1,0 +1,334 @@
+"""The REST API: HTTP requests in, JSON out, everything between shared with gRPC.
+
+``RestApi`` is a WSGI application that knows TensorFlow Serving's paths, status codes and error bodies
+(``http_rest_api_handler.cc``, ``http_rest_api_util.cc``, ``http_server.cc``). ``RestServer`` runs it with
+waitress: one thread reads and writes all connections, so that slow and half-open ones cost a socket but no
+worker, and a bounded number of workers answer complete requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.server import create_server
+
+from spikeless import restjson
+from spikeless.calls import SIGNATURES, Call, Calls
+from spikeless.errors import Cancelled, Code, InvalidArgument, ResourceExhausted, SpikelessError, Unavailable
+from spikeless.metrics import Metrics
+from spikeless.protos import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_pb2,
+    regression_pb2,
+)
+from spikeless.savedmodel import DEFAULT_SIGNATURE
+
+_log = logging.getLogger(__name__)
+
+_MODEL = r"/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?"
+_CALL_PATH = re.compile(rf"(?i:{_MODEL}):(classify|regress|predict)", re.ASCII)
+_MODEL_PATH = re.compile(rf"(?i:{_MODEL})(?:/(metadata))?", re.ASCII)
+_MAX_VERSION = (1 << 63) - 1
+
+#: ``ToHTTPStatusCode`` in ``http_server.cc``; whatever is missing here is 500.
+_STATUSES = {
+    Code.OK: "200 OK",
+    Code.CANCELLED: "499 Client Closed Request",
+    Code.INVALID_ARGUMENT: "400 Bad Request",
+    Code.DEADLINE_EXCEEDED: "504 Gateway Timeout",
+    Code.NOT_FOUND: "404 Not Found",
+    Code.ALREADY_EXISTS: "409 Conflict",
+    Code.PERMISSION_DENIED: "403 Forbidden",
+    Code.RESOURCE_EXHAUSTED: "429 Too Many Requests",
+    Code.FAILED_PRECONDITION: "400 Bad Request",
+    Code.ABORTED: "409 Conflict",
+    Code.OUT_OF_RANGE: "400 Bad Request",
+    Code.UNIMPLEMENTED: "501 Not Implemented",
+    Code.UNAVAILABLE: "503 Service Unavailable",
+    Code.UNAUTHENTICATED: "401 Unauthorized",
+}
+_INTERNAL_ERROR = "500 Internal Server Error"
+_JSON = ("Content-Type", "application/json")
+_CORS = [
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Allow-Methods", "POST, GET"),
+    ("Access-Control-Allow-Headers", "Content-Type"),
+]
+
+_Environ = dict[str, Any]
+_StartResponse = Callable[[str, list[tuple[str, str]]], Any]
+
+
+@dataclass(frozen=True)
+class RestSettings:
+    """What the REST server needs to know; the first are TensorFlow Serving's ``--rest_api_...`` flags."""
+
+    #: 0 picks a free port.
+    port: int
+    host: str
+    #: Workers, which is to say requests that are answered at once; more wait in line.
+    num_threads: int
+    #: A call that runs longer ends with 504.
+    timeout_in_ms: int = 30_000
+    enable_cors_support: bool = False
+    #: Bytes that the body of a request may have at most, packed or not.
+    max_request_bytes: int = 256 << 20
+    #: Connections that may be open at once; more wait to be accepted.
+    max_connections: int = 1024
+    #: Seconds after which a connection on which nothing happens is closed.
+    idle_timeout: int = 120
+    #: Seconds that a request may take to arrive, from its first byte to its last.
+    receive_timeout: float = 60.0
+
+
+class RestApi:
+    """The WSGI application."""
+
+    def __init__(
+        self, calls: Calls, settings: RestSettings, metrics: Metrics | None = None, metrics_path: str = ""
+    ) -> None:
+        self._calls = calls
+        self._settings = settings
+        self._metrics = metrics
+        self._metrics_path = metrics_path
+        self._timeout = settings.timeout_in_ms / 1000 if settings.timeout_in_ms > 0 else None
+
+    def __call__(self, environ: _Environ, start_response: _StartResponse) -> Iterable[bytes]:
+        path = urlsplit(environ["REQUEST_URI"]).path
+        if self._metrics is not None and path == self._metrics_path:
+            start_response("200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")])
+            return [self._metrics.page()]
+        headers = [_JSON, *(_CORS if self._settings.enable_cors_support else ())]
+        if not path.lower().startswith("/v1/"):
+            start_response("404 Not Found", headers)
+            return [restjson.error_body(f"Not found: {path}: paths begin with /v1/models/")]
+        code = Code.OK
+        try:
+            body = self._answer(environ, path)
+        except SpikelessError as error:
+            code, body = error.code, restjson.error_body(str(error))
+        except MemoryError:
+            code = Code.RESOURCE_EXHAUSTED
+            body = restjson.error_body("not enough memory for this request")
+        except Exception as error:
+            _log.exception("%s %s failed", environ["REQUEST_METHOD"], path)
+            code, body = Code.INTERNAL, restjson.error_body(f"{type(error).__name__}: {error}")
+        start_response(_STATUSES.get(code, _INTERNAL_ERROR), headers)
+        return [body]
+
+    def _answer(self, environ: _Environ, path: str) -> bytes:
+        method = environ["REQUEST_METHOD"]
+        if method == "POST" and (match := _CALL_PATH.fullmatch(path)):
+            return self._call(match[4], _model_spec(match), environ)
+        if method == "GET" and (match := _MODEL_PATH.fullmatch(path)):
+            spec = _model_spec(match)
+            return self._metadata(spec) if match[4] else self._status(spec)
+        if method == "GET" and path.lower() == "/v1/models":
+            raise InvalidArgument("Missing model name in request.")
+        if method == "OPTIONS" and self._settings.enable_cors_support:
+            return b""
+        raise InvalidArgument(f"Malformed request: {method} {path}")
+
+    def _call(self, method: str, spec: model_pb2.ModelSpec, environ: _Environ) -> bytes:
+        answer = {"predict": self._predict, "classify": self._classify, "regress": self._regress}
+        with self._calls.counted(spec, method.capitalize()) as call:
+            if environ["waitress.client_disconnected"]():
+                raise Cancelled("the client went away before its request was looked at")
+            document = restjson.parse(self._body(environ))
+            spec.signature_name = restjson.signature_name(document)
+            return answer[method](call, spec, document)
+
+    def _predict(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
+        with call.model() as model:
+            key = spec.signature_name or DEFAULT_SIGNATURE
+            if key not in model.signatures:
+                raise InvalidArgument(f'Serving signature name: "{key}" not found in signature def')
+            inputs = restjson.predict_inputs(document, model.signatures[key].inputs)
+            outputs = model.predict_arrays(key, inputs, self._timeout)
+        return restjson.predict_body(outputs, restjson.is_row_format(document))
+
+    def _classify(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
+        examples = restjson.examples_input(document)
+        call.note_examples(examples)
+        request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
+        with call.model() as model:
+            return restjson.classify_body(model.classify(request, self._timeout).result)
+
+    def _regress(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
+        examples = restjson.examples_input(document)
+        call.note_examples(examples)
+        request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
+        with call.model() as model:
+            return restjson.regress_body(model.regress(request, self._timeout).result)
+
+    def _body(self, environ: _Environ) -> bytes:
+        """The body of a request, unpacked where it is packed."""
+        body: bytes = environ["wsgi.input"].read()
+        encoding = environ.get("HTTP_CONTENT_ENCODING", "").lower()
+        if encoding in ("", "identity"):
+            return body
+        if encoding not in ("gzip", "x-gzip"):
+            raise InvalidArgument(f"Content-Encoding {encoding} is not supported, only gzip is")
+        limit = self._settings.max_request_bytes
+        unpacker = zlib.decompressobj(wbits=31)
+        try:
+            unpacked = unpacker.decompress(body, limit)
+        except zlib.error as error:
+            raise InvalidArgument(f"the body cannot be unpacked: {error}") from None
+        if unpacker.unconsumed_tail:
+            raise ResourceExhausted(f"the body unpacks to more than {limit} bytes")
+        return unpacked
+
+    def _status(self, spec: model_pb2.ModelSpec) -> bytes:
+        request = get_model_status_pb2.GetModelStatusRequest(model_spec=spec)
+        return _to_json(self._calls.status(request)).encode()
+
+    def _metadata(self, spec: model_pb2.ModelSpec) -> bytes:
+        request = get_model_metadata_pb2.GetModelMetadataRequest(model_spec=spec, metadata_field=[SIGNATURES])
+        response = self._calls.metadata(request)
+        signatures = get_model_metadata_pb2.SignatureDefMap()
+        response.metadata[SIGNATURES].Unpack(signatures)
+        # Put together by hand, as TensorFlow Serving does: without the type name that an Any has in JSON.
+        return (
+            f'{{\n"model_spec":{_to_json(response.model_spec)},\n'
+            f'"metadata": {{"{SIGNATURES}": {_to_json(signatures)}}}\n}}\n'
+        ).encode()
+
+
+def _model_spec(match: re.Match[str]) -> model_pb2.ModelSpec:
+    """The model of a path: name, and version or label where they are given."""
+    name, version, label = match.group(1, 2, 3)
+    spec = model_pb2.ModelSpec(name=_decoded(name, "model name"))
+    if version is not None:
+        if int(version) > _MAX_VERSION:
+            raise InvalidArgument(f"Failed to convert version: {version} to numeric.")
+        spec.version.value = int(version)
+    elif label is not None:
+        spec.version_label = _decoded(label, "model version label")
+    return spec
+
+
+def _decoded(text: str, what: str) -> str:
+    try:
+        return unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"Failed to decode {what}:{text}") from None
+
+
+def _to_json(message: Message) -> str:
+    return json_format.MessageToJson(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=1
+    )
+
+
+class _Channel(HTTPChannel):  # type: ignore[misc]
+    """A connection that gives up on a request that takes too long to arrive, however it drips."""
+
+    _began: float | None = None
+
+    def readable(self) -> bool:
+        if self.request is None:
+            self._began = None
+            if self.server.draining:
+                return False
+        elif self._began is None:
+            self._began = time.monotonic()
+        elif time.monotonic() - self._began > self.server.receive_timeout:
+            self.will_close = True
+        return bool(super().readable())
+
+    def busy(self) -> bool:
+        """Whether a request is being answered, or an answer is not yet all sent."""
+        return bool(self.requests or self.total_outbufs_len)
+
+
+class RestServer:
+    """Runs the application: start (returns the bound port), stop with a grace."""
+
+    def __init__(self, application: RestApi, settings: RestSettings) -> None:
+        self._settings = settings
+        self._application = application
+        self._connections: dict[int, Any] = {}
+        self._server: Any = None
+        self._thread = threading.Thread(target=self._run, name="rest", daemon=True)
+
+    def start(self) -> int:
+        """Listen.
+
+        Raises:
+            Unavailable: the port is taken.
+        """
+        settings = self._settings
+        # Full queues are a matter of load, which the metrics show; and clients may go away.
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        try:
+            server = create_server(
+                self._application,
+                map=self._connections,
+                host=settings.host,
+                port=settings.port,
+                threads=settings.num_threads,
+                ident=None,
+                clear_untrusted_proxy_headers=False,
+                log_socket_errors=False,
+                asyncore_use_poll=True,
+                recv_bytes=1 << 16,
+                # One more than is being answered: that is how a client that goes away is noticed.
+                channel_request_lookahead=1,
+                max_request_body_size=settings.max_request_bytes,
+                connection_limit=settings.max_connections,
+                channel_timeout=settings.idle_timeout,
+                cleanup_interval=min(30, settings.idle_timeout),
+                # An answer is kept, in a file where it is long, so that no worker waits for a slow reader.
+                outbuf_high_watermark=1 << 62,
+            )
+        except OSError as error:
+            address = f"{settings.host}:{settings.port}"
+            raise Unavailable(f"cannot listen on {address}: {error.strerror}") from None
+        server.channel_class = _Channel
+        server.draining = False
+        server.receive_timeout = settings.receive_timeout
+        self._server = server
+        self._thread.start()
+        return int(server.effective_port)
+
+    def _run(self) -> None:
+        self._server.run()
+
+    def stop(self, grace: float) -> None:
+        """Take no new requests, and let those in progress end within ``grace`` seconds."""
+        if self._server is None:
+            return
+        deadline = time.monotonic() + grace
+        self._on_loop(self._stop_listening)
+        while time.monotonic() < deadline and any(
+            channel.busy() for channel in list(self._server.active_channels.values())
+        ):
+            time.sleep(0.01)
+        self._server.task_dispatcher.shutdown(timeout=max(0.0, deadline - time.monotonic()))
+        # Without connections, its own pipe among them, the loop ends.
+        self._on_loop(lambda: wasyncore.close_all(self._connections))
+        self._thread.join()
+
+    def _stop_listening(self) -> None:
+        self._server.draining = True
+        self._server.accepting = False
+        self._server.del_channel()
+        self._server.socket.close()
+
+    def _on_loop(self, action: Callable[[], object]) -> None:
+        self._server.trigger.pull_trigger(action)
