@@ -131,16 +131,17 @@ class Server:
 
     def _listen(self) -> int:
         threads = self.settings.grpc_max_threads
+        options: dict[str, int | str] = {
+            "grpc.so_reuseport": 0,
+            "grpc.max_receive_message_length": self.settings.max_request_bytes,
+            "grpc.max_send_message_length": -1,
+            **dict(self.settings.grpc_channel_arguments),
+        }
         server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
             interceptors=[ErrorInterceptor()],
             maximum_concurrent_rpcs=threads,
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", self.settings.max_request_bytes),
-                ("grpc.max_send_message_length", -1),
-                *self.settings.grpc_channel_arguments,
-            ],
+            options=list(options.items()),
         )
         calls = Calls(self.core, "GRPC", self._metrics)
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionServicer(calls), server)

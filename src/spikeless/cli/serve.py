@@ -19,7 +19,7 @@ from spikeless.protos import config_pb2, read_text_proto
 from spikeless.server import Server, ServerSettings
 
 _log = logging.getLogger(__name__)
-_STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: Flags of TensorFlow Serving that change nothing here and are taken all the same, so that one command line
@@ -99,22 +99,28 @@ def command(**flags: Any) -> None:
         format="%(asctime)s.%(msecs)03d %(levelname).1s %(name)s: %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
-    # Blocked before any thread is started, so that the one that waits for them is the only one to see them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     server = Server(_settings(flags))
-    threading.Thread(target=_stop_on_signal, args=(server, flags["grace"]), daemon=True).start()
+    _stop_on_signal(server, flags["grace"])
     port = server.start()
     if port is not None:
         print(f"serving gRPC on {flags['host']}:{port}", flush=True)
         if server.rest_port is not None:
             print(f"serving REST on http://{flags['host']}:{server.rest_port}", flush=True)
         server.wait()
+    # Whoever signals again while the interpreter ends must not turn this end into a violent one.
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stop_on_signal(server: Server, grace: float) -> None:
-    received = signal.sigwait(_STOP_SIGNALS)
-    _log.info("%s: draining", signal.Signals(received).name)
-    server.stop(grace)
+    """Drain and stop at the first SIGTERM or SIGINT, on a thread of its own: handlers must not wait."""
+
+    def handle(received: int, _: object) -> None:
+        _log.info("%s: draining", signal.Signals(received).name)
+        threading.Thread(target=server.stop, args=(grace,), name="stop").start()
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, handle)
 
 
 def _settings(flags: dict[str, Any]) -> ServerSettings:

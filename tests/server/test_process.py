@@ -1,0 +1,153 @@
+"""The server as a process: threads, deadlines, cancelled calls, message sizes, health, SIGTERM."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import grpc
+import numpy as np
+import pytest
+from harness import IS_EMBEDDED, Running, ServerFactory, put_version, refused
+
+from spikeless.client import Client, model_spec
+from spikeless.errors import Code, SpikelessError
+from spikeless.protos import predict_pb2, prediction_service_pb2_grpc
+from spikeless.tensors import to_proto
+
+X = {"x": np.array([1.0], np.float32)}
+
+
+@pytest.fixture
+def models(saved_models: Path, tmp_path: Path) -> Path:
+    put_version(saved_models / "times_one", tmp_path / "times", 1)
+    return tmp_path / "times"
+
+
+def spin_request(steps: int) -> predict_pb2.PredictRequest:
+    """A request that runs for about a millisecond a step."""
+    request = predict_pb2.PredictRequest(model_spec=model_spec("times", signature="spin"))
+    request.inputs["steps"].CopyFrom(to_proto(np.int32(steps)))
+    return request
+
+
+@pytest.mark.parametrize("ending", ["deadline", "cancelled"])
+def test_calls_that_nobody_waits_for_free_their_places(
+    models: Path, serve: ServerFactory, ending: str
+) -> None:
+    def is_served(running: Running) -> bool:
+        try:
+            return bool(running.client.predict("times", X)["y"] == [1])
+        except SpikelessError as error:
+            if error.code is not Code.RESOURCE_EXHAUSTED:
+                raise
+            return False
+
+    with (
+        serve("--grpc_max_threads=3", model_name="times", model_base_path=models) as running,
+        grpc.insecure_channel(running.server.target) as channel,
+    ):
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        # Calls that no server finishes before their deadline, or that end by themselves after a while.
+        request, timeout = (spin_request(10**9), 2.0) if ending == "deadline" else (spin_request(10**4), None)
+        calls = [stub.Predict.future(request, timeout=timeout) for _ in range(4)]
+        if IS_EMBEDDED:
+            running.server.wait_for(lambda: any(call.done() for call in calls), "one of four to be refused")
+            refused_call = next(call for call in calls if call.done())
+            assert refused_call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            calls.remove(refused_call)
+        if ending == "cancelled":
+            for call in calls:
+                call.cancel()
+        else:
+            assert {call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        running.server.wait_for(lambda: is_served(running), "the places to be free again")
+
+
+def test_messages_over_the_limit(models: Path, serve: ServerFactory) -> None:
+    flag = "--grpc_channel_arguments=grpc.max_receive_message_length=100000"
+    with serve(flag, model_name="times", model_base_path=models) as running:
+        small, large = np.ones(1000, np.float32), np.ones(100_000, np.float32)
+        assert running.client.predict("times", {"x": small})["y"].size == 1000
+        if IS_EMBEDDED:
+            with refused(Code.RESOURCE_EXHAUSTED, r"larger than max"):
+                running.client.predict("times", {"x": large})
+        assert running.client.predict("times", {"x": small})["y"].size == 1000
+
+
+def test_large_tensors_pass(shared: Running) -> None:
+    """16 MB each way, four times what gRPC takes by default."""
+    values = np.arange(4_000_000, dtype=np.float32)
+    np.testing.assert_array_equal(shared.client.predict("times", {"x": values}, version=2)["y"], 2 * values)
+
+
+def test_many_clients_at_once(shared: Running) -> None:
+    def ask(number: int) -> bool:
+        x = np.full(10, number, np.float32)
+        with Client(shared.server.target, timeout=60) as client:
+            return all(
+                bool((client.predict("times", {"x": x}, version=2)["y"] == 2 * x).all()) for _ in range(20)
+            )
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(ask, range(16)))
+
+
+def test_health(embedded: None, shared: Running) -> None:
+    assert shared.client.is_serving()
+
+
+def test_sigterm_lets_calls_in_progress_end(embedded: None, models: Path, serve: ServerFactory) -> None:
+    monitoring = models.parent / "monitoring.config"
+    monitoring.write_text("prometheus_config { enable: true }")
+    flag = f"--monitoring_config_file={monitoring}"
+    with serve(flag, "--grace=60", model_name="times", model_base_path=models, rest=True) as running:
+        address = urlsplit(running.rest_url).netloc
+        answers: dict[str, object] = {}
+
+        def ask_grpc() -> None:
+            with Client(running.server.target, timeout=60) as client:
+                answers["grpc"] = client.predict("times", {"steps": np.int32(10_000)}, signature="spin")["y"]
+
+        def ask_rest() -> None:
+            connection = http.client.HTTPConnection(address, timeout=60)
+            connection.request(
+                "POST", "/v1/models/times:predict", b'{"signature_name": "spin", "inputs": 10000}'
+            )
+            answers["rest"] = connection.getresponse().status
+
+        threads = [threading.Thread(target=ask_grpc), threading.Thread(target=ask_rest)]
+        for thread in threads:
+            thread.start()
+        running.server.wait_for(lambda: in_progress(address) == {"GRPC": 1, "REST": 1}, "both calls")
+        os.kill(running.server.pid, signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert answers["rest"] == 200
+        assert np.isfinite(answers["grpc"])
+        assert running.server.stop(60) == 0
+        with refused(Code.UNAVAILABLE):
+            running.client.predict("times", X)
+
+
+def in_progress(address: str) -> dict[str, int]:
+    """How many calls each transport is answering, from the metrics."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    connection.request("GET", "/monitoring/prometheus/metrics")
+    text = connection.getresponse().read().decode()
+    found = re.findall(r'^spikeless_calls_in_progress\{entrypoint="(\w+)"\} (\d+)', text, re.MULTILINE)
+    return {entrypoint: int(count) for entrypoint, count in found}
+
+
+def test_a_port_that_is_taken(models: Path, shared: Running, serve: ServerFactory) -> None:
+    with (
+        pytest.raises(SpikelessError, match=r"exited with code [1-9-]"),
+        serve(model_name="times", model_base_path=models, port=shared.server.port, wait_for=["nobody"]),
+    ):
+        pass
