@@ -310,8 +310,8 @@ class RestServer:
         self._server.run()
 
     def stop(self, grace: float) -> None:
-        """Take no new requests, and let those in progress end within ``grace`` seconds."""
-        if self._server is None:
+        """Take no new requests, and let those in progress end within ``grace`` seconds; once is enough."""
+        if not self._thread.is_alive():
             return
         deadline = time.monotonic() + grace
         self._on_loop(self._stop_listening)

@@ -1,0 +1,88 @@
+"""What Prometheus reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound
+from spikeless.manager import State, VersionStatus
+from spikeless.metrics import DEFAULT_PATH, Metrics, read_monitoring_path
+
+
+def test_the_path_comes_from_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "monitoring.config"
+    for text, expected in {
+        'prometheus_config { enable: true, path: "/here" }': "/here",
+        "prometheus_config { enable: true }": DEFAULT_PATH,
+        'prometheus_config { path: "/here" }': "",
+        "": "",
+    }.items():
+        file.write_text(text)
+        assert read_monitoring_path(file) == expected
+    file.write_text("prometheus { }")
+    with pytest.raises(InvalidArgument, match="Invalid protobuf file"):
+        read_monitoring_path(file)
+    with pytest.raises(NotFound, match="cannot read"):
+        read_monitoring_path(tmp_path / "nothing")
+
+
+def lines(metrics: Metrics) -> set[str]:
+    return set(metrics.page().decode().splitlines())
+
+
+def test_calls() -> None:
+    metrics = Metrics()
+    metrics.started("GRPC")
+    assert 'spikeless_calls_in_progress{entrypoint="GRPC"} 1.0' in lines(metrics)
+    metrics.ended("boston", 3, "Predict", "GRPC", Code.OK, 0.0005)
+    metrics.started("GRPC")
+    metrics.ended("boston", 3, "Predict", "GRPC", Code.INVALID_ARGUMENT, 0.1)
+    metrics.started("GRPC")
+    metrics.ended("", None, "Predict", "GRPC", Code.NOT_FOUND, 0.1)
+    metrics.examples("boston", 5)
+    labels = 'API="Predict",entrypoint="GRPC"'
+    version = f'{labels},model_name="boston",status="OK",version="3"'
+    expected = {
+        ':tensorflow:serving:request_count{model_name="boston",status="OK"} 1.0',
+        ':tensorflow:serving:request_count{model_name="boston",status="INVALID_ARGUMENT"} 1.0',
+        ':tensorflow:serving:request_count{model_name="",status="NOT_FOUND"} 1.0',
+        # Microseconds, and only of calls that succeeded.
+        f':tensorflow:serving:request_latency_sum{{{labels},model_name="boston"}} 500.0',
+        f':tensorflow:serving:request_latency_count{{{labels},model_name="boston"}} 1.0',
+        ':tensorflow:serving:request_example_count_total{model="boston"} 5.0',
+        f"spikeless_call_latency_seconds_sum{{{version}}} 0.0005",
+        'spikeless_calls_in_progress{entrypoint="GRPC"} 0.0',
+    }
+    assert expected <= lines(metrics), expected - lines(metrics)
+    assert not any("_created" in line for line in lines(metrics))
+
+
+def test_versions_come_and_go() -> None:
+    metrics = Metrics()
+    metrics.version_changed("boston", VersionStatus(1, State.LOADING))
+    labels = 'model_name="boston",state="{}",version="1"'
+    assert f"spikeless_version_state{{{labels.format('LOADING')}}} 1.0" in lines(metrics)
+    metrics.loaded("boston", 1, 0.25, 0.5, 7)
+    metrics.version_changed("boston", VersionStatus(1, State.AVAILABLE))
+    metrics.started("REST")
+    metrics.ended("boston", 1, "Predict", "REST", Code.OK, 0.1)
+    one = 'model_name="boston",version="1"'
+    expected = {
+        f"spikeless_version_state{{{labels.format('LOADING')}}} 0.0",
+        f"spikeless_version_state{{{labels.format('AVAILABLE')}}} 1.0",
+        f"spikeless_version_load_seconds{{{one}}} 0.25",
+        f"spikeless_version_warmup_seconds{{{one}}} 0.5",
+        f"spikeless_version_warmup_records{{{one}}} 7.0",
+    }
+    assert expected <= lines(metrics), expected - lines(metrics)
+    metrics.version_changed("boston", VersionStatus(1, State.END))
+    assert not any('version="1"' in line for line in lines(metrics)), "its series are gone"
+    metrics.version_changed("boston", VersionStatus(2, State.END, DataLoss("truncated")))
+    assert 'spikeless_load_failures_total{model_name="boston",status="DATA_LOSS"} 1.0' in lines(metrics)
+
+
+def test_memory_is_that_of_the_process() -> None:
+    (private,) = (line for line in lines(Metrics()) if line.startswith("spikeless_memory_private_bytes "))
+    assert float(private.split()[1]) > 1e6
