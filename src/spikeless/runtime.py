@@ -195,7 +195,7 @@ def _to_tensor(tf: _Library, array: np.ndarray[Any, Any]) -> _Held:
     dims = (c_int64 * array.ndim)(*array.shape)
     if number == types_pb2.DT_STRING:
         return _to_string_tensor(tf, as_bytes(array.reshape(-1).tolist()), dims)
-    contiguous = np.ascontiguousarray(array)
+    contiguous = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     handle = tf.AllocateTensor(number, dims, array.ndim, contiguous.nbytes)
     if not handle:
         raise MemoryError(f"no memory for a tensor of {contiguous.nbytes} bytes")

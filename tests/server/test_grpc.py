@@ -253,6 +253,26 @@ def test_tensors_that_are_none(client: Client, sent: tensor_pb2.TensorProto) -> 
         predict(client, "signatures", "", x=sent)
 
 
+def test_a_short_tensor_that_stands_for_a_huge_one(embedded: None, client: Client) -> None:
+    with refused(Code.INVALID_ARGUMENT, "^tensor parsing error: x: .*send them all$"):
+        predict(client, "signatures", "", x=shaped(types_pb2.DT_FLOAT, 1 << 28, 4, float_val=[1]))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        shaped(types_pb2.DT_RESOURCE),
+        shaped(types_pb2.DT_VARIANT),
+        shaped(types_pb2.DT_QINT8, 1, int_val=[1]),
+        shaped(types_pb2.DT_FLOAT, *[1] * 33, float_val=[1]),
+    ],
+    ids=["resource", "variant", "quantized", "33 dimensions"],
+)
+def test_tensors_of_other_types(embedded: None, client: Client, sent: tensor_pb2.TensorProto) -> None:
+    with refused(Code.INVALID_ARGUMENT, "^tensor parsing error: x: "):
+        predict(client, "signatures", "any_rank", x=sent)
+
+
 def test_an_error_of_a_kernel_reaches_the_caller(client: Client) -> None:
     with refused(Code.INVALID_ARGUMENT, r"indices\[1\] = 99 is not in \[0, 10\)"):
         predict(client, "signatures", "gather", ids=to_proto(np.array([1, 99], np.int32)))

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from harness import IS_EMBEDDED, Running, ServerFactory, put_version, refused
 
@@ -101,6 +102,23 @@ def test_many_clients_at_once(shared: Running) -> None:
 
 def test_health(embedded: None, shared: Running) -> None:
     assert shared.client.is_serving()
+
+
+def test_it_listens_on_loopback(embedded: None, shared: Running) -> None:
+    listening = [
+        connection.laddr.ip.removeprefix("::ffff:")
+        for connection in psutil.Process(shared.server.pid).net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening == ["127.0.0.1", "127.0.0.1"]
+
+
+def test_services_that_there_are_not(shared: Running) -> None:
+    with grpc.insecure_channel(shared.server.target) as channel:
+        call = channel.unary_unary("/tensorflow.serving.NoSuchService/Anything")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"", timeout=30)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_sigterm_lets_calls_in_progress_end(embedded: None, models: Path, serve: ServerFactory) -> None:

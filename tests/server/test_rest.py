@@ -149,6 +149,12 @@ def test_types_that_json_cannot_hold(request_: Http, signature: str) -> None:
     assert "type: " in error
 
 
+def test_small_integers_do_not_wrap(embedded: None, request_: Http) -> None:
+    status, error = refusal(request_, "dtypes:predict", {"signature_name": "uint8", "instances": [[256, 0]]})
+    assert status == 400
+    assert "JSON Value: 256 Type: Number is not of expected type: uint8" in error
+
+
 def test_packed_bodies(request_: Http) -> None:
     body = gzip.compress(json.dumps({"instances": [1.0]}).encode())
     status, answer = request_("POST", "/v1/models/times:predict", body, {"Content-Encoding": "gzip"})
