@@ -36,7 +36,7 @@ from spikeless.savedmodel import (
     signatures_of,
 )
 from spikeless.tensors import data_type as data_type_of
-from spikeless.tensors import dtype_name, shape_text, to_numpy, to_proto
+from spikeless.tensors import dtype_name, shape_text, to_numpy, write_proto
 
 #: The aliases that Classify and Regress signatures use (``signature_constants.h``).
 EXAMPLES_INPUT = "inputs"
@@ -91,7 +91,7 @@ class Model:
         outputs = self._run(key, request.inputs, to_numpy, request.output_filter, timeout)
         response = predict_pb2.PredictResponse(model_spec=self._model_spec(request.model_spec.name, key))
         for alias, output in outputs.items():
-            response.outputs[alias].CopyFrom(to_proto(output, as_field=not self.tensor_content))
+            write_proto(response.outputs[alias], output, as_field=not self.tensor_content)
         return response
 
     def predict_arrays(

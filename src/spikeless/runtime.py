@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from spikeless import wire
 from spikeless.errors import FailedPrecondition, InvalidArgument, TensorFlowError
 from spikeless.protos import config_pb2, meta_graph_pb2, tensorflow_directory, types_pb2
 from spikeless.tensors import as_bytes, data_type, numpy_dtype
@@ -109,6 +110,21 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+#: The functions that may take long. Only they give the GIL away: for the others, to give it away and to get
+#: it back among many threads would cost far more than what they do.
+_LONG = frozenset(
+    {
+        "TF_CloseSession",
+        "TF_DeleteGraph",
+        "TF_DeleteSession",
+        "TF_LoadSessionFromSavedModel",
+        "TF_SessionRun",
+    }
+)
+#: From this many bytes on, copying takes long.
+_LARGE_COPY = 1 << 18
+
+
 class _Library:
     """The functions of the C API that are used here, declared once, each a plain attribute."""
 
@@ -119,9 +135,9 @@ class _Library:
         path = directory / f"libtensorflow_cc.{suffix}"
         if not path.exists():
             raise FailedPrecondition(f"{path} is missing: install the tensorflow wheel in full")
-        library = ctypes.CDLL(str(path))
+        library, holding_gil = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
+            function = getattr(library if name in _LONG else holding_gil, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("TF_"), function)
 
@@ -147,6 +163,13 @@ def version() -> str:
     return str(_tf().Version().decode())
 
 
+def _check(tf: _Library, status: int) -> None:
+    """Raise what the call with this TF_Status reported."""
+    code = tf.GetCode(status)
+    if code:
+        raise TensorFlowError(code, tf.Message(status).decode("utf-8", "replace"))
+
+
 class _Status:
     """A TF_Status that raises what a call reported."""
 
@@ -155,9 +178,7 @@ class _Status:
         self.handle = tf.NewStatus()
 
     def check(self) -> None:
-        code = self._tf.GetCode(self.handle)
-        if code:
-            raise TensorFlowError(code, self._tf.Message(self.handle).decode("utf-8", "replace"))
+        _check(self._tf, self.handle)
 
 
 @contextmanager
@@ -178,6 +199,19 @@ def _buffer(tf: _Library, content: bytes) -> Iterator[Any]:
         tf.DeleteBuffer(buffer)
 
 
+#: ``memmove`` without giving the GIL away.
+_memmove = ctypes.PyDLL(None).memmove
+_memmove.restype, _memmove.argtypes = c_void_p, [c_void_p, c_void_p, c_size_t]
+
+
+def _copy(target: int, array: np.ndarray[Any, Any]) -> None:
+    source, size = array.__array_interface__["data"][0], array.nbytes
+    if size >= _LARGE_COPY:
+        ctypes.memmove(target, source, size)
+    elif size:
+        _memmove(target, source, size)
+
+
 class _Held:
     """Owns one TF_Tensor for as long as arrays look into its memory."""
 
@@ -189,33 +223,31 @@ class _Held:
         self._finalizer()
 
 
-def _to_tensor(tf: _Library, array: np.ndarray[Any, Any]) -> _Held:
-    """Copy an array into a new TF_Tensor (TensorFlow wants its own 64-byte alignment)."""
+def _to_tensor(tf: _Library, array: np.ndarray[Any, Any]) -> int:
+    """Copy an array into a new TF_Tensor, which the caller owns; TensorFlow wants 64-byte alignment."""
     number = data_type(array.dtype)
     dims = (c_int64 * array.ndim)(*array.shape)
     if number == types_pb2.DT_STRING:
         return _to_string_tensor(tf, as_bytes(array.reshape(-1).tolist()), dims)
     contiguous = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    handle = tf.AllocateTensor(number, dims, array.ndim, contiguous.nbytes)
+    handle: int | None = tf.AllocateTensor(number, dims, array.ndim, contiguous.nbytes)
     if not handle:
         raise MemoryError(f"no memory for a tensor of {contiguous.nbytes} bytes")
-    tensor = _Held(tf, handle)
-    if contiguous.nbytes:
-        ctypes.memmove(tf.TensorData(handle), contiguous.ctypes.data, contiguous.nbytes)
-    return tensor
+    _copy(tf.TensorData(handle), contiguous)
+    return handle
 
 
-def _to_string_tensor(tf: _Library, values: list[bytes], dims: Any) -> _Held:
-    handle = tf.AllocateTensor(types_pb2.DT_STRING, dims, len(dims), len(values) * _STRING_BYTES)
+def _to_string_tensor(tf: _Library, values: list[bytes], dims: Any) -> int:
+    size = len(values) * _STRING_BYTES
+    handle: int | None = tf.AllocateTensor(types_pb2.DT_STRING, dims, len(dims), size)
     if not handle:
         raise MemoryError(f"no memory for a tensor of {len(values)} strings")
-    tensor = _Held(tf, handle)
     address = tf.TensorData(handle)
     for index, value in enumerate(values):
         element = address + index * _STRING_BYTES
         tf.StringInit(element)
         tf.StringCopy(element, value, len(value))
-    return tensor
+    return handle
 
 
 def _from_tensor(tf: _Library, tensor: _Held) -> np.ndarray[Any, Any]:
@@ -247,35 +279,11 @@ _LARGE_FIELDS = frozenset({2, 7})
 def _parse_without_graph(content: memoryview) -> meta_graph_pb2.MetaGraphDef:
     """A MetaGraphDef without the fields that nobody reads after the load.
 
-    Parsing a large graph would hold the GIL, and with it all requests, for as long as it takes. So the top
-    level of the message is walked (a tag, a length and the bytes, see the protocol buffer encoding), and the
-    large fields are never looked into.
+    Parsing a large graph would hold the GIL, and with it all requests, for as long as it takes. So only the
+    top level of the message is walked, and the large fields are never looked into.
     """
-    kept = bytearray()
-    position = 0
-    while position < len(content):
-        start = position
-        tag, position = _varint(content, position)
-        if tag & 7 != 2:  # MetaGraphDef has only messages at its top level
-            raise InvalidArgument("the meta graph that TensorFlow returned cannot be read")
-        length, position = _varint(content, position)
-        position += length
-        if tag >> 3 not in _LARGE_FIELDS:
-            kept += content[start:position]
-    definition = meta_graph_pb2.MetaGraphDef()
-    definition.ParseFromString(bytes(kept))
-    return definition
-
-
-def _varint(content: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
+    kept = b"".join(whole for number, whole, _ in wire.fields(content) if number not in _LARGE_FIELDS)
+    return meta_graph_pb2.MetaGraphDef.FromString(kept)
 
 
 class Session:
@@ -339,11 +347,9 @@ class Session:
                     status.handle,
                 )
                 status.check()
-            definition = meta_graph_pb2.MetaGraphDef()
-            definition.ParseFromString(ctypes.string_at(meta_graph.contents.data, meta_graph.contents.length))
-            # Nothing reads the graph again, and it can be large.
-            definition.ClearField("graph_def")
-            definition.ClearField("object_graph_def")
+            buffer = meta_graph.contents
+            view = (c_uint8 * buffer.length).from_address(buffer.data) if buffer.length else b""
+            definition = _parse_without_graph(memoryview(view).cast("B"))
         except BaseException:
             tf.DeleteGraph(graph)
             raise
@@ -366,39 +372,44 @@ class Session:
             FailedPrecondition: the session is closed.
         """
         tf = self._tf
-        inputs = (_Output * len(feeds))(*(self._output(name) for name in feeds))
-        outputs = (_Output * len(fetches))(*(self._output(name) for name in fetches))
-        tensors = [_to_tensor(tf, array) for array in feeds.values()]
-        values = (c_void_p * len(tensors))(*(tensor.handle for tensor in tensors))
+        inputs = (_Output * len(feeds))(*map(self._output, feeds))
+        outputs = (_Output * len(fetches))(*map(self._output, fetches))
+        values = (c_void_p * len(feeds))()
         results = (c_void_p * len(fetches))()
-        run_options = None
-        if timeout is not None:
-            content = config_pb2.RunOptions(timeout_in_ms=max(1, int(timeout * 1000))).SerializeToString()
-            run_options = tf.NewBufferFromString(content, len(content))
+        run_options = status = None
         try:
-            with self._entered() as session, _status(tf) as status:
+            for index, array in enumerate(feeds.values()):
+                values[index] = _to_tensor(tf, array)
+            if timeout is not None:
+                content = config_pb2.RunOptions(timeout_in_ms=max(1, int(timeout * 1000))).SerializeToString()
+                run_options = tf.NewBufferFromString(content, len(content))
+            status = tf.NewStatus()
+            with self._entered() as session:
                 tf.SessionRun(
                     session,
                     run_options,
                     inputs,
                     values,
-                    len(tensors),
+                    len(feeds),
                     outputs,
                     results,
                     len(fetches),
                     None,
                     0,
                     None,
-                    status.handle,
+                    status,
                 )
-                status.check()
+            _check(tf, status)
         finally:
-            for tensor in tensors:
-                tensor.release()
-            if run_options is not None:
+            for value in values:
+                if value:
+                    tf.DeleteTensor(value)
+            if run_options:
                 tf.DeleteBuffer(run_options)
+            if status:
+                tf.DeleteStatus(status)
         # Owned before the first is looked into: an error in one must not lose the others.
-        held = [_Held(tf, handle) for handle in results if handle is not None]
+        held = [_Held(tf, result) for result in results if result]
         return [_from_tensor(tf, tensor) for tensor in held]
 
     @contextmanager
@@ -413,7 +424,8 @@ class Session:
         finally:
             with self._idle:
                 self._running -= 1
-                self._idle.notify_all()
+                if not self._running:
+                    self._idle.notify_all()
 
     def _output(self, name: str) -> _Output:
         """Where a tensor such as ``dense/BiasAdd:0`` comes from; found once, then remembered."""

@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from spikeless import wire
 from spikeless.errors import InvalidArgument, Unimplemented
 from spikeless.protos import tensor_pb2, tensor_shape_pb2, types_pb2
 
@@ -60,6 +61,15 @@ _VALUE_FIELDS: dict[int, str] = {
     types_pb2.DT_UINT64: "uint64_val",
     types_pb2.DT_FLOAT8_E5M2: "float8_val",
     types_pb2.DT_FLOAT8_E4M3FN: "float8_val",
+}
+
+#: Fields of floating point numbers -> their number in ``TensorProto`` and the NumPy dtype of one of them.
+#: Their packed encoding is the array's own bytes.
+_PACKED: dict[str, tuple[int, np.dtype[Any]]] = {
+    "float_val": (5, np.dtype("<f4")),
+    "double_val": (6, np.dtype("<f8")),
+    "scomplex_val": (9, np.dtype("<f4")),
+    "dcomplex_val": (12, np.dtype("<f8")),
 }
 
 #: More elements than this in one tensor are refused before anything is allocated.
@@ -156,18 +166,30 @@ def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any], count: in
     """The first ``count`` values of the dtype's field; there may be fewer."""
     field = _VALUE_FIELDS[proto.dtype]
     values = getattr(proto, field)
-    if field == "half_val":
-        return np.array(values[:count], dtype=np.int64).astype(np.uint16).view(dtype)
+    if field in _PACKED:
+        number, part = _PACKED[field]
+        flat = np.frombuffer(_packed(proto, number), dtype=part)
+        # Complex numbers are pairs; a real part alone at the end counts for nothing.
+        width = dtype.itemsize // part.itemsize
+        return flat[: len(flat) // width * width].view(dtype)[:count]
     if field == "float8_val":
         return np.frombuffer(values[:count], dtype=dtype)
-    if field in ("scomplex_val", "dcomplex_val"):
-        # Real and imaginary parts alternate; a real part alone at the end counts for nothing.
-        part = np.dtype(np.float32 if field == "scomplex_val" else np.float64)
-        return np.array(values[: 2 * min(count, len(values) // 2)], dtype=part).view(dtype)
-    if field == "int_val":
+    count = min(count, len(values))
+    if field == "string_val":
+        return np.fromiter(values, dtype=object, count=count)
+    if field in ("half_val", "int_val"):
         # Wraps as the server's own static_cast does instead of raising.
-        return np.array(values[:count], dtype=np.int64).astype(dtype)
-    return np.array(values[:count], dtype=dtype)
+        bits = np.dtype(np.uint16) if field == "half_val" else dtype
+        return np.fromiter(values, dtype=np.int64, count=count).astype(bits).view(dtype)
+    return np.fromiter(values, dtype=dtype, count=count)
+
+
+def _packed(proto: tensor_pb2.TensorProto, number: int) -> bytes | memoryview:
+    """The packed numbers of a field: to write the message out and look there is much faster than a loop."""
+    for field, _, value in wire.fields(memoryview(proto.SerializeToString())):
+        if field == number:
+            return value
+    return b""
 
 
 def _fill(values: np.ndarray[Any, Any], count: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -188,13 +210,9 @@ def _strings(content: bytes, count: int) -> np.ndarray[Any, Any]:
     position = 0
     try:
         while len(lengths) < count:
-            length = shift = 0
-            while (byte := content[position]) >= 0x80:
-                length |= (byte & 0x7F) << shift
-                position, shift = position + 1, shift + 7
-            lengths.append(length | byte << shift)
-            position += 1
-    except IndexError:
+            length, position = wire.read_varint(content, position)
+            lengths.append(length)
+    except InvalidArgument:
         raise InvalidArgument(f"tensor_content ends before the lengths of {count} strings") from None
     if position + sum(lengths) != len(content):
         raise InvalidArgument(
@@ -216,9 +234,19 @@ def to_proto(array: Any, dtype: int | None = None, as_field: bool = False) -> te
         dtype: the TensorFlow DataType, when it is not to be told from the array.
         as_field: numbers go into the typed field (``float_val``, ...) instead of ``tensor_content``.
     """
+    proto = tensor_pb2.TensorProto()
+    write_proto(proto, array, dtype, as_field)
+    return proto
+
+
+def write_proto(
+    proto: tensor_pb2.TensorProto, array: Any, dtype: int | None = None, as_field: bool = False
+) -> None:
+    """The same into a TensorProto that is there, and empty."""
     values = np.asarray(array)
     number = data_type(values.dtype) if dtype is None else dtype
-    proto = tensor_pb2.TensorProto(dtype=number)
+    proto.dtype = number
+    proto.tensor_shape.SetInParent()
     for dim in values.shape:
         proto.tensor_shape.dim.add(size=dim)
     if number == types_pb2.DT_STRING:
@@ -227,19 +255,18 @@ def to_proto(array: Any, dtype: int | None = None, as_field: bool = False) -> te
         _set_field(proto, np.ascontiguousarray(values, dtype=numpy_dtype(number)).reshape(-1))
     else:
         proto.tensor_content = np.ascontiguousarray(values, dtype=numpy_dtype(number)).tobytes()
-    return proto
 
 
 def _set_field(proto: tensor_pb2.TensorProto, flat: np.ndarray[Any, Any]) -> None:
     field = _VALUE_FIELDS[proto.dtype]
-    if field == "half_val":
-        flat = flat.view(np.uint16)
+    if field in _PACKED:
+        if flat.size:
+            proto.MergeFromString(wire.field(_PACKED[field][0], flat.view(np.uint8).data))
     elif field == "float8_val":
         proto.float8_val = flat.tobytes()
-        return
-    elif field in ("scomplex_val", "dcomplex_val"):
-        flat = flat.view(np.float32 if field == "scomplex_val" else np.float64)
-    getattr(proto, field).extend(flat.tolist())
+    else:
+        bits = flat.view(np.uint16) if field == "half_val" else flat
+        getattr(proto, field).extend(bits.tolist())
 
 
 def as_bytes(values: Sequence[Any]) -> list[bytes]:

@@ -1,0 +1,67 @@
+"""Protocol buffer encoding, where a message object would cost too much.
+
+In: serialized messages. Out: their top-level fields as views, nothing looked into and nothing copied. The
+format is described in "Encoding" of the protocol buffer documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from spikeless.errors import InvalidArgument
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+_FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
+
+
+def read_varint(content: bytes | memoryview, position: int) -> tuple[int, int]:
+    """The number at ``position``, and the position after it; ``InvalidArgument`` where the content ends."""
+    value = shift = 0
+    while position < len(content):
+        byte = content[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise InvalidArgument("the message ends within a number")
+
+
+def write_varint(value: int) -> bytes:
+    """A number that is not negative."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def field(number: int, content: bytes | memoryview) -> bytes:
+    """A field that holds bytes: a string, a message or packed numbers."""
+    return b"".join((write_varint(number << 3 | BYTES), write_varint(len(content)), content))
+
+
+def fields(content: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """Each top-level field: its number, the whole of it, and the value of those that hold bytes.
+
+    Raises:
+        InvalidArgument: the content is no message, or one with groups.
+    """
+    position = 0
+    while position < len(content):
+        start = position
+        tag, position = read_varint(content, position)
+        kind, value = tag & 7, position
+        if kind == BYTES:
+            length, value = read_varint(content, position)
+            position = value + length
+        elif kind == VARINT:
+            _, position = read_varint(content, position)
+        elif kind in _FIXED_SIZES:
+            position += _FIXED_SIZES[kind]
+        else:
+            raise InvalidArgument("the message has a field of an unknown kind")
+        if position > len(content):
+            raise InvalidArgument("the message ends within a field")
+        yield tag >> 3, content[start:position], content[value:position]
