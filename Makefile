@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint env clean
+.PHONY: demo test lint env clean bench-serving
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -26,6 +26,11 @@ test: lint
 
 demo: $(READY)
 	$(BIN)/spikeless demo
+
+# On a quiet machine: what the embedded engine adds to a call, and what it saves over Flask.
+bench-serving: $(READY)
+	ls runs/factorization_machine-*/saved_model >/dev/null 2>&1 || $(BIN)/python training/train_factorization_machine.py
+	$(BIN)/python benchmarks/serving.py --saved-model "$$(ls -d runs/factorization_machine-*/saved_model | tail -n 1)"
 
 clean:
 	rm -rf $(VENV) reports runs

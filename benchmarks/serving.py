@@ -1,0 +1,303 @@
+"""What the embedded engine adds to a call of TensorFlow's C API, and what it saves over a Flask server.
+
+    python benchmarks/serving.py --saved-model runs/<id>/saved_model
+    python benchmarks/serving.py --show benchmarks/results/serving.npz
+
+In: a SavedModel with one input. Out: one file with the latency of every call, the machine, the versions and
+the commit; and a table of p50, p99 and throughput. Four ways lead to the same model with the same row: the
+bare ``TF_SessionRun`` in a loop, the embedded engine over gRPC and over REST, and Flask with
+``tf.saved_model.load``. They take turns, round after round, so that what the machine does meanwhile meets
+all of them. The load is a closed loop: each client sends its next call when the last one is answered, so
+throughput is what can be had, and latency is that of a busy server. (How requests fare during a swap is
+another question, and needs an open loop: ``spikeless bench``.) Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from spikeless import launch, repository, runtime, savedmodel
+from spikeless.bench.machine import describe_machine, source_commit
+from spikeless.client import model_spec
+from spikeless.protos import predict_pb2
+from spikeless.tensors import numpy_dtype, to_proto
+
+SCHEMA = 1
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+MODEL = "boston"
+BARE, GRPC, REST, FLASK = "C API", "gRPC", "REST", "Flask"
+#: What the engine is held to: milliseconds over the bare call, and times the throughput of Flask.
+MOST_MILLISECONDS, LEAST_TIMES = 0.6, 2.0
+
+Ask = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--saved-model", type=Path, help="the model, for example runs/<id>/saved_model")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="calls at once")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way has its turn")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one turn")
+    parser.add_argument("--output", type=Path, default=RESULTS / "serving.npz")
+    parser.add_argument("--show", type=Path, help="only show this file")
+    parser.add_argument("--bare", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.show:
+        show(settings.show)
+    elif settings.saved_model is None:
+        parser.error("--saved-model is needed: train one with training/train_factorization_machine.py")
+    elif settings.bare:
+        json.dump(bare(settings.saved_model, settings.bare), sys.stdout)
+    else:
+        measure(settings)
+        show(settings.output)
+
+
+# --- the four ways ----------------------------------------------------------------------------------
+
+
+def signature(path: Path) -> savedmodel.Signature:
+    return savedmodel.read(path).signatures()[savedmodel.DEFAULT_SIGNATURE]
+
+
+def row(path: Path) -> tuple[str, np.ndarray[Any, Any]]:
+    """The input's alias, and one row for it: the same numbers in every run."""
+    (spec,) = signature(path).inputs.values()
+    shape = tuple(1 if dim is None else dim for dim in spec.shape or ())
+    return spec.alias, np.random.default_rng(1).random(shape).astype(numpy_dtype(spec.dtype))
+
+
+def bare(path: Path, seconds: float) -> list[int]:
+    """Nanoseconds of each ``TF_SessionRun``, with nothing but the call inside the loop."""
+    from ctypes import c_void_p
+
+    alias, value = row(path)
+    definition = signature(path)
+    with runtime.Session.load(path) as session:
+        tf = session._tf
+        inputs = (runtime._Output * 1)(session._output(definition.inputs[alias].tensor_name))
+        fetches = [session._output(spec.tensor_name) for spec in definition.outputs.values()]
+        outputs = (runtime._Output * len(fetches))(*fetches)
+        values = (c_void_p * 1)(runtime._to_tensor(tf, value))
+        status = tf.NewStatus()
+        handle = session._session
+
+        def ask() -> None:
+            results = (c_void_p * len(fetches))()
+            tf.SessionRun(
+                handle, None, inputs, values, 1, outputs, results, len(fetches), None, 0, None, status
+            )
+            for result in results:
+                tf.DeleteTensor(result)
+
+        for _ in range(1000):
+            ask()
+        return closed_loop(ask, time.monotonic() + seconds)
+
+
+def bare_turn(path: Path, seconds: float) -> list[int]:
+    command = [sys.executable, __file__, "--saved-model", str(path), "--bare", str(seconds)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def grpc_client(target: str, path: Path) -> Ask:
+    alias, value = row(path)
+    request = predict_pb2.PredictRequest(model_spec=model_spec(MODEL))
+    request.inputs[alias].CopyFrom(to_proto(value))
+    content = request.SerializeToString()
+    # A connection of its own for each client.
+    channel = grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
+    call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    return lambda: call(content) and None
+
+
+def http_client(port: int, url: str, path: Path) -> Ask:
+    """The least that an HTTP client can do; it keeps the connection where the server does."""
+    _, value = row(path)
+    body = json.dumps({"instances": value.tolist()}).encode()
+    head = f"POST {url} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    content = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    connection: socket.socket | None = None
+
+    def ask() -> None:
+        nonlocal connection
+        if connection is None:
+            connection = socket.create_connection((launch.LOOPBACK, port))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(content)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += connection.recv(65536)
+        headers, _, rest = received.partition(b"\r\n\r\n")
+        lower = headers.lower()
+        assert b" 200 " in headers.splitlines()[0], headers
+        length = int(lower.split(b"content-length:")[1].split()[0])
+        while len(rest) < length:
+            rest += connection.recv(65536)
+        if b"connection: close" in lower:
+            connection.close()
+            connection = None
+
+    return ask
+
+
+@contextmanager
+def flask_server(path: Path) -> Iterator[int]:
+    port = launch.free_port()
+    command = [sys.executable, str(HERE / "flask_server.py"), str(path), str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("the Flask server did not start")
+            try:
+                socket.create_connection((launch.LOOPBACK, port)).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+# --- measuring --------------------------------------------------------------------------------------
+
+
+def closed_loop(ask: Ask, end: float) -> list[int]:
+    """Ask again and again until ``end``; nanoseconds of each call."""
+    taken = []
+    clock = time.perf_counter_ns
+    while time.monotonic() < end:
+        started = clock()
+        ask()
+        taken.append(clock() - started)
+    return taken
+
+
+def turn(client: Callable[[], Ask], clients: int, seconds: float) -> list[int]:
+    """``clients`` closed loops at once."""
+    asks = [client() for _ in range(clients)]
+    for ask in asks:
+        for _ in range(20):
+            ask()
+    taken: list[list[int]] = [[] for _ in asks]
+    end = time.monotonic() + seconds
+
+    def work(number: int) -> None:
+        taken[number] = closed_loop(asks[number], end)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [nanoseconds for each in taken for nanoseconds in each]
+
+
+def measure(settings: argparse.Namespace) -> None:
+    path = settings.saved_model.resolve()
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    with ExitStack() as stack:
+        models = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        repository.publish(path, models, MODEL)
+        server = stack.enter_context(
+            launch.start(
+                launch.LaunchSettings(
+                    MODEL,
+                    models / MODEL,
+                    rest=True,
+                    engine="embedded",
+                    flags=("--grpc_max_threads=64", "--rest_api_num_threads=64"),
+                )
+            )
+        )
+        assert server.rest_port is not None
+        flask_port = stack.enter_context(flask_server(path))
+        rest_port = server.rest_port
+        ways: dict[str, Callable[[], Ask]] = {
+            GRPC: lambda: grpc_client(server.target, path),
+            REST: lambda: http_client(rest_port, f"/v1/models/{MODEL}:predict", path),
+            FLASK: lambda: http_client(flask_port, "/predict", path),
+        }
+        turns = [(number, clients) for number in range(settings.rounds) for clients in settings.clients]
+        for number, clients in track(turns, "measuring", console=Console(stderr=True)):
+            if clients == 1:
+                arrays[f"{number}|{BARE}|1"] = np.array(bare_turn(path, settings.seconds), np.uint64)
+            for way, client in ways.items():
+                taken = turn(client, clients, settings.seconds)
+                arrays[f"{number}|{way}|{clients}"] = np.array(taken, np.uint64)
+    facts = {
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": source_commit(),
+        "machine": asdict(describe_machine()),
+        "versions": {name: version(name) for name in ("tensorflow", "grpcio", "waitress", "flask")},
+        "model": [str(spec) for spec in signature(path).inputs.values()],
+        "seconds": settings.seconds,
+        "rounds": settings.rounds,
+        "unit": "nanoseconds of each call; keys are round|way|clients",
+    }
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(settings.output, facts=json.dumps(facts), **arrays)  # type: ignore[arg-type]
+
+
+# --- showing ----------------------------------------------------------------------------------------
+
+
+def show(file: Path) -> None:
+    with np.load(file) as content:
+        facts = json.loads(str(content["facts"]))
+        taken = {tuple(key.split("|")): content[key] for key in content.files if key != "facts"}
+    seconds = facts["seconds"]
+    machine = facts["machine"]
+    print(f"{facts['date']}, commit {facts['commit']}, {machine['cpu']}, {machine['cpus']} CPUs")
+    print(f"{facts['rounds']} rounds of {seconds:g} s; medians of the rounds, in brackets the extremes\n")
+    print("| Way | Clients | p50 ms | p99 ms | calls/s |\n|---|---|---|---|---|")
+    medians: dict[tuple[str, int], tuple[float, float]] = {}
+    for way in (BARE, GRPC, REST, FLASK):
+        for clients in sorted({int(key[2]) for key in taken if key[1] == way}):
+            rounds = [values for key, values in taken.items() if key[1:] == (way, str(clients))]
+            p50 = [float(np.percentile(values, 50)) / 1e6 for values in rounds]
+            p99 = [float(np.percentile(values, 99)) / 1e6 for values in rounds]
+            rate = [len(values) / seconds for values in rounds]
+            medians[way, clients] = float(np.median(p50)), float(np.median(rate))
+            cells = (spread(p50, "{:.3f}"), spread(p99, "{:.2f}"), spread(rate, "{:.0f}"))
+            print(f"| {way} | {clients} | " + " | ".join(cells) + " |")
+    added = medians[GRPC, 1][0] - medians[BARE, 1][0]
+    print(f"\ngRPC adds {added:.2f} ms to the bare call at p50 (bar: {MOST_MILLISECONDS} ms)")
+    for clients in sorted({clients for way, clients in medians if way == FLASK}):
+        flask = medians[FLASK, clients][1]
+        times = {way: medians[way, clients][1] / flask for way in (GRPC, REST)}
+        words = ", ".join(f"{way} {value:.1f} times" for way, value in times.items())
+        print(f"{clients} clients: {words} the throughput of Flask (bar: {LEAST_TIMES:g} times)")
+
+
+def spread(values: list[float], form: str) -> str:
+    low, middle, high = (form.format(value) for value in (min(values), np.median(values), max(values)))
+    return f"{middle} ({low}-{high})"
+
+
+if __name__ == "__main__":
+    main()
