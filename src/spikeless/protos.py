@@ -78,6 +78,7 @@ with _bare_tensorflow():
         op_def_pb2,
         tensor_pb2,
         tensor_shape_pb2,
+        tensor_slice_pb2,
         types_pb2,
         versions_pb2,
     )
@@ -148,6 +149,7 @@ __all__ = [
     "tensor_bundle_pb2",
     "tensor_pb2",
     "tensor_shape_pb2",
+    "tensor_slice_pb2",
     "tensorflow_directory",
     "trackable_object_graph_pb2",
     "types_pb2",

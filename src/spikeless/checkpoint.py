@@ -1,0 +1,467 @@
+"""Read and rewrite TensorFlow checkpoints without holding a tensor in memory.
+
+In: a checkpoint's prefix, such as ``<saved model>/variables/variables``. Out: what it holds, and a copy of it
+in which chosen tensors have files of their own.
+
+A checkpoint ("tensor bundle", ``tensorflow/core/util/tensor_bundle``) is ``<prefix>.index``, a sorted string
+table from tensor name to ``BundleEntryProto``, and data shards ``<prefix>.data-00000-of-00002`` with the raw
+little-endian bytes. An entry says which shard, offset, size and masked CRC-32C; the empty key holds the
+``BundleHeaderProto``. A tensor that was saved in slices has an entry that lists them, and each slice one of
+its own under an encoded key. The table's format is LevelDB's (``doc/table_format.md`` there).
+
+The layout is free: any tensor may be at any offset of any shard. ``rewrite`` uses that to put a tensor at
+offset 0 of a shard of its own, where it can be memory-mapped, and what it writes is still a checkpoint like
+any other.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import struct
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+from google.protobuf.message import DecodeError
+
+from spikeless.errors import DataLoss, NotFound, Unimplemented
+from spikeless.protos import tensor_bundle_pb2, tensor_slice_pb2, types_pb2
+
+_HEADER_KEY = b""
+_MAGIC = 0xDB4775248B80FB57
+_FOOTER_BYTES = 48
+_BLOCK_TRAILER_BYTES = 5  # compression type, masked CRC-32C
+_BLOCK_BYTES = 256 * 1024
+_RESTART_INTERVAL = 16
+_CRC_MASK_DELTA = 0xA282EAD8
+_CHUNK_BYTES = 4 << 20
+_ENCODED_TYPES = frozenset({types_pb2.DT_STRING, types_pb2.DT_VARIANT})
+#: What ``TensorSlice`` stores as the length of a dimension that is taken whole.
+_FULL_EXTENT = -1
+
+Slice = Sequence[tuple[int, int]]
+#: A tensor as the keys of the entries that make it up: one, or slices that are stacked along the first
+#: dimension.
+Pieces = tuple[bytes, ...]
+READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One data shard that ``rewrite`` wrote."""
+
+    path: Path
+    size: int
+    #: Hex digest of the whole file.
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What ``rewrite`` wrote."""
+
+    checkpoint: Checkpoint
+    #: The shard of all that was not set apart.
+    rest: DataFile
+    #: The files of the tensors that were; tensors with the same bytes share one.
+    apart: Mapping[Pieces, DataFile]
+
+
+class Checkpoint:
+    """What a checkpoint's index says.
+
+    Attributes:
+        prefix: the path without ``.index``.
+        entries: each tensor and each slice of one, by its key in the index, in key order.
+    """
+
+    def __init__(
+        self, prefix: Path, entries: dict[bytes, tensor_bundle_pb2.BundleEntryProto], num_shards: int
+    ) -> None:
+        self.prefix = prefix
+        self.entries = entries
+        self.num_shards = num_shards
+
+    @classmethod
+    def read(cls, prefix: str | os.PathLike[str]) -> Checkpoint:
+        """Read ``<prefix>.index``.
+
+        Raises:
+            NotFound: there is no such file.
+            DataLoss: it is truncated or fails its checksums.
+            Unimplemented: it is big-endian, compressed, or of a later format.
+        """
+        prefix = Path(prefix)
+        index = index_file(prefix)
+        try:
+            content = index.read_bytes()
+        except FileNotFoundError:
+            raise NotFound(f"{index} is missing: export the model again, with its variables") from None
+        try:
+            table = dict(_read_table(content))
+            header = tensor_bundle_pb2.BundleHeaderProto.FromString(table.pop(_HEADER_KEY))
+            entries = {
+                key: tensor_bundle_pb2.BundleEntryProto.FromString(value) for key, value in table.items()
+            }
+        except (ValueError, KeyError, IndexError, struct.error, DecodeError) as error:
+            raise DataLoss(
+                f"{index} is no readable checkpoint index ({error}): copy or export it again"
+            ) from error
+        if header.endianness != tensor_bundle_pb2.BundleHeaderProto.LITTLE or header.version.min_consumer > 1:
+            raise Unimplemented(f"{index}: only little-endian checkpoints of format version 1 can be read")
+        return cls(prefix, entries, header.num_shards)
+
+    def shard(self, shard_id: int) -> Path:
+        return data_file(self.prefix, shard_id, self.num_shards)
+
+    def find(self, name: str, shape_and_slice: str = "") -> Pieces | None:
+        """The keys of the entries whose bytes, one after another, are what ``RestoreV2`` would return.
+
+        Args:
+            name: the tensor's name in the checkpoint.
+            shape_and_slice: empty for the whole tensor, else its full shape and the slice: ``10 4 0,5:-`` is
+                the first five of ten rows of four (``tensorflow/core/util/saved_tensor_slice_util.h``).
+
+        Returns:
+            None for an unknown name, and where a stored piece would have to be cut or woven into others.
+        """
+        key = name.encode("utf-8", "surrogateescape")
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        shape = [dim.size for dim in entry.shape.dim]
+        wanted = _parse_slice(shape_and_slice, shape)
+        if not entry.slices:
+            return (key,) if wanted == [(0, size) for size in shape] else None
+        if not wanted:
+            return None
+        (start, length), *columns = wanted
+        rows = {}
+        for stored in map(_extents, entry.slices):
+            (first, count), *others = _whole_lengths(stored, shape)
+            if count and others == columns and start <= first and first + count <= start + length:
+                rows[first] = (count, _slice_key(key, stored))
+        keys, row = [], start
+        while row in rows:
+            count, key = rows[row]
+            keys.append(key)
+            row += count
+        return tuple(keys) if row == start + length and all(key in self.entries for key in keys) else None
+
+
+def index_file(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.index")
+
+
+def data_file(prefix: Path, shard_id: int, num_shards: int) -> Path:
+    return prefix.with_name(f"{prefix.name}.data-{shard_id:05d}-of-{num_shards:05d}")
+
+
+def rewrite(source: Checkpoint, prefix: Path, apart: Collection[Pieces]) -> Rewritten:
+    """Copy a checkpoint, giving each tensor in ``apart`` a data shard of its own, at offset 0.
+
+    Everything else goes into shard 0. Entries with the same bytes are stored once and share them. The bytes
+    are copied by the kernel, from file to file, then read back from the copy and compared with the checksums
+    in the index. All files are synced to disk; those of tensors in ``apart`` are made read-only.
+
+    Args:
+        source: the checkpoint to copy.
+        prefix: where to write; its folder exists and holds no checkpoint of that name.
+        apart: tensors, as the keys of their pieces (see ``Checkpoint.find``).
+
+    Raises:
+        NotFound: a data shard of the source is missing.
+        DataLoss: a data shard is too short, or a tensor's bytes do not match their checksum.
+    """
+    stored = {key: entry for key, entry in source.entries.items() if not entry.slices}
+    original = _originals(source, stored)
+    own = sorted({tuple(original[key] for key in pieces) for pieces in apart})
+    rest = {*original.values()}.difference(*own)
+    shards = [tuple(sorted(rest, key=lambda key: (stored[key].shard_id, stored[key].offset))), *own]
+    files = {}
+    place: dict[bytes, tuple[int, int]] = {}
+    for shard_id, keys in enumerate(shards):
+        path = data_file(prefix, shard_id, len(shards))
+        offset = 0
+        with path.open("xb") as target:
+            for key in keys:
+                place.setdefault(key, (shard_id, offset))
+                with _open_shard(source, stored[key]) as data:
+                    _copy_range(data, stored[key].offset, target, stored[key].size)
+                offset += stored[key].size
+            os.fsync(target.fileno())
+        files[keys] = _checked(path, [(key, stored[key]) for key in keys])
+        if shard_id:
+            path.chmod(READ_ONLY)
+    entries = {}
+    for key, entry in source.entries.items():
+        entries[key] = type(entry).FromString(entry.SerializeToString())
+        if not entry.slices:
+            entries[key].shard_id, entries[key].offset = place[original[key]]
+    copy = Checkpoint(prefix, entries, len(shards))
+    _write_index(copy)
+    return Rewritten(
+        copy,
+        rest=files[shards[0]],
+        apart={pieces: files[tuple(original[key] for key in pieces)] for pieces in apart},
+    )
+
+
+def _originals(
+    source: Checkpoint, stored: dict[bytes, tensor_bundle_pb2.BundleEntryProto]
+) -> dict[bytes, bytes]:
+    """For each key the first key whose entry has the same bytes (often its own)."""
+    alike: dict[tuple[int, int], list[bytes]] = {}
+    original = {}
+    for key, entry in stored.items():
+        candidates = alike.setdefault((entry.size, entry.crc32c), [])
+        same = (other for other in candidates if _same_bytes(source, stored[other], entry))
+        original[key] = next(same, key)
+        if original[key] == key:
+            candidates.append(key)
+    return original
+
+
+def _open_shard(source: Checkpoint, entry: tensor_bundle_pb2.BundleEntryProto) -> BinaryIO:
+    path = source.shard(entry.shard_id)
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise NotFound(f"{path} is missing: copy or export the checkpoint again") from None
+
+
+def _chunks(data: BinaryIO, size: int) -> Iterator[bytes]:
+    while size:
+        chunk = data.read(min(size, _CHUNK_BYTES))
+        if not chunk:
+            raise DataLoss(f"{data.name} ends {size} bytes too early: copy or export the checkpoint again")
+        size -= len(chunk)
+        yield chunk
+
+
+def _same_bytes(
+    source: Checkpoint, one: tensor_bundle_pb2.BundleEntryProto, other: tensor_bundle_pb2.BundleEntryProto
+) -> bool:
+    with _open_shard(source, one) as first, _open_shard(source, other) as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        return all(
+            mine == theirs
+            for mine, theirs in zip(_chunks(first, one.size), _chunks(second, other.size), strict=True)
+        )
+
+
+def _copy_range(data: BinaryIO, offset: int, target: BinaryIO, size: int) -> None:
+    """Append bytes of one file to another in the kernel; file systems that can share them do."""
+    copy = _copy_file_range
+    while size:
+        try:
+            copied = copy(data.fileno(), target.fileno(), size, offset)
+        except OSError as error:
+            # Not between these file systems, or not on this kernel; sendfile takes any pair of files.
+            unsupported = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+            if copy is _sendfile or error.errno not in unsupported:
+                raise
+            copy = _sendfile
+            continue
+        if not copied:
+            raise DataLoss(f"{data.name} ends {size} bytes too early: copy or export the checkpoint again")
+        offset += copied
+        size -= copied
+
+
+def _copy_file_range(source: int, target: int, size: int, offset: int) -> int:
+    return os.copy_file_range(source, target, size, offset)
+
+
+def _sendfile(source: int, target: int, size: int, offset: int) -> int:
+    return os.sendfile(target, source, offset, size)
+
+
+def _checked(path: Path, entries: Sequence[tuple[bytes, tensor_bundle_pb2.BundleEntryProto]]) -> DataFile:
+    """Read back a file of consecutive entries, compare each with its checksum, and digest the whole.
+
+    Strings and variants are stored in an encoding with its own checksums, which TensorFlow checks when it
+    reads.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as data:
+        for key, entry in entries:
+            crc = 0
+            for chunk in _chunks(data, entry.size):
+                crc = google_crc32c.extend(crc, chunk)
+                digest.update(chunk)
+            if entry.dtype not in _ENCODED_TYPES and _mask(crc) != entry.crc32c:
+                raise DataLoss(
+                    f"tensor {key.decode(errors='replace')!r} does not match its checksum in the checkpoint: "
+                    "copy or export it again"
+                )
+    return DataFile(path, path.stat().st_size, digest.hexdigest())
+
+
+# Slices. ``TensorSlice`` and its text form: tensorflow/core/framework/tensor_slice.h.
+
+
+def _parse_slice(shape_and_slice: str, shape: Sequence[int]) -> list[tuple[int, int]] | None:
+    """(start, length) per dimension; None where the full shape is another than the stored one."""
+    if not shape_and_slice:
+        return [(0, size) for size in shape]
+    *full, spec = shape_and_slice.split()
+    if [int(size) for size in full] != list(shape):
+        return None
+    extents = [
+        (0, _FULL_EXTENT) if part == "-" else (int(part.partition(",")[0]), int(part.partition(",")[2]))
+        for part in spec.split(":")
+    ]
+    return _whole_lengths(extents, shape)
+
+
+def _extents(proto: tensor_slice_pb2.TensorSliceProto) -> list[tuple[int, int]]:
+    return [
+        (extent.start, extent.length if extent.HasField("length") else _FULL_EXTENT)
+        for extent in proto.extent
+    ]
+
+
+def _whole_lengths(extents: Slice, shape: Sequence[int]) -> list[tuple[int, int]]:
+    return [
+        (start, size if length == _FULL_EXTENT else length)
+        for (start, length), size in zip(extents, shape, strict=True)
+    ]
+
+
+def _slice_key(name: bytes, extents: Slice) -> bytes:
+    """``checkpoint::EncodeTensorNameSlice``: everything in the order-preserving code of ordered_code.h."""
+    escaped = name.replace(b"\xff", b"\xff\x00").replace(b"\x00", b"\x00\xff")
+    key = _ordered_number(0) + escaped + b"\x00\x01" + _ordered_number(len(extents))
+    return key + b"".join(_ordered_signed(start) + _ordered_signed(length) for start, length in extents)
+
+
+def _ordered_number(value: int) -> bytes:
+    size = (value.bit_length() + 7) // 8
+    return bytes([size]) + value.to_bytes(size, "big")
+
+
+def _ordered_signed(value: int) -> bytes:
+    """A number of 7n - 1 bits in n bytes: as many leading ones as bytes, then its two's complement, all of it
+    inverted for numbers below zero (``OrderedCode::WriteSignedNumIncreasing``)."""
+    size = (value ^ (value >> 63)).bit_length() // 7 + 1
+    leading_ones = ((1 << size) - 1) << (7 * size)
+    return ((leading_ones ^ value) & ((1 << (8 * size)) - 1)).to_bytes(size, "big")
+
+
+# The sorted string table.
+
+
+def _mask(crc: int) -> int:
+    """LevelDB stores checksums rotated and shifted, since a checksum of data that holds checksums is weak."""
+    return (((crc >> 15) | (crc << 17)) + _CRC_MASK_DELTA) & 0xFFFFFFFF
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+
+
+def _read_table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The pairs of a table; ``ValueError`` or ``IndexError`` where it is damaged."""
+    if len(content) < _FOOTER_BYTES or struct.unpack("<Q", content[-8:])[0] != _MAGIC:
+        raise ValueError("it does not end as a table does")
+    footer = content[-_FOOTER_BYTES:]
+    _, position = _read_handle(footer, 0)  # the metaindex, which checkpoints do not use
+    index, _ = _read_handle(footer, position)
+    for _, handle in _read_block(content, *index):
+        block, _ = _read_handle(handle, 0)
+        yield from _read_block(content, *block)
+
+
+def _read_handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
+    offset, position = _read_varint(data, position)
+    size, position = _read_varint(data, position)
+    return (offset, size), position
+
+
+def _read_block(content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    checked = content[offset : offset + size + 1]
+    (checksum,) = struct.unpack("<I", content[offset + size + 1 : offset + size + _BLOCK_TRAILER_BYTES])
+    if _mask(google_crc32c.value(checked)) != checksum:
+        raise ValueError("a block fails its checksum")
+    if checked[-1]:
+        raise ValueError("it is compressed, which checkpoints are not")
+    block = checked[:-1]
+    (restarts,) = struct.unpack("<I", block[-4:])
+    end = len(block) - 4 * (restarts + 1)
+    key, position = b"", 0
+    while position < end:
+        shared, position = _read_varint(block, position)
+        unshared, position = _read_varint(block, position)
+        length, position = _read_varint(block, position)
+        key = key[:shared] + block[position : position + unshared]
+        position += unshared
+        yield key, block[position : position + length]
+        position += length
+
+
+def _write_index(checkpoint: Checkpoint) -> None:
+    header = tensor_bundle_pb2.BundleHeaderProto(num_shards=checkpoint.num_shards)
+    header.version.producer = 1
+    table = {_HEADER_KEY: header.SerializeToString()}
+    table.update((key, entry.SerializeToString()) for key, entry in sorted(checkpoint.entries.items()))
+    with index_file(checkpoint.prefix).open("xb") as file:
+        file.write(_table(table))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _table(pairs: dict[bytes, bytes]) -> bytes:
+    """A table of these pairs, which are in key order."""
+    content = bytearray()
+
+    def append(block: bytes) -> bytes:
+        """Add a block and its trailer; returns its handle."""
+        handle = _varint(len(content)) + _varint(len(block))
+        content.extend(block + b"\x00" + struct.pack("<I", _mask(google_crc32c.value(block + b"\x00"))))
+        return handle
+
+    index: list[tuple[bytes, bytes]] = []
+    pending: list[tuple[bytes, bytes]] = []
+    size = 0
+    for key, value in pairs.items():
+        pending.append((key, value))
+        size += len(key) + len(value)
+        if size >= _BLOCK_BYTES:
+            index.append((key, append(_block(pending))))
+            pending, size = [], 0
+    if pending:
+        index.append((pending[-1][0], append(_block(pending))))
+    handles = append(_block([])) + append(_block(index))
+    return bytes(content + handles.ljust(_FOOTER_BYTES - 8, b"\x00") + struct.pack("<Q", _MAGIC))
+
+
+def _block(pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """A block that stores every key in full: an index is small, and sharing prefixes is optional."""
+    content, restarts = bytearray(), [0]
+    for position, (key, value) in enumerate(pairs):
+        if position and position % _RESTART_INTERVAL == 0:
+            restarts.append(len(content))
+        content += _varint(0) + _varint(len(key)) + _varint(len(value)) + key + value
+    return bytes(content) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
