@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spikeless import warmup
+from spikeless import modelconfig, warmup
 from spikeless.inference import Model
 from spikeless.protos import config_pb2
 from spikeless.runtime import Session
@@ -45,8 +45,7 @@ class ModelLoader:
         Raises:
             SpikelessError: it could not be loaded, or a warmup record failed.
         """
-        config = config_pb2.ConfigProto()
-        config.CopyFrom(self.session_config)
+        config = modelconfig.session_config(path, self.session_config)
         if self.inter_op_parallelism:
             config.inter_op_parallelism_threads = self.inter_op_parallelism
         if self.intra_op_parallelism:

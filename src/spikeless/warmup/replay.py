@@ -77,11 +77,11 @@ def replay(model: Inference, path: str | os.PathLike[str], *, request_iterations
     return count
 
 
-def run(model: Inference, record: Record) -> None:
-    """Run one record through ``model``."""
+def run(model: Inference, record: Record) -> Any:
+    """Run one record through ``model``; returns its response, or None for a record without a request."""
     kind = record.kind
     if kind is None:
-        return
+        return None
     if kind not in LOG_FIELDS:
         raise Unimplemented(f"Unsupported log_type for warmup: {kind}")
     answer = {
@@ -90,4 +90,4 @@ def run(model: Inference, record: Record) -> None:
         REGRESS: model.regress,
         MULTI_INFERENCE: model.multi_inference,
     }[kind]
-    answer(record.request)
+    return answer(record.request)

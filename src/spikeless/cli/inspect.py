@@ -1,0 +1,65 @@
+"""``spikeless inspect``: the variables of a SavedModel and where their memory is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from spikeless import residency
+from spikeless.mapping import State, inspect, is_mapped
+from spikeless.mapping.manifest import VariableRecord
+from spikeless.tensors import shape_text
+
+
+@click.command("inspect")
+@click.argument("saved_model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(saved_model: Path, as_json: bool) -> None:
+    """Show each variable of SAVED_MODEL: what is mapped, what is restored and why, what is dropped.
+
+    For a SavedModel that is not mapped, it shows what `spikeless map` would do. The resident share of a
+    mapped file is what the page cache holds of it now.
+    """
+    mapped = is_mapped(saved_model)
+    variables = inspect(saved_model)
+    shares = {
+        variable.file: residency.resident(saved_model / variable.file) / (variable.bytes or 1)
+        for variable in variables
+        if variable.file
+    }
+    if as_json:
+        rows = [
+            {
+                **dataclasses.asdict(variable),
+                "state": variable.state.value,
+                "resident": shares.get(variable.file or ""),
+            }
+            for variable in variables
+        ]
+        click.echo(json.dumps({"mapped": mapped, "variables": rows}, indent=2, ensure_ascii=False))
+        return
+    Console(width=None if Console().is_terminal else 200).print(_table(mapped, variables, shares))
+
+
+def _table(mapped: bool, variables: tuple[VariableRecord, ...], shares: dict[str, float]) -> Table:
+    table = Table("variable", "type", "shape", "bytes", "state", "file", "resident", "why", box=None)
+    table.columns[3].justify = table.columns[6].justify = "right"
+    for variable in variables:
+        share = shares.get(variable.file or "")
+        state = variable.state.value if mapped else f"to be {variable.state.value}"
+        table.add_row(
+            variable.name,
+            variable.dtype.removeprefix("DT_").lower(),
+            "[...]" if variable.shape is None else shape_text(variable.shape),
+            "" if variable.bytes is None else f"{variable.bytes:,}",
+            state,
+            (variable.file or "").rpartition("/")[2],
+            "" if share is None else f"{share:.0%}",
+            variable.reason or ("no signature reaches it" if variable.state is State.DROPPED else ""),
+        )
+    return table

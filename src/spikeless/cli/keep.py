@@ -1,0 +1,46 @@
+"""``spikeless keep``: hold the mapped parameters of served versions in memory."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+import click
+
+from spikeless.cli.options import Bytes
+from spikeless.keep import Keeper, Kept, served_versions
+
+
+@click.command("keep")
+@click.argument("models", type=click.Path(path_type=Path))
+@click.option("--budget", type=Bytes(), required=True, help="How much to lock at most, such as 4GiB.")
+@click.option(
+    "--poll", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds between looks."
+)
+@click.option("--once", is_flag=True, help="Look once, say what would be kept, and exit.")
+def command(models: Path, budget: int, poll: float, once: bool) -> None:
+    """Map and lock the parameter files of the versions in MODELS that are served, until terminated.
+
+    Run it beside the server, on the same machine and files: the kernel then keeps the pages that the server
+    maps. It follows models.config and the version folders. It prints a line whenever something changes.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    before: tuple[Path, ...] = ()
+    with Keeper(lambda: served_versions(models), budget) as keeper:
+        while True:
+            kept = keeper.look()
+            if kept.locked or kept.released or kept.left_out != before or once:
+                _report(kept, budget)
+            before = kept.left_out
+            if once or stop.wait(poll):
+                return
+
+
+def _report(kept: Kept, budget: int) -> None:
+    for what, paths in (("locked", kept.locked), ("released", kept.released), ("over budget", kept.left_out)):
+        for path in paths:
+            click.echo(f"{what}: {path}")
+    click.echo(f"keeping {kept.bytes:,} of {budget:,} bytes")

@@ -1,0 +1,166 @@
+"""Keep the mapped files of served versions in memory, beside the server, without touching it.
+
+In: a model repository and a budget. Out: locked files. The server's mapped parameters are pages of the page
+cache, and under memory pressure the kernel may take them back; a process that maps the same files and locks
+them keeps them. What is locked follows what is served: a version that a promotion brings is locked as soon as
+it is there, one that is not served any more is let go.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+
+from google.protobuf import text_format
+
+from spikeless.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from spikeless.mapping import is_mapped, read_manifest
+from spikeless.protos import model_server_config_pb2
+from spikeless.residency import Mapping
+from spikeless.versions import aspired_versions, list_versions
+
+_log = logging.getLogger(__name__)
+#: Which models and versions a server serves (``--model_config_file``).
+CONFIG_FILE = "models.config"
+
+#: The versions that are served now, by model, the one to lock first in front.
+Served = Callable[[], dict[str, list[Path]]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one look changed and left."""
+
+    locked: tuple[Path, ...]
+    released: tuple[Path, ...]
+    #: Files that the budget has no room for.
+    left_out: tuple[Path, ...]
+    #: Bytes that are locked now.
+    bytes: int
+
+
+class Keeper:
+    """Locks the mapped files of the versions that are served; a context manager that lets all of them go.
+
+    Args:
+        served: says which versions are served.
+        budget: bytes to lock at most.
+    """
+
+    def __init__(self, served: Served, budget: int) -> None:
+        self._served = served
+        self._budget = budget
+        self._held: dict[tuple[int, int], Mapping] = {}
+
+    def look(self) -> Kept:
+        """Lock what is served and is not locked yet, let go of what is not served any more.
+
+        The first version of each model comes before the second of any, so that a small budget is spent on
+        what takes the traffic. A file counts once, however many versions link to it.
+
+        Raises:
+            ResourceExhausted: the process may not lock that much; what it holds stays locked.
+        """
+        wanted = self._wanted()
+        released = [self._held.pop(identity) for identity in self._held.keys() - wanted.keys()]
+        for mapping in released:
+            mapping.close()
+        locked, left_out = [], []
+        for identity, (path, size) in wanted.items():
+            if identity in self._held:
+                continue
+            if self.bytes + size > self._budget:
+                left_out.append(path)
+                continue
+            try:
+                mapping = Mapping(path)
+            except FileNotFoundError:  # the version went away meanwhile
+                continue
+            try:
+                mapping.lock()
+            except ResourceExhausted:
+                mapping.close()
+                raise
+            self._held[identity] = mapping
+            locked.append(path)
+        return Kept(tuple(locked), tuple(mapping.path for mapping in released), tuple(left_out), self.bytes)
+
+    @property
+    def bytes(self) -> int:
+        """How much is locked now."""
+        return sum(mapping.size for mapping in self._held.values())
+
+    def _wanted(self) -> dict[tuple[int, int], tuple[Path, int]]:
+        """Path and size of each file to lock, by device and inode, the most important first."""
+        versions = list(self._served().values())
+        wanted: dict[tuple[int, int], tuple[Path, int]] = {}
+        for rank in range(max(map(len, versions), default=0)):
+            for version in (paths[rank] for paths in versions if rank < len(paths)):
+                for path in _mapped_files(version):
+                    status = path.stat()
+                    wanted.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
+        return wanted
+
+    def close(self) -> None:
+        for mapping in self._held.values():
+            mapping.close()
+        self._held.clear()
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def served_versions(models: Path) -> dict[str, list[Path]]:
+    """The versions of a model repository that its servers should serve, newest first, by model.
+
+    ``models.config`` says which; the base paths in it are the server's, and the models' folders are taken to
+    have the same names here. Without that file, the newest version of each folder counts.
+
+    Raises:
+        NotFound: there is no such folder.
+        InvalidArgument: ``models.config`` cannot be read.
+    """
+    config = model_server_config_pb2.ModelServerConfig()
+    file = models / CONFIG_FILE
+    if file.is_file():
+        try:
+            text_format.Parse(file.read_text(encoding="utf-8"), config, allow_unknown_field=True)
+        except (text_format.ParseError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"{file}: {error}") from None
+    else:
+        for name in _model_folders(models):
+            config.model_config_list.config.add(name=name, base_path=name)
+    served = {}
+    for model in config.model_config_list.config:
+        model.base_path = str(models / PurePosixPath(model.base_path).name)
+        if os.path.isdir(model.base_path):
+            versions = aspired_versions(model)
+            served[model.name] = [versions[number] for number in sorted(versions, reverse=True)]
+    return served
+
+
+def _model_folders(models: Path) -> list[str]:
+    try:
+        folders = [child for child in models.iterdir() if child.is_dir()]
+    except OSError as error:
+        raise NotFound(f"{models} cannot be listed: {error.strerror}") from None
+    return sorted(folder.name for folder in folders if list_versions(folder))
+
+
+def _mapped_files(version: Path) -> list[Path]:
+    """The mapped files of a version that are there; none for a version that is not mapped."""
+    try:
+        files = read_manifest(version).mapped_files() if is_mapped(version) else []
+    except (NotFound, DataLoss) as error:
+        _log.warning("%s", error)
+        return []
+    return [path for record in files if os.path.isfile(path := version / record.path)]

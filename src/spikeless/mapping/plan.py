@@ -1,0 +1,318 @@
+"""Decide, for each variable of a SavedModel, whether its bytes can be mapped from a file.
+
+In: a meta graph and its checkpoint. Out: a ``Plan`` with every variable and what is to become of it:
+
+* **mapped**: one assignment restores it from the checkpoint, and everybody else only reads it.
+* **restored**: left as it is, with the reason. A variable that an operation might write to must stay on the
+  heap: mapped memory is read-only, and writing to it would kill the server.
+* **dropped**: no signature and no initialiser reaches it, so there is no need to restore it at all.
+
+Reading is proved, not assumed: the handle is followed from the variable through every function call, loop and
+branch to the operations that take it, and an operation that is not known to only read is a reason not to map.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from spikeless.checkpoint import Checkpoint, Pieces
+from spikeless.mapping.graph import (
+    MAIN,
+    Program,
+    Scope,
+    Use,
+    ancestors,
+    attribute,
+    called,
+    closure,
+    operation_name,
+    prune,
+)
+from spikeless.protos import meta_graph_pb2, node_def_pb2, op_def_pb2, types_pb2
+from spikeless.savedmodel import INIT_SIGNATURE
+from spikeless.tensors import NUMPY_DTYPES, dtype_name, to_numpy
+
+#: Collections that name operations which run at load (``tensorflow/cc/saved_model/constants.h``).
+_INIT_COLLECTIONS = ("saved_model_main_op", "legacy_init_op")
+
+_VARIABLES = frozenset({"VarHandleOp", "VariableV2", "Variable"})
+#: Operations on a handle that neither write to the variable nor copy it.
+_READS = frozenset({"ReadVariableOp", "VariableShape", "VarIsInitializedOp", "DisableCopyOnRead"})
+#: Sparse reads. They may copy the whole variable and make later dense reads copy it each time
+#: (``EnsureSparseVariableAccess`` in training_op_helpers.h), so they are rewritten.
+GATHERS: Mapping[str, str] = {"ResourceGather": "GatherV2", "ResourceGatherNd": "GatherNd"}
+#: Operations that write into the very tensor they are given, even where it is a variable's.
+_WRITES_IN_PLACE = frozenset({"InplaceUpdate", "InplaceAdd", "InplaceSub"})
+_ASSIGNS = frozenset({"AssignVariableOp", "Assign"})
+
+
+class State(enum.Enum):
+    MAPPED = "mapped"
+    RESTORED = "restored"
+    DROPPED = "dropped"
+
+
+@dataclass
+class Variable:
+    """One variable of a meta graph, and what becomes of it."""
+
+    name: str
+    node: node_def_pb2.NodeDef
+    dtype: int
+    #: As stored in the checkpoint, or as declared where it is not from there; None for an unknown shape.
+    shape: tuple[int, ...] | None = None
+    #: Bytes in the checkpoint; None if it is not from there.
+    size: int | None = None
+    #: Its entries in the checkpoint's index.
+    pieces: Pieces | None = None
+    state: State = State.RESTORED
+    #: Why it is not mapped.
+    reason: str = ""
+    #: The assignments that restore it.
+    restores: list[Use] = field(default_factory=list)
+    #: Where its handle is read sparsely.
+    gathers: list[Use] = field(default_factory=list)
+
+    @property
+    def is_reference(self) -> bool:
+        """A variable of TensorFlow 1, whose output is its value by reference instead of a handle."""
+        return bool(self.node.op != "VarHandleOp")
+
+
+@dataclass
+class Plan:
+    """What is to be done to one meta graph."""
+
+    meta_graph: meta_graph_pb2.MetaGraphDef
+    program: Program
+    #: The main graph's operations that signatures, initialisers and assets need.
+    serving: set[str]
+    #: In name order.
+    variables: list[Variable]
+
+    def mapped(self) -> list[Variable]:
+        return [variable for variable in self.variables if variable.state is State.MAPPED]
+
+
+def make(meta_graph: meta_graph_pb2.MetaGraphDef, checkpoint: Checkpoint | None, min_bytes: int) -> Plan:
+    """Look at every variable of ``meta_graph``.
+
+    Args:
+        meta_graph: is pruned to what a server can feed, fetch or run (see ``tidy``).
+        checkpoint: None for a SavedModel without variables.
+        min_bytes: smaller variables are restored as before: a file and a mapping each would not pay.
+    """
+    tidy(meta_graph)
+    serving = ancestors(meta_graph.graph_def, serving_roots(meta_graph))
+    plan = Plan(meta_graph, Program(meta_graph.graph_def), serving, [])
+    planner = _Planner(plan, checkpoint, min_bytes)
+    plan.variables = sorted(planner.variables(), key=lambda variable: variable.name)
+    return plan
+
+
+def tidy(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
+    """Remove from a meta graph what no server can reach: saving, training, initial values.
+
+    Functions that ``tf.saved_model.load`` makes available stay. A saved graph's collections describe the
+    variables to Python; entries that name removed operations would break ``tf.compat.v1.saved_model.load``.
+    """
+    graph = meta_graph.graph_def
+    restore = meta_graph.saver_def.restore_op_name
+    prune(graph, [*serving_roots(meta_graph), restore], python_functions(meta_graph))
+    names = {node.name for node in graph.node}
+    for key, collection in list(meta_graph.collection_def.items()):
+        kind = collection.WhichOneof("kind")
+        missing = any(operation_name(name) not in names for name in collection.node_list.value)
+        if kind == "bytes_list" or missing:
+            del meta_graph.collection_def[key]
+
+
+def python_functions(meta_graph: meta_graph_pb2.MetaGraphDef) -> list[str]:
+    """The functions that ``tf.saved_model.load`` looks for."""
+    return list(meta_graph.object_graph_def.concrete_functions)
+
+
+class _Planner:
+    def __init__(self, plan: Plan, checkpoint: Checkpoint | None, min_bytes: int) -> None:
+        self.program, self.serving = plan.program, plan.serving
+        self.checkpoint = checkpoint
+        self.min_bytes = min_bytes
+        self.operations = {op.name: op for op in plan.meta_graph.meta_info_def.stripped_op_list.op}
+        self.named_tensors = {_main_tensor(name) for name in serving_roots(plan.meta_graph)}
+        # A function that something else calls too, now or after tf.saved_model.load, is no place for surgery.
+        library, nodes = self.program.library, self.program.main.nodes.values()
+        serving = called(library, (node for node in nodes if node.name in self.serving))
+        others = closure(library, {*serving, *python_functions(plan.meta_graph)})
+        self.restore_scopes = self.program.scopes.keys() - others
+        self.writers_in_place = [
+            node
+            for scope in self.program.scopes.values()
+            for node in scope.nodes.values()
+            if node.op in _WRITES_IN_PLACE
+        ]
+
+    def variables(self) -> Iterator[Variable]:
+        sources = [
+            (scope, node)
+            for scope in self.program.scopes.values()
+            for node in scope.nodes.values()
+            if node.op in _VARIABLES
+        ]
+        sharing: dict[tuple[bytes, bytes], int] = {}
+        for _, node in sources:
+            identity = _identity(node)
+            sharing[identity] = sharing.get(identity, 0) + 1
+        for scope, node in sources:
+            variable = Variable(node.name, node, attribute(node, "dtype").type, _declared_shape(node))
+            variable.reason = self._look(scope, variable, alone=sharing[_identity(node)] == 1)
+            if not variable.reason:
+                variable.state = State.MAPPED
+            elif variable.state is State.DROPPED:
+                variable.reason = ""
+            yield variable
+
+    def _look(self, scope: Scope, variable: Variable, alone: bool) -> str:
+        """Fill in what the uses of a variable tell; returns why it is not to be mapped, if so."""
+        output = scope.output(variable.node, "resource", 0)
+        uses = scope.uses(output) if variable.is_reference else self.program.follow(scope, output)
+        problems = [problem for use in uses if (problem := self._problem(variable, use))]
+        key_problem = self._find_entry(variable)
+        if scope.name == MAIN and variable.name not in self.serving and not problems and alone:
+            variable.state = State.DROPPED
+            return "no signature reaches it"
+        if _main_tensor(variable.name) in self.named_tensors and scope.name == MAIN:
+            problems.append("a signature names it")
+        if not alone:
+            problems.append("several operations create it under one name")
+        if scope.name != MAIN:
+            problems.append(f"it is created inside {scope}")
+        if variable.dtype not in NUMPY_DTYPES or variable.dtype == types_pb2.DT_STRING:
+            problems.append(f"{dtype_name(variable.dtype)} is no plain memory")
+        if key_problem:
+            problems.append(key_problem)
+        problems += [f"{node.op} {node.name} may write to any variable" for node in self.writers_in_place]
+        if not problems and (variable.size or 0) < self.min_bytes:
+            problems.append(f"smaller than {self.min_bytes} bytes")
+        return problems[0] if problems else ""
+
+    def _problem(self, variable: Variable, use: Use) -> str:
+        """Sort one use of a variable; returns what is wrong with it if it is not known to be harmless."""
+        node = use.node
+        restores = use.scope.name in self.restore_scopes and (
+            use.scope.name != MAIN or node.name not in self.serving
+        )
+        if node.op in _ASSIGNS and use.position == 0 and restores:
+            variable.restores.append(use)
+            outputs = use.scope.uses(use.scope.output(node, "output_ref", 0))
+            return "the result of its assignment is used" if node.op == "Assign" and outputs else ""
+        if variable.is_reference:
+            by_reference = _takes_reference(self.operations.get(node.op), node, use.position)
+            return f"{node.op} {node.name} in {use.scope} may write to it" if by_reference else ""
+        if node.op in GATHERS:
+            variable.gathers.append(use)
+            return ""
+        return "" if node.op in _READS else f"{node.op} {node.name} in {use.scope} may write to it"
+
+    def _find_entry(self, variable: Variable) -> str:
+        """Find what is restored into a variable; returns why that cannot be done, if so."""
+        if len(variable.restores) != 1:
+            return "nothing restores it" if not variable.restores else "it is restored more than once"
+        (use,) = variable.restores
+        source = restored_from(use)
+        if source is None:
+            return "what is restored is not what the checkpoint holds"
+        restore, index = source
+        names, slices = (restore_strings(use.scope, restore, position) for position in (1, 2))
+        if names is None or slices is None or self.checkpoint is None:
+            return "the names to restore are not constant"
+        pieces = self.checkpoint.find(names[index], slices[index])
+        if pieces is None:
+            return f"{names[index]} is not stored row by row in the checkpoint"
+        entries = [self.checkpoint.entries[key] for key in pieces]
+        variable.pieces, variable.size = pieces, sum(entry.size for entry in entries)
+        rows = [[dim.size for dim in entry.shape.dim] for entry in entries]
+        variable.shape = (sum(shape[0] for shape in rows), *rows[0][1:]) if rows[0] else ()
+        if entries[0].dtype != variable.dtype:
+            return f"the checkpoint holds {dtype_name(entries[0].dtype)} for it"
+        return ""
+
+
+def restored_from(use: Use) -> tuple[node_def_pb2.NodeDef, int] | None:
+    """The ``RestoreV2`` and the number of its output that an assignment takes, or None."""
+    source = use.scope.producer(use.node.input[1])
+    while source is not None and source[0].op == "Identity":
+        source = use.scope.producer(source[0].input[0])
+    return source if source is not None and source[0].op == "RestoreV2" else None
+
+
+def restore_strings(scope: Scope, restore: node_def_pb2.NodeDef, position: int) -> list[str] | None:
+    """The tensor names (input 1) or the slice specifications (input 2) of a ``RestoreV2``, if constant."""
+    source = scope.producer(restore.input[position])
+    if source is None or source[0].op != "Const":
+        return None
+    return [
+        text.decode("utf-8", "surrogateescape")
+        for text in to_numpy(attribute(source[0], "value").tensor).reshape(-1).tolist()
+    ]
+
+
+def _takes_reference(operation: op_def_pb2.OpDef | None, node: node_def_pb2.NodeDef, position: int) -> bool:
+    """Whether an operation takes this input by reference, by its definition; True if that is unknown."""
+    if operation is None:
+        return True
+    for argument in operation.input_arg:
+        if argument.number_attr:
+            count = attribute(node, argument.number_attr).i
+        elif argument.type_list_attr:
+            count = len(attribute(node, argument.type_list_attr).list.type)
+        else:
+            count = 1
+        if position < count:
+            return bool(argument.is_ref)
+        position -= count
+    return True
+
+
+def serving_roots(meta_graph: meta_graph_pb2.MetaGraphDef) -> list[str]:
+    """What a server may feed, fetch or run: tensors and operations by name."""
+    roots: list[str] = []
+    for key, signature in meta_graph.signature_def.items():
+        roots += _names(signature.outputs.values())
+        if key != INIT_SIGNATURE:
+            roots += _names(signature.inputs.values())
+    for collection in _INIT_COLLECTIONS:
+        if collection in meta_graph.collection_def:
+            roots += meta_graph.collection_def[collection].node_list.value
+    roots += [asset.tensor_info.name for asset in meta_graph.asset_file_def]
+    if meta_graph.saver_def.filename_tensor_name:
+        roots.append(meta_graph.saver_def.filename_tensor_name)
+    return roots
+
+
+def _names(infos: Iterable[meta_graph_pb2.TensorInfo]) -> Iterator[str]:
+    for info in infos:
+        encoding = info.WhichOneof("encoding")
+        if encoding == "name":
+            yield info.name
+        elif encoding == "coo_sparse":
+            sparse = info.coo_sparse
+            yield from (sparse.values_tensor_name, sparse.indices_tensor_name, sparse.dense_shape_tensor_name)
+        elif encoding == "composite_tensor":
+            yield from _names(info.composite_tensor.components)
+
+
+def _main_tensor(name: str) -> str:
+    return name if ":" in name else f"{name}:0"
+
+
+def _identity(node: node_def_pb2.NodeDef) -> tuple[bytes, bytes]:
+    """Two operations with the same container and shared name are one variable."""
+    return attribute(node, "container").s, attribute(node, "shared_name").s or node.name.encode()
+
+
+def _declared_shape(node: node_def_pb2.NodeDef) -> tuple[int, ...] | None:
+    shape = attribute(node, "shape").shape
+    sizes = tuple(int(dim.size) for dim in shape.dim)
+    return None if shape.unknown_rank or any(size < 0 for size in sizes) else sizes

@@ -1,0 +1,274 @@
+"""Write a mapped SavedModel, pin it to another path, and say what becomes of each variable of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikeless import __version__, checkpoint, directories, files, modelconfig, savedmodel
+from spikeless.checkpoint import Checkpoint, DataFile, Pieces
+from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from spikeless.mapping import manifest as manifests
+from spikeless.mapping import plan as planning
+from spikeless.mapping import rewrite
+from spikeless.mapping.manifest import FileRecord, Manifest, VariableRecord
+from spikeless.mapping.optimize import optimize
+from spikeless.mapping.plan import Plan, State
+from spikeless.mapping.rewrite import FILE_ATTRIBUTE
+from spikeless.mapping.verify import verify
+from spikeless.protos import meta_graph_pb2, saved_model_pb2
+from spikeless.savedmodel import SavedModel
+from spikeless.tensors import dtype_name
+
+DEFAULT_MIN_BYTES = 1 << 20
+_VARIABLES_DIRECTORY = "variables"
+_VARIABLES_PREFIX = "variables/variables"
+#: Graphs for devices that do not compute in the host's memory.
+_DEVICE_TAGS = frozenset({"gpu", "tpu"})
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """How to map a SavedModel."""
+
+    #: Variables of fewer bytes are restored as before.
+    min_bytes: int = DEFAULT_MIN_BYTES
+    #: The absolute path at which the server sees the result, such as ``/models/ctr/3``; None: where it is
+    #: here.
+    serving_root: str | None = None
+    #: Compare the outputs of original and mapped model; needs the memory to load the original.
+    verify: bool = True
+    #: Optimise the graph now, and ask the server not to do so again (`spikeless.mapping.optimize`).
+    optimize: bool = False
+    #: Warmup records to compare on; None: those of the model, or generated inputs.
+    records: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_bytes < 1:
+            raise InvalidArgument(
+                f"min_bytes is {self.min_bytes}; an empty file cannot be mapped: give 1 or more"
+            )
+
+
+def map_saved_model(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], settings: MapSettings | None = None
+) -> Manifest:
+    """Write a mapped copy of the SavedModel ``source`` to ``out``.
+
+    It appears there whole or not at all, synced to disk. ``source`` is not changed.
+
+    Raises:
+        AlreadyExists: there is something at ``out``.
+        SpikelessError: what ``write_mapped`` raises.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists() or out.is_symlink():
+        raise AlreadyExists(f"{out} exists already; give a new folder")
+    settings = settings or MapSettings()
+    if settings.serving_root is None:
+        settings = dataclasses.replace(settings, serving_root=str(out.absolute()))
+    with directories.staging(out.absolute().parent / ".spikeless") as staging:
+        manifest = write_mapped(source, staging / "model", settings)
+        os.rename(staging / "model", out)
+        directories.sync(out.absolute().parent)
+    return manifest
+
+
+def write_mapped(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], settings: MapSettings
+) -> Manifest:
+    """Write a mapped copy of ``source`` into the new folder ``target``, for a caller that stages by itself.
+
+    ``target`` may be half-written when this raises. Everything in it is synced to disk when it returns.
+
+    Raises:
+        NotFound, InvalidArgument, DataLoss, Unimplemented: ``source`` is no SavedModel that can be read.
+        FailedPrecondition: ``source`` is mapped already, or the result does not answer as ``source`` does.
+    """
+    source, target = Path(source), Path(target)
+    serving_root = manifests.absolute(settings.serving_root or str(target.absolute()))
+    if manifests.is_mapped(source):
+        raise FailedPrecondition(
+            f"{source} is mapped already; map the original, or move this one with --repin"
+        )
+    model = savedmodel.read(source)
+    plans = plan_all(model, settings.min_bytes)
+    digest = manifests.sha256(source / savedmodel.SAVED_MODEL_FILE)
+    target.mkdir()
+    _copy_rest(source, target)
+    written = _write_checkpoint(source, target, plans)
+    for plan in plans:
+        rewrite.apply(
+            plan,
+            {
+                variable.pieces: str(written[variable.pieces].path)
+                for variable in plan.mapped()
+                if variable.pieces
+            },
+        )
+        if settings.optimize:
+            optimize(plan.meta_graph)
+    manifest = Manifest(
+        tool=f"spikeless {__version__}",
+        source=str(source),
+        source_sha256=digest,
+        min_bytes=settings.min_bytes,
+        optimized=settings.optimize,
+        files=tuple(_file_records(target, written)),
+        variables=tuple(_variable_records(target, plans, written)),
+    )
+    _pin(model.proto, str(target.absolute()))
+    (target / savedmodel.SAVED_MODEL_FILE).write_bytes(model.proto.SerializeToString())
+    if settings.optimize:
+        modelconfig.disable_optimizer(target)
+    if settings.verify:
+        for plan in plans:
+            verify(source, target, plan.meta_graph.meta_info_def.tags, settings.records)
+    _pin(model.proto, serving_root)
+    (target / savedmodel.SAVED_MODEL_FILE).write_bytes(model.proto.SerializeToString())
+    extra = target / savedmodel.EXTRA_DIRECTORY
+    extra.mkdir(exist_ok=True)
+    (extra / manifests.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    directories.sync_tree(target)
+    return manifest
+
+
+def map_in_place(saved_model: Path, settings: MapSettings | None = None) -> Manifest:
+    """Replace a staged SavedModel that nobody reads yet by its mapped copy; raises as ``write_mapped``."""
+    mapped = saved_model.with_name(f"{saved_model.name}-mapped")
+    settings = dataclasses.replace(settings or MapSettings(), serving_root=str(saved_model.absolute()))
+    manifest = write_mapped(saved_model, mapped, settings)
+    shutil.rmtree(saved_model)
+    mapped.rename(saved_model)
+    return manifest
+
+
+def repin(
+    saved_model: str | os.PathLike[str], serving_root: str | None = None, *, digests: bool = True
+) -> Manifest:
+    """Let a mapped SavedModel that was moved name its files where they are now.
+
+    Only the graph is written, whole or not at all; a server that has loaded the model does not notice.
+
+    Args:
+        saved_model: a SavedModel that ``spikeless map`` wrote.
+        serving_root: the absolute path at which the server sees it; None: where it is here.
+        digests: first compare the content of every file, not only its size.
+
+    Raises:
+        NotFound, DataLoss: it is not mapped, or one of its files is missing, cut short or changed.
+    """
+    saved_model = Path(saved_model)
+    manifest = manifests.read_manifest(saved_model)
+    root = manifests.absolute(serving_root or str(saved_model.absolute()))
+    manifests.check_files(saved_model, manifest, digests=digests)
+    proto = savedmodel.read(saved_model).proto
+    _pin(proto, root)
+    files.write_atomically(saved_model / savedmodel.SAVED_MODEL_FILE, proto.SerializeToString())
+    return manifests.check(saved_model, root, digests=False)
+
+
+def inspect(
+    saved_model: str | os.PathLike[str], min_bytes: int = DEFAULT_MIN_BYTES
+) -> tuple[VariableRecord, ...]:
+    """Every variable: what became of it if the SavedModel is mapped, else what mapping would make of it."""
+    path = Path(saved_model)
+    if manifests.is_mapped(path):
+        return manifests.read_manifest(path).variables
+    plans = plan_all(savedmodel.read(path), min_bytes)
+    return tuple(_variable_records(path, plans, {}))
+
+
+def plan_all(model: SavedModel, min_bytes: int) -> list[Plan]:
+    """A plan for each meta graph that is served on CPUs; the others stay as they are, on the same checkpoint.
+
+    Raises:
+        FailedPrecondition: there is no such graph, or nothing in it that a server could run.
+    """
+    graphs = [graph for graph in model.proto.meta_graphs if _is_served(graph)]
+    if not graphs:
+        tags = "; ".join(",".join(graph.meta_info_def.tags) for graph in model.proto.meta_graphs)
+        raise FailedPrecondition(
+            f"{model.path} has no meta graph for serving on CPUs, only those tagged {tags}"
+        )
+    if not all(map(savedmodel.signatures_of, graphs)):
+        raise FailedPrecondition(f"{model.path} has no signature that a server could run; export it with one")
+    source = _checkpoint(model.path)
+    return [planning.make(graph, source, min_bytes) for graph in graphs]
+
+
+def _is_served(meta_graph: meta_graph_pb2.MetaGraphDef) -> bool:
+    tags = set(meta_graph.meta_info_def.tags)
+    return tags >= savedmodel.SERVE_TAGS and not tags & _DEVICE_TAGS
+
+
+def _checkpoint(path: Path) -> Checkpoint | None:
+    """The SavedModel's checkpoint; None for one without variables, which has no folder for them."""
+    return Checkpoint.read(path / _VARIABLES_PREFIX) if (path / _VARIABLES_DIRECTORY).is_dir() else None
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """Copy what is neither graph nor checkpoint. Empty folders are left out: a server's load walks each
+    folder."""
+    for child in sorted(source.iterdir()):
+        if child.name in (savedmodel.SAVED_MODEL_FILE, _VARIABLES_DIRECTORY):
+            continue
+        if not child.is_dir():
+            shutil.copyfile(child, target / child.name)
+        elif any(child.iterdir()):
+            directories.copy_tree(child, target / child.name)
+
+
+def _write_checkpoint(source: Path, target: Path, plans: Sequence[Plan]) -> Mapping[Pieces, DataFile]:
+    """Write the checkpoint; returns the file of each mapped variable, and of everything else as the empty
+    key."""
+    original = _checkpoint(source)
+    if original is None:
+        return {}
+    (target / _VARIABLES_DIRECTORY).mkdir()
+    pieces = {variable.pieces for plan in plans for variable in plan.mapped() if variable.pieces}
+    written = checkpoint.rewrite(original, target / _VARIABLES_PREFIX, pieces)
+    return {**written.apart, (): written.rest}
+
+
+def _file_records(target: Path, written: Mapping[Pieces, DataFile]) -> Iterator[FileRecord]:
+    mapped = {file.path: bool(pieces) for pieces, file in written.items()}
+    for file in sorted({file.path: file for file in written.values()}.values(), key=lambda file: file.path):
+        yield FileRecord(_relative(target, file), file.size, file.sha256, mapped[file.path])
+    if written:
+        index = checkpoint.index_file(target / _VARIABLES_PREFIX)
+        relative = str(index.relative_to(target))
+        yield FileRecord(relative, index.stat().st_size, manifests.sha256(index), mapped=False)
+
+
+def _variable_records(
+    target: Path, plans: Sequence[Plan], written: Mapping[Pieces, DataFile]
+) -> Iterator[VariableRecord]:
+    for plan in plans:
+        for variable in plan.variables:
+            file = written.get(variable.pieces or ()) if variable.state is State.MAPPED else None
+            yield VariableRecord(
+                tags=tuple(sorted(plan.meta_graph.meta_info_def.tags)),
+                name=variable.name,
+                dtype=dtype_name(variable.dtype),
+                shape=variable.shape,
+                bytes=variable.size,
+                state=variable.state,
+                reason=variable.reason,
+                file=None if file is None else _relative(target, file),
+            )
+
+
+def _relative(target: Path, file: DataFile) -> str:
+    return file.path.relative_to(target).as_posix()
+
+
+def _pin(proto: saved_model_pb2.SavedModel, root: str) -> None:
+    """Let every mapping operation name its file in the version folder ``root``."""
+    for node in manifests.mapping_nodes(proto):
+        file = f"{_VARIABLES_DIRECTORY}/{Path(manifests.mapped_path(node)).name}"
+        node.attr[FILE_ATTRIBUTE].s = os.fsencode(manifests.pinned_path(root, file))

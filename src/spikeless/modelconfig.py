@@ -1,0 +1,89 @@
+"""``assets.extra/saved_model_config.pb``: what one model asks of its server's sessions.
+
+In and out: the file, a ``tensorflow.serving.SavedModelConfig``, of which only one field matters here:
+``session_overrides.disable_meta_optimizer``, for a graph that was optimised when it was published. TensorFlow
+Serving reads the file where its platform configuration sets ``enable_saved_model_config``.
+
+The message is not among those of the ``tensorflow-serving-api`` wheel, so the field is declared here,
+numbered as in ``tensorflow_serving/servables/tensorflow/saved_model_config.proto``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from spikeless.errors import InvalidArgument
+from spikeless.files import write_atomically
+from spikeless.protos import config_pb2
+from spikeless.savedmodel import EXTRA_DIRECTORY
+
+FILE_NAME = "saved_model_config.pb"
+
+
+def _message_class() -> Any:
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="spikeless/saved_model_config.proto", package="spikeless")
+    overrides = file.message_type.add(name="SessionOverrides")
+    overrides.field.add(
+        name="disable_meta_optimizer", number=3, type=field.TYPE_BOOL, label=field.LABEL_OPTIONAL
+    )
+    config = file.message_type.add(name="SavedModelConfig")
+    config.field.add(
+        name="session_overrides",
+        number=1,
+        type=field.TYPE_MESSAGE,
+        type_name=".spikeless.SessionOverrides",
+        label=field.LABEL_OPTIONAL,
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("spikeless.SavedModelConfig"))
+
+
+_SavedModelConfig = _message_class()
+
+
+def path_in(saved_model: str | os.PathLike[str]) -> Path:
+    return Path(saved_model) / EXTRA_DIRECTORY / FILE_NAME
+
+
+def read(saved_model: str | os.PathLike[str]) -> Any:
+    """The SavedModel's configuration; an empty one where it has none.
+
+    Raises:
+        InvalidArgument: the file is no such message.
+    """
+    path = path_in(saved_model)
+    config = _SavedModelConfig()
+    if path.is_file():
+        try:
+            config.ParseFromString(path.read_bytes())
+        except DecodeError:
+            raise InvalidArgument(f"{path} is no SavedModelConfig; remove it or write it again") from None
+    return config
+
+
+def session_config(
+    saved_model: str | os.PathLike[str], server: config_pb2.ConfigProto | None = None
+) -> config_pb2.ConfigProto:
+    """The settings of a session for this model: the server's, with what the model overrides."""
+    config = config_pb2.ConfigProto()
+    if server is not None:
+        config.CopyFrom(server)
+    overrides = read(saved_model).session_overrides
+    if overrides.HasField("disable_meta_optimizer"):
+        config.graph_options.rewrite_options.disable_meta_optimizer = overrides.disable_meta_optimizer
+    return config
+
+
+def disable_optimizer(saved_model: str | os.PathLike[str]) -> None:
+    """Write into a SavedModel that its graph needs no optimising; what else its configuration says stays."""
+    config = read(saved_model)
+    config.session_overrides.disable_meta_optimizer = True
+    path_in(saved_model).parent.mkdir(exist_ok=True)
+    write_atomically(path_in(saved_model), config.SerializeToString())
