@@ -19,9 +19,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless import directories
+from spikeless import directories, residency
 from spikeless.checks import check_files, check_load, check_warmup
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
+from spikeless.mapping import MapSettings, is_mapped, map_in_place, repin
 from spikeless.versions import MAX_VERSION, list_versions
 
 #: What belongs to Spikeless inside a model's directory.
@@ -64,6 +65,16 @@ CHECK_LOAD = Step("loading", lambda candidate: check_load(candidate.path))
 STEPS = (CHECK_FILES, CHECK_WARMUP, CHECK_LOAD)
 
 
+def map_step(settings: MapSettings) -> Step:
+    """Map the candidate's parameters, unless that is done already."""
+
+    def run(candidate: Candidate) -> None:
+        if not is_mapped(candidate.path):
+            map_in_place(candidate.path, settings)
+
+    return Step("mapping parameters", run)
+
+
 def versions(models: str | os.PathLike[str], name: str) -> dict[int, Path]:
     """The versions of a model that are on disk, lowest first; none when the model is unknown."""
     directory = _model_directory(models, name)
@@ -77,13 +88,16 @@ def publish(
     version: int | None = None,
     *,
     steps: Sequence[Step] = STEPS,
+    serving_root: str | None = None,
     progress: Callable[[str], None] = lambda title: None,
 ) -> Path:
     """Copy a SavedModel into the repository as a new version and return its directory.
 
     Arguments and errors are those of `stage`.
     """
-    with stage(saved_model, models, name, version, steps=steps, progress=progress) as candidate:
+    with stage(
+        saved_model, models, name, version, steps=steps, serving_root=serving_root, progress=progress
+    ) as candidate:
         progress("publishing")
         return candidate.publish()
 
@@ -96,6 +110,7 @@ def stage(
     version: int | None = None,
     *,
     steps: Sequence[Step] = STEPS,
+    serving_root: str | None = None,
     progress: Callable[[str], None] = lambda title: None,
 ) -> Iterator[Candidate]:
     """Do all of publishing but the rename, for those who must choose the moment: ``candidate.publish()``.
@@ -111,6 +126,8 @@ def stage(
         version: its number, from 0 to 2**63 - 1; by default one more than the highest that is there or being
             published, or 1.
         steps: what is done with the staged copy, in this order, before it becomes visible.
+        serving_root: the absolute path at which servers see the repository; where it is here by default.
+            A mapped version names its files by it (`spikeless.mapping`).
         progress: called with the title of each stage as it begins.
 
     Raises:
@@ -132,13 +149,25 @@ def stage(
             candidate = Candidate(staging / "version", name, number, directory / str(number))
             progress("copying")
             directories.copy_tree(source, candidate.path)
+            if is_mapped(candidate.path):
+                progress("checking mapped files")
+                repin(candidate.path)  # its steps find the files of the copy
             for step in steps:
                 progress(step.title)
                 step.run(candidate)
+            if is_mapped(candidate.path):
+                _prepare_mapped(candidate, serving_root or str(Path(models).absolute()))
             progress("writing to disk")
             directories.make_readable(candidate.path)
             directories.sync_tree(candidate.path)
         yield candidate
+
+
+def _prepare_mapped(candidate: Candidate, serving_root: str) -> None:
+    """Let a mapped version name its files where servers will see them, and fill the page cache."""
+    root = f"{serving_root.rstrip('/')}/{candidate.name}/{candidate.target.name}"
+    for record in repin(candidate.path, root, digests=False).mapped_files():
+        residency.prefetch(candidate.path / record.path)
 
 
 def _model_directory(models: str | os.PathLike[str], name: str) -> Path:
