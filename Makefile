@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .PHONY: demo test lint env clean bench-serving
+
+.PHONY: demo test lint env clean bench-mapping
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -31,6 +33,11 @@ demo: $(READY)
 bench-serving: $(READY)
 	ls runs/factorization_machine-*/saved_model >/dev/null 2>&1 || $(BIN)/python training/train_factorization_machine.py
 	$(BIN)/python benchmarks/serving.py --saved-model "$$(ls -d runs/factorization_machine-*/saved_model | tail -n 1)"
+
+# Measures on an otherwise idle machine; SIZES="512MiB 2GiB 8GiB" for all of them (24 GiB of memory).
+SIZES ?= 512MiB
+bench-mapping: $(READY)
+	$(BIN)/python benchmarks/mapping.py $(SIZES:%=--size %)
 
 clean:
 	rm -rf $(VENV) reports runs

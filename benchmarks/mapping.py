@@ -1,0 +1,458 @@
+"""What mapping changes, on real servers: memory, loads, reloads under traffic, throughput, little memory.
+
+    python benchmarks/mapping.py --size 512MiB --repeats 3            # about fifteen minutes
+    python benchmarks/mapping.py --size 8GiB --part load --part swap  # 24 GiB of memory for the stock model
+
+In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out``, a file for each run:
+``.npz`` where there is open-loop load (see `spikeless.bench.record`; `spikeless report` draws them), else
+``.json``. Both name machine, engine and commit.
+
+Every part runs the stock and the mapped model in turn, A B A B. Nothing else may run meanwhile.
+
+load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and private
+            memory, and the first requests to the new version, with nothing warmed; also with the same model
+            of a few rows ("bare"), to tell the server's own memory from the parameters'
+swap        open-loop load, a version published in the middle: latency and private memory through the swap
+throughput  as many requests as four connections can make
+soak        minutes of load on a model that looks rows up sparsely (``ResourceGather``): is a copy made?
+squeeze     open-loop load with random rows in a memory cgroup that leaves the page cache room for half of the
+            parameters (needs root)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+import numpy as np
+
+from spikeless import bench, launch, repository, tfrecord, warmup
+from spikeless.bench.machine import describe_machine, source_commit
+from spikeless.bench.requests import read_requests
+from spikeless.bench.scenario import server_facts
+from spikeless.cli.options import Bytes
+from spikeless.client import Client
+from spikeless.files import write_atomically
+from spikeless.manager import State
+from spikeless.mapping import MapSettings, map_saved_model, repin
+from spikeless.warmup.requests import predict
+
+SCHEMA = 1
+NAME = "model"
+KINDS = ("stock", "mapped")
+BARE_ROWS = 1024
+PARTS = ("load", "swap", "throughput", "soak", "squeeze")
+WIDTH, IDS_PER_REQUEST = 64, 32
+#: Requests to replay: many, so that rows are random; a version's own warmup file has the first few.
+REQUESTS, WARMUP_REQUESTS = 1000, 20
+FLAGS = (*bench.SERVER_FLAGS, "--num_load_threads=1", "--num_unload_threads=1")
+CONNECTIONS = 4
+POLL_SECONDS = 0.005
+
+#: Exports one embedding of a given number of rows and a small dense network behind it.
+_EXPORT = """
+import sys
+import tensorflow as tf
+
+path, rows, width, ids, sparse = sys.argv[1], *map(int, sys.argv[2:])
+model = tf.Module()
+model.table = tf.Variable(tf.random.stateless_uniform([rows, width], [1, 2]), name="table")
+model.kernels = [
+    tf.Variable(tf.random.stateless_normal(shape, [3, number]) / 8, name=f"kernel_{number}")
+    for number, shape in enumerate([[width, 256], [256, 256], [256, 1]])
+]
+
+@tf.function(input_signature=[tf.TensorSpec([None, ids], tf.int64, "ids")])
+def serve(ids):
+    table = model.table if sparse else tf.convert_to_tensor(model.table)
+    x = tf.reduce_mean(tf.nn.embedding_lookup(table, ids), 1)
+    for kernel in model.kernels[:-1]:
+        x = tf.nn.relu(x @ kernel)
+    return {"scores": tf.sigmoid(x @ model.kernels[-1])}
+
+model.serve = serve
+tf.saved_model.save(model, path, {"serving_default": serve})
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    size: int
+    repeats: int
+    rate: float
+    seconds: float
+    soak_seconds: float
+    out: Path
+    work: Path
+
+    @property
+    def rows(self) -> int:
+        return self.size // (4 * WIDTH)
+
+    @property
+    def label(self) -> str:
+        return f"{self.size >> 20}MiB"
+
+
+@click.command()
+@click.option(
+    "--size", "sizes", type=Bytes(), multiple=True, default=["512MiB"], help="Of the embedding; repeatable."
+)
+@click.option(
+    "--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="What to run; repeatable."
+)
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--rate", default=200.0, show_default=True, help="Requests per second.")
+@click.option("--seconds", default=30.0, show_default=True, help="Of load in each run.")
+@click.option("--soak-seconds", default=180.0, show_default=True, help="Of load in the soak.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("reports/mapping"), show_default=True)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("runs/mapping"),
+    show_default=True,
+    help="For models.",
+)
+def main(sizes: tuple[int, ...], parts: tuple[str, ...], **settings: Any) -> None:
+    """Measure what mapping changes."""
+    for size in sizes:
+        options = Options(size=size, **settings)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for part in (part for part in PARTS if part in parts):
+            models = {kind: _model(options, kind, sparse=part == "soak") for kind in KINDS}
+            if part == "load":
+                models["bare"] = _exported(options, "bare", BARE_ROWS, sparse=False)
+            for repeat in range(options.repeats):
+                for kind in models:
+                    click.echo(f"{part} {options.label} {kind} {repeat + 1}/{options.repeats}", err=True)
+                    result = _PARTS[part](options, f"mapping-{part}-{options.label}-{kind}", models[kind])
+                    click.echo(result)
+
+
+# Models.
+
+
+def _model(options: Options, kind: str, sparse: bool) -> Path:
+    """The SavedModel of this kind, made once, with warmup records in it and requests to replay beside it."""
+    label = f"{options.label}{'-sparse' if sparse else ''}"
+    stock = _exported(options, f"{label}-stock", options.rows, sparse)
+    if kind == "stock":
+        return stock
+    mapped = stock.with_name(stock.name.replace("stock", "mapped"))
+    if not mapped.exists():
+        map_saved_model(stock, mapped, MapSettings(verify=options.size <= 2 << 30))
+    return mapped
+
+
+def _exported(options: Options, name: str, rows: int, sparse: bool) -> Path:
+    model = options.work.absolute() / name
+    if not model.exists():
+        unfinished = model.with_name(f"{name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        numbers = map(str, (rows, WIDTH, IDS_PER_REQUEST, int(sparse)))
+        subprocess.run([sys.executable, "-c", _EXPORT, unfinished, *numbers], check=True, capture_output=True)
+        generator = np.random.default_rng(0)
+        logs = [
+            predict("serving_default", {"ids": generator.integers(0, rows, (1, IDS_PER_REQUEST))})
+            for _ in range(REQUESTS)
+        ]
+        records = [log.SerializeToString() for log in logs]
+        tfrecord.write(_requests(model), records)
+        own = warmup.warmup_file(unfinished)
+        own.parent.mkdir()
+        tfrecord.write(own, records[:WARMUP_REQUESTS])
+        unfinished.rename(model)
+    return model
+
+
+def _requests(model: Path) -> Path:
+    """The requests to replay to a model, beside it."""
+    return model.with_name(model.name.replace("mapped", "stock") + "-requests")
+
+
+@contextmanager
+def _served(
+    options: Options, model: Path, warm: bool = True, around: Callable[[], Any] | None = None
+) -> Iterator[tuple[launch.Server, Client, repository.Candidate]]:
+    """A server with version 1 available, and version 2 staged: it only needs its rename."""
+    with ExitStack() as stack:
+        models = options.work.absolute() / "served"
+        shutil.rmtree(models, ignore_errors=True)
+        stack.callback(shutil.rmtree, models, ignore_errors=True)
+        source = model if warm else _cold(options, model)
+        first = repository.publish(source, models, NAME, steps=())
+        candidate = stack.enter_context(repository.stage(source, models, NAME, steps=()))
+        settings = launch.LaunchSettings(NAME, models / NAME, flags=FLAGS, ready_timeout=600)
+        if around is not None:
+            _evict(first)  # pages are charged to the cgroup that brings them in
+        with around() if around is not None else ExitStack():
+            server = stack.enter_context(launch.start(settings))
+        client = Client(server.target, timeout=60.0)
+        stack.callback(client.close)
+        yield server, client, candidate
+
+
+def _cold(options: Options, model: Path) -> Path:
+    """The same model without warmup records."""
+    cold = options.work.absolute() / f"{model.name}-cold"
+    if not cold.exists():
+        shutil.copytree(model, cold, ignore=shutil.ignore_patterns(warmup.warmup_file(model).name))
+        if model.name.endswith("mapped"):
+            repin(cold)
+    return cold
+
+
+# Parts. Each runs one server and writes one file.
+
+
+def load(options: Options, scenario: str, model: Path) -> Path:
+    with _served(options, model, warm=False) as (server, client, candidate):
+        first = read_requests(_requests(model), NAME)[0]
+        with grpc.insecure_channel(server.target) as channel:
+            call = channel.unary_unary(first.path)
+            call(first.message)  # version 1, so that only what is version 2's own is cold
+            before = _process(server.pid)
+            peak = [before["rss_anon"]]
+            with _sampling(server.pid, peak):
+                published = time.monotonic()
+                candidate.publish()
+                _wait(client, 2, *State)  # until the server has looked
+                seen = time.monotonic()
+                _wait(client, 2, State.AVAILABLE)
+                available = time.monotonic()
+                _wait(client, 1, State.END)
+            after = _process(server.pid)
+            latencies = []
+            for _ in range(20):
+                began = time.perf_counter()
+                call(first.message)
+                latencies.append(time.perf_counter() - began)
+        return _save(
+            options,
+            scenario,
+            server,
+            {
+                "available_seconds": available - published,
+                "load_seconds": available - seen,
+                "before": before,
+                "after": after,
+                "peak_rss_anon": max(peak),
+                "request_seconds": latencies,
+            },
+        )
+
+
+def swap(options: Options, scenario: str, model: Path) -> Path:
+    settings = _settings(options, model, options.seconds, publish_at=options.seconds / 3)
+    with _served(options, model) as (server, _, candidate):
+        return _save_run(options, bench.run(scenario, settings, server_facts(server), candidate.publish))
+
+
+def soak(options: Options, scenario: str, model: Path) -> Path:
+    with _served(options, model) as (server, _, _):
+        settings = _settings(options, model, options.soak_seconds)
+        return _save_run(options, bench.run(scenario, settings, server_facts(server)))
+
+
+def squeeze(options: Options, scenario: str, model: Path) -> Path:
+    limit = options.size // 2 + (512 << 20)
+    if model.name.endswith("stock"):
+        limit += options.size  # its parameters are heap, which cannot be dropped
+    with (
+        _memory_limit(limit) as limited,
+        _served(options, model, around=limited) as (server, _, _),
+    ):
+        notes = [f"memory cgroup of {limit} bytes"]
+        settings = _settings(options, model, options.seconds)
+        return _save_run(options, bench.run(scenario, settings, server_facts(server), notes=notes))
+
+
+def throughput(options: Options, scenario: str, model: Path) -> Path:
+    requests = read_requests(_requests(model), NAME)
+    with _served(options, model) as (server, _, _):
+        counts = [0] * CONNECTIONS
+        latencies: list[list[float]] = [[] for _ in counts]
+        stop = threading.Event()
+
+        def ask(worker: int) -> None:
+            options_ = [("grpc.use_local_subchannel_pool", 1)]
+            with grpc.insecure_channel(server.target, options=options_) as channel:
+                call = channel.unary_unary(requests[0].path)
+                position = worker
+                while not stop.is_set():
+                    began = time.perf_counter()
+                    call(requests[position % len(requests)].message)
+                    latencies[worker].append(time.perf_counter() - began)
+                    position += CONNECTIONS
+
+        threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(CONNECTIONS)]
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        stop.wait(options.seconds)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        seconds = time.monotonic() - began
+        flat = np.concatenate([np.array(values) for values in latencies])
+        return _save(
+            options,
+            scenario,
+            server,
+            {
+                "seconds": seconds,
+                "connections": CONNECTIONS,
+                "requests": len(flat),
+                "percentiles_ms": {
+                    f"p{share}": float(np.percentile(flat, share) * 1e3) for share in (50, 90, 99, 99.9)
+                },
+            },
+        )
+
+
+_PARTS: dict[str, Callable[[Options, str, Path], Path]] = {
+    "load": load,
+    "swap": swap,
+    "throughput": throughput,
+    "soak": soak,
+    "squeeze": squeeze,
+}
+
+
+def _settings(
+    options: Options, model: Path, seconds: float, publish_at: float | None = None
+) -> bench.Settings:
+    return bench.Settings(
+        NAME,
+        str(_requests(model)),
+        rate=options.rate,
+        seconds=seconds,
+        publish_at=publish_at,
+    )
+
+
+def _wait(client: Client, version: int, *wanted: State) -> None:
+    """Return when the version has one of these states."""
+    while (version, True) not in [
+        (status.version, status.state in wanted) for status in client.statuses(NAME)
+    ]:
+        time.sleep(POLL_SECONDS)
+
+
+# What the kernel says.
+
+
+def _evict(directory: Path) -> None:
+    """Drop a directory's files, which are on disk, from the page cache."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _process(pid: int) -> dict[str, int]:
+    """Memory in bytes, processor time in clock ticks, page faults: proc_pid_status(5), proc_pid_stat(5)."""
+    status = {
+        name: int(value.split()[0]) * 1024
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        for name, _, value in [line.partition(":")]
+        if name in ("RssAnon", "RssFile")
+    }
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return {
+        "rss_anon": status["RssAnon"],
+        "rss_file": status["RssFile"],
+        "minor_faults": int(stat[7]),
+        "major_faults": int(stat[9]),
+        "user_ticks": int(stat[11]),
+        "system_ticks": int(stat[12]),
+        "ticks_per_second": os.sysconf("SC_CLK_TCK"),
+    }
+
+
+@contextmanager
+def _sampling(pid: int, values: list[int]) -> Iterator[None]:
+    """Append the process's private memory to ``values`` every few milliseconds."""
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(POLL_SECONDS):
+            values.append(_process(pid)["rss_anon"])
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _memory_limit(limit: int) -> Iterator[Callable[[], Any]]:
+    """A memory cgroup with this limit; in the block that it gives, new processes start inside it."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    old = next((path for _, controllers, path in lines if controllers == "memory"), None)
+    if old is not None:
+        parent, limit_file = Path("/sys/fs/cgroup/memory" + old), "memory.limit_in_bytes"
+    else:
+        parent, limit_file = Path("/sys/fs/cgroup" + next(path for _, _, path in lines)), "memory.max"
+    group = parent / f"spikeless-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / limit_file).write_text(str(limit))
+
+        @contextmanager
+        def inside() -> Iterator[None]:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+            try:
+                yield
+            finally:
+                (parent / "cgroup.procs").write_text(str(os.getpid()))
+
+        yield inside
+    finally:
+        group.rmdir()
+
+
+# Results.
+
+
+def _save_run(options: Options, result: bench.Run) -> Path:
+    path = bench.result_path(options.out, result)
+    result.save(path)
+    return path
+
+
+def _save(options: Options, scenario: str, server: launch.Server, measured: dict[str, Any]) -> Path:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    content = {
+        "schema": SCHEMA,
+        "scenario": scenario,
+        "started": now.isoformat(),
+        "commit": source_commit(),
+        "machine": dataclasses.asdict(describe_machine()),
+        "server": dataclasses.asdict(server_facts(server)),
+        "parameters": {"bytes": options.size, "rows": options.rows, "width": WIDTH},
+        "measured": measured,
+    }
+    path = options.out / f"{scenario}-{now:%Y%m%dT%H%M%SZ}.json"
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    return path
+
+
+if __name__ == "__main__":
+    main()
