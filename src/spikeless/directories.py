@@ -8,12 +8,13 @@ Only the standard library is used, so that training environments of their own ca
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from spikeless.errors import InvalidArgument
 #: What a server of another user needs in order to read.
 DIRECTORY_MODE = 0o755
 FILE_MODE = 0o644
+_READABLE = 0o444
 
 _LOCK = "lock"
 _OWNER = "owner"
@@ -85,19 +87,23 @@ def _is_owned(path: Path) -> bool:
     return False
 
 
-def copy_tree(source: Path, target: Path) -> None:
+def copy_tree(source: Path, target: Path, *, link: bool = False) -> None:
     """Copy a directory to ``target``, which must not exist, readable by every user.
 
-    Links are followed: the copy holds what they point at and depends on nothing outside itself.
+    Links are followed: the copy holds what they point at and depends on nothing outside itself. With ``link``
+    the copy's files are hard links to the source's wherever their modes and the file system allow it: it
+    costs no space, and nobody may write to either from then on.
 
     Raises:
         InvalidArgument: a link that leads nowhere or back into itself, a pipe, a socket or a device.
         OSError: what the file system says, such as no space left.
     """
-    _copy_directory(source, target, ())
+    _copy_directory(source, target, _link_file if link else _copy_file, ())
 
 
-def _copy_directory(source: Path, target: Path, inside: tuple[Path, ...]) -> None:
+def _copy_directory(
+    source: Path, target: Path, copy: Callable[[Path, Path], None], inside: tuple[Path, ...]
+) -> None:
     real = source.resolve()
     if real in inside:
         raise InvalidArgument(f"{source} is a link to a folder that contains it; remove the link")
@@ -111,12 +117,30 @@ def _copy_directory(source: Path, target: Path, inside: tuple[Path, ...]) -> Non
                 f"{child} cannot be read ({error.strerror}); is it a broken link?"
             ) from None
         if stat.S_ISDIR(mode):
-            _copy_directory(child, target / child.name, (*inside, real))
+            _copy_directory(child, target / child.name, copy, (*inside, real))
         elif stat.S_ISREG(mode):
-            shutil.copyfile(child, target / child.name)
-            (target / child.name).chmod(FILE_MODE)
+            copy(child, target / child.name)
         else:
             raise InvalidArgument(f"{child} is neither a file nor a folder; remove it")
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    target.chmod(FILE_MODE)
+
+
+def _link_file(source: Path, target: Path) -> None:
+    """A second name for the file, or a copy where its mode, which a link would share, has to change."""
+    real = source.resolve()
+    mode = stat.S_IMODE(real.stat().st_mode)
+    if mode == _allowed(mode, _READABLE):
+        try:
+            os.link(real, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+    _copy_file(source, target)
 
 
 def make_readable(root: Path) -> None:
@@ -124,12 +148,17 @@ def make_readable(root: Path) -> None:
     for directory, _, names in os.walk(root):
         _allow(Path(directory), DIRECTORY_MODE)
         for name in names:
-            _allow(Path(directory, name), 0o444)
+            _allow(Path(directory, name), _READABLE)
 
 
 def _allow(path: Path, bits: int) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
-    path.chmod(mode & 0o755 | bits)
+    if mode != _allowed(mode, bits):
+        path.chmod(_allowed(mode, bits))
+
+
+def _allowed(mode: int, bits: int) -> int:
+    return mode & 0o755 | bits
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,7 @@ from spikeless.errors import (
     SpikelessError,
 )
 from spikeless.protos import saved_model_pb2
-from spikeless.repository import CHECK_FILES, Step, publish, versions
+from spikeless.repository import CHECK_FILES, Step, publish, stage, versions
 
 
 def write_saved_model(path: Path, *, variables: bool = False, asset: str | None = None) -> Path:
@@ -216,6 +216,38 @@ def test_links_are_copied_as_what_they_point_at(source, models, tmp_path):
     assert (published / "assets" / "vocabulary").read_text() == "a b c"
     assert (published / "note").read_text() == "a b c"
     assert not any(path.is_symlink() for path in published.rglob("*"))
+
+
+def test_a_linked_version_shares_the_files_whose_modes_are_right(source, models, tmp_path):
+    (source / "large").write_text("x")
+    (source / "large").chmod(0o644)
+    (source / "secret").write_text("x")
+    (source / "secret").chmod(0o600)
+    (tmp_path / "elsewhere").write_text("x")
+    (tmp_path / "elsewhere").chmod(0o444)
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    before = tree(source)
+    with stage(source, models, "boston", steps=[CHECK_FILES], link=True) as candidate:
+        published = candidate.publish()
+    assert tree(published) == tree(source) == before
+    assert (published / "large").samefile(source / "large")
+    assert (published / "linked").samefile(tmp_path / "elsewhere")
+    assert not (published / "linked").is_symlink()
+    assert not (published / "secret").samefile(source / "secret")
+    assert (published / "secret").stat().st_mode & 0o777 == 0o644
+    assert (source / "secret").stat().st_mode & 0o777 == 0o600, "the source is left as it is"
+
+
+def test_what_cannot_be_linked_is_copied(source, models, monkeypatch):
+    (source / "saved_model.pb").chmod(0o644)
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with stage(source, models, "boston", steps=[CHECK_FILES], link=True) as candidate:
+        assert tree(candidate.path) == tree(source)
+    assert versions(models, "boston") == {}
 
 
 def test_links_to_nowhere_or_to_themselves_and_special_files_are_refused(source, models):
