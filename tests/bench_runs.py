@@ -23,31 +23,51 @@ SETTINGS = Settings(
 MACHINE = Machine("Debian 12", "Linux 6.1", "x86_64", "a processor", 2, 8 << 30, "3.11.7")
 
 
-def made_up_run(scenario: str = "warmup", spike_ms: float = 0.0, rate: float = 200, **facts: Any) -> Run:
-    """A run of 20 s at constant arrivals: 1 ms each (the first 20 after the start 150 ms).
+def made_up_run(scenario: str = "warmup", *spikes_ms: float, rate: float = 200, **facts: Any) -> Run:
+    """A run with 20 s for each spike (one of 0 ms by default) at constant arrivals.
 
-    Version 2 is published at 10 s, AVAILABLE at 11.2 s; version 1 ends at 11.4 s. With `spike_ms` the server
-    stalls for that long from 11.2 s on, and every request that is due meanwhile waits for the stall's end.
+    Requests take 1 ms (the first 20 after the start 150 ms). In each 20 s the next version is published at
+    10 s and AVAILABLE at 11.2 s; the old one ends at 11.4 s. The server stalls for the spike's length from
+    11.2 s on, and every request that is due meanwhile waits for the stall's end.
     """
-    settings = dataclasses.replace(SETTINGS, rate=rate)
+    spikes = spikes_ms or (0.0,)
+    seconds = SETTINGS.seconds * len(spikes)
+    settings = dataclasses.replace(
+        SETTINGS, rate=rate, seconds=seconds, publishes=len(spikes), publish_every=SETTINGS.seconds
+    )
     intended = settings.schedule.offsets()
     latency = np.full(len(intended), 0.001)
     latency[:20] = 0.15
-    stall_end = 11.2 + spike_ms / 1e3
-    waits = (intended >= 11.2) & (intended < stall_end)
-    latency[waits] += stall_end - intended[waits]
+    version = np.ones(len(intended))
+    t = np.arange(0, seconds, 0.1)
+    private = np.full(len(t), 100 << 20)
+    states = [StateChange(-1.0, 1, "AVAILABLE")]
+    publishes = []
+    for old, (moment, spike) in enumerate(zip(settings.publish_moments, spikes, strict=True), start=1):
+        stall, stall_end = moment + 1.2, moment + 1.2 + spike / 1e3
+        waits = (intended >= stall) & (intended < stall_end)
+        latency[waits] += stall_end - intended[waits]
+        version[intended >= stall] = old + 1
+        private[t >= moment] = 180 << 20
+        private[t >= moment + 1.4] = 110 << 20
+        publishes.append(Publish(moment, moment + 0.01, f"models/boston/{old + 1}"))
+        states += [
+            StateChange(moment + 0.9, old + 1, "LOADING"),
+            StateChange(stall, old + 1, "AVAILABLE"),
+            StateChange(moment + 1.3, old, "UNLOADING"),
+            StateChange(moment + 1.4, old, "END"),
+        ]
     columns = {
         "intended": intended,
         "lag": np.full(len(intended), 0.0001),
         "latency": latency,
         "code": np.zeros(len(intended)),
-        "version": np.where(intended < 11.2, 1, 2),
+        "version": version,
         "request": np.arange(len(intended)) % 3,
     }
-    t = np.arange(0, 20, 0.1)
     samples = {
         "t": t,
-        "rss_anon": np.where(t < 10, 100 << 20, np.where(t < 11.4, 180 << 20, 110 << 20)),
+        "rss_anon": private,
         "rss_file": np.full(len(t), 300 << 20),
         "cpu_total": (t * 200).astype(np.int64),
         "cpu_steal": np.zeros(len(t), np.int64),
@@ -62,14 +82,8 @@ def made_up_run(scenario: str = "warmup", spike_ms: float = 0.0, rate: float = 2
             "127.0.0.1:8500", "embedded", "0.1.0", "jemalloc", "libjemalloc.so.2", ("serve",)
         ),
         "generator": ("locust",),
-        "publish": Publish(10.0, 10.01, "models/boston/2"),
-        "states": (
-            StateChange(-1.0, 1, "AVAILABLE"),
-            StateChange(10.9, 2, "LOADING"),
-            StateChange(11.2, 2, "AVAILABLE"),
-            StateChange(11.3, 1, "UNLOADING"),
-            StateChange(11.4, 1, "END"),
-        ),
+        "publishes": publishes,
+        "states": states,
         "floor": Floor(200, 1000, 0.3, 0.6, 1.5, 1.7),
     }
     requests = {name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()}

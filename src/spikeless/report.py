@@ -2,7 +2,7 @@
 
 In: the files of `spikeless bench`. Out: ``index.html`` (no network needed) and ``summary.md`` in a directory.
 Runs of one scenario are repeats: tables give the median and the spread, pictures the run whose reload spike
-is the median one.
+is the median one. Where there are several reloads they are also folded into one (`spikeless.bench.folding`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from spikeless import __version__
 from spikeless.bench import record
-from spikeless.bench.analysis import RULES, Summary, Window, analyse
+from spikeless.bench.analysis import RULES, Reload, Summary, Window, analyse, percentile
+from spikeless.bench.folding import CONFIDENCE, FIGURES, FOLD_RULES, Estimate, Fold, fold
 from spikeless.bench.record import Run
 from spikeless.errors import Code, InvalidArgument
 from spikeless.files import write_atomically
@@ -34,17 +35,24 @@ _SHORTEST_BIN = 0.05
 #: The zoom draws every request, up to this many; beyond, fast ones are thinned out and the page says so.
 _ZOOM_POINTS = 6000
 _ZOOM_BEFORE_SECONDS = 0.5
+#: The folded picture has a line through the 99th percentile of each of so many stretches.
+_FOLD_BINS = 40
 #: The list of slow requests stops here; the picture has them all.
 _LISTED = 200
+#: So many of the reloads that were left out are named.
+_NAMED = 5
+#: With more versions than these the requests are not counted for each.
+_SERVED = 4
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """The repeats of one scenario, in the order of their start."""
+    """The repeats of one scenario, in the order of their start, and all of their reloads in one."""
 
     name: str
     runs: Sequence[Run]
     summaries: Sequence[Summary]
+    fold: Fold
 
     @property
     def clean(self) -> list[int]:
@@ -72,6 +80,7 @@ class Panel:
     run: Run
     summary: Summary
     picture: dict[str, Any]
+    fold: Fold
     slow: Sequence[dict[str, Any]]
     slow_count: int
 
@@ -110,7 +119,8 @@ def group(runs: Sequence[Run]) -> list[Scenario]:
     scenarios = []
     for name in names:
         mine = [run for run in ordered if run.facts.scenario == name]
-        scenarios.append(Scenario(name, mine, [analyse(run) for run in mine]))
+        summaries = [analyse(run) for run in mine]
+        scenarios.append(Scenario(name, mine, summaries, fold(mine, summaries)))
     return scenarios
 
 
@@ -120,6 +130,8 @@ def table(scenarios: Sequence[Scenario]) -> list[Row]:
     for label, hint, get, show in _FIGURES:
         cells = [_cell(scenario, get, show) for scenario in scenarios]
         rows.append(Row(label, hint, cells))
+    if any(scenario.fold.enough for scenario in scenarios):
+        rows += _folded_rows(scenarios)
     rows.append(Row("errors", "gRPC status of the requests that failed", [_errors(s) for s in scenarios]))
     rows.append(Row("served by", "requests per version, in the run shown", [_served(s) for s in scenarios]))
     return rows
@@ -133,7 +145,8 @@ def render_markdown(scenarios: Sequence[Scenario]) -> str:
     ]
     lines += [f"| {row.label} | " + " | ".join(map(_escape, row.cells)) + " |" for row in table(scenarios)]
     lines += ["", *(f"- {name}: {_escape(value)}" for name, value in provenance(scenarios)), ""]
-    lines += [*(f"- {warning}" for warning in warnings(scenarios)), f"- {RULES}", ""]
+    lines += [f"- {remark}" for remark in (*warnings(scenarios), *_rules(scenarios))]
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -158,9 +171,10 @@ def render_html(scenarios: Sequence[Scenario]) -> str:
         rows=table(scenarios),
         provenance=provenance(scenarios),
         warnings=warnings(scenarios),
-        rules=RULES,
+        rules=_rules(scenarios),
         repeats=max(len(scenario.runs) for scenario in scenarios),
         milliseconds=_milliseconds,
+        estimate=_estimate,
         version=__version__,
     )
     # The library goes in last: templating five megabytes of script would only cost time.
@@ -189,8 +203,12 @@ def provenance(scenarios: Sequence[Scenario]) -> list[tuple[str, str]]:
             "source",
             values(lambda f: f"Spikeless {__version__}, commit {f.commit}, Python {f.machine.python}"),
         ),
-        ("server command", " ".join(every[0].server.command) or "started elsewhere"),
+        *((f"server, {scenario.name}", _server(scenario.runs[0].facts.server)) for scenario in scenarios),
     ]
+
+
+def _server(server: record.ServerFacts) -> str:
+    return f"`{' '.join(server.command)}`, {server.allocator}" if server.command else "started elsewhere"
 
 
 def warnings(scenarios: Sequence[Scenario]) -> list[str]:
@@ -203,10 +221,24 @@ def warnings(scenarios: Sequence[Scenario]) -> list[str]:
             for name, window in (("steady", summary.steady), ("reload", summary.reload)):
                 if window is not None:
                     found += [f"{where}, {name} window contaminated: {why}." for why in window.contaminated]
+        if scenario.fold.left_out and sum(len(summary.reloads) for summary in scenario.summaries) > 1:
+            found.append(f"{scenario.name}: {_left_out(scenario.fold)}")
     machines = {run.facts.machine for scenario in scenarios for run in scenario.runs}
     if len(machines) > 1:
         found.append("These runs are from different machines: do not compare them.")
     return found
+
+
+def _left_out(fold: Fold) -> str:
+    named, more = fold.left_out[:_NAMED], len(fold.left_out) - _NAMED
+    text = "; ".join(named) + (f"; and {more} more" if more > 0 else "")
+    total = len(fold.pairs) + len(fold.left_out)
+    rest = "" if fold.enough else " (too few are left to have any)"
+    return f"{len(fold.left_out)} of {total} reloads are left out of the folded figures{rest}: {text}."
+
+
+def _rules(scenarios: Sequence[Scenario]) -> list[str]:
+    return [RULES, FOLD_RULES] if any(scenario.fold.enough for scenario in scenarios) else [RULES]
 
 
 # Figures of the table
@@ -250,7 +282,12 @@ _FIGURES: Sequence[tuple[str, str, Callable[[Summary], float | None], Callable[[
     ("steady p99", "", _steady("p99"), _milliseconds),
     ("steady p99.9", "", _steady("p99_9"), _milliseconds),
     ("steady max", "", _steady("max"), _milliseconds),
-    ("reload p50", "from publishing until the old version's end, plus 1 s", _reload("p50"), _milliseconds),
+    (
+        "reload p50",
+        "from publishing until the old version's end, plus 1 s; all reloads of a run",
+        _reload("p50"),
+        _milliseconds,
+    ),
     ("reload p99", "", _reload("p99"), _milliseconds),
     ("reload p99.9", "", _reload("p99_9"), _milliseconds),
     ("reload max", "the spike's height", _reload("max"), _milliseconds),
@@ -279,6 +316,39 @@ def _cell(scenario: Scenario, get: Callable[[Summary], float | None], show: Call
     return f"{middle} ({low} to {high})"
 
 
+def _folded_rows(scenarios: Sequence[Scenario]) -> list[Row]:
+    """The figures of all reloads together, beside those of windows without one."""
+
+    def row(label: str, hint: str, get: Callable[[Fold], str]) -> Row:
+        return Row(label, hint, [get(s.fold) if s.fold.enough else NOTHING for s in scenarios])
+
+    def figure(part: str, name: str) -> Callable[[Fold], str]:
+        return lambda fold: _estimate(getattr(fold, part)[name])
+
+    rows = [
+        Row(
+            "folded reloads",
+            "clean ones, each with its control",
+            [f"{len(s.fold.pairs)} of {len(s.fold.pairs) + len(s.fold.left_out)}" for s in scenarios],
+        )
+    ]
+    for part, label, hint in _FOLD_PARTS:
+        rows += [row(f"{label} {name}", hint, figure(part, name)) for name in FIGURES.values()]
+    return rows
+
+
+_FOLD_PARTS = (
+    ("reload", "folded reload", f"all reloads together, and the interval of {CONFIDENCE:.0%}"),
+    ("control", "folded control", "as many windows without a reload"),
+    ("excess", "folded excess", "reload less control"),
+)
+
+
+def _estimate(estimate: Estimate) -> str:
+    low, high = (_milliseconds(value).partition(" ")[0] for value in (estimate.low, estimate.high))
+    return f"{_milliseconds(estimate.value)} [{low}, {high}]"
+
+
 def _errors(scenario: Scenario) -> str:
     counts: dict[str, int] = {}
     for summary in scenario.summaries:
@@ -290,12 +360,19 @@ def _errors(scenario: Scenario) -> str:
 
 def _served(scenario: Scenario) -> str:
     served = scenario.summaries[scenario.shown].served
+    if len(served) > _SERVED:
+        return f"v{min(served)} to v{max(served)}: {sum(served.values()):,}"
     return ", ".join(f"v{version}: {count:,}" for version, count in served.items()) or NOTHING
 
 
 def _load(settings: record.Settings) -> str:
+    swaps = settings.publish_moments
+    published = (
+        f"{len(swaps)} versions published, one every {settings.publish_every:g} s, " if len(swaps) > 1 else ""
+    )
     return (
-        f"open loop, {settings.rate:g} requests/s for {settings.seconds:g} s, {settings.arrivals} arrivals, "
+        f"open loop, {settings.rate:g} requests/s for {settings.seconds:g} s, {published}"
+        f"{settings.arrivals} arrivals, "
         f"seed {settings.seed}, {settings.processes} process{'es' if settings.processes > 1 else ''}, "
         f"SLO {settings.slo_ms:g} ms"
     )
@@ -325,6 +402,8 @@ def _title(panel: Panel) -> str:
         return f"{name} under load"
     if summary.new_version is None:
         return f"Publishing {name} under load"
+    if len(summary.reloads) > 1:
+        return f"Swapping {name} {len(summary.reloads)} times under load"
     return f"Swapping {name} {summary.old_version} \N{RIGHTWARDS ARROW} {summary.new_version} under load"
 
 
@@ -333,54 +412,139 @@ def _title(panel: Panel) -> str:
 
 def _panel(scenario: Scenario) -> Panel:
     run, summary = scenario.runs[scenario.shown], scenario.summaries[scenario.shown]
-    return Panel(scenario.name, run, summary, _picture(scenario.name, run, summary), *_slow_list(run))
+    picture = _picture(scenario.name, run, summary)
+    picture["fold"] = _folded_picture(scenario) if scenario.fold.enough else None
+    return Panel(scenario.name, run, summary, picture, scenario.fold, *_slow_list(run))
 
 
 def _picture(name: str, run: Run, summary: Summary) -> dict[str, Any]:
-    """What the page draws of one run. Times are seconds after publishing began, or after the start."""
+    """What the page draws of one run. Times are seconds after the first publishing, or after the start."""
     facts = run.facts
-    zero = facts.publish.begin if facts.publish else 0.0
+    zero = _zero(run)
     time = run.requests["intended"] - zero
     latency = run.requests["latency"] * 1e3
     failed = run.requests["code"] != Code.OK
     slow = (latency > facts.settings.slo_ms) & ~failed
-    picture: dict[str, Any] = {
+    return {
         "name": name,
         "slo": facts.settings.slo_ms,
-        "old": summary.old_version,
-        "new": summary.new_version,
         "span": [-zero, facts.settings.seconds - zero],
         "warm": facts.settings.warm_seconds - zero,
         "bins": _bins(time, latency),
         "slow": _points(run, time, slow),
         "failed": _points(run, time, failed),
-        "marks": _marks(run, summary, zero),
+        "marks": [mark for swap in summary.reloads for mark in _marks(swap, zero)],
         "tracks": _tracks(run, zero),
         "memory": {
             "t": _rounded(run.samples["t"] - zero, 2),
             "private": _rounded(run.samples["rss_anon"] / 2**20, 1),
             "file": _rounded(run.samples["rss_file"] / 2**20, 1),
         },
-        "zoom": None,
+        "zoom": _zoom(run, _shown_reload(summary), slow, failed) if summary.reloads else None,
     }
-    if summary.reload is not None:
-        begin, end = summary.reload.begin - zero - _ZOOM_BEFORE_SECONDS, summary.reload.end - zero
-        inside = (time >= begin) & (time < end)
-        step = math.ceil(np.count_nonzero(inside) / _ZOOM_POINTS)
-        fast = np.flatnonzero(inside & ~slow & ~failed)
-        keep = np.zeros(len(time), bool)
-        keep[fast[::step] if step else fast] = True
-        keep |= inside & slow
-        picture["zoom"] = {
-            "span": [begin, end],
-            "thinned": step if step > 1 else 0,
-            "failed": _points(run, time, inside & failed),
-            "points": [
-                {"version": int(version), **_points(run, time, keep & (run.requests["version"] == version))}
-                for version in np.unique(run.requests["version"][keep])
-            ],
-        }
-    return picture
+
+
+def _zero(run: Run) -> float:
+    """The moment from which the pictures of a run count."""
+    return run.facts.publishes[0].begin if run.facts.publishes else 0.0
+
+
+def _shown_reload(summary: Summary) -> Reload:
+    """Among the clean reloads, or all of them, the one with the median spike."""
+    reloads = [swap for swap in summary.reloads if swap.clean] or summary.reloads
+    median = statistics.median_low(swap.window.max for swap in reloads)
+    return next((swap for swap in reloads if swap.window.max == median), reloads[0])
+
+
+def _zoom(run: Run, swap: Reload, slow: NDArray[np.bool_], failed: NDArray[np.bool_]) -> dict[str, Any]:
+    """One swap, request by request. Times are seconds after its publishing began."""
+    zero = swap.window.begin
+    time = run.requests["intended"] - zero
+    begin, end = -_ZOOM_BEFORE_SECONDS, swap.window.end - zero
+    inside = (time >= begin) & (time < end)
+    keep, step = _thinned(inside, slow, failed)
+    return {
+        "span": [begin, end],
+        "old": swap.old_version,
+        "new": swap.new_version,
+        "thinned": step if step > 1 else 0,
+        "marks": _marks(swap, zero),
+        "tracks": _tracks(run, zero, begin, end),
+        "failed": _points(run, time, inside & failed),
+        "points": [
+            {"version": int(version), **_points(run, time, keep & (run.requests["version"] == version))}
+            for version in np.unique(run.requests["version"][keep])
+        ],
+    }
+
+
+def _thinned(
+    inside: NDArray[np.bool_], slow: NDArray[np.bool_], failed: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], int]:
+    """All slow requests and every n-th fast one, so that not too many are drawn; and n."""
+    step = max(1, math.ceil(np.count_nonzero(inside) / _ZOOM_POINTS))
+    keep = inside & slow
+    keep[np.flatnonzero(inside & ~slow & ~failed)[::step]] = True
+    return keep, step
+
+
+def _folded_picture(scenario: Scenario) -> dict[str, Any]:
+    """All reloads that count over each other, and their controls. Times are seconds after each begin."""
+    pairs = [(scenario.runs[number], swap) for number, swap in scenario.fold.pairs]
+    swaps = [swap for _, swap in pairs]
+    return {
+        "seconds": round(scenario.fold.seconds, 3),
+        "count": len(pairs),
+        "reload": _overlaid([(run, swap.window, swap.new_version) for run, swap in pairs]),
+        "control": _overlaid([(run, swap.control, None) for run, swap in pairs if swap.control]),
+        "marks": [
+            {"t": round(statistics.median(times), 3), "label": label}
+            for label, times in (
+                ("available", [swap.swap_seconds for swap in swaps if swap.swap_seconds is not None]),
+                ("old ended", [swap.ended for swap in swaps if swap.ended is not None]),
+            )
+        ],
+    }
+
+
+def _overlaid(parts: Sequence[tuple[Run, Window, int | None]]) -> dict[str, Any]:
+    """The requests of several windows by time after each window's begin: points, and a line of percentiles.
+
+    A part is a run, the window, and the version whose requests are told from the others.
+    """
+    time, latency, new, slow, failed = (
+        np.concatenate(column) for column in zip(*map(_part, parts), strict=True)
+    )
+    keep, step = _thinned(np.ones(len(time), bool), slow, failed)
+    keep |= failed
+    seconds = max(window.end - window.begin for _, window, _ in parts)
+    bin = np.minimum((time / seconds * _FOLD_BINS).astype(int), _FOLD_BINS - 1)
+    filled = np.unique(bin)
+    return {
+        "t": _rounded(time[keep], 3),
+        "ms": _rounded(latency[keep], 3),
+        "new": new[keep].tolist(),
+        "failed": failed[keep].tolist(),
+        "thinned": step if step > 1 else 0,
+        "line": {
+            "t": _rounded((filled + 0.5) / _FOLD_BINS * seconds, 3),
+            "ms": [round(percentile(latency[bin == number], 0.99), 3) for number in filled],
+        },
+    }
+
+
+def _part(part: tuple[Run, Window, int | None]) -> tuple[NDArray[Any], ...]:
+    run, window, version = part
+    inside = (run.requests["intended"] >= window.begin) & (run.requests["intended"] < window.end)
+    latency = run.requests["latency"][inside] * 1e3
+    failed = run.requests["code"][inside] != Code.OK
+    return (
+        run.requests["intended"][inside] - window.begin,
+        latency,
+        run.requests["version"][inside] == version,
+        (latency > run.facts.settings.slo_ms) & ~failed,
+        failed,
+    )
 
 
 def _bins(time: NDArray[Any], latency: NDArray[Any]) -> dict[str, Any]:
@@ -410,46 +574,57 @@ def _points(run: Run, time: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, 
     }
 
 
-def _marks(run: Run, summary: Summary, zero: float) -> list[dict[str, Any]]:
+def _marks(swap: Reload, zero: float) -> list[dict[str, Any]]:
     """Publishing and the two changes that make the swap."""
-    published = run.facts.publish
-    if published is None:
-        return []
-    marks = [{"t": 0.0, "label": f"publish v{summary.new_version or '?'}", "kind": "publish"}]
-    if summary.swap_seconds is not None:
-        available = round(summary.swap_seconds, 3)
-        marks.append({"t": available, "label": f"v{summary.new_version} available", "kind": "state"})
-    for change in run.facts.states:
-        if change.version == summary.old_version and change.state in ("END", "GONE") and change.t >= zero:
-            marks.append(
-                {"t": round(change.t - zero, 3), "label": f"v{change.version} ended", "kind": "state"}
-            )
+    begin = swap.window.begin - zero
+    marks = [{"t": round(begin, 3), "label": f"publish v{swap.new_version or '?'}", "kind": "publish"}]
+    if swap.swap_seconds is not None:
+        label = f"v{swap.new_version} available"
+        marks.append({"t": round(begin + swap.swap_seconds, 3), "label": label, "kind": "state"})
+    if swap.ended is not None:
+        label = f"v{swap.old_version} ended"
+        marks.append({"t": round(begin + swap.ended, 3), "label": label, "kind": "state"})
     return marks
 
 
-def _tracks(run: Run, zero: float) -> list[dict[str, Any]]:
-    """Per version, which state it was in from when to when."""
-    tracks = []
-    end = run.facts.settings.seconds
+def _tracks(run: Run, zero: float, begin: float = -math.inf, end: float = math.inf) -> list[dict[str, Any]]:
+    """Which version was in which state from when to when, between `begin` and `end` after `zero`.
+
+    Versions that are not there at the same time share a track.
+    """
+    begin, end = max(begin, -zero), min(end, run.facts.settings.seconds - zero)
+    tracks: list[list[dict[str, Any]]] = []
     for version in sorted({change.version for change in run.facts.states}):
         changes = [change for change in run.facts.states if change.version == version]
-        until = [change.t for change in changes[1:]] + [end]
+        until = [change.t - zero for change in changes[1:]] + [end]
         segments = [
             {
-                "from": round(max(change.t, 0.0) - zero, 3),
-                "to": round(min(stop, end) - zero, 3),
+                "version": version,
+                "from": round(max(change.t - zero, begin), 3),
+                "to": round(min(stop, end), 3),
                 "state": change.state,
             }
             for change, stop in zip(changes, until, strict=True)
-            if stop > 0 and change.t < end and change.state not in ("END", "GONE")
+            if stop > begin and change.t - zero < end and change.state not in ("END", "GONE")
         ]
-        tracks.append({"version": version, "segments": segments})
-    return tracks
+        if segments:
+            free = (track for track in tracks if track[-1]["to"] <= segments[0]["from"])
+            track = next(free, None)
+            if track is None:
+                tracks.append(segments)
+            else:
+                track += segments
+    return [{"label": _track_label(track), "segments": track} for track in tracks]
+
+
+def _track_label(track: Sequence[dict[str, Any]]) -> str:
+    versions = list(dict.fromkeys(segment["version"] for segment in track))
+    return f"v{versions[0]}" if len(versions) == 1 else f"v{versions[0]}, ..."
 
 
 def _slow_list(run: Run) -> tuple[list[dict[str, Any]], int]:
     """The slowest and the failed requests, at most `_LISTED`, and how many there are."""
-    zero = run.facts.publish.begin if run.facts.publish else 0.0
+    zero = _zero(run)
     requests = run.requests
     worth = np.flatnonzero(
         (requests["latency"] * 1e3 > run.facts.settings.slo_ms) | (requests["code"] != Code.OK)

@@ -56,9 +56,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two scenarios of 20,000 requests, the first with a spike and failures, the second repeated."""
     directory = tmp_path_factory.mktemp("report")
     runs = [
-        with_failures(made_up_run("no warmup", spike_ms=80, rate=1000), 5),
-        made_up_run("warmup", spike_ms=2, rate=1000, started="2026-01-02T03:10:00.000+00:00"),
-        made_up_run("warmup", spike_ms=3, rate=1000, started="2026-01-02T03:20:00.000+00:00"),
+        with_failures(made_up_run("no warmup", 80, rate=1000), 5),
+        made_up_run("warmup", 2, rate=1000, started="2026-01-02T03:10:00.000+00:00"),
+        made_up_run("warmup", 3, rate=1000, started="2026-01-02T03:20:00.000+00:00"),
     ]
     return write(runs, directory)
 
@@ -162,8 +162,39 @@ def test_the_scale_and_the_colours_follow(browser: webdriver.Chrome, page: Path)
     assert browser.get_log("browser") == []
 
 
+def test_a_series_is_folded(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    runs = [
+        with_failures(made_up_run("no warmup", 80, 40, 60), 2),
+        made_up_run("warmup", 2, 3, 2, started="2026-01-02T03:10:00.000+00:00"),
+    ]
+    page = write(runs, tmp_path)
+    for size, scheme in (("phone", "dark"), ("wide", "light")):
+        show(browser, page, size, scheme)
+        assert browser.get_log("browser") == []
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= SIZES[size][0]
+    assert "Swapping boston 3 times under load" in browser.find_element(By.TAG_NAME, "main").text
+    data = "return document.getElementById('fold-0').data"
+    reload, _, control, _ = browser.execute_script(f"{data}.map(trace => trace.y)")
+    assert len(reload) == len(control) == 3 * 480, "every request of all reloads, and of their controls"
+    assert max(reload) == 81
+    assert max(control) == 1
+    tops = browser.execute_script(
+        "return [0, 1].map(i => document.getElementById('fold-' + i).layout.yaxis.range[1])"
+    )
+    assert tops[0] == tops[1]
+    # The timeline has every publishing, and the four versions share two tracks.
+    marks = (
+        "return document.getElementById('timeline-0').layout.shapes.filter(shape => shape.name === 'publish')"
+    )
+    assert browser.execute_script(f"{marks}.length") == 3
+    tracks = browser.execute_script("return document.getElementById('timeline-0').layout.yaxis2.tickvals")
+    assert tracks == ["v1, ...", "v2, ..."]
+    zoom = [text.text for text in browser.find_elements(By.CSS_SELECTOR, "#zoom-0 .annotation-text")]
+    assert zoom == ["publish v4", "v4 available", "v3 ended"], "the reload with the median spike"
+
+
 def test_a_run_without_publishing_is_drawn(browser: webdriver.Chrome, tmp_path: Path) -> None:
-    run = made_up_run("load only", publish=None, states=(), floor=None)
+    run = made_up_run("load only", publishes=(), states=(), floor=None)
     none = {name: values[:0] for name, values in run.samples.items()}
     show(browser, write([dataclasses.replace(run, samples=none)], tmp_path), "phone", "light")
     assert browser.get_log("browser") == []

@@ -18,7 +18,7 @@ import pytest
 from bench_runs import write_requests
 from trained_models import ROOT, spikeless
 
-from spikeless import bench, launch
+from spikeless import bench, launch, repository
 from spikeless.bench.floor import trivial_server
 from spikeless.bench.openloop import OpenLoop
 from spikeless.bench.requests import read_requests
@@ -206,6 +206,21 @@ def test_publishing_that_fails_ends_the_run(server: launch.Server, requests: Pat
         bench.run("broken", settings, bench.server_facts(server), publish)
 
 
+def test_versions_are_staged_beforehand_and_take_turns(saved_models: Path, tmp_path: Path) -> None:
+    sources = [tmp_path / "a", tmp_path / "b"]
+    for source in sources:
+        shutil.copytree(saved_models / "signatures", source)
+    models = tmp_path / "models"
+    with bench.staged(sources, models, "boston", 4, link=True) as publish:
+        assert repository.versions(models, "boston") == {}
+        assert [publish().name for _ in range(3)] == ["1", "2", "3"]
+    graphs = [version / "saved_model.pb" for version in repository.versions(models, "boston").values()]
+    assert len(graphs) == 3, "what was not published is gone"
+    assert graphs[0].samefile(graphs[2])
+    assert graphs[0].samefile(sources[0] / "saved_model.pb")
+    assert graphs[1].samefile(sources[1] / "saved_model.pb")
+
+
 def test_the_trivial_server_ends_with_its_block(requests: Path) -> None:
     with trivial_server() as target:
         columns = drive(requests, target, 100, 0.5).recorder.columns()
@@ -214,8 +229,8 @@ def test_the_trivial_server_ends_with_its_block(requests: Path) -> None:
     assert set(after["code"]) == {Code.UNAVAILABLE}
 
 
-def test_a_swap_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
-    """The command starts the engine, publishes under load, and writes what the report reads."""
+def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
+    """The command starts the engine, publishes three times under load, and writes what the report reads."""
     models, source = tmp_path / "models", tmp_path / "source"
     shutil.copytree(saved_models / "signatures", source)
     (source / "assets.extra").mkdir()
@@ -223,20 +238,28 @@ def test_a_swap_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     first = spikeless("publish", source, "--name", "boston", "--models", models)
     assert first.returncode == 0, first.stderr
 
-    load = ("--rate", 100, "--seconds", 8, "--publish-at", 3, "--warm-seconds", 1, "--timeout", 60)
+    load = ("--rate", 100, "--seconds", 18, "--warm-seconds", 1, "--timeout", 60)
+    load += ("--publishes", 3, "--publish-at", 3, "--publish-every", 5)
     place = ("--models", models, "--out", tmp_path / "raw")
     done = spikeless(
         "bench", "run", *load, *place, "--publish", source, "--scenario", "warm", "--no-floor", "--json"
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["codes"] == {"OK": len(Schedule(100, 8).offsets())}
-    assert (answer["old_version"], answer["new_version"]) == (1, 2)
-    assert set(answer["served"]) == {"1", "2"}
+    assert answer["codes"] == {"OK": len(Schedule(100, 18).offsets())}
+    assert len(answer["reloads"]) == 3
+    assert (answer["reloads"][0]["old_version"], answer["reloads"][0]["new_version"]) == (1, 2)
+    assert {"1", "2"} <= set(answer["served"]) <= {"1", "2", "3", "4"}
     run = bench.load(answer["result"])
     assert run.facts.server.engine in ("embedded", "tensorflow_model_server", "docker")
     assert run.facts.server.allocator == "glibc"
-    assert run.facts.publish.result == str(models / "boston" / "2")
+    versions = [models / "boston" / str(version) for version in (2, 3, 4)]
+    assert [publish.result for publish in run.facts.publishes] == [str(version) for version in versions]
+    for publish, planned in zip(run.facts.publishes, (3, 8, 13), strict=True):
+        assert publish.begin >= planned
+    variables = [version / "variables" / "variables.data-00000-of-00001" for version in versions]
+    assert len({file.stat().st_ino for file in variables}) == 1, "further versions take no space"
+    assert not variables[0].samefile(source / "variables" / variables[0].name)
     assert {(change.version, change.state) for change in run.facts.states} >= {
         (1, "AVAILABLE"),
         (2, "AVAILABLE"),
@@ -247,7 +270,7 @@ def test_a_swap_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     report = spikeless("report", tmp_path / "raw", "--out", tmp_path / "report")
     assert report.returncode == 0, report.stderr
     assert "| first request on the new version |" in report.stdout
-    assert "Swapping boston 1" in (tmp_path / "report" / "index.html").read_text()
+    assert "Swapping boston 3 times" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_the_command_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
@@ -255,7 +278,8 @@ def test_the_command_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
     done = spikeless("bench", "run", *place)
     assert done.returncode == 1
     assert "spikeless: error: no version of boston" in done.stderr
-    assert spikeless("bench", "run", *place, "--publish-at", 3).returncode == 2
+    for option in ("--publish-at", "--publish-every", "--publishes"):
+        assert spikeless("bench", "run", *place, option, 3).returncode == 2, option
     done = spikeless("report", tmp_path)
     assert done.returncode == 1
     assert "holds no raw results" in done.stderr

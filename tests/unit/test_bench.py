@@ -161,7 +161,7 @@ def test_a_swap_without_a_spike() -> None:
 
 
 def test_the_spike_has_height_and_width() -> None:
-    summary = bench.analyse(made_up_run(spike_ms=100))
+    summary = bench.analyse(made_up_run("warmup", 100))
     assert summary.height_ms == pytest.approx(101)
     assert summary.first_ms == pytest.approx(101)
     # Requests are 5 ms apart and over the SLO of 10 ms while more than 9 ms of the stall are left.
@@ -180,7 +180,7 @@ def test_failures_count_by_code() -> None:
 
 
 def test_without_publishing_all_is_steady() -> None:
-    summary = bench.analyse(made_up_run(publish=None, states=()))
+    summary = bench.analyse(made_up_run(publishes=(), states=()))
     assert summary.reload is None
     assert summary.ratio is None
     assert summary.steady.end == 20
@@ -206,7 +206,7 @@ def test_a_version_that_is_no_longer_listed_has_ended() -> None:
 def test_a_version_that_never_came_is_noted() -> None:
     summary = bench.analyse(made_up_run(states=(StateChange(-1.0, 1, "AVAILABLE"),)))
     assert summary.new_version is None
-    assert any("No new version" in note for note in summary.notes)
+    assert any("no new version" in note for note in summary.notes)
 
 
 def test_contaminated_windows_are_named() -> None:
@@ -233,7 +233,7 @@ def test_a_run_without_steady_requests() -> None:
 
 
 def test_a_result_survives_its_file(tmp_path: Path) -> None:
-    run = with_failures(made_up_run(spike_ms=30, notes=("a note",)), 2)
+    run = with_failures(made_up_run("warmup", 30, notes=("a note",)), 2)
     run.save(tmp_path / "run.npz")
     again = bench.load(tmp_path / "run.npz")
     assert json.dumps(dataclasses.asdict(again.facts)) == json.dumps(dataclasses.asdict(run.facts))
@@ -249,7 +249,7 @@ def test_a_result_describes_itself(tmp_path: Path) -> None:
     made_up_run().save(tmp_path / "run.npz")
     with np.load(tmp_path / "run.npz", allow_pickle=False) as file:
         metadata = json.loads(file["metadata"].tobytes())
-    assert metadata["schema"] == 1
+    assert metadata["schema"] == 2
     assert metadata["server"]["allocator_proof"] == "libjemalloc.so.2"
     assert metadata["settings"]["rate"] == 200
     assert metadata["machine"]["cpu"] == "a processor"
@@ -272,7 +272,7 @@ def test_unreadable_results(tmp_path: Path) -> None:
         bench.load(tmp_path / "other.npz")
     with np.load(tmp_path / "run.npz") as file:
         arrays = dict(file)
-    newer = arrays["metadata"].tobytes().replace(b'"schema": 1', b'"schema": 9')
+    newer = arrays["metadata"].tobytes().replace(b'"schema": 2', b'"schema": 9')
     np.savez(tmp_path / "newer.npz", **arrays | {"metadata": np.frombuffer(newer, np.uint8)})
     with pytest.raises(InvalidArgument, match="schema 9"):
         bench.load(tmp_path / "newer.npz")

@@ -5,13 +5,17 @@ In: a `Run`. Out: a `Summary`. Every percentile is taken from all latencies of i
 
 Windows, by the intended start of a request:
 
-steady  after the warm seconds, before publishing began (or until the end where nothing was published)
-reload  from the beginning of publishing until one second after the old version was first seen at its end
+steady   after the warm seconds, before publishing began (or until the end where nothing was published)
+reload   from the beginning of publishing until one second after the old version was first seen at its end
+control  for each reload as long a stretch in which nothing was reloaded: the middle of the quiet time before
+         it, which begins with the end of the reload before, or of the warm seconds
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +37,18 @@ LATE_SECONDS = 0.005
 RULES = (
     f"A window counts as contaminated when the hypervisor took more than {STEAL_LIMIT:.0%} of the "
     f"processors' time in it (steal, /proc/stat), or when more than {LATE_LIMIT:.0%} of its requests left "
-    f"the generator more than {LATE_SECONDS * 1e3:g} ms late. These rules were fixed before any run; "
-    "contaminated windows are marked, and medians over repeats leave them out where a clean repeat exists."
+    f"the generator more than {LATE_SECONDS * 1e3:g} ms late. A reload that was not seen to be over when the "
+    "next version was published does not count either. These rules were fixed before any run; contaminated "
+    "windows are marked, the reload figures of a run are those of its clean reloads where there are any, and "
+    "medians over repeats leave contaminated runs out where a clean one exists."
 )
 
 
 @dataclass(frozen=True)
 class Window:
-    """The requests of a stretch of time. Times in seconds after the run's start, latencies in milliseconds.
+    """The requests of a stretch of time, or of several: then `begin` is the first one's and `end` the last's.
 
+    Times are in seconds after the run's start, latencies in milliseconds.
     codes: gRPC status -> count. steal: share of processor time, None when unknown. late: share of requests
     that left late. contaminated: the rules that it broke, in words.
     """
@@ -64,23 +71,52 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Reload:
+    """One swap of a run.
+
+    incomplete: what of it was not seen until the next publishing or the end of the load, in words.
+    control: the window to hold against this one; None where the quiet time before it is too short. width_ms:
+    from the first to the last request over the SLO within the reload. over_slo: how many those were.
+    first_ms: latency of the first request that the new version answered. swap_seconds: from publishing until
+    the new version was first seen AVAILABLE. ended: when the old version was first seen at its end, in
+    seconds after publishing. Versions and times are None when they were not seen.
+    """
+
+    window: Window
+    control: Window | None
+    incomplete: Sequence[str]
+    old_version: int | None
+    new_version: int | None
+    swap_seconds: float | None
+    ended: float | None
+    first_ms: float | None
+    over_slo: int
+    width_ms: float
+
+    @property
+    def clean(self) -> bool:
+        return not self.incomplete and not self.window.contaminated
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a run shows.
 
-    reload is None when nothing was published. height_ms and ratio: the reload's maximum, and its p99.9 by
-    that of the steady window. width_ms: from the first to the last request over the SLO within the reload.
-    over_slo: how many those were. first_ms: latency of the first request that the new version answered.
-    served: version -> requests. failed: requests of the whole run that did not end in OK. swap_seconds:
-    from publishing until the new version was first seen AVAILABLE. memory_*: largest private (anon) and
-    file-backed bytes in the steady window and from publishing on.
+    reloads: every swap, in order. reload: the requests of all clean ones (of all where none is clean), None
+    when nothing was published. height_ms and ratio: their maximum, and their p99.9 by that of the steady
+    window. width_ms, over_slo, first_ms, swap_seconds: medians over the same reloads. old_version and
+    new_version: before the first swap and after the last. served: version -> requests. codes: gRPC status ->
+    requests of the whole run. memory_*: private (anon) bytes just before the first publishing, the largest
+    during the reloads, and at the end.
     """
 
     steady: Window
+    reloads: Sequence[Reload]
     reload: Window | None
     ratio: float | None
     height_ms: float | None
     width_ms: float | None
-    over_slo: int
+    over_slo: float
     first_ms: float | None
     old_version: int | None
     new_version: int | None
@@ -110,82 +146,109 @@ def analyse(run: Run) -> Summary:
     Raises:
         InvalidArgument: no request of the run falls into its steady window.
     """
-    settings, published = run.facts.settings, run.facts.publish
-    intended, latency = run.requests["intended"], run.requests["latency"]
-    versions = run.requests["version"]
-    notes = list(run.facts.notes)
-    end = max(settings.seconds, float(intended[-1]) if len(intended) else 0.0)
-
-    steady = _window(run, settings.warm_seconds, published.begin if published else end)
+    settings, published = run.facts.settings, run.facts.publishes
+    intended, versions = run.requests["intended"], run.requests["version"]
+    # A machine that stands still can publish after the end of the load.
+    end = max(settings.seconds, *intended[-1:].tolist(), *(publish.begin for publish in published))
+    steady = _window(run, [(settings.warm_seconds, published[0].begin if published else end)])
     if not steady.requests:
         raise InvalidArgument(
             f"run {run.facts.scenario!r} of {run.facts.started} has no request in its steady window "
             f"({steady.begin:g} to {steady.end:g} s)"
         )
-    served = {
-        int(version): int(count)
-        for version, count in zip(*np.unique(versions[versions > 0], return_counts=True), strict=True)
-    }
-    codes = _codes(run.requests["code"])
-    memory = run.samples["rss_anon"]
-    sampled = run.samples["t"]
-    if published is None:
-        before = memory[sampled >= settings.warm_seconds]
-        return Summary(
-            steady,
-            None,
-            None,
-            None,
-            None,
-            0,
-            None,
-            None,
-            None,
-            served,
-            codes,
-            None,
-            _last(before),
-            None,
-            None,
-            notes,
-        )
-
-    old, new, available, ended = _swap(run)
-    if new is None:
-        notes.append("No new version was seen AVAILABLE after publishing.")
-    if ended is None:
-        notes.append("The old version was not seen to end: the reload window runs to the end of the load.")
-    reload = _window(run, published.begin, min(end, ended + AFTER_END_SECONDS) if ended is not None else end)
-    inside = (intended >= reload.begin) & (intended < reload.end)
-    slow = intended[inside & (latency * 1e3 > settings.slo_ms)]
-    on_new = np.flatnonzero(versions == new) if new is not None else np.zeros(0, np.int64)
+    reloads = _reloads(run, end)
+    counted = [swap for swap in reloads if swap.clean] or reloads
+    reload = _window(run, [(swap.window.begin, swap.window.end) for swap in counted]) if counted else None
+    memory, sampled = run.samples["rss_anon"], run.samples["t"]
+    before = (sampled >= settings.warm_seconds) & (sampled < steady.end)
+    during = _inside(sampled, [(swap.window.begin, swap.window.end) for swap in reloads])
     return Summary(
         steady=steady,
+        reloads=reloads,
         reload=reload,
-        ratio=reload.p99_9 / steady.p99_9 if reload.requests else None,
-        height_ms=reload.max if reload.requests else None,
-        width_ms=float(slow[-1] - slow[0]) * 1e3 if len(slow) else 0.0,
-        over_slo=len(slow),
-        first_ms=float(latency[on_new[0]]) * 1e3 if len(on_new) else None,
-        old_version=old,
-        new_version=new,
-        served=served,
-        codes=codes,
-        swap_seconds=available - published.begin if available is not None else None,
-        memory_before=_last(memory[sampled < published.begin]),
-        memory_peak=_largest(memory[(sampled >= reload.begin) & (sampled < reload.end)]),
-        memory_after=_last(memory),
-        notes=notes,
+        ratio=reload.p99_9 / steady.p99_9 if reload and reload.requests else None,
+        height_ms=reload.max if reload and reload.requests else None,
+        width_ms=_median(swap.width_ms for swap in counted),
+        over_slo=_median(swap.over_slo for swap in counted) or 0,
+        first_ms=_median(swap.first_ms for swap in counted),
+        old_version=reloads[0].old_version if reloads else None,
+        new_version=reloads[-1].new_version if reloads else None,
+        served={
+            int(version): int(count)
+            for version, count in zip(*np.unique(versions[versions > 0], return_counts=True), strict=True)
+        },
+        codes=_codes(run.requests["code"]),
+        swap_seconds=_median(swap.swap_seconds for swap in counted),
+        memory_before=_last(memory[before]),
+        memory_peak=_largest(memory[during]),
+        memory_after=_last(memory) if reloads else None,
+        notes=[
+            *run.facts.notes,
+            *(
+                f"Reload {number}: {what}."
+                for number, swap in enumerate(reloads, start=1)
+                for what in swap.incomplete
+            ),
+        ],
     )
 
 
-def _swap(run: Run) -> tuple[int | None, int | None, float | None, float | None]:
-    """Old and new version, and when the new one was first seen AVAILABLE and the old one at its end."""
-    assert run.facts.publish is not None
-    moment = run.facts.publish.begin
-    before = [change for change in run.facts.states if change.t < moment]
-    after = [change for change in run.facts.states if change.t >= moment]
-    last = {change.version: change.state for change in before}
+def latencies(run: Run, window: Window) -> NDArray[np.float64]:
+    """The latencies of a window's requests in milliseconds, by intended start."""
+    inside = _inside(run.requests["intended"], [(window.begin, window.end)])
+    milliseconds: NDArray[np.float64] = run.requests["latency"][inside] * 1e3
+    return milliseconds
+
+
+def _reloads(run: Run, end: float) -> list[Reload]:
+    """Every swap of the run; `end` is that of the load."""
+    begins = [publish.begin for publish in run.facts.publishes]
+    quiet = run.facts.settings.warm_seconds
+    reloads = []
+    for begin, limit in itertools.pairwise([*begins, end]):
+        reloads.append(_reload(run, quiet, begin, limit))
+        quiet = reloads[-1].window.end
+    return reloads
+
+
+def _reload(run: Run, quiet: float, begin: float, limit: float) -> Reload:
+    """The swap whose publishing began at `begin`, after quiet time from `quiet` on; all of it is over by
+    `limit`."""
+    settings = run.facts.settings
+    old, new, available, ended = _swap(run, begin, limit)
+    until = limit if ended is None else min(limit, ended + AFTER_END_SECONDS)
+    incomplete = []
+    if new is None:
+        incomplete.append("no new version was seen AVAILABLE")
+    if ended is None:
+        incomplete.append(
+            "the old version was not seen to end, so its window runs to the next publishing or the end"
+        )
+    spare = begin - quiet - (until - begin)
+    control = _window(run, [(quiet + spare / 2, begin - spare / 2)]) if spare >= 0 else None
+
+    intended, latency = run.requests["intended"], run.requests["latency"] * 1e3
+    slow = intended[_inside(intended, [(begin, until)]) & (latency > settings.slo_ms)]
+    on_new = np.flatnonzero(run.requests["version"] == new) if new is not None else np.zeros(0, np.int64)
+    return Reload(
+        window=_window(run, [(begin, until)]),
+        control=control,
+        incomplete=incomplete,
+        old_version=old,
+        new_version=new,
+        swap_seconds=available - begin if available is not None else None,
+        ended=ended - begin if ended is not None else None,
+        first_ms=float(latency[on_new[0]]) if len(on_new) else None,
+        over_slo=len(slow),
+        width_ms=float(slow[-1] - slow[0]) * 1e3 if len(slow) else 0.0,
+    )
+
+
+def _swap(run: Run, begin: float, limit: float) -> tuple[int | None, int | None, float | None, float | None]:
+    """Old and new version, and when the new one was first seen AVAILABLE and the old one at its end, from
+    `begin` to `limit`."""
+    last = {change.version: change.state for change in run.facts.states if change.t < begin}
+    after = [change for change in run.facts.states if begin <= change.t < limit]
     old = max((version for version, state in last.items() if state == "AVAILABLE"), default=None)
     arrived = [change for change in after if change.state == "AVAILABLE" and change.version != old]
     gone = [change for change in after if change.version == old and change.state in ("END", GONE)]
@@ -197,20 +260,24 @@ def _swap(run: Run) -> tuple[int | None, int | None, float | None, float | None]
     )
 
 
-def _window(run: Run, begin: float, end: float) -> Window:
-    intended = run.requests["intended"]
-    inside = (intended >= begin) & (intended < end)
+#: Begin and end in seconds after the start of the run; the end is not part of it.
+_Span = tuple[float, float]
+
+
+def _window(run: Run, spans: Sequence[_Span]) -> Window:
+    """The window that consists of one or more spans, in ascending order."""
+    inside = _inside(run.requests["intended"], spans)
     latency = run.requests["latency"][inside] * 1e3
     late = float(np.mean(run.requests["lag"][inside] > LATE_SECONDS)) if len(latency) else 0.0
-    steal = _steal(run.samples, begin, end)
+    steal = _steal(run.samples, spans)
     contaminated = []
     if steal is not None and steal > STEAL_LIMIT:
         contaminated.append(f"the hypervisor took {steal:.1%} of the processors' time")
     if late > LATE_LIMIT:
         contaminated.append(f"{late:.1%} of the requests left more than {LATE_SECONDS * 1e3:g} ms late")
     return Window(
-        begin=begin,
-        end=end,
+        begin=spans[0][0],
+        end=spans[-1][1],
         requests=len(latency),
         p50=percentile(latency, 0.5),
         p99=percentile(latency, 0.99),
@@ -230,12 +297,28 @@ def _codes(codes: NDArray[Any]) -> dict[str, int]:
     }
 
 
-def _steal(samples: dict[str, NDArray[Any]], begin: float, end: float) -> float | None:
-    inside = (samples["t"] >= begin) & (samples["t"] < end)
-    total, steal = samples["cpu_total"][inside], samples["cpu_steal"][inside]
-    if len(total) < 2 or total[-1] == total[0]:
-        return None
-    return float((steal[-1] - steal[0]) / (total[-1] - total[0]))
+def _steal(samples: dict[str, NDArray[Any]], spans: Sequence[_Span]) -> float | None:
+    total = steal = 0
+    for span in spans:
+        inside = np.flatnonzero(_inside(samples["t"], [span]))
+        if len(inside):
+            first, last = inside[0], inside[-1]
+            total += int(samples["cpu_total"][last] - samples["cpu_total"][first])
+            steal += int(samples["cpu_steal"][last] - samples["cpu_steal"][first])
+    return steal / total if total else None
+
+
+def _inside(times: NDArray[Any], spans: Sequence[_Span]) -> NDArray[np.bool_]:
+    inside = np.zeros(len(times), bool)
+    for begin, end in spans:
+        inside |= (times >= begin) & (times < end)
+    return inside
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """The median of what is known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _last(values: NDArray[Any]) -> int | None:

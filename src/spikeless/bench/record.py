@@ -29,7 +29,7 @@ from spikeless.bench.watch import SAMPLES, StateChange
 from spikeless.errors import DataLoss, InvalidArgument, NotFound
 from spikeless.files import atomic_writer
 
-SCHEMA = 1
+SCHEMA = 2
 _SAMPLE_PREFIX = "sample_"
 
 
@@ -39,9 +39,10 @@ class Settings:
 
     model_name: the served model. requests: the file whose requests are replayed. rate (requests per
     second), seconds, arrivals, seed: the schedule. timeout: each request's deadline in seconds. processes:
-    of the load generator. publish_at: when the next version is published, in seconds after the start, or
-    None. warm_seconds: left out of the steady window. slo_ms: a request slower than this counts as part of
-    a spike.
+    of the load generator. publish_at: when the first version is published, in seconds after the start, or
+    None for no publishing at all. publishes: how many versions, one every publish_every seconds.
+    warm_seconds: left out of the steady window. slo_ms: a request slower than this counts as part of a
+    spike.
     """
 
     model_name: str
@@ -53,6 +54,8 @@ class Settings:
     timeout: float = 10.0
     processes: int = 1
     publish_at: float | None = None
+    publishes: int = 1
+    publish_every: float = 10.0
     warm_seconds: float = 3.0
     slo_ms: float = 10.0
 
@@ -62,16 +65,30 @@ class Settings:
             raise InvalidArgument(f"processes must be 1 or more, not {self.processes}")
         if not (self.timeout > 0 and self.slo_ms > 0 and self.warm_seconds >= 0):
             raise InvalidArgument("timeout and slo_ms must be positive, warm_seconds not negative")
+        if not (self.publishes >= 1 and self.publish_every > 0):
+            raise InvalidArgument("publishes must be 1 or more, publish_every positive")
         end = self.seconds if self.publish_at is None else self.publish_at
         if not self.warm_seconds < end <= self.seconds:
             raise InvalidArgument(
                 f"there is no steady window: {self.warm_seconds:g} s are for warming, publishing is at "
                 f"{end:g} s of {self.seconds:g} s; change warm_seconds, publish_at or seconds"
             )
+        if self.publish_moments and self.publish_moments[-1] > self.seconds:
+            raise InvalidArgument(
+                f"the last of {self.publishes} versions would be published at {self.publish_moments[-1]:g} s,"
+                f" but the load ends at {self.seconds:g} s; change publishes, publish_every or seconds"
+            )
 
     @property
     def schedule(self) -> Schedule:
         return Schedule(self.rate, self.seconds, self.arrivals, self.seed)
+
+    @property
+    def publish_moments(self) -> tuple[float, ...]:
+        """When each version is published, in seconds after the start, ascending."""
+        if self.publish_at is None:
+            return ()
+        return tuple(self.publish_at + number * self.publish_every for number in range(self.publishes))
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,7 @@ class Facts:
     machine: Machine
     server: ServerFacts
     generator: Sequence[str]
-    publish: Publish | None = None
+    publishes: Sequence[Publish] = ()
     states: Sequence[StateChange] = ()
     floor: Floor | None = None
     notes: Sequence[str] = ()
@@ -179,8 +196,7 @@ def _facts(metadata: dict[str, Any]) -> Facts:
     metadata["machine"] = Machine(**metadata["machine"])
     metadata["server"] = ServerFacts(**metadata["server"])
     metadata["states"] = tuple(StateChange(**state) for state in metadata["states"])
-    if metadata["publish"] is not None:
-        metadata["publish"] = Publish(**metadata["publish"])
+    metadata["publishes"] = tuple(Publish(**publish) for publish in metadata["publishes"])
     if metadata["floor"] is not None:
         metadata["floor"] = Floor(**metadata["floor"])
     return Facts(**metadata)

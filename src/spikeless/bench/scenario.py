@@ -1,4 +1,4 @@
-"""Run one scenario: load on a running server, a version published in the middle, everything recorded.
+"""Run one scenario: load on a running server, versions published meanwhile, everything recorded.
 
 In: settings, the server's facts, and what publishes. Out: a `Run`. The load runs in processes and a session
 of its own (`spikeless.bench.locustfile`); this process watches the server and publishes.
@@ -19,14 +19,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
-from spikeless import launch
+from spikeless import launch, repository
 from spikeless.bench import record
 from spikeless.bench.openloop import LINE_PREFIX
 from spikeless.bench.record import Floor, Publish, Run, ServerFacts, Settings
@@ -40,8 +41,8 @@ SERVER_FLAGS = ("--grpc_max_threads=256",)
 #: Beyond the schedule and the last deadline: starting Python, Locust and its workers, writing the file.
 _OVERHEAD_SECONDS = 60.0
 _OUTPUT_TAIL_LINES = 30
-#: How often the loop looks whether it is time to publish.
-_LOOK_SECONDS = 0.01
+#: How often the loop looks whether publishing has failed.
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def result_path(directory: Path, result: Run) -> Path:
 
 
 def _portable(command: Sequence[str]) -> tuple[str, ...]:
-    """A command line without the place of this machine's interpreter."""
-    return ("python" if command[0] == sys.executable else command[0], *command[1:])
+    """A command line without the places of this machine's interpreter and of the working directory."""
+    program = "python" if command[0] == sys.executable else command[0]
+    return (program, *(argument.replace(f"{Path.cwd()}/", "") for argument in command[1:]))
 
 
 def run(
@@ -118,8 +120,9 @@ def run(
 ) -> Run:
     """Drive the load and return its record.
 
-    scenario: the name that the report groups by. publish: called at ``settings.publish_at``; what it
-    returns is kept as text (the path of the version, for example). progress: called a few times a second.
+    scenario: the name that the report groups by. publish: makes the next version visible; called once at
+    each of ``settings.publish_moments``. What it returns is kept as text (the path of the version, for
+    example). progress: called a few times a second.
 
     Raises:
         FailedPrecondition: publishing failed; the load is stopped.
@@ -142,12 +145,41 @@ def run(
         settings=settings,
         server=server,
         generator=_portable(command),
-        publish=published,
+        publishes=published,
         states=tuple(watcher.state_changes(start)),
         floor=floor,
         notes=tuple(notes),
     )
     return Run(facts, merged.requests, watcher.samples(start))
+
+
+@contextmanager
+def staged(
+    saved_models: Sequence[Path], models: Path, name: str, count: int, *, link: bool = False
+) -> Iterator[Callable[[], Path]]:
+    """Stage the next `count` versions; gives a callable that makes the next of them visible by one rename.
+
+    The SavedModels take turns. Give two, so that the old and the new version never share a file: loading
+    would find everything where the old one has just used it. Every further version of the same SavedModel is
+    hard links to its first one, so that many cost no more space than one, and nothing has to be done during
+    the load. With `link` the first ones are links too, to the SavedModels, which then must not be changed.
+    What was not published is gone at the end of the block.
+
+    Raises:
+        SpikelessError: what `spikeless.repository.stage` raises.
+    """
+    with ExitStack() as stack:
+        candidates: list[repository.Candidate] = []
+        for number in range(count):
+            twin = number - len(saved_models)
+            candidate = (
+                repository.stage(saved_models[number], models, name, link=link)
+                if twin < 0
+                else repository.stage(candidates[twin].path, models, name, steps=(), link=True)
+            )
+            candidates.append(stack.enter_context(candidate))
+        waiting = iter(candidates)
+        yield lambda: next(waiting).publish()
 
 
 def publisher(command: str) -> Callable[[], object]:
@@ -184,8 +216,8 @@ def _drive(
     publish: Callable[[], object] | None,
     watcher: Watcher,
     progress: Progress | None,
-) -> tuple[float, Publish | None]:
-    """Run the load generator to its end; returns its start (``time.monotonic``) and what publishing did."""
+) -> tuple[float, Sequence[Publish]]:
+    """Run the load generator to its end; returns its start (``time.monotonic``) and what was published."""
     lines: queue.Queue[str | None] = queue.Queue()
     tail: list[str] = []
     process = subprocess.Popen(
@@ -200,7 +232,7 @@ def _drive(
     assert process.stdout is not None
     threading.Thread(target=_drain, args=(process.stdout, lines), daemon=True).start()
     start: float | None = None
-    publication = _Publication(publish)
+    series = _Series(settings.publish_moments, publish)
     workers: dict[int, dict[str, Any]] = {}
     give_up = time.monotonic() + settings.seconds + settings.timeout + _OVERHEAD_SECONDS
     try:
@@ -208,9 +240,7 @@ def _drive(
             now = time.monotonic()
             if now > give_up:
                 raise Internal("the load generator hangs; its output ends:\n" + "\n".join(tail))
-            if start is not None and settings.publish_at is not None and now >= start + settings.publish_at:
-                publication.begin()
-            publication.check()
+            series.check()
             try:
                 line = lines.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
@@ -223,6 +253,7 @@ def _drive(
             facts = json.loads(line[len(LINE_PREFIX) :])
             if "start" in facts:
                 start = time.monotonic() + facts["start"] - time.time()
+                series.begin(start)
                 continue
             workers[facts["worker"]] = facts
             if progress is not None and start is not None:
@@ -232,10 +263,11 @@ def _drive(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    published = publication.wait(start or 0.0)
+        series.end()
+    series.check()
     if code or start is None:
         raise Internal(f"the load generator exited with {code}; its output ends:\n" + "\n".join(tail))
-    return start, published
+    return start, series.published
 
 
 def _moment(start: float, workers: dict[int, dict[str, Any]], watcher: Watcher) -> Moment:
@@ -255,41 +287,42 @@ def _drain(stream: IO[str], lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-class _Publication:
-    """Calls `publish` once, in a thread of its own, and remembers when."""
+class _Series:
+    """Calls `publish` at each moment (seconds after the start), in a thread, and keeps the times."""
 
-    def __init__(self, publish: Callable[[], object] | None) -> None:
+    def __init__(self, moments: Sequence[float], publish: Callable[[], object] | None) -> None:
+        self.published: list[Publish] = []
+        self._moments = moments
         self._publish = publish
-        self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._times = (0.0, 0.0)
-        self._result = ""
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def begin(self) -> None:
-        if self._thread is None and self._publish is not None:
-            self._thread = threading.Thread(target=self._call, daemon=True)
-            self._thread.start()
+    def begin(self, start: float) -> None:
+        self._thread = threading.Thread(target=self._call, args=(start,), daemon=True)
+        self._thread.start()
 
-    def _call(self) -> None:
-        assert self._publish is not None
-        begin = time.monotonic()
+    def _call(self, start: float) -> None:
         try:
-            result = self._publish()
-            self._result = "" if result is None else str(result)
+            for moment in self._moments:
+                if self._ended.wait(max(0.0, start + moment - time.monotonic())):
+                    return
+                assert self._publish is not None
+                begin = time.monotonic()
+                result = self._publish()
+                end = time.monotonic()
+                text = "" if result is None else str(result)
+                self.published.append(Publish(begin - start, end - start, text))
         except Exception as error:
             self._error = error
-        self._times = (begin, time.monotonic())
 
     def check(self) -> None:
         """Raises FailedPrecondition when publishing has failed."""
         if self._error is not None:
             raise FailedPrecondition(f"publishing failed: {self._error}") from self._error
 
-    def wait(self, start: float) -> Publish | None:
-        """The publication with its times after `start`, once it is over; None when there was none."""
-        if self._thread is None:
-            return None
-        self._thread.join()
-        self.check()
-        begin, end = self._times
-        return Publish(begin - start, end - start, self._result)
+    def end(self) -> None:
+        """Call no more; returns when a call in progress is over."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()

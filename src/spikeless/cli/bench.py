@@ -1,4 +1,4 @@
-"""``spikeless bench``: drive load, swap a version in the middle of it, keep every request."""
+"""``spikeless bench``: drive load, swap versions in the middle of it, keep every request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATH = click.Path(path_type=Path)
 
 @click.group()
 def command() -> None:
-    """Measure latency under open-loop load while a version is swapped."""
+    """Measure latency under open-loop load while versions are swapped."""
 
 
 def _load_options(function: Any) -> Any:
@@ -55,9 +55,19 @@ def _load_options(function: Any) -> Any:
 @click.option("--seconds", default=30.0, show_default=True, help="How long requests leave.")
 @click.option("--warm-seconds", default=3.0, show_default=True, help="Left out of the steady window.")
 @click.option("--slo-ms", default=10.0, show_default=True, help="A slower request is part of a spike.")
-@click.option("--publish", "saved_model", type=_PATH, help="SavedModel to publish as the next version.")
-@click.option("--publish-command", help="Command that publishes instead.")
-@click.option("--publish-at", type=float, help="When, in seconds.  [default: after 60 % of the load]")
+@click.option(
+    "--publish",
+    "saved_models",
+    type=_PATH,
+    multiple=True,
+    help="SavedModel to publish as the next version. Repeatable: they take turns.",
+)
+@click.option("--publish-command", help="Command that publishes a version instead.")
+@click.option("--publishes", default=1, show_default=True, help="How many versions to publish.")
+@click.option(
+    "--publish-every", type=float, help="Seconds between two.  [default: an equal share of the load]"
+)
+@click.option("--publish-at", type=float, help="When the first, in seconds.  [default: 60 % of such a share]")
 @click.option("--allocator", type=click.Choice(launch.ALLOCATORS), default="glibc", show_default=True)
 @click.option("--server-flag", multiple=True, help="Further flag for the server that is started; repeatable.")
 @click.option("--floor/--no-floor", default=True, help="Measure the generator's own latency first.")
@@ -80,8 +90,10 @@ def run_command(
     seconds: float,
     warm_seconds: float,
     slo_ms: float,
-    saved_model: Path | None,
+    saved_models: tuple[Path, ...],
     publish_command: str | None,
+    publishes: int,
+    publish_every: float | None,
     publish_at: float | None,
     allocator: str,
     server_flag: tuple[str, ...],
@@ -92,14 +104,17 @@ def run_command(
     """Drive load against a server and write one raw result.
 
     Without --target a server is started on MODELS/MODEL_NAME (which engine: SPIKELESS_SERVER) and stopped
-    afterwards. With --publish or --publish-command the next version appears while the load runs. The requests
-    are by default those of the newest version's warmup file.
+    afterwards. With --publish or --publish-command the next version appears while the load runs, and with
+    --publishes one after the other. The requests are by default those of the newest version's warmup file.
     """
-    if saved_model is not None and publish_command is not None:
+    if saved_models and publish_command is not None:
         raise click.UsageError("--publish and --publish-command exclude each other")
-    publishes = saved_model is not None or publish_command is not None
-    if publish_at is not None and not publishes:
-        raise click.UsageError("--publish-at needs --publish or --publish-command")
+    swaps = bool(saved_models) or publish_command is not None
+    if not swaps and (publish_at is not None or publish_every is not None or publishes != 1):
+        raise click.UsageError(
+            "--publishes, --publish-at and --publish-every need --publish or --publish-command"
+        )
+    share = seconds / max(publishes, 1)
     settings = bench.Settings(
         model_name=model_name,
         requests=str(requests or _own_requests(models, model_name)),
@@ -109,7 +124,9 @@ def run_command(
         seed=seed,
         timeout=timeout,
         processes=processes,
-        publish_at=(0.6 * seconds if publish_at is None else publish_at) if publishes else None,
+        publish_at=(0.6 * share if publish_at is None else publish_at) if swaps else None,
+        publishes=publishes,
+        publish_every=share if publish_every is None else publish_every,
         warm_seconds=warm_seconds,
         slo_ms=slo_ms,
     )
@@ -122,9 +139,8 @@ def run_command(
         publish = None
         if publish_command is not None:
             publish = bench.publisher(publish_command)
-        elif saved_model is not None:
-            # All of publishing but the rename happens before the load.
-            publish = stack.enter_context(repository.stage(saved_model, models, model_name)).publish
+        elif saved_models:
+            publish = stack.enter_context(bench.staged(saved_models, models, model_name, publishes))
         if target is None:
             launched = launch.LaunchSettings(
                 model_name,

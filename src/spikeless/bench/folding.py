@@ -1,0 +1,153 @@
+"""Many reloads seen as one: folded on the moment of publishing, and held against windows without a reload.
+
+In: the runs of one scenario and their summaries. Out: a `Fold`. A spike of a few milliseconds touches so few
+requests that a single reload says little, and one of a whole run nothing. So the requests of all reloads are
+put together, and so are those of as many control windows of the same lengths. What differs from reload to
+reload, and not from request to request, decides how sure a figure is: intervals come from drawing whole
+reloads, each with its control, at random with replacement (the cluster bootstrap; Davison and Hinkley,
+Bootstrap Methods and their Application, 1997, section 3.8; percentile intervals).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikeless.bench.analysis import Reload, Summary, Window, latencies
+from spikeless.bench.record import Run
+
+#: The share of the requests that a figure is not exceeded by -> its name.
+FIGURES = {0.5: "p50", 0.99: "p99", 0.999: "p99.9", 1.0: "max"}
+#: One reload cannot be drawn at random.
+FEWEST_RELOADS = 2
+DRAWS = 2000
+CONFIDENCE = 0.95
+SEED = 1
+
+FOLD_RULES = (
+    "Folded figures: the requests of all reloads together, counted from the moment of publishing, and those "
+    "of as many control windows of the same lengths, each from the middle of the quiet time before its "
+    "reload. A reload that was not seen to be over, or whose window or control is contaminated, empty or "
+    "missing, is left out with its control and named. The excess is reload less control. In brackets: "
+    f"{CONFIDENCE:.0%} intervals from {DRAWS:,} draws of whole reloads with their controls (bootstrap, seed "
+    f"{SEED}); that of a maximum cannot reach beyond what was measured."
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure in milliseconds and the interval of `CONFIDENCE` around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The reloads of a scenario together.
+
+    pairs: for each reload that counts, the number of its run and the reload. left_out: why each of the others
+    does not count. reload, control, excess: name of a figure, as in `FIGURES`, -> its value, in milliseconds;
+    empty when fewer than `FEWEST_RELOADS` count.
+    """
+
+    pairs: Sequence[tuple[int, Reload]]
+    left_out: Sequence[str]
+    reload: dict[str, Estimate]
+    control: dict[str, Estimate]
+    excess: dict[str, Estimate]
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are figures."""
+        return len(self.pairs) >= FEWEST_RELOADS
+
+    @property
+    def seconds(self) -> float:
+        """Length of the longest window."""
+        return max((swap.window.end - swap.window.begin for _, swap in self.pairs), default=0.0)
+
+
+def fold(runs: Sequence[Run], summaries: Sequence[Summary]) -> Fold:
+    """The reloads of these runs together."""
+    pairs: list[tuple[int, Reload]] = []
+    left_out = []
+    for number, summary in enumerate(summaries):
+        for position, swap in enumerate(summary.reloads, start=1):
+            why = _unfit(swap)
+            if why is None:
+                pairs.append((number, swap))
+            else:
+                left_out.append(f"run {number + 1}, reload {position}: {why}")
+    if len(pairs) < FEWEST_RELOADS:
+        return Fold(pairs, left_out, {}, {}, {})
+    windows = [latencies(runs[number], swap.window) for number, swap in pairs]
+    controls = [latencies(runs[number], swap.control) for number, swap in pairs if swap.control is not None]
+    counts = _draws(len(pairs))
+    reload, control = _quantiles(windows, counts), _quantiles(controls, counts)
+    return Fold(
+        pairs=pairs,
+        left_out=left_out,
+        reload=_estimates(reload),
+        control=_estimates(control),
+        excess=_estimates(reload - control),
+    )
+
+
+def _unfit(swap: Reload) -> str | None:
+    """Why a reload does not count, or None when it does."""
+    if swap.incomplete:
+        return "; ".join(swap.incomplete)
+    if swap.control is None:
+        return "the quiet time before it is shorter than its window"
+    for name, window in (("window", swap.window), ("control", swap.control)):
+        why = _unfit_window(window)
+        if why is not None:
+            return f"{name}: {why}"
+    return None
+
+
+def _unfit_window(window: Window) -> str | None:
+    if not window.requests:
+        return "no request"
+    return "; ".join(window.contaminated) or None
+
+
+def _draws(reloads: int) -> NDArray[np.int64]:
+    """How often each reload is drawn, of shape ``[1 + DRAWS, reloads]``; the first draw is all of them."""
+    random = np.random.default_rng(SEED)
+    drawn = random.multinomial(reloads, np.full(reloads, 1 / reloads), size=DRAWS)
+    return np.vstack([np.ones((1, reloads), np.int64), drawn])
+
+
+def _quantiles(windows: Sequence[NDArray[np.float64]], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The figures of `FIGURES` for each draw, of shape ``[draws, figures]``.
+
+    Each is the smallest latency that at least its share of the drawn requests do not exceed, as in
+    `spikeless.bench.analysis.percentile`.
+    """
+    owner = np.repeat(np.arange(len(windows)), [len(window) for window in windows])
+    values = np.concatenate(windows)
+    order = np.argsort(values, kind="stable")
+    values, owner = values[order], owner[order]
+    figures = np.empty((len(counts), len(FIGURES)))
+    for number, count in enumerate(counts):
+        reached = np.cumsum(count[owner])
+        # Whole requests: without rounding up, the errors of a product could ask for one too many.
+        needed = np.ceil(np.array(list(FIGURES)) * reached[-1] - 1e-6)
+        figures[number] = values[np.searchsorted(reached, needed)]
+    return figures
+
+
+def _estimates(figures: NDArray[np.float64]) -> dict[str, Estimate]:
+    """From the figures of all draws, the first of which has every reload once."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(figures[1:], [tail, 1 - tail], axis=0)
+    return {
+        name: Estimate(float(figures[0, column]), float(low[column]), float(high[column]))
+        for column, name in enumerate(FIGURES.values())
+    }
