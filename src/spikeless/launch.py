@@ -100,6 +100,11 @@ class LaunchSettings:
             raise InvalidArgument("model_name and model_base_path belong together: give both or neither")
 
 
+def chosen_engine() -> str:
+    """What ``SPIKELESS_SERVER`` says: ``embedded``, ``docker`` or the path of a binary."""
+    return os.environ.get(ENGINE_VARIABLE) or "embedded"
+
+
 def start(settings: LaunchSettings) -> Server:
     """Start a server and wait until it is ready.
 
@@ -131,7 +136,7 @@ class Server:
         self.target = f"{LOOPBACK}:{self.port}"
         self.rest_url = f"http://{LOOPBACK}:{self.rest_port}" if self.rest_port else None
         self._container = f"spikeless-{uuid.uuid4().hex[:12]}"
-        chosen = settings.engine or os.environ.get(ENGINE_VARIABLE) or "embedded"
+        chosen = settings.engine or chosen_engine()
         self.engine, self.engine_version, self.command = self._plan(chosen)
 
         environment = {**os.environ, **settings.environment}

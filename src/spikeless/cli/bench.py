@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import shlex
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from spikeless import bench, launch, report, repository
+from spikeless import bench, ladder, launch, report, repository
 from spikeless.bench.floor import built_in_requests
 from spikeless.errors import InvalidArgument, NotFound
 
@@ -195,6 +198,57 @@ def floor_command(
         progress = stack.enter_context(bench.progress_bar("floor", seconds))
         measured = bench.measure_floor(settings, seconds, progress)
     click.echo(json.dumps(dataclasses.asdict(measured), indent=1) if as_json else report.floor_text(measured))
+
+
+@command.command("ladder")
+@click.argument("saved_models", type=_PATH, nargs=-1, required=True)
+@click.option("--name", required=True, help="What the models are, for the name of the result directory.")
+@click.option("--requests", type=_PATH, help="As in `run`.  [default: the first model's warmup file]")
+@click.option(
+    "--rung",
+    "rungs",
+    type=click.Choice([rung.key for rung in ladder.RUNGS]),
+    multiple=True,
+    help="Only this rung; repeatable.  [default: all]",
+)
+@click.option("--rounds", default=2, show_default=True, help="How often all rungs are run, in turns.")
+@click.option("--publishes", default=5, show_default=True, help="Versions published in each run.")
+@click.option("--publish-every", default=10.0, show_default=True, help="Seconds between two.")
+@click.option("--rate", default=200.0, show_default=True, help="Requests per second.")
+@click.option(
+    "--out", type=_PATH, help="The result directory.  [default: benchmarks/results/<date>-<engine>-<name>]"
+)
+def ladder_command(
+    saved_models: tuple[Path, ...],
+    name: str,
+    requests: Path | None,
+    rungs: tuple[str, ...],
+    rounds: int,
+    publishes: int,
+    publish_every: float,
+    rate: float,
+    out: Path | None,
+) -> None:
+    """Measure what each remedy against the reload spike is worth, on the engine that SPIKELESS_SERVER names.
+
+    Each rung adds one remedy to the one before; all are run in turns. Versions of the SAVED_MODELS, which
+    take turns and must have warmup files, are published one after the other while the load runs. A reload has
+    to be over in less than half of --publish-every, or there is no quiet time to hold it against.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc)
+    settings = ladder.LadderSettings(
+        saved_models=saved_models,
+        requests=requests or saved_models[0] / _WARMUP_FILE,
+        out=out or Path("benchmarks/results") / f"{now:%Y-%m-%d}-{Path(launch.chosen_engine()).name}-{name}",
+        command=shlex.join(["spikeless", *sys.argv[1:]]),
+        rungs=tuple(rung for rung in ladder.RUNGS if not rungs or rung.key in rungs),
+        rounds=rounds,
+        publishes=publishes,
+        publish_every=publish_every,
+        rate=rate,
+    )
+    click.echo(ladder.run(settings, Console(stderr=True)).read_text())
+    click.echo(settings.out)
 
 
 @command.command("merge")

@@ -1,0 +1,110 @@
+"""Make models to measure reloads with: an embedding of a given size and a small dense network behind it.
+
+    python benchmarks/make_embedding_model.py runs/embedding-512 --megabytes 512
+
+In: a size. Out: ``OUT/1``, ``OUT/2``, ...: SavedModels with the same graph and different parameters, each
+with warmup records that look up random rows; and ``OUT/requests``, many more such records to replay. ``OUT``
+appears whole or not at all.
+
+Kinds:
+
+keras    exported by Keras 3, whose exports restore every variable twice
+module   a ``tf.Module``, whose variables are restored once; the table is read densely (``GatherV2``)
+sparse   the same, but the table is read sparsely (``ResourceGather``)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+import numpy as np
+
+from spikeless import directories, tfrecord, warmup
+from spikeless.errors import AlreadyExists
+from spikeless.warmup.requests import predict
+
+KINDS = ("keras", "module", "sparse")
+WIDTH, IDS, HIDDEN = 64, 32, 256
+#: The records of a warmup file, and those to replay.
+WARMUP_REQUESTS, REQUESTS = 20, 1000
+
+
+def make(out: Path, megabytes: int, kind: str = "keras", versions: int = 2) -> None:
+    """Write the models and the requests to `out`.
+
+    Raises:
+        AlreadyExists: there is something at `out`.
+    """
+    if out.exists():
+        raise AlreadyExists(f"{out} is there already; give a new folder")
+    rows = megabytes * 2**20 // (4 * WIDTH)
+    generator = np.random.default_rng(0)
+    records = [
+        predict("serving_default", {"ids": generator.integers(0, rows, (1, IDS))}).SerializeToString()
+        for _ in range(REQUESTS)
+    ]
+    with directories.staging(out.absolute().parent / ".staging") as staging:
+        for version in range(1, versions + 1):
+            model = staging / "models" / str(version)
+            (_export_keras if kind == "keras" else _export_module)(model, rows, version, kind)
+            own = warmup.warmup_file(model)
+            own.parent.mkdir(exist_ok=True)
+            tfrecord.write(own, records[:WARMUP_REQUESTS])
+        tfrecord.write(staging / "models" / "requests", records)
+        directories.make_readable(staging / "models")
+        directories.sync_tree(staging / "models")
+        os.rename(staging / "models", out)
+
+
+def _export_keras(path: Path, rows: int, seed: int, kind: str) -> None:
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    ids = keras.Input((IDS,), dtype="int64", name="ids")
+    x = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(rows, WIDTH)(ids))
+    for _ in range(2):
+        x = keras.layers.Dense(HIDDEN, activation="relu")(x)
+    keras.Model(ids, keras.layers.Dense(1, activation="sigmoid")(x)).export(path, verbose=False)
+    keras.backend.clear_session()
+
+
+def _export_module(path: Path, rows: int, seed: int, kind: str) -> None:
+    import tensorflow as tf
+
+    model = tf.Module()
+    model.table = tf.Variable(tf.random.stateless_uniform([rows, WIDTH], [seed, 1]), name="table")
+    shapes = [[WIDTH, HIDDEN], [HIDDEN, HIDDEN], [HIDDEN, 1]]
+    model.kernels = [
+        tf.Variable(tf.random.stateless_normal(shape, [seed, 2 + number]) / 8, name=f"kernel_{number}")
+        for number, shape in enumerate(shapes)
+    ]
+
+    @tf.function(input_signature=[tf.TensorSpec([None, IDS], tf.int64, "ids")])
+    def serve(ids: tf.Tensor) -> dict[str, tf.Tensor]:
+        table = model.table if kind == "sparse" else tf.convert_to_tensor(model.table)
+        x = tf.reduce_mean(tf.nn.embedding_lookup(table, ids), 1)
+        for kernel in model.kernels[:-1]:
+            x = tf.nn.relu(x @ kernel)
+        return {"scores": tf.sigmoid(x @ model.kernels[-1])}
+
+    model.serve = serve
+    tf.saved_model.save(model, str(path), {"serving_default": serve})
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--megabytes", type=click.IntRange(1), default=512, show_default=True, help="Of the embedding.")
+@click.option("--kind", type=click.Choice(KINDS), default="keras", show_default=True)
+@click.option("--versions", type=click.IntRange(1), default=2, show_default=True, help="How many models.")
+def main(out: Path, megabytes: int, kind: str, versions: int) -> None:
+    """Make models of an embedding of a given size in OUT."""
+    try:
+        make(out, megabytes, kind, versions)
+    except AlreadyExists as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
