@@ -6,7 +6,7 @@ the same code and message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,15 @@ from spikeless.protos import (
     prediction_service_pb2_grpc,
 )
 from spikeless.tensors import to_numpy, to_proto
+
+# Knock again soon: a server that was restarted should be found at once. And never through a proxy.
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
 
 
 class RemoteError(SpikelessError):
@@ -60,9 +69,7 @@ class Client:
     def __init__(self, target: str, timeout: float = 10.0) -> None:
         self.target = target
         self.timeout = timeout
-        self._channel = grpc.insecure_channel(
-            target, options=[("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
-        )
+        self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
         self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -98,18 +105,46 @@ class Client:
 
     def signatures(self, name: str, version: int | None = None) -> dict[str, meta_graph_pb2.SignatureDef]:
         """The signatures of a model that is being served."""
-        request = get_model_metadata_pb2.GetModelMetadataRequest(
-            model_spec=model_spec(name, version), metadata_field=["signature_def"]
-        )
-        response = self.call(self.prediction.GetModelMetadata, request)
+        response = self._metadata(model_spec(name, version))
         signatures = get_model_metadata_pb2.SignatureDefMap()
         response.metadata["signature_def"].Unpack(signatures)
         return dict(signatures.signature_def)
 
+    def version_of(self, name: str, label: str = "") -> int:
+        """The version that answers requests with this label, or with neither version nor label."""
+        return int(self._metadata(model_spec(name, label=label)).model_spec.version.value)
+
+    def _metadata(self, spec: model_pb2.ModelSpec) -> get_model_metadata_pb2.GetModelMetadataResponse:
+        request = get_model_metadata_pb2.GetModelMetadataRequest(
+            model_spec=spec, metadata_field=["signature_def"]
+        )
+        return self.call(self.prediction.GetModelMetadata, request)
+
     def reload_config(self, config: model_server_config_pb2.ModelServerConfig) -> None:
-        """Replace the server's whole model configuration."""
+        """Replace the server's whole model configuration; returns when models that are new are available."""
+        self.start_reload(config, self.timeout)(None)
+
+    def start_reload(
+        self, config: model_server_config_pb2.ModelServerConfig, timeout: float
+    ) -> Callable[[float | None], bool]:
+        """Begin to replace the server's whole model configuration.
+
+        Returns:
+            A function that waits so many seconds at most (None: to the end) and tells whether the server has
+            answered; it raises the error that it answered with.
+        """
         request = model_management_pb2.ReloadConfigRequest(config=config)
-        self.call(self.models.HandleReloadConfigRequest, request)
+        pending = self.models.HandleReloadConfigRequest.future(request, timeout=timeout)
+
+        def answered(wait: float | None) -> bool:
+            try:
+                with _translated(self.target):
+                    pending.result(wait)
+            except grpc.FutureTimeoutError:
+                return False
+            return True
+
+        return answered
 
     def is_serving(self) -> bool:
         """What the standard health service says (TensorFlow Serving itself has none)."""

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,9 +104,9 @@ class ServerCore:
             in_use = self._labels.get(model.name, {})
             available = self.manager.available(model.name)
             for label, version in model.version_labels.items():
-                unused = label not in in_use
-                excused = in_use.get(label) == version or (
-                    unused and self.settings.allow_version_labels_for_unavailable_models
+                excused = (
+                    self.settings.allow_version_labels_for_unavailable_models
+                    and in_use.get(label, version) == version
                 )
                 if version not in available and not excused:
                     raise FailedPrecondition(
@@ -154,8 +154,19 @@ class ServerCore:
         """
         if not spec.name:
             raise InvalidArgument("ModelSpec has no name specified.")
-        with self.manager.use(spec.name, self.version_of(spec)) as model:
-            yield model
+        with ExitStack() as lent:
+            yield self._lend(spec, lent)
+
+    def _lend(self, spec: model_pb2.ModelSpec, lent: ExitStack) -> Model:
+        version = self.version_of(spec)
+        while True:
+            try:
+                return lent.enter_context(self.manager.use(spec.name, version))
+            except NotFound:
+                # A label may have moved after it was looked up, and the version that it left be gone.
+                asked, version = version, self.version_of(spec)
+                if asked == version:
+                    raise
 
     def version_of(self, spec: model_pb2.ModelSpec) -> int | None:
         """The version that a ``ModelSpec`` asks for, None for the latest."""

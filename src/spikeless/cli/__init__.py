@@ -19,6 +19,8 @@ COMMANDS: dict[str, str] = {
     "map": "Map a model's parameters from files instead of restoring them.",
     "keep": "Keep the mapped parameters of served versions in memory.",
     "inspect": "Show the variables of a SavedModel: mapped, restored or dropped.",
+    "promote": "Give callers another version, after checking it on the servers.",
+    "rollback": "Give callers the version from before.",
     "serve": "Serve models with the embedded engine.",
     "bench": "Measure latency under load while a version is swapped.",
     "report": "Turn raw results into a page and a table.",

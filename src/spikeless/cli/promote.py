@@ -1,0 +1,73 @@
+"""``spikeless promote``: give callers another version, after it has been checked on the servers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from spikeless.cli._options import (
+    Duration,
+    fleet_options,
+    fleet_settings,
+    models_option,
+    tell,
+    terminated_as_interrupted,
+)
+from spikeless.plans import STABLE
+from spikeless.probes import ComparisonSettings
+from spikeless.promotion import PromotionSettings, promote
+from spikeless.soak import SoakSettings
+
+
+@click.command()
+@click.argument("name")
+@click.argument("version", type=int)
+@click.option("--label", default=STABLE, show_default=True, help="The label that moves.")
+@click.option("--canary", is_flag=True, help="Only serve it as NAME-canary; requests to NAME never reach it.")
+@click.option(
+    "--soak", type=Duration(), default="0s", help="Watch it so long, as in 10m, before the last steps."
+)
+@click.option(
+    "--metrics", default="", help="Watch these, as in http://{host}:8501/monitoring/prometheus/metrics."
+)
+@click.option(
+    "--max-p99-ratio", default=1.5, show_default=True, help="Its p99 over that of the stable version."
+)
+@click.option("--requests", default=200, show_default=True, help="Requests that each of the two is sent.")
+@click.option(
+    "--keep-previous/--unload-previous", default=True, help="Keep the last version loaded, to go back."
+)
+@click.option("--takes-unlabelled", is_flag=True, help="It may take requests that name no label.")
+@click.option("--serving-root", help="Where servers see the repository, when models.config is new.")
+@click.option("--reason", default="", help="Why, for the journal.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@models_option
+@fleet_options
+def command(name: str, version: int, models: Path, as_json: bool, **options: Any) -> None:
+    """Make VERSION the version that callers of NAME get.
+
+    It is loaded as NAME-canary first, asked its warmup and golden requests there, and compared with the
+    stable version; then it is added to NAME, and the label moves. If anything fails on any server, all is put
+    back. models.config is written at each step. Progress goes to standard error. Repeat the command when it
+    was killed: it goes on where it was.
+
+    Servers that read models.config need --allow_version_labels_for_unavailable_models to start with labels.
+    """
+    fleet = fleet_settings(options)
+    settings = PromotionSettings(
+        label=options["label"],
+        canary=options["canary"],
+        keep_previous=options["keep_previous"],
+        takes_unlabelled=options["takes_unlabelled"],
+        serving_root=options["serving_root"],
+        comparison=ComparisonSettings(options["requests"], max_p99_ratio=options["max_p99_ratio"]),
+        soak=SoakSettings(options["soak"], metrics=options["metrics"]),
+        reason=options["reason"],
+    )
+    with terminated_as_interrupted():
+        outcome = promote(models, name, version, fleet, settings, tell)
+    click.echo(json.dumps(dataclasses.asdict(outcome)) if as_json else outcome)

@@ -1,0 +1,385 @@
+"""A fleet: the servers that serve one repository, brought from one configuration to the next.
+
+In: what ``models.config`` should say about some models. Out: servers that serve just that, brought to it one
+after the other or a few at a time, or an error that tells of each server where it stands.
+
+A server is asked twice: it accepts the configuration, and then its states, labels and answers are followed
+until they are what is wanted. One that does not answer for a moment, because it is being restarted, is waited
+for; it reads the same ``models.config``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from spikeless import models_config
+from spikeless.client import Client, RemoteError
+from spikeless.errors import (
+    Cancelled,
+    Code,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    SpikelessError,
+    Unavailable,
+)
+from spikeless.manager import State, VersionStatus
+from spikeless.models_config import model_in
+
+Progress = Callable[[str], None]
+#: The name of a model -> the text of its ``config { ... }``, None where it has none.
+Blocks = Mapping[str, str | None]
+
+_POLL_SECONDS = 0.03
+#: Seconds until a server has begun what it has accepted; until then, a failure from before is just that.
+_BEGIN_SECONDS = 3.0
+#: Seconds until a server has taken out of service what it no longer should serve.
+_SETTLE_SECONDS = 30.0
+_CALL_SECONDS = 5.0
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True)
+class FleetSettings:
+    """How gently servers are treated.
+
+    targets: ``host:port`` of each server's gRPC port, in the order in which they are changed.
+    stagger: seconds between two servers that begin to load; up to half of it is added at random, so that
+        hosts which share a disk do not read it at the same moment.
+    at_most: servers that load at the same time.
+    load_timeout: seconds that one server may take to load a version.
+    patience: seconds for which a server may be silent before it counts as gone.
+    """
+
+    targets: Sequence[str]
+    stagger: float = 0.0
+    at_most: int = 1
+    load_timeout: float = 600.0
+    patience: float = 15.0
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise InvalidArgument("no server is named: give --servers HOST:PORT[,HOST:PORT...], or a file")
+        if len(set(self.targets)) < len(self.targets):
+            raise InvalidArgument(f"a server is named twice: {', '.join(self.targets)}")
+        if self.at_most < 1 or self.stagger < 0:
+            raise InvalidArgument("--at-most must be 1 or more, --stagger 0 or more")
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """``a:8500,b:8500``, or the name of a file with one server a line (``#`` begins a comment)."""
+    if Path(text).is_file():
+        lines = Path(text).read_text().splitlines()
+        parts = [line.partition("#")[0].strip() for line in lines]
+    else:
+        parts = [part.strip() for part in text.split(",")]
+    targets = tuple(part for part in parts if part)
+    for target in targets:
+        host, _, port = target.rpartition(":")
+        if not host or not port.isdigit():
+            raise InvalidArgument(f"{target!r} is neither HOST:PORT nor a file of them")
+    return targets
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a server should do: per model, the versions that are available, and what each label means."""
+
+    versions: Mapping[str, Collection[int]] = field(default_factory=dict)
+    labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+def wanted(blocks: Blocks) -> Wanted:
+    """What the texts of models in ``models.config`` ask for; one without specific versions asks nothing."""
+    versions, labels = {}, {}
+    for name, block in blocks.items():
+        model = model_in(block) if block is not None else None
+        if model is not None and model.model_version_policy.HasField("specific"):
+            versions[name] = tuple(model.model_version_policy.specific.versions)
+            labels[name] = dict(model.version_labels)
+    return Wanted(versions, labels)
+
+
+class FleetError(SpikelessError):
+    """A server did not do what it should; ``report`` has a line for each."""
+
+    def __init__(self, target: str, cause: SpikelessError, report: Mapping[str, str]) -> None:
+        lines = [f"{target}: {cause}"]
+        if len(report) > 1:
+            lines += [f"  {server}: {state}" for server, state in report.items()]
+        super().__init__("\n".join(lines))
+        self.report = report
+        self.code = cause.code
+
+
+class Fleet:
+    """Connections to all servers; a context manager that closes them."""
+
+    def __init__(
+        self,
+        models: str | os.PathLike[str],
+        settings: FleetSettings,
+        progress: Progress = lambda line: None,
+    ) -> None:
+        self.models = Path(models)
+        self.settings = settings
+        self._progress = progress
+        self.clients = {target: Client(target, _CALL_SECONDS) for target in settings.targets}
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client.close()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- questions ----------------------------------------------------------------------------------
+
+    def statuses(self, name: str) -> dict[str, list[VersionStatus]]:
+        """The states of a model's versions on each server; no states where it is unknown.
+
+        Raises:
+            Unavailable: a server does not answer.
+        """
+        return {target: states(client, name) for target, client in self.clients.items()}
+
+    # --- changes ------------------------------------------------------------------------------------
+
+    def bring(self, blocks: Blocks, *, staggered: bool = False, keep_going: bool = False) -> None:
+        """Bring every server to what ``models.config`` says, with ``blocks`` in it.
+
+        Args:
+            blocks: models that have changed.
+            staggered: begin with servers one after the other, as the settings say.
+            keep_going: go on with the other servers after a failure.
+
+        Raises:
+            FleetError: a server failed; those after it were left alone, unless ``keep_going``.
+        """
+        report = dict.fromkeys(self.clients, "left alone")
+        failures: dict[str, SpikelessError] = {}
+        stop, interrupted = threading.Event(), threading.Event()
+
+        def work(target: str) -> None:
+            if stop.is_set():
+                return
+            started = time.monotonic()
+            try:
+                _Change(self, self.clients[target], blocks, interrupted).make()
+                report[target] = f"done in {time.monotonic() - started:.1f} s"
+            except SpikelessError as error:
+                report[target] = f"failed: {error}"
+                failures[target] = error
+                if not keep_going:
+                    stop.set()
+
+        with ThreadPoolExecutor(self.settings.at_most if staggered else len(self.clients)) as pool:
+            pending = []
+            try:
+                for number, target in enumerate(self.clients):
+                    if number and staggered and self.settings.stagger:
+                        pause = self.settings.stagger * random.uniform(1.0, 1.5)
+                        self.say(target, f"waits {pause:.0f} s for its turn")
+                        if stop.wait(pause):
+                            break
+                    pending.append(pool.submit(work, target))
+                for future in pending:
+                    future.result()
+            except BaseException:
+                # Ctrl-C: nobody begins any more, and those who have begun give up.
+                stop.set()
+                interrupted.set()
+                raise
+        for target in self.clients:
+            if target in failures:
+                raise FleetError(target, failures[target], report)
+
+    def say(self, target: str, text: str) -> None:
+        """Tell of progress on one server."""
+        self._progress(f"{target}: {text}")
+
+
+def states(client: Client, name: str) -> list[VersionStatus]:
+    """The states of a model's versions; none when the server does not know it."""
+    try:
+        return client.statuses(name)
+    except SpikelessError as error:
+        if error.code is Code.NOT_FOUND:
+            return []
+        raise
+
+
+#: What a server answers with, or gRPC for it, when it is restarting, hangs or has too much to do.
+_PASSING = (Code.UNAVAILABLE, Code.CANCELLED, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)
+
+
+class _Silent(SpikelessError):
+    """A server did not answer just now."""
+
+    code = Code.UNAVAILABLE
+
+
+class _Change:
+    """One server on its way to what is wanted."""
+
+    def __init__(self, fleet: Fleet, client: Client, blocks: Blocks, interrupted: threading.Event) -> None:
+        self._fleet = fleet
+        self._client = client
+        self._blocks = blocks
+        self._wanted = wanted(blocks)
+        self._interrupted = interrupted
+        self._heard = time.monotonic()
+        self._deadline = self._heard + fleet.settings.load_timeout
+        self._said: dict[tuple[str, int], State] = {}
+        # Failures from before, which the server forgets when it begins anew.
+        self._old: dict[tuple[str, int], str] = {}
+
+    def make(self) -> None:
+        """Send the configuration, and follow the server until it is in force.
+
+        Raises:
+            SpikelessError: it was refused, a version cannot be loaded, the server is gone or too slow.
+        """
+        self._note_old_states()
+        while True:
+            try:
+                self._send()
+                self._follow()
+                return
+            except _Silent as silence:
+                # It may be restarting. It is told again: what it was told before may be lost.
+                if self._silent_for() > self._fleet.settings.patience:
+                    raise Unavailable(
+                        f"the server has not answered for {self._fleet.settings.patience:g} s: {silence}"
+                    ) from None
+                self._pause()
+
+    def _note_old_states(self) -> None:
+        with suppress(SpikelessError):
+            for name in self._wanted.versions:
+                for status in states(self._client, name):
+                    self._said[name, status.version] = status.state
+                    if status.state is State.END:
+                        self._old[name, status.version] = str(status.error)
+
+    def _send(self) -> None:
+        """Send the newest content of the file; nobody can change it until the server has answered."""
+        with models_config.sending(self._fleet.models) as config:
+            for name, block in self._blocks.items():
+                config = config.with_block(name, block)
+            left = max(self._deadline - time.monotonic(), _CALL_SECONDS)
+            answered = self._client.start_reload(config.message, left)
+            patient_until = time.monotonic() + _CALL_SECONDS
+            while not self._has_answered(answered):
+                self._check_time()
+                # A model that is new to the server is loaded before the answer comes.
+                try:
+                    self._ask(self._loaded)
+                except _Silent:
+                    if self._silent_for() > self._fleet.settings.patience:
+                        raise
+                if time.monotonic() > patient_until:
+                    patient_until = self._deadline
+                    self._fleet.say(self._client.target, "has not taken the configuration yet")
+        self._heard = time.monotonic()
+
+    def _has_answered(self, answered: Callable[[float | None], bool]) -> bool:
+        try:
+            return answered(_POLL_SECONDS)
+        except SpikelessError as error:
+            if error.code in _PASSING:
+                raise _Silent(str(error)) from None
+            # The states may know better than the answer why a version cannot be loaded.
+            self._ask(self._loaded)
+            raise
+
+    def _follow(self) -> None:
+        """Wait until every version is available, and then until it is in force as well."""
+        began = time.monotonic()
+        while not self._ask(self._loaded):
+            self._check_time()
+            self._pause()
+            if time.monotonic() - began > _BEGIN_SECONDS:
+                self._old.clear()
+        loaded = time.monotonic()
+        while problem := self._ask(self._not_in_force):
+            self._check_time()
+            self._pause()
+            if time.monotonic() - loaded > _SETTLE_SECONDS:
+                raise FailedPrecondition(
+                    f"{problem}; does the server read another --model_config_file over and over?"
+                )
+
+    def _ask(self, question: Callable[[], _Answer]) -> _Answer:
+        try:
+            answer = question()
+        except RemoteError as error:
+            if error.code in _PASSING:
+                raise _Silent(str(error)) from None
+            raise
+        except Unavailable as error:
+            raise _Silent(str(error)) from None
+        self._heard = time.monotonic()
+        return answer
+
+    def _loaded(self) -> bool:
+        """Whether every wanted version is available; tells of each change of state."""
+        return all([self._all_available(name) for name in self._wanted.versions])
+
+    def _all_available(self, name: str) -> bool:
+        missing = set(self._wanted.versions[name])
+        for status in states(self._client, name):
+            key = (name, status.version)
+            if status.version not in missing:
+                continue
+            if status.state is not State.END:
+                self._old.pop(key, None)
+            if self._said.get(key) is not status.state:
+                self._said[key] = status.state
+                self._fleet.say(self._client.target, f"{name} version {status.version}: {status.state.name}")
+            if status.state is State.AVAILABLE:
+                missing.remove(status.version)
+            elif status.state is State.END and status.error and self._old.get(key) != str(status.error):
+                raise FailedPrecondition(f"{name} version {status.version} cannot be loaded: {status.error}")
+        return not missing
+
+    def _not_in_force(self) -> str:
+        """What is not as wanted, labels and requests without a label; empty when all is."""
+        for name, numbers in self._wanted.versions.items():
+            asked = {"": max(numbers), **self._wanted.labels[name]}
+            for label, version in asked.items():
+                found = self._client.version_of(name, label)
+                if found != version:
+                    what = f"label {label}" if label else "a request without a label"
+                    return f"{what} of {name} gets version {found} instead of {version}"
+        return ""
+
+    def _silent_for(self) -> float:
+        return time.monotonic() - self._heard
+
+    def _check_time(self) -> None:
+        if self._interrupted.is_set():
+            raise Cancelled("interrupted")
+        if time.monotonic() > self._deadline:
+            known = ", ".join(
+                f"{name} {number}: {state.name}" for (name, number), state in self._said.items()
+            )
+            raise DeadlineExceeded(
+                f"not done after {self._fleet.settings.load_timeout:g} s ({known or 'no state is known'}); "
+                "the server's log may say why, --load-timeout gives it longer"
+            )
+
+    def _pause(self) -> None:
+        self._interrupted.wait(_POLL_SECONDS)

@@ -1,0 +1,195 @@
+"""Golden requests: requests whose right answers are known, and how far an answer may be from them.
+
+In: ``PredictionLog`` records, each with request and response, beside a tolerance. A version carries its own:
+``assets.extra/spikeless_golden_requests`` (TFRecord) and ``assets.extra/spikeless_golden.json``; servers look
+at neither. Out: what differs, in words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spikeless import files, tfrecord
+from spikeless.errors import InvalidArgument, NotFound
+from spikeless.protos import (
+    classification_pb2,
+    inference_pb2,
+    predict_pb2,
+    regression_pb2,
+)
+from spikeless.savedmodel import EXTRA_DIRECTORY
+from spikeless.tensors import shape_text, to_numpy
+from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS, Record, read
+from spikeless.warmup.replay import Inference
+
+REQUESTS_FILE = "spikeless_golden_requests"
+TOLERANCE_FILE = "spikeless_golden.json"
+
+_Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """An answer is right when ``|answer - expected| <= atol + rtol * |expected|`` for every number."""
+
+    rtol: float = 1e-4
+    atol: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Golden requests with their tolerance."""
+
+    records: tuple[Record, ...] = ()
+    tolerance: Tolerance = Tolerance()
+
+
+def read_file(path: str | os.PathLike[str], tolerance: Tolerance) -> Golden:
+    """The golden requests of a file.
+
+    Raises:
+        NotFound, DataLoss, InvalidArgument: there is no such file, it is damaged, or a record has no answer.
+    """
+    records = tuple(read(path, gzipped=None))
+    for record in records:
+        if record.kind not in LOG_FIELDS:
+            raise InvalidArgument(
+                f"{path}: record {record.number} holds {record.kind}, which is not answered"
+            )
+        if not _log(record).HasField("response"):
+            raise InvalidArgument(
+                f"{path}: record {record.number} has no response; golden requests need their right answers, "
+                "as `spikeless capture` writes them"
+            )
+    if not records:
+        raise InvalidArgument(f"{path} has no records; leave it out, or give golden requests")
+    return Golden(records, tolerance)
+
+
+def of_version(version: str | os.PathLike[str]) -> Golden:
+    """The golden requests that a version carries; none when it has no such file."""
+    extra = Path(version, EXTRA_DIRECTORY)
+    if not (extra / REQUESTS_FILE).exists():
+        return Golden()
+    try:
+        tolerance = Tolerance(**json.loads((extra / TOLERANCE_FILE).read_text()))
+    except FileNotFoundError:
+        raise NotFound(f"{extra / TOLERANCE_FILE} is missing; publish the version again") from None
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"{extra / TOLERANCE_FILE} cannot be read: {error}") from None
+    return read_file(extra / REQUESTS_FILE, tolerance)
+
+
+def write_to_version(golden: Golden, version: str | os.PathLike[str]) -> None:
+    """Put golden requests into a version that is being made."""
+    extra = Path(version, EXTRA_DIRECTORY)
+    extra.mkdir(exist_ok=True)
+    tfrecord.write(extra / REQUESTS_FILE, (record.log.SerializeToString() for record in golden.records))
+    files.write_atomically(extra / TOLERANCE_FILE, json.dumps(asdict(golden.tolerance)).encode() + b"\n")
+
+
+def _log(record: Record) -> Any:
+    return getattr(record.log, LOG_FIELDS[record.kind or ""])
+
+
+def answer(model: Inference, record: Record) -> Any:
+    """What ``model`` answers to a record's request."""
+    ask = {
+        PREDICT: model.predict,
+        CLASSIFY: model.classify,
+        REGRESS: model.regress,
+        MULTI_INFERENCE: model.multi_inference,
+    }[record.kind or ""]
+    return ask(record.request)
+
+
+def check(model: Inference, golden: Golden) -> None:
+    """Send every golden request to ``model``.
+
+    Raises:
+        InvalidArgument: an answer is not the right one; it names the record, the output and the numbers.
+        SpikelessError: a request failed.
+    """
+    for record in golden.records:
+        problem = difference(_log(record).response, answer(model, record), golden.tolerance)
+        if problem:
+            raise InvalidArgument(f"golden request {record.number} of {len(golden.records)}: {problem}")
+
+
+def difference(expected: Any, actual: Any, tolerance: Tolerance) -> str | None:
+    """How a response differs from the expected one, in words; None when it is right."""
+    wanted, found = outputs(expected), outputs(actual)
+    if missing := sorted(set(wanted) - set(found)):
+        return f"the answer lacks {', '.join(missing)}; it has {', '.join(sorted(found))}"
+    for name, array in wanted.items():
+        problem = _array_difference(array, found[name], tolerance)
+        if problem:
+            return f"{name} {problem}"
+    return None
+
+
+def _array_difference(expected: Any, actual: Any, tolerance: Tolerance) -> str | None:
+    if expected.shape != actual.shape:
+        return f"has shape {shape_text(actual.shape)} instead of {shape_text(expected.shape)}"
+    if expected.dtype != actual.dtype:
+        return f"has type {actual.dtype} instead of {expected.dtype}"
+    if expected.dtype.kind in "Ob":
+        wrong = expected != actual
+    else:
+        wide = np.complex128 if expected.dtype.kind == "c" else np.float64
+        if expected.dtype.kind not in "iu":
+            expected, actual = expected.astype(wide), actual.astype(wide)
+        wrong = ~np.isclose(actual, expected, rtol=tolerance.rtol, atol=tolerance.atol, equal_nan=True)
+    if not np.any(wrong):
+        return None
+    at = tuple(int(index) for index in np.argwhere(wrong)[0])
+    where = f" at {list(at)}" if at else ""
+    return (
+        f"is {actual[at]!r}{where} instead of {expected[at]!r} "
+        f"({np.count_nonzero(wrong)} of {wrong.size} values differ; rtol {tolerance.rtol:g}, "
+        f"atol {tolerance.atol:g})"
+    )
+
+
+def outputs(response: Any) -> _Arrays:
+    """The values of any response, by the name of the output."""
+    if isinstance(response, predict_pb2.PredictResponse):
+        return {alias: to_numpy(tensor) for alias, tensor in response.outputs.items()}
+    if isinstance(response, classification_pb2.ClassificationResponse):
+        return _classes(response.result)
+    if isinstance(response, regression_pb2.RegressionResponse):
+        return _values(response.result)
+    assert isinstance(response, inference_pb2.MultiInferenceResponse)
+    found: _Arrays = {}
+    for result in response.results:
+        one = _classes if result.HasField("classification_result") else _values
+        arrays: Mapping[str, Any] = one(getattr(result, result.WhichOneof("result")))
+        found |= {f"{result.model_spec.signature_name}.{key}": array for key, array in arrays.items()}
+    return found
+
+
+def _classes(result: classification_pb2.ClassificationResult) -> _Arrays:
+    rows = [list(row.classes) for row in result.classifications]
+    return {
+        "classes": np.array([[one.label for one in row] for row in rows], dtype=object),
+        "scores": np.array([[one.score for one in row] for row in rows], dtype=np.float32),
+    }
+
+
+def _values(result: regression_pb2.RegressionResult) -> _Arrays:
+    return {"values": np.array([one.value for one in result.regressions], dtype=np.float32)}
+
+
+def not_finite(response: Any) -> str | None:
+    """The first output with a NaN or an infinity in it, or None."""
+    for name, array in outputs(response).items():
+        if array.dtype.kind not in "Obiu" and not np.all(np.isfinite(array.astype(np.complex128))):
+            return name
+    return None

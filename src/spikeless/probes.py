@@ -1,0 +1,269 @@
+"""Probes: a version that a server has loaded is asked before its traffic asks it.
+
+In: the warmup records and golden requests that a version carries. Out: nothing when it answers well, an error
+that names the request and the numbers when it does not, and how it compares with another version.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from spikeless import golden
+from spikeless.client import Client, model_spec
+from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.golden import Golden
+from spikeless.manager import State
+from spikeless.warmup.records import LOG_FIELDS, Record, read, warmup_file
+
+#: Different requests that are kept of a warmup file: a probe needs variety, not all of a thousand.
+MAX_REQUESTS = 100
+
+
+class Remote:
+    """One version on one server, as something that answers requests (`spikeless.warmup.replay.Inference`)."""
+
+    def __init__(self, client: Client, name: str, version: int) -> None:
+        self._client = client
+        self.name = name
+        self.version = version
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version} on {self._client.target}"
+
+    @property
+    def host(self) -> str:
+        """The server's host, without the port."""
+        return self._client.target.rpartition(":")[0]
+
+    def state(self) -> State:
+        """The version's state."""
+        return self._client.statuses(self.name, self.version)[0].state
+
+    def predict(self, request: Any) -> Any:
+        return self._call(self._client.prediction.Predict, request)
+
+    def classify(self, request: Any) -> Any:
+        return self._call(self._client.prediction.Classify, request)
+
+    def regress(self, request: Any) -> Any:
+        return self._call(self._client.prediction.Regress, request)
+
+    def multi_inference(self, request: Any) -> Any:
+        own = type(request)()
+        own.CopyFrom(request)
+        for task in own.tasks:
+            self._address(task.model_spec)
+        return self._client.call(self._client.prediction.MultiInference, own)
+
+    def _call(self, method: Any, request: Any) -> Any:
+        own = type(request)()
+        own.CopyFrom(request)
+        self._address(own.model_spec)
+        return self._client.call(method, own)
+
+    def _address(self, spec: Any) -> None:
+        spec.CopyFrom(model_spec(self.name, self.version, signature=spec.signature_name))
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a version carries to be asked with."""
+
+    warmup: tuple[Record, ...] = ()
+    golden: Golden = field(default_factory=Golden)
+
+    @property
+    def requests(self) -> tuple[Record, ...]:
+        return self.warmup + self.golden.records
+
+
+def of_version(version: Path) -> Probes:
+    """The warmup records and golden requests of a version's directory.
+
+    Raises:
+        DataLoss, InvalidArgument: a file is damaged.
+    """
+    records = []
+    if warmup_file(version).exists():
+        for record in read(warmup_file(version)):
+            if record.kind in LOG_FIELDS:
+                records.append(record)
+            if len(records) == MAX_REQUESTS:
+                break
+    return Probes(tuple(records), golden.of_version(version))
+
+
+def check(remote: Remote, probes: Probes) -> None:
+    """Ask a version everything once.
+
+    Raises:
+        FailedPrecondition: it failed, its answer is not finite, or it is not the expected one.
+    """
+    for record in probes.warmup:
+        try:
+            response = golden.answer(remote, record)
+        except SpikelessError as error:
+            raise FailedPrecondition(f"{remote} fails on warmup record {record.number}: {error}") from None
+        if output := golden.not_finite(response):
+            raise FailedPrecondition(
+                f"{remote} answers warmup record {record.number} with a value in {output} that is not finite"
+            )
+    try:
+        golden.check(remote, probes.golden)
+    except SpikelessError as error:
+        raise FailedPrecondition(f"{remote} gives a wrong answer: {error}") from None
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """How a candidate is compared with the stable version.
+
+    requests: how many each of the two is sent, one after the other and in turn.
+    seconds: how long that may take at most.
+    max_p99_ratio: the candidate's p99 may be at most so many times the stable one's ...
+    slack: ... or so many seconds above it, whichever is more.
+    rounds: a pause of the machine hits either; the latencies must hold in one of so many rounds.
+    """
+
+    requests: int = 200
+    seconds: float = 10.0
+    max_p99_ratio: float = 1.5
+    slack: float = 0.005
+    rounds: int = 3
+
+
+@dataclass
+class Measured:
+    """What one version did: requests sent, errors among them, latencies in seconds of the others."""
+
+    requests: int = 0
+    errors: int = 0
+    first_error: str = ""
+    latencies: list[float] = field(default_factory=list)
+
+    def add(self, other: Measured) -> None:
+        self.requests += other.requests
+        self.errors += other.errors
+        self.first_error = self.first_error or other.first_error
+        self.latencies += other.latencies
+
+    @property
+    def error_rate(self) -> float:
+        return self.errors / self.requests if self.requests else 0.0
+
+    def percentile(self, share: float) -> float:
+        """The smallest latency that ``share`` of all do not exceed (nearest rank), NaN without any."""
+        ordered = sorted(self.latencies)
+        return ordered[math.ceil(share * len(ordered)) - 1] if ordered else math.nan
+
+    def summary(self) -> dict[str, Any]:
+        """For the journal; milliseconds."""
+        p50, p99 = (
+            round(1000 * self.percentile(share), 3) if self.latencies else None for share in (0.5, 0.99)
+        )
+        return {"requests": self.requests, "errors": self.errors, "p50_ms": p50, "p99_ms": p99}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.errors} errors in {self.requests} requests, p50 {1000 * self.percentile(0.5):.1f} ms, "
+            f"p99 {1000 * self.percentile(0.99):.1f} ms"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What both versions did with the same requests."""
+
+    candidate: Measured
+    stable: Measured
+
+    def add(self, other: Comparison) -> None:
+        """Count what ``other`` saw as well."""
+        self.candidate.add(other.candidate)
+        self.stable.add(other.stable)
+
+    def error_problem(self) -> str:
+        """Why the candidate's errors are too many; empty when they are not."""
+        if self.candidate.error_rate > self.stable.error_rate:
+            return (
+                f"{self.candidate.errors} of {self.candidate.requests} requests failed, "
+                f"{self.stable.errors} of {self.stable.requests} with the stable version: "
+                f"{self.candidate.first_error}"
+            )
+        return ""
+
+    def latency_problem(self, settings: ComparisonSettings) -> str:
+        """Why the candidate is too slow; empty when it is not."""
+        own, other = self.candidate.percentile(0.99), self.stable.percentile(0.99)
+        limit = max(other * settings.max_p99_ratio, other + settings.slack)
+        if own > limit:
+            return (
+                f"p99 is {1000 * own:.1f} ms, with the stable version {1000 * other:.1f} ms; the limit is "
+                f"{1000 * limit:.1f} ms (--max-p99-ratio {settings.max_p99_ratio:g})"
+            )
+        return ""
+
+    def summary(self) -> dict[str, Any]:
+        return {"candidate": self.candidate.summary(), "stable": self.stable.summary()}
+
+
+def measure(
+    candidate: Remote, stable: Remote, requests: Sequence[Record], settings: ComparisonSettings
+) -> Comparison:
+    """Send the same requests to both versions in turn."""
+    comparison = Comparison(Measured(), Measured())
+    until = time.monotonic() + settings.seconds
+    for record in islice(cycle(requests), settings.requests):
+        _ask(stable, record, comparison.stable)
+        _ask(candidate, record, comparison.candidate)
+        if time.monotonic() > until:
+            break
+    return comparison
+
+
+def _ask(remote: Remote, record: Record, measured: Measured) -> None:
+    measured.requests += 1
+    started = time.monotonic()
+    try:
+        golden.answer(remote, record)
+    except SpikelessError as error:
+        measured.errors += 1
+        measured.first_error = measured.first_error or str(error)
+    else:
+        measured.latencies.append(time.monotonic() - started)
+
+
+def suited(remote: Remote, requests: Sequence[Record]) -> list[Record]:
+    """The requests that a version answers at all: an older one may not know what a newer one is asked."""
+    found = []
+    for record in requests:
+        with suppress(SpikelessError):
+            golden.answer(remote, record)
+            found.append(record)
+    return found
+
+
+def compare(
+    candidate: Remote, stable: Remote, requests: Sequence[Record], settings: ComparisonSettings
+) -> Comparison:
+    """Compare errors and p99 of two versions on one server.
+
+    Raises:
+        FailedPrecondition: the candidate has more errors, or is slower than the settings allow.
+    """
+    problem = ""
+    for _ in range(settings.rounds):
+        comparison = measure(candidate, stable, requests, settings)
+        if problem := comparison.error_problem():
+            break
+        problem = comparison.latency_problem(settings)
+        if not problem:
+            return comparison
+    raise FailedPrecondition(f"{candidate} does worse than {stable}: {problem}")

@@ -1,0 +1,208 @@
+"""Promotion and rollback against real servers, with load on them that must not see a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from promotion_models import (
+    NAME,
+    add_version,
+    flawless,
+    fleet_of,
+    served,
+    settings,
+    start_server,
+)
+
+from spikeless import models_config
+from spikeless.client import Client
+from spikeless.errors import FailedPrecondition, NotFound, SpikelessError
+from spikeless.promotion import PromotionError, promote, rollback
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.target) as client:
+        yield client
+
+
+def config_text(models):
+    return (models / "models.config").read_text()
+
+
+def journal(models):
+    path = models / NAME / ".spikeless" / "journal.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_promote_and_roll_back_under_load(models, server, client):
+    said = []
+    with flawless(server.target) as load:
+        outcome = promote(models, NAME, 2, fleet_of(server), settings(reason="better"), said.append)
+        assert (outcome.version, outcome.previous, outcome.result) == (2, 1, "promoted")
+        assert served(client) == served(client, label="stable") == served(client, version=2) == 2
+        assert served(client, version=1) == 1, "the version before stays loaded"
+        assert any("AVAILABLE" in line for line in said)
+
+        assert promote(models, NAME, 2, fleet_of(server), settings()).result == "unchanged"
+
+        outcome = rollback(models, NAME, fleet_of(server))
+        assert (outcome.version, outcome.previous, outcome.result) == (1, 2, "rolled back")
+        assert served(client) == served(client, label="stable") == 1
+        assert rollback(models, NAME, fleet_of(server)).version == 1, "repeated, it goes back no further"
+
+        assert promote(models, NAME, 2, fleet_of(server), settings()).result == "promoted"
+    assert load.factors == {1.0, 2.0}
+    model = models_config.read(models).model(NAME)
+    assert set(model.model_version_policy.specific.versions) == {1, 2}
+    assert dict(model.version_labels) == {"stable": 2}
+    events = [(record["event"], record.get("result")) for record in journal(models)]
+    assert [result for event, result in events if event == "end"] == ["promoted", "rolled back", "promoted"]
+    begin = journal(models)[0]
+    assert (begin["reason"], begin["version"], begin["previous"]) == ("better", 2, 1)
+    assert begin["user"]
+    assert begin["servers"] == [server.target]
+    assert any(event == "check" for event, _ in events)
+
+
+def test_a_restart_serves_what_was_promoted(models):
+    with start_server(models) as server:
+        promote(models, NAME, 2, fleet_of(server), settings())
+    with start_server(models) as server, Client(server.target) as client:
+        assert served(client) == served(client, label="stable") == 2
+        assert served(client, version=1) == 1
+
+
+def valid(models) -> bool:
+    """Whether models.config is one that a server can start with: every version and label is there."""
+    model = models_config.read(models).model(NAME)
+    versions = set(model.model_version_policy.specific.versions)
+    return versions <= {1, 2} and set(model.version_labels.values()) <= versions and bool(versions)
+
+
+def test_requests_never_reach_a_canary(models, server, client):
+    before = config_text(models)
+    with flawless(server.target) as load:
+        outcome = promote(models, NAME, 2, fleet_of(server), settings(canary=True))
+        assert outcome.result == "canary"
+        assert served(client, f"{NAME}-canary") == 2
+        assert served(client) == served(client, label="stable") == 1
+        with pytest.raises(SpikelessError, match="Servable not found"):
+            served(client, version=2)
+        with pytest.raises(FailedPrecondition, match="version 2 is the canary"):
+            promote(models, NAME, 1, fleet_of(server), settings(canary=True))
+
+        rollback(models, NAME, fleet_of(server), canary=True)
+        assert config_text(models) == before
+    assert load.factors == {1.0}
+    with pytest.raises(NotFound, match="has no canary"):
+        rollback(models, NAME, fleet_of(server), canary=True)
+
+    with flawless(server.target) as load:
+        promote(models, NAME, 2, fleet_of(server), settings(canary=True))
+        promote(models, NAME, 2, fleet_of(server), settings())
+        assert served(client) == 2
+    assert f"{NAME}-canary" not in config_text(models)
+
+
+def test_other_labels_and_versions_above_the_stable_one(models, server, client):
+    with pytest.raises(FailedPrecondition, match="requests without a label go to the highest version"):
+        promote(models, NAME, 2, fleet_of(server), settings(label="blue"))
+    promote(models, NAME, 2, fleet_of(server), settings(label="blue", takes_unlabelled=True))
+    assert (served(client, label="blue"), served(client, label="stable"), served(client)) == (2, 1, 2)
+    promote(models, NAME, 2, fleet_of(server), settings(keep_previous=False))
+    assert served(client, label="stable") == 2
+    assert list(models_config.read(models).model(NAME).model_version_policy.specific.versions) == [2]
+    with pytest.raises(FailedPrecondition, match=r"labels \{'blue': 2\}"):
+        rollback(models, NAME, fleet_of(server))
+
+
+@pytest.mark.parametrize("broken", ["golden", "not finite", "does not load", "bad warmup"])
+def test_a_version_that_does_wrong_changes_nothing(models, server, client, scales, broken):
+    if broken == "golden":
+        add_version(scales / "3", models, 7, expected=4.0)
+        reason = r"y is .*3\.0.* at \[0, 0\] instead of .*4\.0"
+    elif broken == "not finite":
+        add_version(scales / "nan", models, 7)
+        reason = "warmup record 1 with a value in y that is not finite"
+    elif broken == "does not load":
+        version = add_version(scales / "3", models, 7)
+        data = version / "variables" / "variables.data-00000-of-00001"
+        data.write_bytes(data.read_bytes()[:10])
+        reason = "version 7 cannot be loaded"
+    else:
+        version = add_version(scales / "whole", models, 7)
+        reason = "cannot be loaded: .*warmup record 1"
+    before = config_text(models)
+    with flawless(server.target) as load:
+        with pytest.raises(PromotionError, match=rf"(?s){reason}.*everything is as it was$"):
+            promote(models, NAME, 7, fleet_of(server), settings())
+        assert config_text(models) == before
+        assert served(client) == served(client, label="stable") == 1
+        # And nothing of it stands in the way of a good one.
+        assert promote(models, NAME, 2, fleet_of(server), settings()).result == "promoted"
+    assert load.factors == {1.0, 2.0}
+    assert [r["result"] for r in journal(models) if r["event"] == "end"] == ["put back", "promoted"]
+
+
+@pytest.mark.parametrize("action", ["promote", "rollback"])
+def test_killed_at_every_step_it_is_valid_and_repeating_finishes(models, server, client, action):
+    goal, start = (2, 1) if action == "promote" else (1, 2)
+
+    def repeat():
+        if action == "promote":
+            return promote(models, NAME, 2, fleet_of(server), settings())
+        return rollback(models, NAME, fleet_of(server))
+
+    def reset():
+        other = rollback(models, NAME, fleet_of(server)) if action == "promote" else None
+        other = other or promote(models, NAME, 2, fleet_of(server), settings())
+        assert other.version == start
+
+    if action == "rollback":
+        promote(models, NAME, 2, fleet_of(server), settings())
+    kills = []
+    with flawless(server.target) as load:
+        for number in range(100):
+            script = Path(__file__).with_name("killed_promotions.py")
+            done = subprocess.run(
+                [sys.executable, script, action, models, server.target, str(number)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            if done.returncode == 0:
+                break
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            kills.append(done.stdout.splitlines()[-1])
+            assert valid(models), kills[-1]
+            assert {served(client), served(client, label="stable")} <= {1, 2}, kills[-1]
+            repeat()
+            assert served(client) == served(client, label="stable") == goal, kills[-1]
+            assert f"{NAME}-canary" not in config_text(models), kills[-1]
+            reset()
+    assert len(kills) >= (8 if action == "promote" else 1), kills
+    assert load.factors == {1.0, 2.0}
+
+
+def test_a_rollback_undoes_a_promotion_that_was_killed(models, server, client):
+    before = config_text(models)
+    for number in (2, 6, 10):
+        script = Path(__file__).with_name("killed_promotions.py")
+        done = subprocess.run(
+            [sys.executable, script, "promote", models, server.target, str(number)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            timeout=120,
+        )
+        assert done.returncode == -signal.SIGKILL
+        assert rollback(models, NAME, fleet_of(server)).result == "undone"
+        assert config_text(models) == before
+        assert served(client) == served(client, label="stable") == 1
+    assert rollback(models, NAME, fleet_of(server)).version == 1, "and repeated, it goes back no further"
