@@ -6,6 +6,7 @@ the same code and message.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -135,13 +136,15 @@ class Client:
         """
         request = model_management_pb2.ReloadConfigRequest(config=config)
         pending = self.models.HandleReloadConfigRequest.future(request, timeout=timeout)
+        # Not the future's own wait, which a clock that is set back makes longer.
+        done = threading.Event()
+        pending.add_done_callback(lambda _: done.set())
 
         def answered(wait: float | None) -> bool:
-            try:
-                with _translated(self.target):
-                    pending.result(wait)
-            except grpc.FutureTimeoutError:
+            if not done.wait(wait):
                 return False
+            with _translated(self.target):
+                pending.result()
             return True
 
         return answered

@@ -129,11 +129,14 @@ class Fleet:
         models: str | os.PathLike[str],
         settings: FleetSettings,
         progress: Progress = lambda line: None,
+        interrupted: threading.Event | None = None,
     ) -> None:
         self.models = Path(models)
         self.settings = settings
         self._progress = progress
-        self.clients = {target: Client(target, _CALL_SECONDS) for target in settings.targets}
+        self._interrupted = interrupted or threading.Event()
+        timeout = min(_CALL_SECONDS, settings.patience)
+        self.clients = {target: Client(target, timeout) for target in settings.targets}
 
     def close(self) -> None:
         for client in self.clients.values():
@@ -170,14 +173,14 @@ class Fleet:
         """
         report = dict.fromkeys(self.clients, "left alone")
         failures: dict[str, SpikelessError] = {}
-        stop, interrupted = threading.Event(), threading.Event()
+        stop = threading.Event()
 
         def work(target: str) -> None:
             if stop.is_set():
                 return
             started = time.monotonic()
             try:
-                _Change(self, self.clients[target], blocks, interrupted).make()
+                _Change(self, self.clients[target], blocks, self._interrupted).make()
                 report[target] = f"done in {time.monotonic() - started:.1f} s"
             except SpikelessError as error:
                 report[target] = f"failed: {error}"
@@ -187,24 +190,23 @@ class Fleet:
 
         with ThreadPoolExecutor(self.settings.at_most if staggered else len(self.clients)) as pool:
             pending = []
-            try:
-                for number, target in enumerate(self.clients):
-                    if number and staggered and self.settings.stagger:
-                        pause = self.settings.stagger * random.uniform(1.0, 1.5)
-                        self.say(target, f"waits {pause:.0f} s for its turn")
-                        if stop.wait(pause):
-                            break
-                    pending.append(pool.submit(work, target))
-                for future in pending:
-                    future.result()
-            except BaseException:
-                # Ctrl-C: nobody begins any more, and those who have begun give up.
-                stop.set()
-                interrupted.set()
-                raise
+            for number, target in enumerate(self.clients):
+                if number and staggered and self.settings.stagger:
+                    self._await_turn(target, stop)
+                pending.append(pool.submit(work, target))
+            for future in pending:
+                future.result()
         for target in self.clients:
             if target in failures:
                 raise FleetError(target, failures[target], report)
+
+    def _await_turn(self, target: str, stop: threading.Event) -> None:
+        pause = self.settings.stagger * random.uniform(1.0, 1.5)
+        self.say(target, f"waits {pause:.1f} s for its turn")
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not stop.wait(min(_POLL_SECONDS, pause)):
+            if self._interrupted.is_set():
+                stop.set()
 
     def say(self, target: str, text: str) -> None:
         """Tell of progress on one server."""

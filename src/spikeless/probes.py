@@ -7,6 +7,7 @@ that names the request and the numbers when it does not, and how it compares wit
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -215,15 +216,19 @@ class Comparison:
 
 
 def measure(
-    candidate: Remote, stable: Remote, requests: Sequence[Record], settings: ComparisonSettings
+    candidate: Remote,
+    stable: Remote,
+    requests: Sequence[Record],
+    settings: ComparisonSettings,
+    interrupted: threading.Event,
 ) -> Comparison:
-    """Send the same requests to both versions in turn."""
+    """Send the same requests to both versions in turn, until ``interrupted``."""
     comparison = Comparison(Measured(), Measured())
     until = time.monotonic() + settings.seconds
     for record in islice(cycle(requests), settings.requests):
         _ask(stable, record, comparison.stable)
         _ask(candidate, record, comparison.candidate)
-        if time.monotonic() > until:
+        if time.monotonic() > until or interrupted.is_set():
             break
     return comparison
 
@@ -251,7 +256,11 @@ def suited(remote: Remote, requests: Sequence[Record]) -> list[Record]:
 
 
 def compare(
-    candidate: Remote, stable: Remote, requests: Sequence[Record], settings: ComparisonSettings
+    candidate: Remote,
+    stable: Remote,
+    requests: Sequence[Record],
+    settings: ComparisonSettings,
+    interrupted: threading.Event,
 ) -> Comparison:
     """Compare errors and p99 of two versions on one server.
 
@@ -260,7 +269,7 @@ def compare(
     """
     problem = ""
     for _ in range(settings.rounds):
-        comparison = measure(candidate, stable, requests, settings)
+        comparison = measure(candidate, stable, requests, settings, interrupted)
         if problem := comparison.error_problem():
             break
         problem = comparison.latency_problem(settings)

@@ -15,6 +15,7 @@ import fcntl
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from typing import Any
 
 from spikeless import models_config, plans, probes, repository
 from spikeless.checks import check_files
-from spikeless.errors import Cancelled, FailedPrecondition, NotFound, SpikelessError
+from spikeless.errors import Cancelled, FailedPrecondition, Internal, NotFound, SpikelessError
 from spikeless.fleet import Fleet, FleetSettings, Progress
 from spikeless.journal import Journal
 from spikeless.manager import State
@@ -33,6 +34,7 @@ from spikeless.probes import ComparisonSettings, Probes, Remote
 from spikeless.soak import SoakSettings, Watched, soak
 
 _LOCK = "promotion.lock"
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,12 @@ def promote(
     fleet: FleetSettings,
     settings: PromotionSettings | None = None,
     progress: Progress = lambda line: None,
+    interrupted: threading.Event | None = None,
 ) -> Outcome:
     """Give callers another version of a model, after it has been checked on the servers.
+
+    Args:
+        interrupted: when it is set, the promotion ends and everything is put back.
 
     Raises:
         NotFound: there is no such version on disk.
@@ -111,7 +117,8 @@ def promote(
         raise NotFound(f"{Path(models, name)} has no version {version}; there is: {numbers}")
     check_files(known[version])
     asked = probes.of_version(known[version])
-    with _Change.begin(models, name, fleet, settings, progress, wait=True) as change:
+    interrupted = interrupted or threading.Event()
+    with _Change.begin(models, name, fleet, settings, progress, interrupted, wait=True) as change:
         before = change.unfinished_states[0] if change.was(plans.PROMOTE) else change.latest
         change.check_servers()
         plan = plans.promotion(
@@ -135,6 +142,7 @@ def rollback(
     canary: bool = False,
     reason: str = "",
     progress: Progress = lambda line: None,
+    interrupted: threading.Event | None = None,
 ) -> Outcome:
     """Give callers the version from before the last promotion, or undo a promotion that was cut short.
 
@@ -150,7 +158,8 @@ def rollback(
         PromotionError: a server could not be brought back; ``models.config`` has the earlier version.
     """
     settings = PromotionSettings(label=label, reason=reason)
-    with _Change.begin(models, name, fleet, settings, progress, wait=False) as change:
+    interrupted = interrupted or threading.Event()
+    with _Change.begin(models, name, fleet, settings, progress, interrupted, wait=False) as change:
         if canary:
             return change.make(plans.end_canary(change.model(change.latest)))
         if change.was(plans.PROMOTE):
@@ -170,7 +179,13 @@ class _Change:
     """A change of one model that nobody else is changing."""
 
     def __init__(
-        self, models: Path, name: str, fleet: Fleet, settings: PromotionSettings, progress: Progress
+        self,
+        models: Path,
+        name: str,
+        fleet: Fleet,
+        settings: PromotionSettings,
+        progress: Progress,
+        interrupted: threading.Event,
     ) -> None:
         self.models = models
         self.name = name
@@ -179,6 +194,7 @@ class _Change:
         self._fleet = fleet
         self._settings = settings
         self._progress = progress
+        self._interrupted = interrupted
         self._identity = secrets.token_hex(8)
         config = models_config.read(models)
         self._check_canary_name(config)
@@ -198,15 +214,16 @@ class _Change:
         fleet: FleetSettings,
         settings: PromotionSettings,
         progress: Progress,
+        interrupted: threading.Event,
         wait: bool,
     ) -> Iterator[_Change]:
         """Hold the model's lock, and connections to the servers, for as long as this lasts."""
         models = Path(models)
         if not repository.versions(models, name):
             raise NotFound(f"{models / name} has no versions: publish one first")
-        alone = _alone(models / name / repository.STATE_DIRECTORY, name, wait, progress)
-        with alone, Fleet(models, fleet, progress) as servers:
-            yield cls(models, name, servers, settings, progress)
+        alone = _alone(models / name / repository.STATE_DIRECTORY, name, wait, progress, interrupted)
+        with alone, Fleet(models, fleet, progress, interrupted) as servers:
+            yield cls(models, name, servers, settings, progress, interrupted)
 
     # --- how things stand ---------------------------------------------------------------------------
 
@@ -312,11 +329,12 @@ class _Change:
         )
         try:
             for step in plan.steps[start:]:
+                self._check_interrupted()
                 self._progress(step.title)
                 self._take(plan, step, asked or Probes())
             self._journal.append("end", id=self._identity, result=plan.result)
-        except BaseException as error:
-            cause = error if isinstance(error, SpikelessError) else Cancelled(_describe(error))
+        except Exception as error:
+            cause = error if isinstance(error, SpikelessError) else Internal(repr(error))
             standing = self._put_back(plan, cause)
             raise PromotionError(cause, standing) from error
         return outcome
@@ -356,16 +374,33 @@ class _Change:
                 requests = [] if stable is None else probes.suited(stable, asked.requests)
                 if stable is not None and requests:
                     self._fleet.say(target, f"comparing it with version {plan.stable}")
-                    comparison = probes.compare(candidate, stable, requests, settings.comparison)
+                    comparison = probes.compare(
+                        candidate, stable, requests, settings.comparison, self._interrupted
+                    )
                     results |= comparison.summary()
                 if settings.soak.seconds:
-                    watched.append(Watched(candidate, stable, requests, settings.soak, settings.comparison))
+                    watched.append(
+                        Watched(
+                            candidate,
+                            stable,
+                            requests,
+                            settings.soak,
+                            settings.comparison,
+                            self._interrupted,
+                        )
+                    )
+            self._check_interrupted()
             self._journal.append("check", id=self._identity, server=target, servable=step.ask, **results)
         if watched:
             self._progress(f"soaking for {settings.soak.seconds:g} s")
-            seen = soak(watched, settings.soak, self._progress)
+            seen = soak(watched, settings.soak, self._progress, self._interrupted)
+            self._check_interrupted()
             for target, results in zip(self._fleet.clients, seen, strict=True):
                 self._journal.append("soak", id=self._identity, server=target, **results)
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted.is_set():
+            raise Cancelled("interrupted")
 
     def _put_back(self, plan: Plan, cause: SpikelessError) -> str:
         """Undo what was done, and say how things stand."""
@@ -375,6 +410,7 @@ class _Change:
                 "models.config says what it should; repeat the rollback, or restart the servers that failed"
             )
         self._progress("failed: putting everything back as it was")
+        self._interrupted.clear()
         try:
             _all_of(
                 lambda: models_config.edit(self.models, plan.states[0]),
@@ -390,26 +426,36 @@ class _Change:
 
 
 @contextmanager
-def _alone(state: Path, name: str, wait: bool, progress: Progress) -> Iterator[None]:
+def _alone(
+    state: Path, name: str, wait: bool, progress: Progress, interrupted: threading.Event
+) -> Iterator[None]:
     """One change of a model at a time; the kernel lets go of the lock when its holder dies."""
     state.mkdir(exist_ok=True)
     with open(state / _LOCK, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(lock.fileno()):
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             if not wait:
                 raise FailedPrecondition(
                     f"{name} is being changed by {holder}: wait for it, or stop it with Ctrl-C, "
                     "which puts everything back"
-                ) from None
+                )
             progress(f"waiting for {holder}, which is changing {name}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _try_lock(lock.fileno()):
+                if interrupted.wait(_POLL_SECONDS):
+                    raise Cancelled("interrupted")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _all_of(*actions: Callable[[], object]) -> None:
@@ -422,7 +468,3 @@ def _all_of(*actions: Callable[[], object]) -> None:
             first = first or error
     if first is not None:
         raise first
-
-
-def _describe(error: BaseException) -> str:
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"

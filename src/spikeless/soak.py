@@ -57,12 +57,14 @@ class Watched:
         requests: Sequence[Record],
         settings: SoakSettings,
         comparison: ComparisonSettings,
+        interrupted: threading.Event,
     ) -> None:
         self.candidate = candidate
         self._stable = stable
         self._requests = requests
         self._settings = settings
         self._limits = comparison
+        self._interrupted = interrupted
         self._each = replace(comparison, requests=settings.requests)
         self._seen = Comparison(Measured(), Measured())
         self._metrics = settings.metrics.replace("{host}", candidate.host)
@@ -78,10 +80,13 @@ class Watched:
         if self.candidate.state() is not State.AVAILABLE:
             raise FailedPrecondition(f"{self.candidate} is not available any more")
         if self._stable is not None and self._requests:
-            self._seen.add(measure(self.candidate, self._stable, self._requests, self._each))
+            self._seen.add(self._measure(self._stable))
             self._refuse(self._seen.error_problem())
         if self._metrics:
             self._look_at_metrics(self._stable)
+
+    def _measure(self, stable: Remote) -> Comparison:
+        return measure(self.candidate, stable, self._requests, self._each, self._interrupted)
 
     def _look_at_metrics(self, stable: Remote | None) -> None:
         now = traffic.read(self._metrics)
@@ -117,14 +122,18 @@ class Watched:
             raise FailedPrecondition(f"{self.candidate} does worse than the stable version: {problem}")
 
 
-def soak(watched: Sequence[Watched], settings: SoakSettings, progress: Callable[[str], None]) -> list[Any]:
-    """Watch for as long as the settings say, and return what was seen on each server.
+def soak(
+    watched: Sequence[Watched],
+    settings: SoakSettings,
+    progress: Callable[[str], None],
+    interrupted: threading.Event,
+) -> list[Any]:
+    """Watch for as long as the settings say, or until ``interrupted``; return what was seen on each server.
 
     Raises:
         FailedPrecondition: a candidate does worse than the stable version.
         SpikelessError: a server does not answer.
     """
-    pause = threading.Event()
     ends = time.monotonic() + settings.seconds
     told = time.monotonic()
     while (left := ends - time.monotonic()) > 0:
@@ -133,5 +142,6 @@ def soak(watched: Sequence[Watched], settings: SoakSettings, progress: Callable[
         if time.monotonic() - told > _PROGRESS_SECONDS:
             told = time.monotonic()
             progress(f"soaking, {left:.0f} s to go")
-        pause.wait(min(settings.interval, max(left, 0.0)))
+        if interrupted.wait(min(settings.interval, max(left, 0.0))):
+            break
     return [one.finish() for one in watched]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,14 +116,21 @@ def tell(line: str) -> None:
 
 
 @contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is taken as Ctrl-C is, so that whoever stops a change sees it put back."""
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that whoever stops a change sees it put back.
+
+    Asked a second time, Ctrl-C ends the process where it is.
+    """
+    asked = threading.Event()
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,9 +13,9 @@ from spikeless.cli._options import (
     Duration,
     fleet_options,
     fleet_settings,
+    interruptible,
     models_option,
     tell,
-    terminated_as_interrupted,
 )
 from spikeless.plans import STABLE
 from spikeless.probes import ComparisonSettings
@@ -68,6 +68,6 @@ def command(name: str, version: int, models: Path, as_json: bool, **options: Any
         soak=SoakSettings(options["soak"], metrics=options["metrics"]),
         reason=options["reason"],
     )
-    with terminated_as_interrupted():
-        outcome = promote(models, name, version, fleet, settings, tell)
+    with interruptible() as interrupted:
+        outcome = promote(models, name, version, fleet, settings, tell, interrupted)
     click.echo(json.dumps(dataclasses.asdict(outcome)) if as_json else outcome)

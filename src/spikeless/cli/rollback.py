@@ -12,9 +12,9 @@ import click
 from spikeless.cli._options import (
     fleet_options,
     fleet_settings,
+    interruptible,
     models_option,
     tell,
-    terminated_as_interrupted,
 )
 from spikeless.plans import STABLE
 from spikeless.promotion import rollback
@@ -37,6 +37,6 @@ def command(name: str, models: Path, as_json: bool, **options: Any) -> None:
     whichever of them fail.
     """
     fleet = fleet_settings(options)
-    with terminated_as_interrupted():
-        outcome = rollback(models, name, fleet, progress=tell, **options)
+    with interruptible() as interrupted:
+        outcome = rollback(models, name, fleet, progress=tell, interrupted=interrupted, **options)
     click.echo(json.dumps(dataclasses.asdict(outcome)) if as_json else outcome)
