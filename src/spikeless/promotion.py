@@ -11,10 +11,8 @@ rollback.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from spikeless import models_config, plans, probes, repository
+from spikeless.alone import alone
 from spikeless.checks import check_files
 from spikeless.errors import Cancelled, FailedPrecondition, Internal, NotFound, SpikelessError
 from spikeless.fleet import Fleet, FleetSettings, Progress
@@ -32,9 +31,6 @@ from spikeless.models_config import ModelsConfig, model_in, new_block
 from spikeless.plans import CANARY_SUFFIX, STABLE, Blocks, Plan, Step
 from spikeless.probes import ComparisonSettings, Probes, Remote
 from spikeless.soak import SoakSettings, Watched, soak
-
-_LOCK = "promotion.lock"
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -221,8 +217,9 @@ class _Change:
         models = Path(models)
         if not repository.versions(models, name):
             raise NotFound(f"{models / name} has no versions: publish one first")
-        alone = _alone(models / name / repository.STATE_DIRECTORY, name, wait, progress, interrupted)
-        with alone, Fleet(models, fleet, progress, interrupted) as servers:
+        state = models / name / repository.STATE_DIRECTORY
+        lock = alone(state, name, wait=wait, progress=progress, interrupted=interrupted)
+        with lock, Fleet(models, fleet, progress, interrupted) as servers:
             yield cls(models, name, servers, settings, progress, interrupted)
 
     # --- how things stand ---------------------------------------------------------------------------
@@ -423,39 +420,6 @@ class _Change:
                 f"when that is mended, `spikeless rollback {self.name}` or the same command finishes the job"
             )
         return "everything is as it was"
-
-
-@contextmanager
-def _alone(
-    state: Path, name: str, wait: bool, progress: Progress, interrupted: threading.Event
-) -> Iterator[None]:
-    """One change of a model at a time; the kernel lets go of the lock when its holder dies."""
-    state.mkdir(exist_ok=True)
-    with open(state / _LOCK, "a+") as lock:
-        if not _try_lock(lock.fileno()):
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            if not wait:
-                raise FailedPrecondition(
-                    f"{name} is being changed by {holder}: wait for it, or stop it with Ctrl-C, "
-                    "which puts everything back"
-                )
-            progress(f"waiting for {holder}, which is changing {name}")
-            while not _try_lock(lock.fileno()):
-                if interrupted.wait(_POLL_SECONDS):
-                    raise Cancelled("interrupted")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _all_of(*actions: Callable[[], object]) -> None:

@@ -21,6 +21,8 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show the variables of a SavedModel: mapped, restored or dropped.",
     "promote": "Give callers another version, after checking it on the servers.",
     "rollback": "Give callers the version from before.",
+    "status": "Show the repository and its servers side by side.",
+    "prune": "Remove old versions that nobody needs any more.",
     "serve": "Serve models with the embedded engine.",
     "bench": "Measure latency under load while a version is swapped.",
     "report": "Turn raw results into a page and a table.",

@@ -1,0 +1,42 @@
+"""``spikeless prune``: remove old versions that nobody needs any more."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.filesize import decimal
+
+from spikeless.cli._options import models_option, servers_option, tell
+from spikeless.fleet import FleetSettings
+from spikeless.pruning import prune
+
+
+@click.command()
+@click.argument("name")
+@click.option("--keep", type=int, required=True, help="The newest versions that stay.")
+@click.option("--force", is_flag=True, help="Remove versions that are younger than a day, too.")
+@click.option("--offline", is_flag=True, help="No server uses this repository: ask none.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@models_option
+@servers_option
+def command(
+    name: str, keep: int, force: bool, offline: bool, as_json: bool, models: Path, servers: Any
+) -> None:
+    """Remove all versions of NAME but the newest.
+
+    What is labelled, named in models.config, loaded by a server, mapped by a process on this machine, or
+    younger than a day stays as well. When a server does not answer, nothing is removed.
+    """
+    fleet = None if offline else FleetSettings(servers)
+    pruned = prune(models, name, keep, fleet, force=force, progress=tell)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(pruned)))
+        return
+    for version, reason in pruned.kept.items():
+        click.echo(f"{name}: version {version} stays: {reason}")
+    removed = ", ".join(map(str, pruned.removed)) or "no version"
+    click.echo(f"{name}: removed {removed} ({decimal(pruned.freed)})")

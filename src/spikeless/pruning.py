@@ -1,0 +1,169 @@
+"""Pruning: old versions leave the disk, and none that anybody still needs.
+
+In: a repository, its ``models.config`` and its servers. Out: the versions that were removed, and why
+each of the others stays. A version goes out of sight by one rename, so that no server ever sees half of one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikeless import directories, models_config, repository
+from spikeless.alone import alone
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.fleet import Fleet, FleetSettings
+from spikeless.journal import Journal
+from spikeless.manager import State
+from spikeless.models_config import ModelsConfig
+from spikeless.plans import CANARY_SUFFIX
+
+_TRASH = "trash"
+#: Seconds for which a version counts as young.
+YOUNG = 86_400.0
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed, and why each of the other versions stays."""
+
+    removed: tuple[int, ...]
+    kept: Mapping[int, str]
+    freed: int
+
+
+def prune(
+    models: str | os.PathLike[str],
+    name: str,
+    keep: int,
+    fleet: FleetSettings | None,
+    *,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Pruned:
+    """Remove all but the newest ``keep`` versions, and those that are labelled, configured, loaded or young.
+
+    Args:
+        fleet: the servers to ask what is loaded; None where no server uses the repository.
+        force: remove versions that are younger than a day, too. Nothing else is forced.
+
+    Raises:
+        NotFound: the model has no versions.
+        Unavailable: a server does not answer: what it has loaded is not known. Nothing is removed.
+    """
+    models = Path(models)
+    versions = repository.versions(models, name)
+    if not versions:
+        raise NotFound(f"{models / name} has no versions")
+    if keep < 1:
+        raise InvalidArgument(f"--keep {keep}: the newest version always stays, so 1 or more")
+    state = models / name / repository.STATE_DIRECTORY
+    # No promotion chooses a version while this does.
+    with alone(state, name, wait=True, progress=progress):
+        _empty(state / _TRASH)
+        reasons = _reasons(models, name, versions, keep, fleet, force)
+        removed = {version: path for version, path in versions.items() if version not in reasons}
+        sizes = {version: size_of(path) for version, path in removed.items()}
+        for version, path in removed.items():
+            progress(f"removing version {version}")
+            _remove(path, state)
+            Journal(state).append("prune", version=version, bytes=sizes[version])
+        progress("freeing the space")
+        _empty(state / _TRASH)
+    return Pruned(tuple(removed), reasons, sum(sizes.values()))
+
+
+def _remove(version: Path, state: Path) -> None:
+    """Put a version out of the sight of servers."""
+    try:
+        (state / _TRASH).mkdir(exist_ok=True)
+        version.rename(state / _TRASH / version.name)
+        directories.sync(version.parent)
+    except OSError as error:
+        raise FailedPrecondition(f"{version} cannot be removed: {error.strerror}") from None
+
+
+def _reasons(
+    models: Path,
+    name: str,
+    versions: Mapping[int, Path],
+    keep: int,
+    fleet: FleetSettings | None,
+    force: bool,
+) -> dict[int, str]:
+    """Why versions stay."""
+    reasons = {version: f"among the newest {keep}" for version in sorted(versions)[-keep:]}
+    if not force:
+        for version, path in versions.items():
+            # A clock that was set back makes a version young, not old.
+            if time.time() - path.stat().st_mtime < YOUNG:
+                reasons[version] = "younger than a day"
+    for version in _in_use_here(versions):
+        reasons[version] = "mapped by a process on this machine"
+    for version, where in loaded(models, name, fleet).items():
+        reasons[version] = f"loaded by {', '.join(where)}"
+    for version, why in configured(models_config.read(models), name).items():
+        reasons[version] = why
+    unfinished = Journal(models / name / repository.STATE_DIRECTORY).unfinished()
+    if unfinished is not None:
+        for version in (unfinished["version"], unfinished["previous"]):
+            reasons[version] = "part of a change that was cut short"
+    return {version: reason for version, reason in reasons.items() if version in versions}
+
+
+def configured(config: ModelsConfig, name: str) -> dict[int, str]:
+    """The versions that ``models.config`` names, and how."""
+    found: dict[int, str] = {}
+    for servable in (name, name + CANARY_SUFFIX):
+        model = config.model(servable)
+        if model is None:
+            continue
+        for version in model.model_version_policy.specific.versions:
+            found[version] = f"configured for {servable}"
+        for label, version in model.version_labels.items():
+            found[version] = f"labelled {label}"
+    return found
+
+
+def loaded(models: Path, name: str, fleet: FleetSettings | None) -> dict[int, list[str]]:
+    """The versions that servers have in memory, whatever for, and where."""
+    found: dict[int, list[str]] = {}
+    if fleet is None:
+        return found
+    with Fleet(models, fleet) as servers:
+        for servable in (name, name + CANARY_SUFFIX):
+            for target, statuses in servers.statuses(servable).items():
+                for status in statuses:
+                    if status.state is not State.END:
+                        found.setdefault(status.version, []).append(target)
+    return found
+
+
+def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
+    """Versions of which a process on this machine has a file mapped (``/proc/<pid>/maps``)."""
+    prefixes = {version: f"{path.resolve()}/" for version, path in versions.items()}
+    found: set[int] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            text = maps.read_text(errors="replace")
+        except OSError:
+            continue  # It has ended, or is another user's.
+        found |= {version for version, prefix in prefixes.items() if prefix in text}
+    return found
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(
+        os.path.getsize(os.path.join(folder, file)) for folder, _, files in os.walk(path) for file in files
+    )
+
+
+def _empty(trash: Path) -> None:
+    """Remove what this or an earlier, killed prune has put out of sight."""
+    if trash.is_dir():
+        shutil.rmtree(trash, ignore_errors=True)

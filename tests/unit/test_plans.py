@@ -1,0 +1,175 @@
+"""Plans: which states lead from one version to another, and that each of them is safe."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.models_config import model_in, new_block, with_versions
+from spikeless.plans import Model, end_canary, promotion, rollback, undo, version_before
+
+
+def model(served=(1,), labels=None, canary=None):
+    block = None
+    if served:
+        labels = {"stable": max(served)} if labels is None else labels
+        block = with_versions(new_block("m", "/models/m"), served, labels)
+    other = None if canary is None else with_versions(new_block("m-canary", "/models/m"), [canary], {})
+    return Model("m", {"m": block, "m-canary": other}, frozenset(served), "/models/m")
+
+
+def plan_of(model, version, label="stable", **more):
+    options = {"canary": False, "keep_previous": True, "takes_unlabelled": False, **more}
+    return promotion(model, version, label, **options)
+
+
+def shape(plan):
+    """Each state as (versions, labels, canary)."""
+    found = []
+    for blocks in plan.states:
+        own = model_in(blocks["m"]) if blocks["m"] else None
+        canary = model_in(blocks["m-canary"]) if blocks["m-canary"] else None
+        found.append(
+            (
+                sorted(own.model_version_policy.specific.versions) if own else [],
+                dict(own.version_labels) if own else {},
+                canary.model_version_policy.specific.versions[0] if canary else None,
+            )
+        )
+    return found
+
+
+def test_a_promotion_loads_as_canary_then_adds_then_moves():
+    assert shape(plan_of(model([1]), 2)) == [
+        ([1], {"stable": 1}, None),
+        ([1], {"stable": 1}, 2),
+        ([1, 2], {"stable": 1}, None),
+        ([1, 2], {"stable": 2}, None),
+    ]
+    assert shape(plan_of(model([1, 2]), 3))[-1] == ([2, 3], {"stable": 3}, None), "one before stays"
+    assert shape(plan_of(model([1]), 2, keep_previous=False))[-1] == ([2], {"stable": 2}, None)
+    assert shape(plan_of(model([1], canary=2), 2))[:2] == [([1], {"stable": 1}, 2)] * 2
+    assert shape(plan_of(model([1]), 2, canary=True)) == [
+        ([1], {"stable": 1}, None),
+        ([1], {"stable": 1}, 2),
+    ]
+
+
+def test_the_first_version_of_a_model():
+    assert shape(plan_of(model([]), 1)) == [
+        ([], {}, None),
+        ([], {}, 1),
+        ([1], {}, None),
+        ([1], {"stable": 1}, None),
+    ]
+
+
+def test_what_is_loaded_already_is_not_loaded_again():
+    assert shape(plan_of(model([1, 2], {"stable": 1}), 2)) == [
+        ([1, 2], {"stable": 1}, None),
+        ([1, 2], {"stable": 1}, None),
+        ([1, 2], {"stable": 2}, None),
+    ]
+    assert not plan_of(model([1, 2]), 2).changes, "promoting what is stable changes nothing"
+
+
+def test_an_older_version_takes_the_newer_one_out():
+    assert shape(plan_of(model([2]), 1))[-1] == ([1], {"stable": 1}, None)
+
+
+def test_the_policy_latest_becomes_a_specific_one():
+    block = new_block("m", "/models/m")
+    latest = Model("m", {"m": block, "m-canary": None}, frozenset([4]), "/models/m")
+    plan = plan_of(latest, 5)
+    assert plan.states[0] == {"m": block, "m-canary": None}
+    assert shape(plan)[1] == ([4], {}, 5)
+    assert shape(plan)[-1] == ([4, 5], {"stable": 5}, None)
+    assert plan.previous == 4
+
+
+def test_refusals():
+    with pytest.raises(FailedPrecondition, match=r"labels \{'blue': 2\} of m would be above the stable"):
+        plan_of(model([1]), 2, "blue")
+    assert shape(plan_of(model([1]), 2, "blue", takes_unlabelled=True))[-1][1] == {"stable": 1, "blue": 2}
+    assert shape(plan_of(model([2]), 1, "old"))[-1] == ([1, 2], {"stable": 2, "old": 1}, None)
+    with pytest.raises(FailedPrecondition, match="version 3 is the canary of m: promote it, or end it"):
+        plan_of(model([1], canary=3), 2)
+    with pytest.raises(FailedPrecondition, match="served already"):
+        plan_of(model([1, 2]), 1, canary=True)
+    with pytest.raises(FailedPrecondition, match="'new': 2"):
+        rollback(model([1, 2], {"stable": 2, "new": 2}), 1, "stable")
+    with pytest.raises(InvalidArgument, match="promote it"):
+        rollback(model([1, 2], {"stable": 1}), 2, "stable")
+    with pytest.raises(NotFound, match="no canary"):
+        end_canary(model())
+
+
+def test_a_rollback_is_one_step_when_the_version_is_loaded():
+    assert shape(rollback(model([1, 2]), 1, "stable")) == [
+        ([1, 2], {"stable": 2}, None),
+        ([1], {"stable": 1}, None),
+    ]
+    assert shape(rollback(model([2], canary=3), 1, "stable")) == [
+        ([2], {"stable": 2}, 3),
+        ([1, 2], {"stable": 2}, 3),
+        ([1], {"stable": 1}, 3),
+    ]
+
+
+def test_undoing_and_ending():
+    plan = plan_of(model([1]), 2)
+    record = {"version": 2, "label": "stable", "previous": 1, "steps": [{"blocks": b} for b in plan.states]}
+    assert undo(record).states[-1] == plan.states[0]
+    assert shape(end_canary(model([1], canary=2)))[-1] == ([1], {"stable": 1}, None)
+
+
+numbers = st.integers(0, 6)
+
+
+@given(st.sets(numbers, min_size=1), st.data(), numbers, st.booleans(), st.booleans())
+def test_every_state_is_safe_to_serve(served, data, version, canary, keep):
+    """What is stable and what requests without a label get never differ once a plan is through, and every
+    label points at a version that the state before it has loaded."""
+    stable = max(served)
+    before = model(served, {"stable": stable, "other": data.draw(st.sampled_from(sorted(served)))})
+    try:
+        plan = plan_of(before, version, canary=canary, keep_previous=keep)
+    except FailedPrecondition:
+        assume(False)
+    states = shape(plan)
+    for (old, _, _), (versions, labels, _) in pairwise(states):
+        assert set(labels.values()) <= set(old) & set(versions)
+        assert stable in versions or labels["stable"] in versions
+    last_versions, last_labels, last_canary = states[-1]
+    assert max(last_versions) == last_labels["stable"]
+    assert last_labels["stable"] == (stable if canary else version)
+    assert (last_canary is not None) == canary
+    for versions, labels, candidate in states:
+        if candidate is not None:
+            assert max(versions) == labels["stable"], "nothing but the stable version gets requests meanwhile"
+
+
+def change(identity, action, version, previous, result, label="stable"):
+    begin = {"event": "begin", "id": identity, "action": action, "label": label}
+    return [
+        begin | {"version": version, "previous": previous},
+        {"event": "check", "id": identity},
+        {"event": "end", "id": identity, "result": result},
+    ]
+
+
+def test_the_version_before():
+    records = change("a", "promote", 5, 3, "promoted")
+    assert version_before(records, "stable", 5) == 3
+    assert version_before(records, "stable", 4) is None, "models.config was edited since"
+    assert version_before(records, "blue", 5) is None
+    records += change("b", "promote", 6, 5, "put back") + change("c", "promote", 9, 5, "canary")
+    assert version_before(records, "stable", 5) == 3
+    records += change("d", "rollback", 3, 5, "rolled back")
+    assert version_before(records, "stable", 3) == 3, "a rollback is not rolled back further"
+    records += change("e", "rollback", 7, 3, "undone")
+    assert version_before(records, "stable", 3) == 3
