@@ -43,7 +43,7 @@ from spikeless import bench, launch, repository, tfrecord, warmup
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.bench.requests import read_requests
 from spikeless.bench.scenario import server_facts
-from spikeless.cli.options import Bytes
+from spikeless.cli.options import Size
 from spikeless.client import Client
 from spikeless.files import write_atomically
 from spikeless.manager import State
@@ -109,7 +109,7 @@ class Options:
 
 @click.command()
 @click.option(
-    "--size", "sizes", type=Bytes(), multiple=True, default=["512MiB"], help="Of the embedding; repeatable."
+    "--size", "sizes", type=Size(), multiple=True, default=["512MiB"], help="Of the embedding; repeatable."
 )
 @click.option(
     "--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="What to run; repeatable."

@@ -152,10 +152,14 @@ def _array_difference(expected: Any, actual: Any, tolerance: Tolerance) -> str |
     at = tuple(int(index) for index in np.argwhere(wrong)[0])
     where = f" at {list(at)}" if at else ""
     return (
-        f"is {actual[at]!r}{where} instead of {expected[at]!r} "
+        f"is {_text(actual[at])}{where} instead of {_text(expected[at])} "
         f"({np.count_nonzero(wrong)} of {wrong.size} values differ; rtol {tolerance.rtol:g}, "
         f"atol {tolerance.atol:g})"
     )
+
+
+def _text(value: Any) -> str:
+    return f"{value:.7g}" if isinstance(value, (np.floating, np.complexfloating)) else repr(value)
 
 
 def outputs(response: Any) -> _Arrays:

@@ -127,7 +127,7 @@ def test_other_labels_and_versions_above_the_stable_one(models, server, client):
 def test_a_version_that_does_wrong_changes_nothing(models, server, client, scales, broken):
     if broken == "golden":
         add_version(scales / "3", models, 7, expected=4.0)
-        reason = r"y is .*3\.0.* at \[0, 0\] instead of .*4\.0"
+        reason = r"y is 3 at \[0, 0\] instead of 4"
     elif broken == "not finite":
         add_version(scales / "nan", models, 7)
         reason = "warmup record 1 with a value in y that is not finite"

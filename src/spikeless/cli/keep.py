@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
-from spikeless.cli.options import Bytes
+from spikeless.cli.options import Size
 from spikeless.keep import Keeper, Kept, served_versions
 
 
 @click.command("keep")
 @click.argument("models", type=click.Path(path_type=Path))
-@click.option("--budget", type=Bytes(), required=True, help="How much to lock at most, such as 4GiB.")
+@click.option("--budget", type=Size(), required=True, help="How much to lock at most, such as 4GiB.")
 @click.option(
     "--poll", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds between looks."
 )

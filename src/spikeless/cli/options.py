@@ -1,36 +1,136 @@
-"""Types of values that several commands take."""
+"""Options that several sub-commands share."""
 
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
 
 import click
 
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-}
+from spikeless.errors import InvalidArgument
+from spikeless.fleet import FleetSettings, parse_targets
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_FACTORS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-class Bytes(click.ParamType[int]):
-    """A number of bytes, such as ``1MiB``."""
+class Duration(click.ParamType[Any]):
+    """``30s``, ``10m``, ``1.5h``; a bare number is seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        match = _DURATION.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is no duration: say 30s, 10m or 1h", param, ctx)
+        return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+class Size(click.ParamType[Any]):
+    """``512MiB``, ``4GB``; a bare number is bytes."""
 
     name = "size"
 
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+) ?([A-Za-z]*)", value)
-        if match is None or match[2] not in _UNITS:
-            self.fail(
-                f"{value!r} is no size: give bytes, or a number with {', '.join(filter(None, _UNITS))}",
-                param,
-                ctx,
-            )
-        return int(match[1]) * _UNITS[match[2]]
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is no size: say 512MiB or 4GB", param, ctx)
+        return int(float(match[1]) * _FACTORS[(match[2] or "").lower()])
+
+
+models_option = click.option(
+    "--models",
+    type=click.Path(path_type=Path),
+    default="models",
+    show_default=True,
+    help="The model repository.",
+)
+
+
+class _Servers(click.ParamType[Any]):
+    name = "servers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return parse_targets(value)
+        except InvalidArgument as error:
+            self.fail(str(error), param, ctx)
+
+
+servers_option = click.option(
+    "--servers",
+    type=_Servers(),
+    default="127.0.0.1:8500",
+    show_default=True,
+    help="gRPC addresses, HOST:PORT[,HOST:PORT...], or a file with one a line.",
+)
+
+
+def _option(name: str, kind: Any, default: Any, text: str) -> Any:
+    return click.option(name, type=kind, default=default, show_default=True, help=text)
+
+
+def fleet_options(function: _Function) -> _Function:
+    """``--servers`` and how they take turns; `fleet_settings` makes `FleetSettings` of them."""
+    for option in (
+        _option("--patience", Duration(), "15s", "How long a server may be silent."),
+        _option("--load-timeout", Duration(), "10m", "How long a load may take."),
+        _option("--at-most", int, 1, "Servers that load at the same time."),
+        _option("--stagger", Duration(), "0s", "Time between servers that load; up to half more at random."),
+        servers_option,
+    ):
+        function = option(function)
+    return function
+
+
+def fleet_settings(options: dict[str, Any]) -> FleetSettings:
+    """Take the options of `fleet_options` out of ``options``."""
+    return FleetSettings(
+        targets=options.pop("servers"),
+        stagger=options.pop("stagger"),
+        at_most=options.pop("at_most"),
+        load_timeout=options.pop("load_timeout"),
+        patience=options.pop("patience"),
+    )
+
+
+def tell(line: str) -> None:
+    """A line of progress, on standard error."""
+    click.echo(line, err=True)
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that whoever stops a change sees it put back.
+
+    Asked a second time, Ctrl-C ends the process where it is.
+    """
+    asked = threading.Event()
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

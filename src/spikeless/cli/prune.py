@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from spikeless.cli._options import models_option, servers_option, tell
+from spikeless.cli.options import models_option, servers_option, tell
 from spikeless.fleet import FleetSettings
 from spikeless.pruning import prune
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from spikeless import repository
-from spikeless.cli.options import Bytes
+from spikeless.cli.options import Duration, Size, models_option
+from spikeless.gates import Gates, GateSettings
+from spikeless.golden import Tolerance
 from spikeless.mapping import MapSettings
 
 
@@ -15,16 +17,28 @@ from spikeless.mapping import MapSettings
 @click.argument("saved_model", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="Name of the model.")
 @click.option("--version", type=int, help="Number of the version.  [default: the next free one]")
+@models_option
+@click.option("--load/--no-load", default=True, help="Load the model first and ask it, as a test.")
+@click.option("--allow-breaking", is_flag=True, help="Callers of the stable version may fail.")
 @click.option(
-    "--models",
+    "--golden",
     type=click.Path(path_type=Path),
-    default="models",
-    show_default=True,
-    help="The model repository.",
+    help="PredictionLog records with the answers that they should get.",
 )
-@click.option("--load/--no-load", default=True, help="Load the model before it is published, as a test.")
+@click.option(
+    "--rtol", default=Tolerance.rtol, show_default=True, help="How far answers may be off, relatively ..."
+)
+@click.option("--atol", default=Tolerance.atol, show_default=True, help="... and absolutely.")
+@click.option("--memory", type=Size(), help="Memory that servers have for it.  [default: this machine's]")
+@click.option(
+    "--max-first-request",
+    type=Duration(),
+    default="1s",
+    show_default=True,
+    help="How long the first request after load and warmup may take.",
+)
 @click.option("--map", "mapped", is_flag=True, help="Map its parameters from files: see `spikeless map`.")
-@click.option("--min-bytes", type=Bytes(), default="1MiB", show_default=True, help="With --map, as there.")
+@click.option("--min-bytes", type=Size(), default="1MiB", show_default=True, help="With --map, as there.")
 @click.option("--verify/--no-verify", default=True, help="With --map: compare the outputs, as there.")
 @click.option("--optimize", is_flag=True, help="With --map: also optimise the graph, as there.")
 @click.option(
@@ -36,6 +50,12 @@ def command(
     version: int | None,
     models: Path,
     load: bool,
+    allow_breaking: bool,
+    golden: Path | None,
+    rtol: float,
+    atol: float,
+    memory: int | None,
+    max_first_request: float,
     mapped: bool,
     min_bytes: int,
     verify: bool,
@@ -44,17 +64,19 @@ def command(
 ) -> None:
     """Copy SAVED_MODEL to a new version MODELS/NAME/VERSION/, which appears whole or not at all.
 
-    The parameter files of a mapped model are checked and brought into the page cache first, and their paths
-    are those that a server sees which has the repository at --serving-root.
-
-    A version that is there is never overwritten, and nothing is published that could not be loaded. Progress
-    goes to standard error, the new version's directory to standard output.
+    A version that is there is never overwritten, and nothing is published that could not be loaded, fails on
+    its warmup records or golden requests, or would fail callers of the stable version. The parameter files of
+    a mapped model are checked and brought into the page cache first, and their paths are those that a server
+    sees which has the repository at --serving-root. Progress goes to standard error, the new version's
+    directory to standard output.
     """
-    steps = [repository.CHECK_FILES, repository.CHECK_WARMUP]
+    settings = GateSettings(allow_breaking, golden, Tolerance(rtol, atol), memory, max_first_request)
+    gates = Gates(models, name, settings)
+    *steps, trial = gates.steps
     if mapped:
         steps.append(repository.map_step(MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize)))
     if load:
-        steps.append(repository.CHECK_LOAD)
+        steps.append(trial)
     published = repository.publish(
         saved_model,
         models,
@@ -64,4 +86,5 @@ def command(
         serving_root=serving_root,
         progress=lambda title: click.echo(f"{name}: {title}", err=True),
     )
+    gates.record(published)
     click.echo(published)

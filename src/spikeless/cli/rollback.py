@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from spikeless.cli._options import (
+from spikeless.cli.options import (
     fleet_options,
     fleet_settings,
     interruptible,

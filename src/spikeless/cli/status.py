@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from spikeless.cli._options import models_option, servers_option
+from spikeless.cli.options import models_option, servers_option
 from spikeless.status import ModelReport, VersionReport, status
 
 

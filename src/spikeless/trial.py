@@ -1,0 +1,158 @@
+"""A trial: a SavedModel is loaded and asked in a process of its own, before any server sees it.
+
+In: the directory of a version, perhaps the stable version that it is to follow. Out: what it took, or the
+gate at which it failed. ``python -m spikeless.trial VERSION [STABLE]`` is the process: it may crash or run out
+of memory without harm, and prints its findings as one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spikeless import golden
+from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.inference import Model
+from spikeless.runtime import Session
+from spikeless.warmup.records import LOG_FIELDS, Record, read, warmup_file
+from spikeless.warmup.replay import replay
+
+#: Requests whose median is the steady latency.
+_STEADY_REQUESTS = 30
+
+
+class GateError(FailedPrecondition):
+    """A version that may not be published; names the gate."""
+
+    def __init__(self, gate: str, problem: str) -> None:
+        super().__init__(f"gate {gate}: {problem}")
+        self.gate = gate
+        self.problem = problem
+
+
+@dataclass
+class Findings:
+    """What a trial took. Times are seconds, memory is bytes that belong to the process alone (RssAnon).
+
+    warmup: records that were replayed. golden: golden requests that were answered rightly. stable_requests:
+    warmup records of the stable version that were answered. first, steady: latency of the first request after
+    load and warmup, and the median of those after it; None where there is nothing to ask.
+    """
+
+    load: float = 0.0
+    memory: int = 0
+    warmup: int = 0
+    golden: int = 0
+    stable_requests: int = 0
+    first: float | None = None
+    steady: float | None = None
+
+
+def run(version: Path, stable: Path | None = None) -> Findings:
+    """Try a version in a process of its own.
+
+    Args:
+        version: its directory, with the warmup records and golden requests that it carries.
+        stable: the version that its callers use now: its warmup records are asked, too.
+
+    Raises:
+        GateError: it cannot be loaded, or fails on a request, or answers a golden one wrongly.
+    """
+    command = [sys.executable, "-m", "spikeless.trial", str(version)]
+    command += [] if stable is None else [str(stable)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        died = f"TensorFlow died of {signal.Signals(-done.returncode).name}\n" if done.returncode < 0 else ""
+        answer = {"gate": "load", "problem": f"the model cannot be loaded: {died}{done.stderr[-2000:]}"}
+    if "gate" in answer:
+        # Names inside the model: where it is staged is of no use to the caller.
+        raise GateError(answer["gate"], answer["problem"].replace(f"{version}/", ""))
+    return Findings(**answer)
+
+
+def _try(version: Path, stable: Path | None) -> Findings:
+    findings = Findings()
+    before, started = _private_memory(), time.monotonic()
+    try:
+        session = Session.load(version)
+    except SpikelessError as error:
+        raise GateError("load", f"the model cannot be loaded: {error}") from None
+    with session:
+        findings.load = time.monotonic() - started
+        model = Model(session)
+        with _gate("warmup", "build the warmup file again with `spikeless warmup build`"):
+            findings.warmup = replay(model, warmup_file(version))
+        findings.memory = max(0, _private_memory() - before)
+        with _gate("golden", "the golden requests or their tolerance are wrong, or the model is"):
+            given = golden.of_version(version)
+        asked = given.records[:1] or tuple(_requests(version))[:1]
+        if asked:
+            with _gate("first request", "the model or the request is wrong"):
+                findings.first, findings.steady = _latencies(model, asked[0])
+        with _gate("golden", "the golden requests or their tolerance are wrong, or the model is"):
+            golden.check(model, given)
+            findings.golden = len(given.records)
+        if stable is not None:
+            for record in _requests(stable):
+                with _gate(
+                    "signatures",
+                    f"callers of {stable} send such requests (its warmup record {record.number}); keep "
+                    "answering them, or say --allow-breaking",
+                ):
+                    golden.answer(model, record)
+                findings.stable_requests += 1
+    return findings
+
+
+@contextmanager
+def _gate(name: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except SpikelessError as error:
+        raise GateError(name, f"{error}; {remedy}") from None
+
+
+def _requests(version: Path) -> Iterator[Record]:
+    if warmup_file(version).exists():
+        yield from (record for record in read(warmup_file(version)) if record.kind in LOG_FIELDS)
+
+
+def _latencies(model: Model, record: Record) -> tuple[float, float]:
+    latencies = []
+    for _ in range(1 + _STEADY_REQUESTS):
+        started = time.monotonic()
+        golden.answer(model, record)
+        latencies.append(time.monotonic() - started)
+    return latencies[0], statistics.median(latencies[1:])
+
+
+def _private_memory() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def main() -> None:
+    version, *rest = sys.argv[1:]
+    # Whatever else is printed must not get between.
+    with redirect_stdout(sys.stderr):
+        try:
+            answer = asdict(_try(Path(version), Path(rest[0]) if rest else None))
+        except GateError as error:
+            answer = {"gate": error.gate, "problem": error.problem}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The gates of publishing: each refuses what it is for, names itself and the remedy, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from promotion_models import NAME, X, add_version, golden_file, prediction_log, write_config
+from trained_models import spikeless
+
+from spikeless import golden, repository, savedmodel, tfrecord
+from spikeless.errors import InvalidArgument
+from spikeless.gates import Gates, GateSettings, breaking_changes, stable_version
+from spikeless.golden import Tolerance
+from spikeless.protos import prediction_log_pb2
+from spikeless.trial import GateError
+
+
+def publish(source, models, **options):
+    gates = Gates(models, NAME, GateSettings(**options))
+    published = repository.publish(source, models, NAME, steps=gates.steps)
+    gates.record(published)
+    return published, gates.findings
+
+
+def test_a_good_version_passes_and_carries_its_golden_requests(scales, models, tmp_path):
+    file = golden_file(tmp_path / "golden", 3.0)
+    arguments = ["--name", NAME, "--models", models, "--golden", file, "--rtol=0.01"]
+    done = spikeless("publish", scales / "3", *arguments)
+    assert done.returncode == 0, done.stderr
+    carried = golden.of_version(models / NAME / "3")
+    assert (len(carried.records), carried.tolerance.rtol) == (1, 0.01)
+    (line,) = (models / NAME / ".spikeless" / "journal.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["event"], record["version"], record["stable"]) == ("publish", 3, 1)
+    findings = record["findings"]
+    assert (findings["golden"], findings["stable_requests"]) == (1, 1)
+    assert findings["memory"] > 0
+    assert findings["first"] > 0
+    assert findings["load"] > 0
+
+
+def test_each_gate_names_itself_the_numbers_and_the_remedy(scales, models, tmp_path):
+    versions = set(repository.versions(models, NAME))
+
+    def refused(source, **options):
+        with pytest.raises(GateError) as caught:
+            publish(source, models, **options)
+        assert set(repository.versions(models, NAME)) == versions
+        return caught.value.gate, str(caught.value)
+
+    gate, message = refused(scales / "3", golden=golden_file(tmp_path / "golden", 4.0))
+    assert gate == "golden"
+    assert "golden request 1 of 1: y is" in message
+    assert "instead of" in message
+
+    gate, message = refused(scales / "whole")
+    assert gate == "signatures"
+    for text in ("input x was DT_FLOAT and is DT_INT32", "output y is gone", "--allow-breaking"):
+        assert text in message
+    published, _ = publish(scales / "whole", models, allow_breaking=True)
+    versions.add(int(published.name))
+
+    gate, message = refused(scales / "2", memory=1000)
+    assert gate == "memory"
+    assert "--memory" in message
+
+    gate, message = refused(scales / "2", golden=golden_file(tmp_path / "g", 2.0), max_first_request=1e-9)
+    assert gate == "first request"
+    assert "spikeless warmup build" in message
+
+    broken = add_version(scales / "whole", tmp_path / "broken", 1)  # its warmup record is of another type
+    gate, message = refused(broken, allow_breaking=True)
+    assert gate == "warmup"
+    assert "warmup record 1" in message
+
+
+def test_requests_of_the_stable_versions_callers_must_be_answered(scales, models):
+    """The signatures agree, but the stable version's warmup has a request that the new one fails on."""
+    warmup = models / NAME / "1" / "assets.extra" / "tf_serving_warmup_requests"
+    log = prediction_log()
+    del log.predict_log.request.inputs["x"]
+    tfrecord.write(warmup, [prediction_log().SerializeToString(), log.SerializeToString()])
+    with pytest.raises(GateError, match=r"gate signatures: .*warmup record 2\)"):
+        publish(scales / "3", models)
+    publish(scales / "3", models, allow_breaking=True)
+
+
+def test_golden_files_are_looked_at_before_anything_is_copied(scales, models, tmp_path):
+    file = tmp_path / "golden"
+    tfrecord.write(file, [prediction_log().SerializeToString()])
+    with pytest.raises(InvalidArgument, match="record 1 has no response"):
+        Gates(models, NAME, GateSettings(golden=file))
+    tfrecord.write(file, [])
+    with pytest.raises(InvalidArgument, match="has no records"):
+        Gates(models, NAME, GateSettings(golden=file))
+    tfrecord.write(file, [prediction_log_pb2.PredictionLog().SerializeToString()])
+    with pytest.raises(InvalidArgument, match="which has no answer"):
+        Gates(models, NAME, GateSettings(golden=file))
+
+
+def test_the_stable_version_is_the_labelled_one(models):
+    assert stable_version(models, NAME) == models / NAME / "1"
+    write_config(models, [1, 2], 2)
+    assert stable_version(models, NAME) == models / NAME / "2"
+    (models / "models.config").unlink()
+    assert stable_version(models, NAME) == models / NAME / "2"
+    assert stable_version(models, "other") is None
+    assert stable_version(models / "nowhere", "other") is None
+
+
+def changed(scales, change):
+    old = savedmodel.read(scales / "1").meta_graph()
+    new = type(old)()
+    new.CopyFrom(old)
+    change(new.signature_def)
+    return breaking_changes(old, new)
+
+
+def test_which_changes_of_signatures_break_callers(scales):
+    def default(signatures):
+        return signatures["serving_default"]
+
+    assert changed(scales, lambda s: None) == []
+    assert changed(scales, lambda s: s.pop("serving_default")) == ["signature serving_default is gone"]
+    assert changed(scales, lambda s: s["more"].CopyFrom(s["serving_default"])) == []
+    assert changed(scales, lambda s: default(s).outputs["z"].CopyFrom(default(s).outputs["y"])) == []
+    (problem,) = changed(scales, lambda s: default(s).inputs["w"].CopyFrom(default(s).inputs["x"]))
+    assert problem == "serving_default: input w is new, and callers do not send it"
+
+    def with_default(signatures):
+        default(signatures).inputs["w"].CopyFrom(default(signatures).inputs["x"])
+        default(signatures).defaults["w"].dtype = 1
+
+    assert changed(scales, with_default) == []
+
+    def shape(which, *dims):
+        def change(signatures):
+            info = getattr(default(signatures), which)["x" if which == "inputs" else "y"]
+            del info.tensor_shape.dim[:]
+            for dim in dims:
+                info.tensor_shape.dim.add(size=dim)
+
+        return change
+
+    assert changed(scales, shape("inputs", -1, -1)) == [], "a wider input takes all that the narrow one took"
+    assert changed(scales, shape("inputs", -1, 3)) == [
+        "serving_default: input x had shape [?, 2] and has [?, 3]"
+    ]
+    assert changed(scales, shape("outputs", 1, 2)) == []
+    assert len(changed(scales, shape("outputs", -1, -1))) == 1
+    assert len(changed(scales, shape("outputs", -1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (X * 2, None),
+        (X * 2 + 1e-7, None),
+        (X * 2.01, r"y is 2\.01 at \[0, 0\] instead of 2 \(4 of 4 values differ"),
+        (X[:1] * 2, r"y has shape \[1, 2\] instead of \[2, 2\]"),
+        ((X * 2).astype("float64"), "y has type float64 instead of float32"),
+    ],
+)
+def test_differences_are_told_in_words(answer, problem):
+    expected = prediction_log(X * 2).predict_log.response
+    found = golden.difference(expected, prediction_log(answer).predict_log.response, Tolerance())
+    if problem is None:
+        assert found is None
+    else:
+        assert re.search(problem, found), found
