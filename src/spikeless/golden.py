@@ -60,9 +60,7 @@ def read_file(path: str | os.PathLike[str], tolerance: Tolerance) -> Golden:
     records = tuple(read(path, gzipped=None))
     for record in records:
         if record.kind not in LOG_FIELDS:
-            raise InvalidArgument(
-                f"{path}: record {record.number} holds {record.kind}, which is not answered"
-            )
+            raise InvalidArgument(f"{path}: record {record.number} holds {record.kind}, which has no answer")
         if not _log(record).HasField("response"):
             raise InvalidArgument(
                 f"{path}: record {record.number} has no response; golden requests need their right answers, "

@@ -1,8 +1,8 @@
 """A trial: a SavedModel is loaded and asked in a process of its own, before any server sees it.
 
 In: the directory of a version, perhaps the stable version that it is to follow. Out: what it took, or the
-gate at which it failed. ``python -m spikeless.trial VERSION [STABLE]`` is the process: it may crash or run out
-of memory without harm, and prints its findings as one JSON object.
+gate at which it failed. ``python -m spikeless.trial VERSION [STABLE]`` is the process: it may crash or run
+out of memory without harm, and prints its findings as one JSON object.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "map": "Map a model's parameters from files instead of restoring them.",
     "keep": "Keep the mapped parameters of served versions in memory.",
     "inspect": "Show the variables of a SavedModel: mapped, restored or dropped.",
+    "capture": "Relay calls to a server and record a sample of them.",
     "promote": "Give callers another version, after checking it on the servers.",
     "rollback": "Give callers the version from before.",
     "status": "Show the repository and its servers side by side.",

@@ -1,0 +1,184 @@
+"""Capture: a gRPC relay between callers and a server, which records a sample of the calls.
+
+In: calls of any service, as bytes. Out: the server's answers as they are, with their status and metadata, and
+a file of records (`spikeless.recorder`). Deadlines and cancellations are passed on. Nothing is parsed on the
+way, and a call never waits for its record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from spikeless.errors import InvalidArgument, SpikelessError, Unavailable
+from spikeless.recorder import METHODS, Recorder, RecorderSettings
+
+#: The other methods of which it is known that they take one message and give one.
+_UNARY_METHODS = frozenset(
+    {
+        *METHODS,
+        "/tensorflow.serving.PredictionService/GetModelMetadata",
+        "/tensorflow.serving.ModelService/GetModelStatus",
+        "/tensorflow.serving.ModelService/HandleReloadConfigRequest",
+        "/grpc.health.v1.Health/Check",
+    }
+)
+#: Metadata that belongs to one connection, not to the call.
+_OWN_METADATA = frozenset({"user-agent", "te", "content-type", "accept-encoding"})
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
+_SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+]
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """Where calls come from and go to. sample: the share of calls that is recorded."""
+
+    target: str
+    listen: str
+    recorder: RecorderSettings
+    sample: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample <= 1:
+            raise InvalidArgument(
+                f"--sample {self.sample:g}: the share of calls must be above 0 and at most 1"
+            )
+
+
+class Capture:
+    """A relay that runs on a thread of its own: ``start`` (returns the port), ``stop``."""
+
+    def __init__(self, settings: CaptureSettings) -> None:
+        self.settings = settings
+        self.relayed = 0
+        self.recorder = Recorder(settings.recorder)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
+        self._server: grpc.aio.Server | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    def start(self) -> int:
+        """Listen; returns the port.
+
+        Raises:
+            Unavailable: the address is taken.
+        """
+        self._thread.start()
+        try:
+            return asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        except SpikelessError:
+            self.stop(0.0)
+            raise
+
+    async def _start(self) -> int:
+        self._channel = grpc.aio.insecure_channel(self.settings.target, options=_CHANNEL_OPTIONS)
+        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        server.add_generic_rpc_handlers((_AnyMethod(self),))
+        try:
+            port = server.add_insecure_port(self.settings.listen)
+        except RuntimeError:
+            raise Unavailable(f"cannot listen on {self.settings.listen}: is it taken?") from None
+        await server.start()
+        self._server = server
+        return int(port)
+
+    def stop(self, grace: float = 10.0) -> None:
+        """Let calls in progress end within ``grace`` seconds, and write what was recorded."""
+        asyncio.run_coroutine_threadsafe(self._stop(grace), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self.recorder.close()
+
+    async def _stop(self, grace: float) -> None:
+        if self._server is not None:
+            await self._server.stop(grace)
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    # --- calls --------------------------------------------------------------------------------------
+
+    async def one(self, method: str, request: bytes, context: Any) -> bytes:
+        """Relay a call of one message and one answer."""
+        assert self._channel is not None
+        self.relayed += 1
+        call = self._channel.unary_unary(method, None, None)(
+            request, timeout=context.time_remaining(), metadata=_passed_on(context.invocation_metadata())
+        )
+        try:
+            response: bytes = await call
+            await context.send_initial_metadata(_passed_on(await call.initial_metadata()))
+            context.set_trailing_metadata(_passed_on(await call.trailing_metadata()))
+        except grpc.aio.AioRpcError as error:
+            await _fail(context, error)
+        finally:
+            # The caller may have gone away: then so should the call.
+            call.cancel()
+        if random.random() < self.settings.sample:
+            self.recorder.offer(method, request, response)
+        return response
+
+    async def many(self, method: str, requests: Any, context: Any) -> AsyncIterator[bytes]:
+        """Relay a call of any number of messages and answers."""
+        assert self._channel is not None
+        self.relayed += 1
+        call = self._channel.stream_stream(method, None, None)(
+            requests, timeout=context.time_remaining(), metadata=_passed_on(context.invocation_metadata())
+        )
+        try:
+            async for response in call:
+                yield response
+            context.set_trailing_metadata(_passed_on(await call.trailing_metadata()))
+        except grpc.aio.AioRpcError as error:
+            await _fail(context, error)
+        finally:
+            call.cancel()
+
+
+class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg]
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        method = handler_call_details.method
+        if method in _UNARY_METHODS:
+
+            async def one(request: bytes, context: Any) -> bytes:
+                return await self._capture.one(method, request, context)
+
+            return grpc.unary_unary_rpc_method_handler(one)
+
+        async def many(requests: Any, context: Any) -> AsyncIterator[bytes]:
+            async for response in self._capture.many(method, requests, context):
+                yield response
+
+        # What is sent does not tell how many messages a method has; this suits any number.
+        return grpc.stream_stream_rpc_method_handler(many)
+
+
+def _passed_on(metadata: Any) -> Sequence[tuple[str, str | bytes]]:
+    return [
+        (key, value)
+        for key, value in metadata or ()
+        if key not in _OWN_METADATA and not key.startswith(("grpc-", ":"))
+    ]
+
+
+async def _fail(context: Any, error: grpc.aio.AioRpcError) -> None:
+    await context.abort(error.code(), error.details() or "", tuple(_passed_on(error.trailing_metadata())))

@@ -1,0 +1,266 @@
+"""Recording: real requests and their answers become a file of ``PredictionLog`` records.
+
+In: calls as bytes, from whoever relays them. Out: a TFRecord file to build warmup from and to publish golden
+requests with. Calls are handed over without waiting; a thread of its own parses, thins out and writes. What
+does not fit into its memory, or cannot be written, is counted and forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+
+from spikeless import tfrecord
+from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument
+from spikeless.protos import input_pb2, prediction_log_pb2, tensor_pb2, types_pb2
+from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS, Record, read
+
+_log = logging.getLogger(__name__)
+
+#: Methods whose calls can be recorded -> the kind of record.
+METHODS = {
+    f"/tensorflow.serving.PredictionService/{kind}": kind
+    for kind in (PREDICT, CLASSIFY, REGRESS, MULTI_INFERENCE)
+}
+#: Bytes of calls that may wait for the writer.
+MAX_PENDING_BYTES = 64 << 20
+
+#: What makes two requests alike: kind, model, signature, and the types and shapes of what they send.
+Shape = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class RecorderSettings:
+    """What is recorded, and how much of it.
+
+    out: the file; one that is there is gone on with.
+    limit: records at most. per_shape: of requests with the same signature and shapes. max_bytes: of the file.
+    redact: inputs (of Predict) and features (of examples) whose values become zeros or empty strings; the
+        answer to such a request is left out.
+    """
+
+    out: Path
+    limit: int = 1000
+    per_shape: int = 1
+    max_bytes: int = 256 << 20
+    redact: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.per_shape < 1 or self.max_bytes < 1:
+            raise InvalidArgument("--limit, --per-shape and --max-bytes must be 1 or more")
+
+
+@dataclass
+class Counts:
+    """Calls that were handed over, and what became of them."""
+
+    recorded: int = 0
+    alike: int = 0
+    dropped: int = 0
+    unwritten: int = 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    kind: str
+    request: bytes
+    response: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.request) + len(self.response)
+
+
+class Recorder:
+    """Writes calls to a file, on a thread of its own."""
+
+    def __init__(self, settings: RecorderSettings) -> None:
+        self.settings = settings
+        self.counts = Counts()
+        self._seen: Counter[Shape] = Counter()
+        self._records = 0
+        self._file, self._end = self._open()
+        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._pending = 0
+        self._lock = threading.Lock()
+        self._complained = False
+        self._thread = threading.Thread(target=self._write_all, name="recorder", daemon=True)
+        self._thread.start()
+
+    @property
+    def full(self) -> bool:
+        """Whether the file has all the records or bytes that it may have."""
+        return self._records >= self.settings.limit or self._end >= self.settings.max_bytes
+
+    def offer(self, method: str, request: bytes, response: bytes) -> None:
+        """Hand a call over; returns at once, whatever becomes of it."""
+        kind = METHODS.get(method)
+        if kind is None or self.full:
+            return
+        call = _Call(kind, request, response)
+        with self._lock:
+            if self._pending + call.size > MAX_PENDING_BYTES:
+                self.counts.dropped += 1
+                return
+            self._pending += call.size
+        self._queue.put(call)
+
+    def close(self) -> None:
+        """Write what was handed over, and close the file."""
+        self._queue.put(None)
+        self._thread.join()
+        try:
+            self._file.truncate(self._end)
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            self._complain(error)
+
+    def _open(self) -> tuple[FileIO, int]:
+        """The file to go on with, and where its last whole record ends."""
+        out = self.settings.out
+        try:
+            if out.exists():
+                self._go_on_with(out)
+            # Without a buffer, in which bytes that did not fit onto the disk would stay.
+            file = open(out, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+            return file, file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise FailedPrecondition(f"{out} cannot be written: {error.strerror}") from None
+
+    def _go_on_with(self, out: Path) -> None:
+        """Count what is in the file, and cut off the record that a kill left unfinished."""
+        whole = []
+        try:
+            for record in read(out):
+                self._seen[_shape(record)] += 1
+                whole.append(record.log.SerializeToString())
+        except DataLoss as error:
+            if not whole:
+                raise FailedPrecondition(f"{error}; name another file with --out") from None
+            tfrecord.write(out, whole)
+        self._records = len(whole)
+
+    def _write_all(self) -> None:
+        while (call := self._queue.get()) is not None:
+            with self._lock:
+                self._pending -= call.size
+            if self.full:
+                continue
+            try:
+                self._write(call)
+            except (DecodeError, ValueError) as error:
+                self.counts.dropped += 1
+                _log.warning("a %s call could not be recorded: %s", call.kind, error)
+            except OSError as error:
+                self.counts.unwritten += 1
+                self._complain(error)
+
+    def _write(self, call: _Call) -> None:
+        record = Record(self._records + 1, _prediction_log(call), call.size)
+        shape = _shape(record)
+        if self._seen[shape] >= self.settings.per_shape:
+            self.counts.alike += 1
+            return
+        if self.settings.redact and _redact(record.request, self.settings.redact):
+            getattr(record.log, LOG_FIELDS[call.kind]).ClearField("response")
+        framed = tfrecord.frame(record.log.SerializeToString())
+        if self._end + len(framed) > self.settings.max_bytes:
+            self.counts.dropped += 1
+            return
+        # Where the last write failed half way, its part is still there.
+        self._file.truncate(self._end)
+        left = memoryview(framed)
+        while left:
+            left = left[self._file.write(left) :]
+        self._end += len(framed)
+        self._records += 1
+        self._seen[shape] += 1
+        self.counts.recorded += 1
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            _log.error("%s cannot be written: %s; calls go on", self.settings.out, error.strerror)
+        self._complained = True
+
+
+def _prediction_log(call: _Call) -> prediction_log_pb2.PredictionLog:
+    log = prediction_log_pb2.PredictionLog()
+    entry = getattr(log, LOG_FIELDS[call.kind])
+    entry.request.ParseFromString(call.request)
+    entry.response.ParseFromString(call.response)
+    return log
+
+
+def _shape(record: Record) -> Shape:
+    request = record.request
+    if record.kind == PREDICT:
+        inputs = tuple(
+            (alias, tensor.dtype, tuple(dim.size for dim in tensor.tensor_shape.dim))
+            for alias, tensor in sorted(request.inputs.items())
+        )
+        return (record.kind, *_target(request.model_spec), tuple(sorted(request.output_filter)), inputs)
+    if record.kind == MULTI_INFERENCE:
+        tasks = tuple((task.method_name, *_target(task.model_spec)) for task in request.tasks)
+        return (record.kind, tasks, _examples_shape(request.input))
+    return (record.kind, *_target(request.model_spec), _examples_shape(request.input))
+
+
+def _target(spec: Any) -> tuple[str, str]:
+    return spec.name, spec.signature_name
+
+
+def _examples_shape(given: input_pb2.Input) -> Shape:
+    examples = _examples(given)
+    return len(examples), tuple(sorted({name for one in examples for name in one.features.feature}))
+
+
+def _examples(given: input_pb2.Input) -> list[Any]:
+    """All examples of an input, the context that they share included."""
+    if given.WhichOneof("kind") == "example_list_with_context":
+        listed = given.example_list_with_context
+        return [listed.context, *listed.examples]
+    return list(given.example_list.examples)
+
+
+def _redact(request: Message, names: Collection[str]) -> bool:
+    """Empty the named inputs or features of a request; whether it has any of them."""
+    found = False
+    if hasattr(request, "inputs"):
+        for alias in names:
+            if alias in request.inputs:
+                _empty_tensor(request.inputs[alias])
+                found = True
+        return found
+    for example in _examples(request.input):  # type: ignore[attr-defined]
+        for name in names:
+            if name in example.features.feature:
+                _empty_feature(example.features.feature[name])
+                found = True
+    return found
+
+
+def _empty_tensor(tensor: tensor_pb2.TensorProto) -> None:
+    """No values at all mean zeros, or empty strings (``tensor.proto``)."""
+    tensor.CopyFrom(tensor_pb2.TensorProto(dtype=tensor.dtype, tensor_shape=tensor.tensor_shape))
+    if tensor.dtype == types_pb2.DT_STRING:
+        tensor.string_val.append(b"")
+
+
+def _empty_feature(feature: Any) -> None:
+    kind = feature.WhichOneof("kind")
+    if kind is not None:
+        values = getattr(feature, kind).value
+        count = len(values)
+        del values[:]
+        values.extend([b"" if kind == "bytes_list" else 0] * count)
