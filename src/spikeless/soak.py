@@ -15,8 +15,8 @@ from typing import Any
 from spikeless import traffic
 from spikeless.errors import FailedPrecondition, InvalidArgument
 from spikeless.manager import State
-from spikeless.traffic import Traffic
 from spikeless.probes import Comparison, ComparisonSettings, Measured, Remote, measure
+from spikeless.traffic import Traffic
 from spikeless.warmup.records import Record
 
 _PROGRESS_SECONDS = 10.0
