@@ -182,6 +182,7 @@ class Fleet:
             try:
                 _Change(self, self.clients[target], blocks, self._interrupted).make()
                 report[target] = f"done in {time.monotonic() - started:.1f} s"
+                self.say(target, report[target])
             except SpikelessError as error:
                 report[target] = f"failed: {error}"
                 failures[target] = error
@@ -257,6 +258,7 @@ class _Change:
         self._note_old_states()
         while True:
             try:
+                self._fleet.say(self._client.target, "reloading")
                 self._send()
                 self._follow()
                 return

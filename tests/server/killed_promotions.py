@@ -1,8 +1,8 @@
-"""Promote or roll back, and die of SIGKILL at the n-th line of progress; there is one before every step.
+"""Promote or roll back, and die of SIGKILL at a line of progress; there is one before and after every step.
 
-    python killed_promotions.py promote|rollback MODELS TARGET N
+    python killed_promotions.py promote|rollback MODELS TARGET N|TEXT
 
-Ends with 0 when there were fewer lines than that.
+Dies at the N-th line, or at the first that contains TEXT; ends with 0 when there is none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(action: str, models: str, target: str, kill_at: str) -> None:
     def progress(line: str) -> None:
         number = next(lines)
         print(number, line, flush=True)
-        if number == int(kill_at):
+        if str(number) == kill_at or (not kill_at.isdigit() and kill_at in line):
             os.kill(os.getpid(), signal.SIGKILL)
 
     if action == "promote":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from promotion_models import (
     NAME,
+    X,
     add_version,
     flawless,
     fleet_of,
@@ -20,10 +22,11 @@ from promotion_models import (
     start_server,
 )
 
-from spikeless import models_config
+from spikeless import launch, models_config
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, NotFound, SpikelessError
 from spikeless.promotion import PromotionError, promote, rollback
+from spikeless.soak import SoakSettings
 
 
 @pytest.fixture
@@ -188,16 +191,22 @@ def test_killed_at_every_step_it_is_valid_and_repeating_finishes(models, server,
             assert served(client) == served(client, label="stable") == goal, kills[-1]
             assert f"{NAME}-canary" not in config_text(models), kills[-1]
             reset()
-    assert len(kills) >= (8 if action == "promote" else 1), kills
+    # Before and after each state of models.config, and before and after servers have taken it.
+    wanted = {
+        "promote": ("serving version", "adding", "moving", "asking", "done"),
+        "rollback": ("moving", "done"),
+    }
+    for text in (*wanted[action], "reloading"):
+        assert any(text in kill for kill in kills), kills
     assert load.factors == {1.0, 2.0}
 
 
 def test_a_rollback_undoes_a_promotion_that_was_killed(models, server, client):
     before = config_text(models)
-    for number in (2, 6, 10):
+    for moment in ("AVAILABLE", "comparing", "adding", "moving"):
         script = Path(__file__).with_name("killed_promotions.py")
         done = subprocess.run(
-            [sys.executable, script, "promote", models, server.target, str(number)],
+            [sys.executable, script, "promote", models, server.target, moment],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             timeout=120,
         )
@@ -206,3 +215,32 @@ def test_a_rollback_undoes_a_promotion_that_was_killed(models, server, client):
         assert config_text(models) == before
         assert served(client) == served(client, label="stable") == 1
     assert rollback(models, NAME, fleet_of(server)).version == 1, "and repeated, it goes back no further"
+
+
+def test_soaking_watches_what_real_callers_of_the_canary_see(models, tmp_path):
+    monitoring = tmp_path / "monitoring.config"
+    monitoring.write_text("prometheus_config { enable: true }")
+    before = config_text(models)
+    rest = launch.free_port()
+    flags = (f"--rest_api_port={rest}", f"--monitoring_config_file={monitoring}")
+    with start_server(models, *flags) as server, Client(server.target) as client, flawless(server.target):
+        watch = SoakSettings(
+            seconds=60.0, interval=0.05, metrics=f"http://{{host}}:{rest}/monitoring/prometheus/metrics"
+        )
+
+        def fail(line):
+            if "soaking" in line:
+                with pytest.raises(SpikelessError):
+                    client.predict(f"{NAME}-canary", {"x": X.astype("int64")})
+
+        with pytest.raises(PromotionError, match=r"metrics say that 1 of \d+ requests failed, 0 of"):
+            promote(models, NAME, 2, fleet_of(server), settings(soak=watch), fail)
+        assert config_text(models) == before
+
+        watch = dataclasses.replace(watch, seconds=0.3)
+        said = []
+        promote(models, NAME, 2, fleet_of(server), settings(soak=watch), said.append)
+        assert "soaking for 0.3 s" in said
+        (soaked,) = (record for record in journal(models) if record["event"] == "soak")
+        assert soaked["candidate"]["requests"] > 0
+        assert soaked["traffic"]["errors"] == 0

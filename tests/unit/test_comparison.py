@@ -1,0 +1,95 @@
+"""What makes a candidate worse than the stable version, from what was measured and from metrics."""
+
+from __future__ import annotations
+
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from spikeless import traffic
+from spikeless.errors import InvalidArgument, Unavailable
+from spikeless.probes import Comparison, ComparisonSettings, Measured
+from spikeless.soak import SoakSettings
+from spikeless.traffic import Traffic
+
+
+def measured(latencies, errors=0):
+    return Measured(len(latencies) + errors, errors, "first error" if errors else "", list(latencies))
+
+
+def test_percentiles_are_those_of_the_nearest_rank():
+    some = measured([number / 1000 for number in range(1, 101)])
+    assert (some.percentile(0.5), some.percentile(0.99), some.percentile(1.0)) == (0.05, 0.099, 0.1)
+    assert math.isnan(measured([]).percentile(0.5))
+    assert measured([]).summary()["p99_ms"] is None
+    assert some.summary() == {"requests": 100, "errors": 0, "p50_ms": 50.0, "p99_ms": 99.0}
+    assert str(measured([0.001], 1)) == "1 errors in 2 requests, p50 1.0 ms, p99 1.0 ms"
+
+
+def test_a_candidate_may_not_fail_more_often_than_the_stable_version():
+    good, bad = measured([0.001] * 10), measured([0.001] * 9, 1)
+    assert Comparison(good, good).error_problem() == ""
+    assert Comparison(bad, bad).error_problem() == ""
+    assert Comparison(good, bad).error_problem() == ""
+    problem = Comparison(bad, good).error_problem()
+    assert problem == "1 of 10 requests failed, 0 of 10 with the stable version: first error"
+
+
+def test_a_candidate_may_not_be_slower_than_the_limits_allow():
+    limits = ComparisonSettings(max_p99_ratio=1.5, slack=0.005)
+    for own, other, slow in ((0.010, 0.010, False), (0.0149, 0.010, False), (0.016, 0.010, True)):
+        problem = Comparison(measured([own]), measured([other])).latency_problem(limits)
+        assert bool(problem) == slow, (own, other)
+    assert Comparison(measured([0.0059]), measured([0.001])).latency_problem(limits) == "", "within the slack"
+    problem = Comparison(measured([0.2]), measured([0.1])).latency_problem(limits)
+    assert "p99 is 200.0 ms, with the stable version 100.0 ms; the limit is 150.0 ms" in problem
+
+
+PAGE = """\
+# TYPE :tensorflow:serving:request_count counter
+:tensorflow:serving:request_count{model_name="m",status="OK"} 90
+:tensorflow:serving:request_count{model_name="m",status="INTERNAL"} 10
+:tensorflow:serving:request_count{model_name="m-canary",status="OK"} 5
+# TYPE :tensorflow:serving:request_latency histogram
+:tensorflow:serving:request_latency_bucket{model_name="m",API="Predict",entrypoint="GRPC",le="10"} 1
+:tensorflow:serving:request_latency_bucket{model_name="m",API="Predict",entrypoint="GRPC",le="+Inf"} 90
+:tensorflow:serving:request_latency_sum{model_name="m",API="Predict",entrypoint="GRPC"} 9e6
+:tensorflow:serving:request_latency_count{model_name="m",API="Predict",entrypoint="GRPC"} 90
+"""
+
+
+def test_metrics_are_read_by_their_names():
+    found = traffic.parse(PAGE, "here")
+    assert found == {"m": Traffic(100, 10, 9.0), "m-canary": Traffic(5, 0, 0.0)}
+    assert found["m"].error_rate == 0.1
+    assert found["m"].mean_latency == 0.09
+    later = Traffic(150, 12, 10.0)
+    assert later.since(found["m"]) == Traffic(50, 2, 1.0)
+    assert found["m"].since(later) == found["m"], "the server was restarted: all of it is new"
+    assert Traffic().error_rate == 0.0
+    with pytest.raises(InvalidArgument, match="here cannot be read as metrics"):
+        traffic.parse('a{b="c} 1', "here")
+
+
+def test_metrics_are_fetched_or_their_absence_explained():
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PAGE.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert traffic.read(f"http://127.0.0.1:{server.server_port}/")["m"].requests == 100
+        server.shutdown()
+    with pytest.raises(Unavailable, match="--monitoring_config_file"):
+        traffic.read("http://127.0.0.1:1/")
+    with pytest.raises(InvalidArgument, match="no http address"):
+        traffic.read("file:///etc/passwd")
+    with pytest.raises(InvalidArgument, match="--metrics"):
+        SoakSettings(metrics="127.0.0.1:8501")
