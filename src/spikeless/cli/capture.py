@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from spikeless.capture import Capture, CaptureSettings
-from spikeless.cli._options import Size, interruptible, tell
+from spikeless.cli.options import Size, interruptible, tell
 from spikeless.recorder import RecorderSettings
 
 
