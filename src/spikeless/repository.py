@@ -189,8 +189,9 @@ def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]
     state.mkdir(exist_ok=True)
     with ExitStack() as stack:
         with directories.locked(state / "lock"):
-            published = list_versions(directory)
+            # In this order: a publisher renames its version before it gives up its reservation.
             reserved = {int(path.name.partition("-")[0]) for path in directories.staged(state / "staging")}
+            published = list_versions(directory)
             number = max([0, *published, *reserved]) + 1 if version is None else version
             if number in published:
                 raise AlreadyExists(f"{published[number]} is there already; versions are never overwritten")
