@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spikeless import directories, residency
+from spikeless.checkpoint import READ_ONLY
 from spikeless.checks import check_files, check_load, check_warmup
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
 from spikeless.mapping import MapSettings, is_mapped, map_in_place, repin
@@ -170,7 +171,9 @@ def _prepare_mapped(candidate: Candidate, serving_root: str) -> None:
     """Let a mapped version name its files where servers will see them, and fill the page cache."""
     root = f"{serving_root.rstrip('/')}/{candidate.name}/{candidate.target.name}"
     for record in repin(candidate.path, root, digests=False).mapped_files():
-        residency.prefetch(candidate.path / record.path)
+        path = candidate.path / record.path
+        path.chmod(READ_ONLY)  # a server that has it mapped would not survive a change
+        residency.prefetch(path)
 
 
 def _model_directory(models: str | os.PathLike[str], name: str) -> Path:

@@ -503,6 +503,7 @@ def test_publish_maps_and_pins(originals: Path, tmp_path: Path) -> None:
     Session.load(version).close()
     # A version that is mapped is pinned anew, here to where a container sees it.
     second = repository.publish(version, models, "m", serving_root="/models")
+    assert all((second / file.path).stat().st_mode & 0o222 == 0 for file in manifest.mapped_files())
     check(second, "/models/m/2")
     assert {file.name for file in (models / "m").iterdir()} == {"1", "2", ".spikeless"}
 
