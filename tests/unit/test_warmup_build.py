@@ -591,6 +591,16 @@ def test_sizes_that_cannot_be(signatures):
     refused(signatures, settings(dims={"x": (-1,)}), InvalidArgument, "of x: none may be negative")
 
 
+@pytest.mark.parametrize(
+    ("model", "signature"), [("signatures", "serving_default"), ("examples", "classify")]
+)
+def test_batches_that_no_message_can_hold(saved_models, tmp_path, model, signature):
+    """Refused before memory is taken for them."""
+    copied = shutil.copytree(saved_models / model, tmp_path / "model")
+    too_large = settings(signatures=(signature,), batch_sizes=(10**9,))
+    refused(copied, too_large, ResourceExhausted, "a batch of 1000000000")
+
+
 def test_inputs_that_disagree_about_the_batch(signatures, tmp_path):
     document = {
         "signature_name": "mixed",

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from spikeless.errors import InvalidArgument
+from spikeless.errors import InvalidArgument, ResourceExhausted
 from spikeless.protos import prediction_log_pb2
 from spikeless.savedmodel import TensorSpec
 from spikeless.tensors import to_numpy, to_proto
+from spikeless.tfrecord import MAX_RECORD_BYTES
 from spikeless.warmup.records import PREDICT
 from spikeless.warmup.requests import Request, Servable, example_messages
 
@@ -28,6 +29,7 @@ def rebatch(servable: Servable, requests: Sequence[Request], sizes: Sequence[int
 
     Raises:
         InvalidArgument: the inputs of a request disagree about its batch size, or have no rows.
+        ResourceExhausted: a batch would be larger than a message can be.
     """
     groups: dict[Any, list[Request]] = {}
     for request in requests:
@@ -76,8 +78,15 @@ def _has_rows(spec: TensorSpec) -> bool:
     return spec.shape is None or (len(spec.shape) > 0 and spec.shape[0] is None)
 
 
-def _indices(rows: int, size: int) -> list[Any]:
-    """Which rows go into each batch of ``size``."""
+def _indices(group: list[Request], rows: int, size: int) -> list[Any]:
+    """Which of the group's rows go into each batch of ``size``."""
+    row_bytes = sum(request.message.ByteSize() for request in group) // rows
+    # Before any memory is taken for them.
+    if size * row_bytes > MAX_RECORD_BYTES:
+        raise ResourceExhausted(
+            f"{group[0].source}: a batch of {size} with about {row_bytes} bytes a row is more than a message "
+            "can hold; ask for smaller batches"
+        )
     count = -(-rows // size)
     return list(np.resize(np.arange(rows), count * size).reshape(count, size))
 
@@ -92,7 +101,7 @@ def _predict_batches(servable: Servable, group: list[Request], sizes: Sequence[i
     }
     batches = []
     for size in sizes:
-        for chosen in _indices(len(rows[aliases[0]]), size):
+        for chosen in _indices(group, len(rows[aliases[0]]), size):
             batch = _copy(group[0])
             for alias in aliases:
                 tensor = batch.message.inputs[alias]
@@ -105,7 +114,7 @@ def _example_batches(servable: Servable, group: list[Request], sizes: Sequence[i
     rows = [example for request in group for example in example_messages(request.message.input)]
     batches = []
     for size in sizes:
-        for chosen in _indices(len(rows), size):
+        for chosen in _indices(group, len(rows), size):
             batch = _copy(group[0])
             examples = example_messages(batch.message.input)
             del examples[:]
