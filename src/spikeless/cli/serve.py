@@ -21,6 +21,9 @@ from spikeless.server import Server, ServerSettings
 _log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_PORT = click.IntRange(0, 65535)
+_COUNT = click.IntRange(min=0)
+_THREADS = click.IntRange(min=1)
 
 #: Flags of TensorFlow Serving that change nothing here and are taken all the same, so that one command line
 #: starts either server -> why they change nothing.
@@ -58,9 +61,9 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function]
 
 
 @click.command()
-@_flag("port", int, 8500, "Port of the gRPC API; 0 picks a free one.")
-@_flag("rest_api_port", int, 0, "Port of the REST API; 0: no REST API.")
-@_flag("rest_api_num_threads", int, 4 * (os.cpu_count() or 1), "Requests that REST answers at once.")
+@_flag("port", _PORT, 8500, "Port of the gRPC API; 0 picks a free one.")
+@_flag("rest_api_port", _PORT, 0, "Port of the REST API; 0: no REST API.")
+@_flag("rest_api_num_threads", _THREADS, 4 * (os.cpu_count() or 1), "Requests that REST answers at once.")
 @_flag("rest_api_timeout_in_ms", int, 30_000, "Milliseconds that a REST call may run.")
 @_flag("rest_api_enable_cors_support", bool, False, "Allow REST calls from the pages of other sites.")
 @_flag("monitoring_config_file", str, "", "MonitoringConfig in text format: metrics, below the REST port.")
@@ -70,21 +73,23 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function]
 @_flag("model_config_file", str, "", "ModelServerConfig in text format; replaces the two flags before.")
 @_flag("model_config_file_poll_wait_seconds", float, 0, "Seconds between two looks at that file; 0: never.")
 @_flag("file_system_poll_wait_seconds", float, 1, "Seconds between two looks for new versions; 0: one look.")
-@_flag("num_load_threads", int, 0, "Threads that load versions; 0: the manager's own.")
-@_flag("num_unload_threads", int, 0, "Threads that unload versions; 0: the manager's own.")
-@_flag("max_num_load_retries", int, 5, "How often a load that failed is tried again.")
+@_flag("num_load_threads", _COUNT, 0, "Threads that load versions; 0: the manager's own.")
+@_flag("num_unload_threads", _COUNT, 0, "Threads that unload versions; 0: the manager's own.")
+@_flag("max_num_load_retries", _COUNT, 5, "How often a load that failed is tried again.")
 @_flag("load_retry_interval_micros", int, 60_000_000, "Microseconds between two tries.")
 @_flag("allow_version_labels_for_unavailable_models", bool, False, "New labels may point at any version.")
 @_flag("enable_model_warmup", bool, True, "Replay a version's warmup file before it becomes available.")
-@_flag("num_request_iterations_for_warmup", int, 1, "How often each warmup record is replayed.")
+@_flag("num_request_iterations_for_warmup", _COUNT, 1, "How often each warmup record is replayed.")
 @_flag("saved_model_tags", str, "serve", "Comma-separated tags of the meta graph to load.")
 @_flag("tensorflow_session_config_file", str, "", "ConfigProto in text format for every session.")
-@_flag("tensorflow_session_parallelism", int, 0, "Threads for both of the two flags after; 0: automatic.")
-@_flag("tensorflow_intra_op_parallelism", int, 0, "Threads inside one operation; 0: automatic.")
-@_flag("tensorflow_inter_op_parallelism", int, 0, "Threads for independent operations; 0: automatic.")
+@_flag("tensorflow_session_parallelism", _COUNT, 0, "Threads for both of the two flags after; 0: automatic.")
+@_flag("tensorflow_intra_op_parallelism", _COUNT, 0, "Threads inside one operation; 0: automatic.")
+@_flag("tensorflow_inter_op_parallelism", _COUNT, 0, "Threads for independent operations; 0: automatic.")
 @_flag("enable_serialization_as_tensor_content", bool, False, "Answer numbers in tensor_content.")
 @_flag("enable_signature_method_name_check", bool, False, "A signature's method name must fit the call.")
-@_flag("grpc_max_threads", int, 4 * (os.cpu_count() or 1), "Calls in progress at once; more are refused.")
+@_flag(
+    "grpc_max_threads", _THREADS, 4 * (os.cpu_count() or 1), "Calls in progress at once; more are refused."
+)
 @_flag("grpc_channel_arguments", str, "", "Comma-separated name=value arguments of the gRPC server.")
 @_flag("grace", float, 10.0, "Seconds that requests in progress have to end after SIGTERM.")
 def command(**flags: Any) -> None:
