@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from spikeless import directories
+
 #: Ends the name of every file that is still being written.
 UNFINISHED_SUFFIX = ".tmp"
 
@@ -35,19 +37,10 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    sync_directory(target.parent)
+    directories.sync(target.parent)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write ``content`` to ``path`` as `atomic_writer` does."""
     with atomic_writer(path) as file:
         file.write(content)
-
-
-def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Flush a directory's entries to the disk: a rename is only safe from a crash after that."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

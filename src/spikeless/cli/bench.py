@@ -17,8 +17,9 @@ from rich.console import Console
 from spikeless import bench, ladder, launch, report, repository
 from spikeless.bench.floor import built_in_requests
 from spikeless.errors import InvalidArgument, NotFound
+from spikeless.savedmodel import EXTRA_DIRECTORY
+from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
-_WARMUP_FILE = Path("assets.extra") / "tf_serving_warmup_requests"
 _PATH = click.Path(path_type=Path)
 
 
@@ -238,7 +239,7 @@ def ladder_command(
     now = datetime.datetime.now(datetime.timezone.utc)
     settings = ladder.LadderSettings(
         saved_models=saved_models,
-        requests=requests or saved_models[0] / _WARMUP_FILE,
+        requests=requests or warmup_file(saved_models[0]),
         out=out or Path("benchmarks/results") / f"{now:%Y-%m-%d}-{Path(launch.chosen_engine()).name}-{name}",
         command=shlex.join(["spikeless", *sys.argv[1:]]),
         rungs=tuple(rung for rung in ladder.RUNGS if not rungs or rung.key in rungs),
@@ -265,9 +266,9 @@ def merge_command(merged: Path, parts: tuple[Path, ...]) -> None:
 def _own_requests(models: Path, name: str) -> Path:
     """The warmup file of the newest version that has one."""
     for directory in reversed(repository.versions(models, name).values()):
-        if (directory / _WARMUP_FILE).is_file():
-            return directory / _WARMUP_FILE
+        if (file := warmup_file(directory)).is_file():
+            return file
     raise NotFound(
-        f"no version of {name} in {models} has a warmup file ({_WARMUP_FILE}): build one with "
-        "`spikeless warmup build`, or name the requests with --requests"
+        f"no version of {name} in {models} has a warmup file ({EXTRA_DIRECTORY}/{WARMUP_FILE}): "
+        "build one with `spikeless warmup build`, or name the requests with --requests"
     )
