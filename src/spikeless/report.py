@@ -198,6 +198,7 @@ def provenance(scenarios: Sequence[Scenario]) -> list[tuple[str, str]]:
         ("engine", values(lambda f: f"{f.server.engine} {f.server.engine_version}")),
         ("allocator", values(lambda f: f"{f.server.allocator} ({f.server.allocator_proof})")),
         ("load", values(lambda f: _load(f.settings))),
+        ("seed of the arrivals", values(lambda f: f"{f.settings.seed}")),
         ("generator's floor", values(lambda f: floor_text(f.floor))),
         (
             "source",
@@ -373,7 +374,7 @@ def _load(settings: record.Settings) -> str:
     return (
         f"open loop, {settings.rate:g} requests/s for {settings.seconds:g} s, {published}"
         f"{settings.arrivals} arrivals, "
-        f"seed {settings.seed}, {settings.processes} process{'es' if settings.processes > 1 else ''}, "
+        f"{settings.processes} process{'es' if settings.processes > 1 else ''}, "
         f"SLO {settings.slo_ms:g} ms"
     )
 

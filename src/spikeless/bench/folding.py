@@ -31,9 +31,10 @@ FOLD_RULES = (
     "Folded figures: the requests of all reloads together, counted from the moment of publishing, and those "
     "of as many control windows of the same lengths, each from the middle of the quiet time before its "
     "reload. A reload that was not seen to be over, or whose window or control is contaminated, empty or "
-    "missing, is left out with its control and named. The excess is reload less control. In brackets: "
-    f"{CONFIDENCE:.0%} intervals from {DRAWS:,} draws of whole reloads with their controls (bootstrap, seed "
-    f"{SEED}); that of a maximum cannot reach beyond what was measured."
+    "missing, is left out with its control and named; so it is also where the generator was late because the "
+    "server took the processors: see how many reloads are left before comparing. The excess is reload less "
+    f"control. In brackets: {CONFIDENCE:.0%} intervals from {DRAWS:,} draws of whole reloads with their "
+    f"controls (bootstrap, seed {SEED}); that of a maximum cannot reach beyond what was measured."
 )
 
 
