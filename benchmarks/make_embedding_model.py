@@ -1,6 +1,6 @@
 """Make models to measure reloads with: an embedding of a given size and a small dense network behind it.
 
-    python benchmarks/make_embedding_model.py runs/embedding-512 --megabytes 512
+    python benchmarks/make_embedding_model.py runs/embedding --size 512MiB
 
 In: a size. Out: ``OUT/1``, ``OUT/2``, ...: SavedModels with the same graph and different parameters, each
 with warmup records that look up random rows; and ``OUT/requests``, many more such records to replay. ``OUT``
@@ -22,6 +22,7 @@ import click
 import numpy as np
 
 from spikeless import directories, tfrecord, warmup
+from spikeless.cli.options import Bytes
 from spikeless.errors import AlreadyExists
 from spikeless.warmup.requests import predict
 
@@ -31,15 +32,15 @@ WIDTH, IDS, HIDDEN = 64, 32, 256
 WARMUP_REQUESTS, REQUESTS = 20, 1000
 
 
-def make(out: Path, megabytes: int, kind: str = "keras", versions: int = 2) -> None:
-    """Write the models and the requests to `out`.
+def make(out: Path, size: int, kind: str = "keras", versions: int = 2) -> None:
+    """Write the models, with embeddings of `size` bytes, and the requests to `out`.
 
     Raises:
         AlreadyExists: there is something at `out`.
     """
     if out.exists():
         raise AlreadyExists(f"{out} is there already; give a new folder")
-    rows = megabytes * 2**20 // (4 * WIDTH)
+    rows = size // (4 * WIDTH)
     generator = np.random.default_rng(0)
     records = [
         predict("serving_default", {"ids": generator.integers(0, rows, (1, IDS))}).SerializeToString()
@@ -95,13 +96,13 @@ def _export_module(path: Path, rows: int, seed: int, kind: str) -> None:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--megabytes", type=click.IntRange(1), default=512, show_default=True, help="Of the embedding.")
+@click.option("--size", type=Bytes(), default="512MiB", show_default=True, help="Of the embedding.")
 @click.option("--kind", type=click.Choice(KINDS), default="keras", show_default=True)
 @click.option("--versions", type=click.IntRange(1), default=2, show_default=True, help="How many models.")
-def main(out: Path, megabytes: int, kind: str, versions: int) -> None:
+def main(out: Path, size: int, kind: str, versions: int) -> None:
     """Make models of an embedding of a given size in OUT."""
     try:
-        make(out, megabytes, kind, versions)
+        make(out, size, kind, versions)
     except AlreadyExists as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -12,7 +12,8 @@ Every part runs the stock and the mapped model in turn, A B A B. Nothing else ma
 load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and private
             memory, and the first requests to the new version, with nothing warmed; also with the same model
             of a few rows ("bare"), to tell the server's own memory from the parameters'
-swap        open-loop load, a version published in the middle: latency and private memory through the swap
+swap        open-loop load, versions published one after the other: latency and private memory, all reloads
+            folded into one
 throughput  as many requests as four connections can make
 soak        minutes of load on a model that looks rows up sparsely (``ResourceGather``): is a copy made?
 squeeze     open-loop load with random rows in a memory cgroup that leaves the page cache room for half of the
@@ -39,7 +40,7 @@ import click
 import grpc
 import numpy as np
 
-from spikeless import bench, launch, repository, tfrecord, warmup
+from spikeless import bench, launch, warmup
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.bench.requests import read_requests
 from spikeless.bench.scenario import server_facts
@@ -48,44 +49,18 @@ from spikeless.client import Client
 from spikeless.files import write_atomically
 from spikeless.manager import State
 from spikeless.mapping import MapSettings, map_saved_model, repin
-from spikeless.warmup.requests import predict
 
 SCHEMA = 1
 NAME = "model"
 KINDS = ("stock", "mapped")
-BARE_ROWS = 1024
+BARE_BYTES = 256 << 10
 PARTS = ("load", "swap", "throughput", "soak", "squeeze")
-WIDTH, IDS_PER_REQUEST = 64, 32
-#: Requests to replay: many, so that rows are random; a version's own warmup file has the first few.
-REQUESTS, WARMUP_REQUESTS = 1000, 20
+_MAKE = Path(__file__).with_name("make_embedding_model.py")
 FLAGS = (*bench.SERVER_FLAGS, "--num_load_threads=1", "--num_unload_threads=1")
 CONNECTIONS = 4
+#: Between two versions: a reload has to be over in less than half of it.
+SWAP_SECONDS, SWAP_SECONDS_PER_GIB = 10.0, 5.0
 POLL_SECONDS = 0.005
-
-#: Exports one embedding of a given number of rows and a small dense network behind it.
-_EXPORT = """
-import sys
-import tensorflow as tf
-
-path, rows, width, ids, sparse = sys.argv[1], *map(int, sys.argv[2:])
-model = tf.Module()
-model.table = tf.Variable(tf.random.stateless_uniform([rows, width], [1, 2]), name="table")
-model.kernels = [
-    tf.Variable(tf.random.stateless_normal(shape, [3, number]) / 8, name=f"kernel_{number}")
-    for number, shape in enumerate([[width, 256], [256, 256], [256, 1]])
-]
-
-@tf.function(input_signature=[tf.TensorSpec([None, ids], tf.int64, "ids")])
-def serve(ids):
-    table = model.table if sparse else tf.convert_to_tensor(model.table)
-    x = tf.reduce_mean(tf.nn.embedding_lookup(table, ids), 1)
-    for kernel in model.kernels[:-1]:
-        x = tf.nn.relu(x @ kernel)
-    return {"scores": tf.sigmoid(x @ model.kernels[-1])}
-
-model.serve = serve
-tf.saved_model.save(model, path, {"serving_default": serve})
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +70,9 @@ class Options:
     rate: float
     seconds: float
     soak_seconds: float
+    swaps: int
     out: Path
     work: Path
-
-    @property
-    def rows(self) -> int:
-        return self.size // (4 * WIDTH)
 
     @property
     def label(self) -> str:
@@ -117,6 +89,7 @@ class Options:
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--rate", default=200.0, show_default=True, help="Requests per second.")
 @click.option("--seconds", default=30.0, show_default=True, help="Of load in each run.")
+@click.option("--swaps", default=5, show_default=True, help="Versions published in each run of that part.")
 @click.option("--soak-seconds", default=180.0, show_default=True, help="Of load in the soak.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("reports/mapping"), show_default=True)
 @click.option(
@@ -134,7 +107,7 @@ def main(sizes: tuple[int, ...], parts: tuple[str, ...], **settings: Any) -> Non
         for part in (part for part in PARTS if part in parts):
             models = {kind: _model(options, kind, sparse=part == "soak") for kind in KINDS}
             if part == "load":
-                models["bare"] = _exported(options, "bare", BARE_ROWS, sparse=False)
+                models["bare"] = _exported(options, "bare", BARE_BYTES, sparse=False)
             for repeat in range(options.repeats):
                 for kind in models:
                     click.echo(f"{part} {options.label} {kind} {repeat + 1}/{options.repeats}", err=True)
@@ -148,7 +121,7 @@ def main(sizes: tuple[int, ...], parts: tuple[str, ...], **settings: Any) -> Non
 def _model(options: Options, kind: str, sparse: bool) -> Path:
     """The SavedModel of this kind, made once, with warmup records in it and requests to replay beside it."""
     label = f"{options.label}{'-sparse' if sparse else ''}"
-    stock = _exported(options, f"{label}-stock", options.rows, sparse)
+    stock = _exported(options, f"{label}-stock", options.size, sparse)
     if kind == "stock":
         return stock
     mapped = stock.with_name(stock.name.replace("stock", "mapped"))
@@ -157,24 +130,17 @@ def _model(options: Options, kind: str, sparse: bool) -> Path:
     return mapped
 
 
-def _exported(options: Options, name: str, rows: int, sparse: bool) -> Path:
+def _exported(options: Options, name: str, size: int, sparse: bool) -> Path:
     model = options.work.absolute() / name
     if not model.exists():
-        unfinished = model.with_name(f"{name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        numbers = map(str, (rows, WIDTH, IDS_PER_REQUEST, int(sparse)))
-        subprocess.run([sys.executable, "-c", _EXPORT, unfinished, *numbers], check=True, capture_output=True)
-        generator = np.random.default_rng(0)
-        logs = [
-            predict("serving_default", {"ids": generator.integers(0, rows, (1, IDS_PER_REQUEST))})
-            for _ in range(REQUESTS)
-        ]
-        records = [log.SerializeToString() for log in logs]
-        tfrecord.write(_requests(model), records)
-        own = warmup.warmup_file(unfinished)
-        own.parent.mkdir()
-        tfrecord.write(own, records[:WARMUP_REQUESTS])
-        unfinished.rename(model)
+        made = model.with_name(f"{name}.unfinished")
+        shutil.rmtree(made, ignore_errors=True)
+        kind = "sparse" if sparse else "module"
+        command = [sys.executable, _MAKE, made, "--size", str(size), "--kind", kind, "--versions", "1"]
+        subprocess.run(command, check=True, capture_output=True)
+        (made / "requests").rename(_requests(model))
+        (made / "1").rename(model)
+        made.rmdir()
     return model
 
 
@@ -185,16 +151,22 @@ def _requests(model: Path) -> Path:
 
 @contextmanager
 def _served(
-    options: Options, model: Path, warm: bool = True, around: Callable[[], Any] | None = None
-) -> Iterator[tuple[launch.Server, Client, repository.Candidate]]:
-    """A server with version 1 available, and version 2 staged: it only needs its rename."""
+    options: Options,
+    model: Path,
+    warm: bool = True,
+    around: Callable[[], Any] | None = None,
+    swaps: int = 1,
+) -> Iterator[tuple[launch.Server, Client, Callable[[], Path]]]:
+    """A server with version 1 available, and what publishes the next versions, staged up to the rename."""
     with ExitStack() as stack:
         models = options.work.absolute() / "served"
         shutil.rmtree(models, ignore_errors=True)
         stack.callback(shutil.rmtree, models, ignore_errors=True)
         source = model if warm else _cold(options, model)
-        first = repository.publish(source, models, NAME, steps=())
-        candidate = stack.enter_context(repository.stage(source, models, NAME, steps=()))
+        # Named twice, so that two versions that follow each other have no file in common.
+        staged = bench.staged([source, source], models, NAME, 1 + swaps, steps=())
+        publish = stack.enter_context(staged)
+        first = publish()
         settings = launch.LaunchSettings(NAME, models / NAME, flags=FLAGS, ready_timeout=600)
         if around is not None:
             _evict(first)  # pages are charged to the cgroup that brings them in
@@ -202,7 +174,7 @@ def _served(
             server = stack.enter_context(launch.start(settings))
         client = Client(server.target, timeout=60.0)
         stack.callback(client.close)
-        yield server, client, candidate
+        yield server, client, publish
 
 
 def _cold(options: Options, model: Path) -> Path:
@@ -219,7 +191,7 @@ def _cold(options: Options, model: Path) -> Path:
 
 
 def load(options: Options, scenario: str, model: Path) -> Path:
-    with _served(options, model, warm=False) as (server, client, candidate):
+    with _served(options, model, warm=False) as (server, client, publish):
         first = read_requests(_requests(model), NAME)[0]
         with grpc.insecure_channel(server.target) as channel:
             call = channel.unary_unary(first.path)
@@ -228,7 +200,7 @@ def load(options: Options, scenario: str, model: Path) -> Path:
             peak = [before["rss_anon"]]
             with _sampling(server.pid, peak):
                 published = time.monotonic()
-                candidate.publish()
+                publish()
                 _wait(client, 2, *State)  # until the server has looked
                 seen = time.monotonic()
                 _wait(client, 2, State.AVAILABLE)
@@ -256,9 +228,15 @@ def load(options: Options, scenario: str, model: Path) -> Path:
 
 
 def swap(options: Options, scenario: str, model: Path) -> Path:
-    settings = _settings(options, model, options.seconds, publish_at=options.seconds / 3)
-    with _served(options, model) as (server, _, candidate):
-        return _save_run(options, bench.run(scenario, settings, server_facts(server), candidate.publish))
+    every = SWAP_SECONDS + SWAP_SECONDS_PER_GIB * options.size / 2**30
+    settings = dataclasses.replace(
+        _settings(options, model, options.swaps * every),
+        publish_at=0.6 * every,
+        publishes=options.swaps,
+        publish_every=every,
+    )
+    with _served(options, model, swaps=options.swaps) as (server, _, publish):
+        return _save_run(options, bench.run(scenario, settings, server_facts(server), publish))
 
 
 def soak(options: Options, scenario: str, model: Path) -> Path:
@@ -332,16 +310,8 @@ _PARTS: dict[str, Callable[[Options, str, Path], Path]] = {
 }
 
 
-def _settings(
-    options: Options, model: Path, seconds: float, publish_at: float | None = None
-) -> bench.Settings:
-    return bench.Settings(
-        NAME,
-        str(_requests(model)),
-        rate=options.rate,
-        seconds=seconds,
-        publish_at=publish_at,
-    )
+def _settings(options: Options, model: Path, seconds: float) -> bench.Settings:
+    return bench.Settings(NAME, str(_requests(model)), rate=options.rate, seconds=seconds)
 
 
 def _wait(client: Client, version: int, *wanted: State) -> None:
@@ -446,7 +416,7 @@ def _save(options: Options, scenario: str, server: launch.Server, measured: dict
         "commit": source_commit(),
         "machine": dataclasses.asdict(describe_machine()),
         "server": dataclasses.asdict(server_facts(server)),
-        "parameters": {"bytes": options.size, "rows": options.rows, "width": WIDTH},
+        "parameters": {"bytes": options.size},
         "measured": measured,
     }
     path = options.out / f"{scenario}-{now:%Y%m%dT%H%M%SZ}.json"

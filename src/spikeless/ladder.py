@@ -8,8 +8,6 @@ in turn, one version after the other, while the load runs.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +20,8 @@ from spikeless import bench, launch, report
 from spikeless.directories import DIRECTORY_MODE
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.files import write_atomically
+from spikeless.mapping import map_saved_model
 
-_MAPPING = "spikeless.mapping"
 _MODEL = "model"
 #: Gigabytes take their time to load when the disk has to be read.
 _READY_SECONDS = 900.0
@@ -48,8 +46,6 @@ class Rung:
         """What keeps it from being run here, or None."""
         if self.allocator == "jemalloc" and not launch.jemalloc_installed():
             return launch.JEMALLOC_REMEDY
-        if self.mapped and importlib.util.find_spec(_MAPPING) is None:
-            return "this version of Spikeless cannot map parameters"
         return None
 
 
@@ -175,12 +171,11 @@ def _server(rung: Rung, models: Path) -> launch.LaunchSettings:
 
 def _mapped(saved_models: Sequence[Path], work: Path, console: Console) -> list[Path]:
     """Mapped copies of the models."""
-    mapping = importlib.import_module(_MAPPING)
     copies = []
     for number, saved_model in enumerate(saved_models, start=1):
         copies.append(work / f"mapped-{number}")
         with console.status(f"mapping {saved_model}"):
-            mapping.map_saved_model(saved_model, copies[-1])
+            map_saved_model(saved_model, copies[-1])
     return copies
 
 
@@ -189,8 +184,8 @@ def _summary(settings: LadderSettings, results: Sequence[Path], notes: Sequence[
     lines = [
         f"# {settings.out.name}",
         "",
-        f"{settings.rounds} rounds of {settings.publishes} reloads. Each column adds one remedy to the one "
-        f"before. Made by",
+        f"{settings.rounds} x {settings.publishes} reloads on each rung, which adds one remedy to the one "
+        "before. Made by",
         "",
         "```sh",
         settings.command,

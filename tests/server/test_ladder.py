@@ -18,7 +18,7 @@ def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
     models, out = tmp_path / "embedding", tmp_path / "results"
     script = [sys.executable, str(ROOT / "benchmarks" / "make_embedding_model.py"), str(models)]
     made = subprocess.run(
-        [*script, "--megabytes", "1", "--kind", "module"], capture_output=True, text=True, timeout=200
+        [*script, "--size", "1MiB", "--kind", "module"], capture_output=True, text=True, timeout=200
     )
     assert made.returncode == 0, made.stderr
     before = sorted(models.rglob("*"))

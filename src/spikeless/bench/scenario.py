@@ -156,15 +156,21 @@ def run(
 
 @contextmanager
 def staged(
-    saved_models: Sequence[Path], models: Path, name: str, count: int, *, link: bool = False
+    saved_models: Sequence[Path],
+    models: Path,
+    name: str,
+    count: int,
+    *,
+    steps: Sequence[repository.Step] = repository.STEPS,
+    link: bool = False,
 ) -> Iterator[Callable[[], Path]]:
     """Stage the next `count` versions; gives a callable that makes the next of them visible by one rename.
 
-    The SavedModels take turns. Give two, so that the old and the new version never share a file: loading
-    would find everything where the old one has just used it. Every further version of the same SavedModel is
-    hard links to its first one, so that many cost no more space than one, and nothing has to be done during
-    the load. With `link` the first ones are links too, to the SavedModels, which then must not be changed.
-    What was not published is gone at the end of the block.
+    The SavedModels take turns. Give two (or one twice), so that the old and the new version never share a
+    file: loading would find everything where the old one has just used it. Every further version is hard
+    links to the earlier one of its turn, so that many cost no more space than one, and nothing has to be done
+    during the load. The `steps` are done with the first ones. With `link` these are links too, to the
+    SavedModels, which then must not be changed. What was not published is gone at the end of the block.
 
     Raises:
         SpikelessError: what `spikeless.repository.stage` raises.
@@ -174,7 +180,7 @@ def staged(
         for number in range(count):
             twin = number - len(saved_models)
             candidate = (
-                repository.stage(saved_models[number], models, name, link=link)
+                repository.stage(saved_models[number], models, name, steps=steps, link=link)
                 if twin < 0
                 else repository.stage(candidates[twin].path, models, name, steps=(), link=True)
             )
