@@ -69,7 +69,7 @@ class Gates:
     def steps(self) -> Sequence[Step]:
         return (
             CHECK_FILES,
-            Step("checking warmup", self._check_warmup),
+            Step("checking warmup", lambda candidate: _check_warmup(candidate.path), _check_warmup),
             Step("comparing signatures", self._check_signatures),
             Step("loading and asking it", self._try),
         )
@@ -84,12 +84,6 @@ class Gates:
             allow_breaking=self._settings.allow_breaking,
             findings=asdict(self.findings),
         )
-
-    def _check_warmup(self, candidate: Candidate) -> None:
-        try:
-            check_warmup(candidate.path)
-        except SpikelessError as error:
-            raise GateError("warmup", f"{error}; build it again with `spikeless warmup build`") from None
 
     def _check_signatures(self, candidate: Candidate) -> None:
         if self._golden is not None:
@@ -130,6 +124,13 @@ class Gates:
                 f"{available / 1e6:.0f} MB is what {where}; make room, map its parameters, or say what "
                 "servers elsewhere have with --memory",
             )
+
+
+def _check_warmup(version: Path) -> None:
+    try:
+        check_warmup(version)
+    except SpikelessError as error:
+        raise GateError("warmup", f"{error}; build it again with `spikeless warmup build`") from None
 
 
 def stable_version(models: str | os.PathLike[str], name: str) -> Path | None:

@@ -58,10 +58,12 @@ class Step:
     #: What it does, for progress messages.
     title: str
     run: Callable[[Candidate], None]
+    #: What of it can be told from the source already, before gigabytes are copied and anything is created.
+    early: Callable[[Path], None] = lambda source: None
 
 
-CHECK_FILES = Step("checking files", lambda candidate: check_files(candidate.path))
-CHECK_WARMUP = Step("checking warmup", lambda candidate: check_warmup(candidate.path))
+CHECK_FILES = Step("checking files", lambda candidate: check_files(candidate.path), check_files)
+CHECK_WARMUP = Step("checking warmup", lambda candidate: check_warmup(candidate.path), check_warmup)
 CHECK_LOAD = Step("loading", lambda candidate: check_load(candidate.path))
 STEPS = (CHECK_FILES, CHECK_WARMUP, CHECK_LOAD)
 
@@ -144,9 +146,9 @@ def stage(
     directory = _model_directory(models, name)
     if version is not None and not 0 <= version <= MAX_VERSION:
         raise InvalidArgument(f"version {version} of {name} must be between 0 and {MAX_VERSION}")
-    # Again on the copy, as steps; here to fail before gigabytes are copied and anything is created.
     check_files(source)
-    check_warmup(source)
+    for step in steps:
+        step.early(source)
     with ExitStack() as stack:
         with _file_system_errors(directory):
             number, staging = stack.enter_context(_reserved(directory, version))

@@ -412,7 +412,7 @@ def test_the_command(originals: Path, tmp_path: Path) -> None:
     for wrong in (
         ("map", source),
         ("map", "--repin", moved, out),
-        ("map", source, out, "--min-bytes", "1Mib"),
+        ("map", source, out, "--min-bytes", "1XiB"),
     ):
         assert _spikeless(*wrong).returncode == 2
 
