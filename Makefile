@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .PHONY: demo test lint env clean bench-serving bench-mapping bench-ladder
+
+.PHONY: demo test lint env clean bench-input-pipeline
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -23,6 +25,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+bench-input-pipeline: $(READY)
+	$(BIN)/python benchmarks/input_pipeline.py
 
 demo: $(READY)
 	$(BIN)/spikeless demo
