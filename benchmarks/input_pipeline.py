@@ -43,7 +43,7 @@ parser.add_argument("--rows", type=int, default=50_000, help="records in 8 shard
 parser.add_argument("--batch-size", type=int, default=512, help="records a batch")
 parser.add_argument("--epochs", type=int, default=3, help="passes over the records in one timing")
 parser.add_argument("--repeats", type=int, default=5, help="timings of each rung")
-parser.add_argument("--data", type=Path, default=ROOT / "runs" / "data", help="where the records are kept")
+parser.add_argument("--data", type=Path, default=ROOT / "runs" / ".data", help="where the records are kept")
 parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where results go")
 settings = parser.parse_args()
 

@@ -17,6 +17,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -42,7 +43,7 @@ class Settings:
     test_rows: int = 50_000
     seed: int = 1
     #: Different values of the rarest category column; the others have fewer, down to ten.
-    vocabulary: int = 2_000
+    vocabulary: int = 500
     #: Part of the integers and categories that are empty.
     missing: float = 0.05
 
@@ -50,7 +51,7 @@ class Settings:
 class Clicks:
     """The world that the rows are drawn from: the categories' frequencies, and what each does to a click."""
 
-    RANK = 4
+    RANK = 2
 
     def __init__(self, settings: Settings) -> None:
         random = np.random.default_rng(settings.seed)
@@ -60,7 +61,7 @@ class Clicks:
         # Half of the columns with many values belong to the user, half to the candidate.
         self.sizes = np.concatenate([self.sizes[0::2], self.sizes[1::2]])
         self.effects = [random.normal(0, 0.25, size) for size in self.sizes]
-        self.factors = [random.normal(0, 0.22, (size, self.RANK)) for size in self.sizes]
+        self.factors = [random.normal(0, 0.3, (size, self.RANK)) for size in self.sizes]
         self.names = [random.integers(0, 1 << 32, size, dtype=np.uint64) for size in self.sizes]
         self.weights = random.normal(0, 0.25, INTEGERS)
 
@@ -104,7 +105,7 @@ def generate(directory: Path, settings: Settings) -> None:
     if directory.exists():
         raise AlreadyExists(f"{directory} exists; remove it or name another directory")
     world = Clicks(settings)
-    with directories.staging(directory.parent / ".spikeless") as staging:
+    with directories.staging(directory.parent / ".staging") as staging:
         made = staging / "data"
         made.mkdir()
         world.write(made / "train.tsv", settings.train_rows)
@@ -119,22 +120,24 @@ def generate(directory: Path, settings: Settings) -> None:
         made.rename(directory)
 
 
-def records(directory: Path, settings: Settings) -> None:
+def records(directory: Path, settings: Settings) -> dict[str, Any]:
     """The same rows as TFRecords, in ``train`` and ``test`` below ``directory``; nothing is made twice.
+
+    Returns what ``synthetic.json`` says.
 
     Raises:
         AlreadyExists: the directory holds rows that other settings made.
     """
     import spark_to_tfrecord as spark_job  # Spark is started only when there is something to do
 
-    facts = directory / FACTS_FILE
-    if not facts.exists():
+    if not (directory / FACTS_FILE).exists():
         generate(directory, settings)
-    if json.loads(facts.read_text())["settings"] != asdict(settings):
+    facts: dict[str, Any] = json.loads((directory / FACTS_FILE).read_text())
+    if facts["settings"] != asdict(settings):
         raise AlreadyExists(f"{directory} was made with other settings; remove it or name another directory")
     missing = [part for part in ("train", "test") if not (directory / part).exists()]
     if not missing:
-        return
+        return facts
     spark = spark_job.session()
     try:
         for part in missing:
@@ -144,6 +147,7 @@ def records(directory: Path, settings: Settings) -> None:
             spark_job.write(frame.repartition(SHARDS), directory / part, mode="new")
     finally:
         spark.stop()
+    return facts
 
 
 def main() -> None:

@@ -38,8 +38,6 @@ MIX_BLOCKS = 8
 
 COMPRESSION = {"none": "", "gzip": "GZIP"}
 DTYPES = {"int64_list": tf.int64, "float_list": tf.float32, "bytes_list": tf.string}
-#: What a null scalar becomes, where the column is not required.
-NULLS = {"int64_list": 0, "float_list": 0.0, "bytes_list": b""}
 
 
 def batches(
@@ -48,6 +46,7 @@ def batches(
     *,
     columns: Sequence[str] | None = None,
     required: Sequence[str] = (),
+    null_integer: int = 0,
     cache: bool | str | Path = True,
     seed: int | None = None,
     drop_remainder: bool = False,
@@ -58,9 +57,11 @@ def batches(
         data: what `spikeless.dataset.read` returned.
         batch_size: records a batch.
         columns: the columns wanted; all of them if None.
-        required: columns in which a null is an error (see `naming_faults`) instead of 0 or an empty string.
+        required: columns in which a null is an error (see `naming_faults`). Elsewhere it becomes an empty
+            string, 0.0, or ``null_integer``.
         cache: keep parsed records in memory; or in files, given a path to start their names with; or not.
-        seed: shuffle, in an order that this seed and TensorFlow's global one decide; None keeps the order of the shards.
+        seed: shuffle, in an order that this seed and TensorFlow's global one decide; None keeps the order
+            of the shards.
         drop_remainder: leave out a last batch that is not full.
 
     Raises:
@@ -69,7 +70,7 @@ def batches(
     fields = select(data, columns, required)
     if not data.records:
         raise InvalidArgument(f"{data.path} holds no records; write it again from an input that has rows")
-    specification = feature_specification(fields)
+    specification = feature_specification(fields, null_integer)
     files = [str(shard.path) for shard in data.shards]
 
     def read(file: tf.Tensor) -> tf.data.Dataset:
@@ -117,13 +118,16 @@ def select(
     )
 
 
-def feature_specification(fields: Sequence[dataset.Field]) -> dict[str, tf.io.FixedLenFeature]:
+def feature_specification(
+    fields: Sequence[dataset.Field], null_integer: int = 0
+) -> dict[str, tf.io.FixedLenFeature | tf.io.RaggedFeature]:
     """What ``tf.io.parse_example`` needs to know of the fields."""
+    nulls = {"int64_list": null_integer, "float_list": 0.0, "bytes_list": b""}
     return {
         field.name: tf.io.RaggedFeature(DTYPES[field.kind], row_splits_dtype=tf.int64)
         if field.array
         else tf.io.FixedLenFeature(
-            [], DTYPES[field.kind], default_value=NULLS[field.kind] if field.nullable else None
+            [], DTYPES[field.kind], default_value=nulls[field.kind] if field.nullable else None
         )
         for field in fields
     }

@@ -1,0 +1,187 @@
+"""The click model, trained small on synthetic records, exported, and served by the embedded engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import criteo_synthetic
+import numpy as np
+import pytest
+import tensorflow as tf
+from harness import Running, put_version, run_server
+from trained_models import ROOT, spikeless
+
+from spikeless import dataset, tfrecord, warmup
+
+SMALL = ("--table-rows", 5000, "--dimensions", 4, "--hidden", 16, "--epochs", 2, "--candidates", 20)
+
+
+def only_run(runs: Path) -> Path:
+    (run,) = (path for path in runs.iterdir() if not path.name.startswith("."))
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything from nothing: rows are made, Spark writes them, the model is trained on them."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = spikeless("train", "ctr", "--runs", runs, "--synthetic-rows", 8000, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"run directory: {only_run(runs)}"
+    return only_run(runs)
+
+
+@pytest.fixture(scope="module")
+def data(run: Path) -> Path:
+    """The records that the model was trained on."""
+    return run.parent / ".data" / "criteo-synthetic-8000-1"
+
+
+@pytest.fixture(scope="module")
+def served(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("served")
+    put_version(run / "saved_model", folder / "ctr", 1)
+    with run_server(folder / "log", model_name="ctr", model_base_path=folder / "ctr") as running:
+        yield running
+
+
+def rows_of(data: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Integers [count, 13] and categories [count, 26] of the test records."""
+    read = dataset.read(data / "test")
+    rows = [row for shard in read.shards for row in dataset.rows(shard, read.fields, gzipped=False)][:count]
+    integers = [[-1 if value is None else value for value in row[1:14]] for row in rows]
+    categories = [[(value or "").encode() for value in row[14:]] for row in rows]
+    return np.array(integers, np.int64), np.array(categories, object)
+
+
+def test_metrics_stand_beside_a_baseline_and_the_ceiling(run: Path) -> None:
+    record = json.loads((run / "metrics.json").read_text())
+    metrics = record["metrics"]
+    assert 0.55 < metrics["test_auc"] < metrics["test_auc_ceiling"] < 0.95
+    assert 0.55 < metrics["test_auc_logistic"] < metrics["test_auc_ceiling"]
+    assert record["settings"]["table_rows"] == 5000
+    card = (run / "README.md").read_text()
+    assert "SYNTHETIC" in card
+    assert "test_auc_logistic" in card
+
+
+def test_the_server_predicts_what_tensorflow_does(run: Path, data: Path, served: Running) -> None:
+    integers, categories = rows_of(data, 100)
+    answer = served.client.predict("ctr", {"integers": integers, "categories": categories})["probability"]
+    loaded = tf.saved_model.load(str(run / "saved_model")).signatures["serving_default"]
+    expected = loaded(integers=tf.constant(integers), categories=tf.constant(categories.tolist()))
+    np.testing.assert_allclose(answer, expected["probability"].numpy(), rtol=1e-5)
+    assert answer.std() > 0.01
+
+
+def test_ranking_is_predicting_each_candidate_with_the_same_user(data: Path, served: Running) -> None:
+    integers, categories = rows_of(data, 100)
+    integers[:, :6], categories[:, :13] = integers[0, :6], categories[0, :13]
+    inputs = {
+        "user_integers": integers[:1, :6],
+        "user_categories": categories[:1, :13],
+        "candidate_integers": integers[:, 6:],
+        "candidate_categories": categories[:, 13:],
+    }
+    ranked = served.client.predict("ctr", inputs, signature="rank")["probability"]
+    each = served.client.predict("ctr", {"integers": integers, "categories": categories})["probability"]
+    np.testing.assert_allclose(ranked, each, rtol=1e-5)
+
+
+def test_the_warmup_file_ranks_one_to_all_candidates(run: Path) -> None:
+    shapes = [
+        next(entry.shape[0] for entry in record.inputs if entry.name == "candidate_integers")
+        for record in warmup.inspect(run / "saved_model")
+        if record.signatures == ("rank",)
+    ]
+    assert shapes == [1, 10, 20]
+
+
+def test_compiled_by_xla_it_predicts_the_same_as_tensorflow(data: Path, tmp_path: Path) -> None:
+    records = ("--train", data / "train", "--test", data / "test")
+    done = spikeless("train", "ctr", "--runs", tmp_path, "--xla", *records, *SMALL)
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    assert "test_auc_ceiling" not in json.loads((run / "metrics.json").read_text())["metrics"]
+    put_version(run / "saved_model", tmp_path / "models", 1)
+    integers, categories = rows_of(data, 7)
+    with run_server(tmp_path / "log", model_name="ctr", model_base_path=tmp_path / "models") as running:
+        answer = running.client.predict("ctr", {"integers": integers, "categories": categories})
+    loaded = tf.saved_model.load(str(run / "saved_model")).signatures["serving_default"]
+    expected = loaded(integers=tf.constant(integers), categories=tf.constant(categories.tolist()))
+    np.testing.assert_allclose(answer["probability"], expected["probability"].numpy(), rtol=1e-4)
+
+
+def write_label(source: Path, target: Path, label: int | None) -> None:
+    """A copy of a dataset in which the last record of the second shard has another label."""
+    shutil.copytree(source, target)
+    read = dataset.read(target)
+    rows = list(dataset.rows(read.shards[1], read.fields, gzipped=False))
+    rows[-1][0] = label
+    file = read.shards[1].path
+    tfrecord.write(file, [dataset.encode(row, read.fields, "row") for row in rows])
+    counts = json.loads((target / "_counts.json").read_text())
+    counts["shards"][file.name]["bytes"] = file.stat().st_size
+    (target / "_counts.json").write_text(json.dumps(counts))
+
+
+def test_bad_records_are_refused_by_file_and_record(data: Path, tmp_path: Path) -> None:
+    others = ("--runs", tmp_path / "runs", "--test", data / "test")
+    for name, label, message in (
+        ("missing", None, "has no 'label', which may not be missing"),
+        ("strange", 7, "has the label 7, not 0 or 1"),
+    ):
+        write_label(data / "train", tmp_path / name, label)
+        done = spikeless("train", "ctr", "--train", tmp_path / name, *others)
+        assert done.returncode == 1
+        error = done.stderr.splitlines()[-1]
+        shard = dataset.read(tmp_path / name).shards[1]
+        assert error == f"spikeless: error: {shard.path}: record {shard.records} {message}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_of_another_schema_or_none_is_refused(data: Path, tmp_path: Path) -> None:
+    done = spikeless("train", "ctr", "--train", tmp_path, "--test", tmp_path)
+    assert done.returncode == 1
+    assert f"{tmp_path} has no _SUCCESS" in done.stderr
+    assert spikeless("train", "ctr", "--train", data).returncode == 2
+
+
+def test_an_interrupt_leaves_no_export(data: Path, tmp_path: Path) -> None:
+    records = ("--train", data / "train", "--test", data / "test", "--runs", tmp_path / "runs")
+    command = [sys.executable, "-m", "spikeless", "train", "ctr", *records, *SMALL, "--epochs", 1000]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("epoch 1:") for line in process.stdout), process.communicate()[1]
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "spikeless: interrupted"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_synthetic_rows_are_criteo_rows_and_always_the_same(tmp_path: Path) -> None:
+    settings = criteo_synthetic.Settings(train_rows=300, test_rows=100, vocabulary=50)
+    for name in ("a", "b"):
+        criteo_synthetic.generate(tmp_path / name, settings)
+    text = (tmp_path / "a" / "train.tsv").read_text()
+    assert text == (tmp_path / "b" / "train.tsv").read_text()
+    rows = [line.split("\t") for line in text.splitlines()]
+    assert len(rows) == 300
+    assert {len(row) for row in rows} == {40}
+    assert {row[0] for row in rows} == {"0", "1"}
+    assert all(value == "" or int(value) >= 0 for row in rows for value in row[1:14])
+    assert all(value == "" or len(bytes.fromhex(value)) == 4 for row in rows for value in row[14:])
+    assert any(value == "" for row in rows for value in row)
