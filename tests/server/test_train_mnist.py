@@ -1,0 +1,103 @@
+"""The digit classifier on one device and on two, killed and taken up again, exported and served."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from harness import put_version, run_server
+from sklearn.datasets import load_digits
+from trained_models import ROOT, spikeless
+
+from spikeless import warmup
+
+#: Enough to be good, few enough to be quick.
+EPOCHS = 12
+
+
+def train(runs: Path, *options: object) -> Path:
+    done = spikeless("train", "mnist", "--data", "digits", "--runs", runs, "--epochs", EPOCHS, *options)
+    assert done.returncode == 0, done.stderr
+    return only_run(runs)
+
+
+def only_run(runs: Path) -> Path:
+    (run,) = (path for path in runs.iterdir() if not path.name.startswith("."))
+    return run
+
+
+def record_of(run: Path) -> dict[str, dict[str, float]]:
+    return json.loads((run / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("one"))
+
+
+def test_one_and_two_devices_come_to_the_same(one_device: Path, tmp_path: Path) -> None:
+    two_devices = train(tmp_path, "--logical-devices", 2)
+    one, two = record_of(one_device), record_of(two_devices)
+    assert (one["settings"]["devices"], two["settings"]["devices"]) == (1, 2)
+    assert one["metrics"]["test_accuracy"] > 0.96
+    assert two["metrics"]["test_accuracy"] > 0.96
+    # Of 360 pictures, a few: no more than another seed changes.
+    assert abs(one["metrics"]["test_accuracy"] - two["metrics"]["test_accuracy"]) < 0.02
+    assert one["settings"]["data"] == "digits"
+
+
+def test_the_run_directory_is_complete(one_device: Path) -> None:
+    assert any((one_device / "tensorboard" / "train").glob("events.out.tfevents.*"))
+    assert any((one_device / "tensorboard" / "validation").glob("events.out.tfevents.*"))
+    assert "digits" in (one_device / "README.md").read_text()
+    assert [entry.inputs[0].shape[0] for entry in warmup.inspect(one_device / "saved_model")] == [1, 8, 32]
+    assert not list((one_device.parent / ".work").iterdir())
+
+
+def test_the_server_predicts_what_tensorflow_does(one_device: Path, tmp_path: Path) -> None:
+    data = load_digits()
+    pictures = tf.image.resize(data.images[:200, ..., None] * (255 / 16), [28, 28]).numpy()[..., 0]
+    pictures = np.clip(np.rint(pictures), 0, 255).astype(np.uint8)
+    put_version(one_device / "saved_model", tmp_path / "mnist", 1)
+    with run_server(tmp_path / "log", model_name="mnist", model_base_path=tmp_path / "mnist") as running:
+        answer = running.client.predict("mnist", {"pictures": pictures})
+    loaded = tf.saved_model.load(str(one_device / "saved_model")).signatures["serving_default"]
+    expected = loaded(pictures=tf.constant(pictures))
+    np.testing.assert_allclose(answer["probabilities"], expected["probabilities"].numpy(), atol=1e-5)
+    np.testing.assert_array_equal(answer["digit"], expected["digit"].numpy())
+    assert (answer["digit"] == data.target[:200]).mean() > 0.96
+
+
+def test_a_killed_run_is_taken_up_where_it_was(tmp_path: Path) -> None:
+    options = ("--data", "digits", "--runs", tmp_path, "--epochs", 4)
+    command = [sys.executable, "-m", "spikeless", "train", "mnist", *map(str, options)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        # When the third epoch reports, the state after the second is on the disk.
+        assert any(line.startswith("epoch 3/4") for line in process.stdout)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("mnist")]
+
+    again = spikeless("train", "mnist", *options)
+    assert again.returncode == 0, again.stderr
+    assert "taking up the run" in again.stdout
+    epochs = [line.split(":")[0] for line in again.stdout.splitlines() if line.startswith("epoch ")]
+    assert epochs in (["epoch 3/4", "epoch 4/4"], ["epoch 4/4"])
+    only_run(tmp_path)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+    done = spikeless("train", "mnist", "--data", "digits", "--batch-size", 2000, "--runs", tmp_path)
+    assert done.returncode == 1
+    assert "spikeless: error: a step takes 2000 pictures, but there are 1437" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,223 @@
+"""Train a convolutional network on handwritten digits with MirroredStrategy, on several devices at once.
+
+In: MNIST from tensorflow_datasets where it can be downloaded; scikit-learn's bundled digits, 8x8 pixels
+enlarged to 28x28, where it cannot. Out: a run directory with a SavedModel that takes pictures.
+
+    spikeless train mnist                           # all GPUs, or the CPU; about 1 min on 2 cores with digits
+    spikeless train mnist --logical-devices 2       # two devices made of one CPU, to try it without GPUs
+
+Each device computes the gradients of its share of a batch, and all apply their sum: batch and learning rate
+grow with the number of devices, and the result stays the same within noise. A killed run goes on from its
+last epoch when it is started again with the same settings.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from spikeless.errors import InvalidArgument
+from spikeless.export import export
+
+# Settings -------------------------------------------------------------------------------------------------
+
+parser = argparse.ArgumentParser(
+    prog="spikeless train mnist",
+    description=__doc__.partition("\n")[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
+parser.add_argument(
+    "--data", choices=["auto", "mnist", "digits"], default="auto", help="auto: MNIST where it can be had"
+)
+parser.add_argument("--logical-devices", type=int, default=0, help="divide the CPU into so many; 0: as it is")
+parser.add_argument("--epochs", type=int, default=0, help="passes over the pictures; 0: 5, or 30 of digits")
+parser.add_argument("--batch-size", type=int, default=64, help="pictures a step on each device")
+parser.add_argument("--learning-rate", type=float, default=0.001, help="of Adam at its peak, for one device")
+parser.add_argument("--warmup-fraction", type=float, default=0.1, help="part of the steps until the peak")
+parser.add_argument(
+    "--fresh", action="store_true", help="forget what a killed run with these settings had done"
+)
+parser.add_argument("--seed", type=int, default=1, help="of the split, the initial weights and the shuffling")
+parser.add_argument("--runs", default="runs", help="where the run directory is written")
+settings = parser.parse_args()
+
+started = time.monotonic()
+keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
+
+# Devices --------------------------------------------------------------------------------------------------
+
+if settings.logical_devices:
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * settings.logical_devices
+    )
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{n}" for n in range(settings.logical_devices)])
+else:
+    strategy = tf.distribute.MirroredStrategy()
+devices = strategy.num_replicas_in_sync
+global_batch = settings.batch_size * devices
+print(f"{devices} device(s), {settings.batch_size} pictures on each, {global_batch} a step")
+
+# Data -----------------------------------------------------------------------------------------------------
+
+
+#: One of the files that tensorflow_datasets downloads.
+MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/t10k-labels-idx1-ubyte.gz"
+
+
+def mnist() -> tuple[np.ndarray, ...]:
+    """Pictures [n, 28, 28] uint8 and labels [n] int64, to train on and then to test on; downloads them."""
+    import tensorflow_datasets
+
+    if not tensorflow_datasets.builder("mnist").is_prepared():
+        urllib.request.urlopen(MNIST, timeout=10).close()  # tensorflow_datasets itself tries for minutes
+    parts = tensorflow_datasets.load("mnist", split=["train", "test"], as_supervised=True, batch_size=-1)
+    return tuple(
+        values.numpy().reshape(-1, 28, 28) if values.ndim > 1 else values.numpy() for values in sum(parts, ())
+    )
+
+
+def digits() -> tuple[np.ndarray, ...]:
+    """The same of scikit-learn's 1,797 digits, a fifth of them for the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    large = tf.image.resize(data.images[..., None] * (255 / 16), [28, 28]).numpy()[..., 0]
+    pictures = np.clip(np.rint(large), 0, 255).astype(np.uint8)
+    train, test, train_labels, test_labels = train_test_split(
+        pictures, data.target, test_size=0.2, stratify=data.target, random_state=settings.seed
+    )
+    return train, train_labels, test, test_labels
+
+
+used = settings.data
+if used == "auto":
+    try:
+        parts, used = mnist(), "mnist"
+    except Exception as error:  # no package, no network, a server that is down, ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"MNIST is not to be had ({reason}): training on scikit-learn's digits instead")
+        parts, used = digits(), "digits"
+else:
+    parts = mnist() if used == "mnist" else digits()
+train_pictures, train_labels, test_pictures, test_labels = parts
+epochs = settings.epochs or {"mnist": 5, "digits": 30}[used]
+steps = len(train_labels) // global_batch
+if not steps:
+    raise InvalidArgument(
+        f"a step takes {global_batch} pictures, but there are {len(train_labels)}; lower --batch-size"
+    )
+print(f"{used}: {len(train_labels)} pictures to train on, {len(test_labels)} to test on")
+
+train = tf.data.Dataset.from_tensor_slices((train_pictures, train_labels)).cache()
+train = train.shuffle(len(train_labels), seed=settings.seed)
+train = train.batch(global_batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+test = tf.data.Dataset.from_tensor_slices((test_pictures, test_labels)).batch(global_batch).cache()
+
+# Model ----------------------------------------------------------------------------------------------------
+
+# The rate grows with the devices, since a step covers as many more pictures; it climbs first, then falls.
+peak = settings.learning_rate * devices
+warmup_steps = int(settings.warmup_fraction * epochs * steps)
+schedule = keras.optimizers.schedules.CosineDecay(
+    initial_learning_rate=peak / 10,
+    warmup_target=peak,
+    warmup_steps=warmup_steps,
+    decay_steps=max(epochs * steps - warmup_steps, 1),
+)
+with strategy.scope():
+    model = keras.Sequential(
+        [
+            keras.Input([28, 28], dtype="uint8", name="pictures"),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Reshape([28, 28, 1]),
+            keras.layers.Conv2D(32, 3, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(64, 3, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.3, seed=settings.seed),
+            keras.layers.Dense(10, name="logits"),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(schedule),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+
+# Training -------------------------------------------------------------------------------------------------
+
+
+class LogLearningRate(keras.callbacks.Callback):
+    """Adds the learning rate to what the other callbacks log, and prints a line an epoch."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        logs["learning_rate"] = float(schedule(self.model.optimizer.iterations))
+        values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
+        print(f"epoch {epoch + 1}/{epochs}: {values}", flush=True)
+
+
+# Everything that decides the result names the folder that a killed run is taken up from.
+identity = {key: value for key, value in vars(settings).items() if key not in ("runs", "fresh")}
+identity |= {"data": used, "devices": devices, "epochs": epochs}
+key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+work = Path(settings.runs, ".work", f"mnist-{key}")
+if settings.fresh:
+    shutil.rmtree(work, ignore_errors=True)
+if (work / "backup").exists():
+    print(f"taking up the run in {work}; --fresh starts it anew")
+model.fit(
+    train,
+    epochs=epochs,
+    validation_data=test,
+    verbose=1 if sys.stdout.isatty() else 0,
+    callbacks=[
+        LogLearningRate(),
+        keras.callbacks.TensorBoard(work / "tensorboard"),
+        keras.callbacks.BackupAndRestore(work / "backup", delete_checkpoint=False),
+    ],
+)
+loss, accuracy = model.evaluate(test, verbose=0)
+print(f"test accuracy {accuracy:.4f} on {used}")
+
+# Export ---------------------------------------------------------------------------------------------------
+
+
+@tf.function(input_signature=[tf.TensorSpec([None, 28, 28], tf.uint8, name="pictures")])
+def predict(pictures):
+    """Grey pictures [batch, 28, 28], white on black -> digit [batch] and probabilities [batch, 10]."""
+    probabilities = tf.nn.softmax(model(pictures, training=False))
+    return {"digit": tf.argmax(probabilities, axis=1), "probabilities": probabilities}
+
+
+run = export(
+    name="mnist",
+    signatures={"serving_default": predict},
+    samples=[
+        {"signature_name": "serving_default", "instances": test_pictures[:n].tolist()} for n in (1, 8, 32)
+    ],
+    settings=identity,
+    metrics={"test_accuracy": float(accuracy), "test_loss": float(loss)},
+    seconds=time.monotonic() - started,
+    card=f"""
+Which digit a grey 28x28 picture shows, white on black. Two convolutions and a dense layer.
+
+Data: {used}, {len(train_labels)} pictures to train on and {len(test_labels)} to test on. Trained on {devices}
+device(s) with MirroredStrategy, {global_batch} pictures a step.
+""",
+    warmup_batch_sizes=(),
+    runs=settings.runs,
+)
+shutil.move(work / "tensorboard", run / "tensorboard")
+shutil.rmtree(work)
+print(f"run directory: {run}")
