@@ -4,9 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint env clean bench-serving bench-mapping bench-ladder
-
-.PHONY: demo test lint env clean bench-input-pipeline
+.PHONY: demo test lint env clean bench-input-pipeline bench-serving bench-mapping bench-ladder
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -26,23 +24,26 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-bench-input-pipeline: $(READY)
-	$(BIN)/python benchmarks/input_pipeline.py
-
 demo: $(READY)
 	$(BIN)/spikeless demo
 
-# On a quiet machine: what the embedded engine adds to a call, and what it saves over Flask.
+# Benchmarks want a machine that is idle otherwise.
+
+# What each step of reading training records is worth.
+bench-input-pipeline: $(READY)
+	$(BIN)/python benchmarks/input_pipeline.py
+
+# What the embedded engine adds to a call, and what it saves over Flask.
 bench-serving: $(READY)
 	ls runs/factorization_machine-*/saved_model >/dev/null 2>&1 || $(BIN)/python training/train_factorization_machine.py
 	$(BIN)/python benchmarks/serving.py --saved-model "$$(ls -d runs/factorization_machine-*/saved_model | tail -n 1)"
 
-# Measures on an otherwise idle machine; SIZES="512MiB 2GiB 8GiB" for all of them (24 GiB of memory).
+# What mapping changes: memory, loads, swaps, throughput. SIZES="512MiB 2GiB 8GiB" for all of them (24 GiB of memory).
 SIZES ?= 512MiB
 bench-mapping: $(READY)
 	$(BIN)/python benchmarks/mapping.py $(SIZES:%=--size %)
 
-# On an otherwise idle machine, what each remedy is worth: 10 reloads on each rung in about 12 minutes,
+# What each remedy is worth: 10 reloads on each rung in about 12 minutes,
 # ROUNDS=12 for 60 of them in little more than an hour.
 SIZE      ?= 512MiB
 ROUNDS    ?= 2

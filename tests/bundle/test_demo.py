@@ -11,6 +11,7 @@ import pytest
 from spikeless import bench, demo, report
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("demo")  # one demo serves all of these tests
 
 
 @pytest.fixture(scope="module")

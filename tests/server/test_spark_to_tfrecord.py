@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,13 @@ from pyspark.sql import functions as F
 from spikeless import dataset
 from spikeless.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument
 
+pytestmark = [
+    pytest.mark.xdist_group("spark"),
+    pytest.mark.skipif(
+        shutil.which("java") is None and "JAVA_HOME" not in os.environ,
+        reason="Spark needs Java: apt-get install openjdk-17-jre-headless",
+    ),
+]
 SCRIPT = Path(spark_to_tfrecord.__file__)
 SCHEMA = (
     "flag boolean, tiny tinyint, small smallint, i int, l bigint, f float, d double, s string, b binary, "
