@@ -129,7 +129,8 @@ class _Library:
     """The functions of the C API that are used here, declared once, each a plain attribute."""
 
     def __init__(self) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+        # Errors come back as statuses; what TensorFlow logs besides is mostly about GPUs that are not there.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         directory = tensorflow_directory()
         suffix = "2.dylib" if os.uname().sysname == "Darwin" else "so.2"
         path = directory / f"libtensorflow_cc.{suffix}"

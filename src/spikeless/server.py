@@ -151,7 +151,7 @@ class Server:
         try:
             port = server.add_insecure_port(address)
         except RuntimeError:
-            raise Unavailable(f"cannot listen on {address}: is another server using it?") from None
+            raise Unavailable(f"cannot listen on {address}: is it right, and the port free?") from None
         self._update_health()
         server.start()
         self._grpc = server

@@ -284,3 +284,13 @@ def test_the_command_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "holds no raw results" in done.stderr
     assert not (tmp_path / "raw").exists()
+
+
+def test_a_target_where_nothing_answers_is_refused_before_any_load(requests: Path, tmp_path: Path) -> None:
+    target = f"127.0.0.1:{launch.free_port()}"
+    command = [sys.executable, "-m", "spikeless", "bench", "run", "--target", target, "--no-floor"]
+    command += ["--requests", str(requests), "--out", str(tmp_path / "raw")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"no server answers at {target}" in done.stderr
+    assert not (tmp_path / "raw").exists()

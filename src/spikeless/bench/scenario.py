@@ -33,6 +33,7 @@ from spikeless.bench.openloop import LINE_PREFIX
 from spikeless.bench.record import Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.requests import read_requests
 from spikeless.bench.watch import Watcher
+from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, Internal, NotFound
 
 #: For every server that is measured: none of its calls shall be refused for lack of a thread. Threads come as
@@ -77,8 +78,15 @@ def server_facts(server: launch.Server) -> ServerFacts:
     )
 
 
-def running_server(target: str, pid: int | None = None) -> ServerFacts:
-    """What can be said about a server that somebody else started; without its `pid`, only where it is."""
+def running_server(target: str, model_name: str, pid: int | None = None) -> ServerFacts:
+    """What can be said about a server that somebody else started; without its `pid`, only where it is.
+
+    Raises:
+        SpikelessError: nothing answers at ``target``, or it does not serve the model (see `Client.statuses`).
+        NotFound: there is no process ``pid``.
+    """
+    with Client(target) as client:
+        client.statuses(model_name)
     if pid is None:
         return ServerFacts(target)
     try:

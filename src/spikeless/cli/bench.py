@@ -154,7 +154,7 @@ def run_command(
             )
             facts = bench.server_facts(stack.enter_context(launch.start(launched)))
         else:
-            facts = bench.running_server(target, pid)
+            facts = bench.running_server(target, model_name, pid)
         with bench.progress_bar(scenario, seconds, console) as progress:
             result = bench.run(scenario, settings, facts, publish, measured, progress)
     path = bench.result_path(out, result)
