@@ -22,7 +22,7 @@ import click
 import numpy as np
 
 from spikeless import directories, tfrecord, warmup
-from spikeless.cli.options import Bytes
+from spikeless.cli.options import Size
 from spikeless.errors import AlreadyExists
 from spikeless.warmup.requests import predict
 
@@ -96,7 +96,7 @@ def _export_module(path: Path, rows: int, seed: int, kind: str) -> None:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--size", type=Bytes(), default="512MiB", show_default=True, help="Of the embedding.")
+@click.option("--size", type=Size(), default="512MiB", show_default=True, help="Of the embedding.")
 @click.option("--kind", type=click.Choice(KINDS), default="keras", show_default=True)
 @click.option("--versions", type=click.IntRange(1), default=2, show_default=True, help="How many models.")
 def main(out: Path, size: int, kind: str, versions: int) -> None:

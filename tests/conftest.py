@@ -1,6 +1,10 @@
 """What all tests share: fixtures, and that Ctrl-C means something to the processes that tests start."""
 
+import os
 import signal
+
+# Tests fork only to start other programs. What gRPC does for more than that breaks those that PySpark starts.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 pytest_plugins = ("saved_models", "trained_models", "promotion_models")
 
