@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from promotion_models import (
 from spikeless import launch, models_config
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, NotFound, SpikelessError
+from spikeless.fleet import states
+from spikeless.manager import State
 from spikeless.promotion import PromotionError, promote, rollback
 from spikeless.soak import SoakSettings
 
@@ -148,6 +151,10 @@ def test_a_version_that_does_wrong_changes_nothing(models, server, client, scale
             promote(models, NAME, 7, fleet_of(server), settings())
         assert config_text(models) == before
         assert served(client) == served(client, label="stable") == 1
+        deadline = time.monotonic() + 60
+        while any(one.state is not State.END for one in states(client, f"{NAME}-canary")):
+            assert time.monotonic() < deadline, "the candidate is still loaded"
+            time.sleep(0.02)
         # And nothing of it stands in the way of a good one.
         assert promote(models, NAME, 2, fleet_of(server), settings()).result == "promoted"
     assert load.factors == {1.0, 2.0}
