@@ -1,8 +1,8 @@
 """Capture: a gRPC relay between callers and a server, which records a sample of the calls.
 
-In: calls of any service, as bytes. Out: the server's answers as they are, with their status and metadata, and
-a file of records (`spikeless.recorder`). Deadlines and cancellations are passed on. Nothing is parsed on the
-way, and a call never waits for its record.
+In: calls of any method of a model server, as bytes. Out: the server's answers as they are, with their status
+and metadata, and a file of records (`spikeless.recorder`). Deadlines and cancellations are passed on. Nothing
+is parsed on the way, and a call never waits for its record.
 """
 
 from __future__ import annotations
@@ -17,18 +17,10 @@ from typing import Any
 import grpc
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unavailable
-from spikeless.recorder import METHODS, Recorder, RecorderSettings
+from spikeless.recorder import Recorder, RecorderSettings
 
-#: The other methods of which it is known that they take one message and give one.
-_UNARY_METHODS = frozenset(
-    {
-        *METHODS,
-        "/tensorflow.serving.PredictionService/GetModelMetadata",
-        "/tensorflow.serving.ModelService/GetModelStatus",
-        "/tensorflow.serving.ModelService/HandleReloadConfigRequest",
-        "/grpc.health.v1.Health/Check",
-    }
-)
+#: The one method of a model server that answers more than once; all others take one message and give one.
+_WATCH = "/grpc.health.v1.Health/Watch"
 #: Metadata that belongs to one connection, not to the call.
 _OWN_METADATA = frozenset({"user-agent", "te", "content-type", "accept-encoding"})
 _CHANNEL_OPTIONS = [
@@ -134,17 +126,16 @@ class Capture:
             self.recorder.offer(method, request, response)
         return response
 
-    async def many(self, method: str, requests: Any, context: Any) -> AsyncIterator[bytes]:
-        """Relay a call of any number of messages and answers."""
+    async def watch(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        """Relay a call with any number of answers."""
         assert self._channel is not None
         self.relayed += 1
-        call = self._channel.stream_stream(method, None, None)(
-            requests, timeout=context.time_remaining(), metadata=_passed_on(context.invocation_metadata())
+        call = self._channel.unary_stream(_WATCH, None, None)(
+            request, timeout=context.time_remaining(), metadata=_passed_on(context.invocation_metadata())
         )
         try:
             async for response in call:
                 yield response
-            context.set_trailing_metadata(_passed_on(await call.trailing_metadata()))
         except grpc.aio.AioRpcError as error:
             await _fail(context, error)
         finally:
@@ -157,19 +148,13 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg]
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
-        if method in _UNARY_METHODS:
+        if method == _WATCH:
+            return grpc.unary_stream_rpc_method_handler(self._capture.watch)
 
-            async def one(request: bytes, context: Any) -> bytes:
-                return await self._capture.one(method, request, context)
+        async def one(request: bytes, context: Any) -> bytes:
+            return await self._capture.one(method, request, context)
 
-            return grpc.unary_unary_rpc_method_handler(one)
-
-        async def many(requests: Any, context: Any) -> AsyncIterator[bytes]:
-            async for response in self._capture.many(method, requests, context):
-                yield response
-
-        # What is sent does not tell how many messages a method has; this suits any number.
-        return grpc.stream_stream_rpc_method_handler(many)
+        return grpc.unary_unary_rpc_method_handler(one)
 
 
 def _passed_on(metadata: Any) -> Sequence[tuple[str, str | bytes]]:

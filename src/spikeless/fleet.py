@@ -255,10 +255,11 @@ class _Change:
         Raises:
             SpikelessError: it was refused, a version cannot be loaded, the server is gone or too slow.
         """
+        self._fleet.say(self._client.target, "reloading")
         self._note_old_states()
+        waiting = False
         while True:
             try:
-                self._fleet.say(self._client.target, "reloading")
                 self._send()
                 self._follow()
                 return
@@ -268,6 +269,9 @@ class _Change:
                     raise Unavailable(
                         f"the server has not answered for {self._fleet.settings.patience:g} s: {silence}"
                     ) from None
+                if not waiting:
+                    self._fleet.say(self._client.target, "does not answer, is it being restarted?")
+                waiting = True
                 self._pause()
 
     def _note_old_states(self) -> None:

@@ -158,10 +158,9 @@ def rollback(
     with _Change.begin(models, name, fleet, settings, progress, interrupted, wait=False) as change:
         if canary:
             return change.make(plans.end_canary(change.model(change.latest)))
-        if change.was(plans.PROMOTE):
-            assert change.unfinished is not None
+        if change.unfinished is not None and change.was(plans.PROMOTE) and version is None:
             return change.make(plans.undo(change.unfinished))
-        before = change.unfinished_states[0] if change.was(plans.ROLLBACK) else change.latest
+        before = change.unfinished_states[0] if change.unfinished is not None else change.latest
         model = change.model(before)
         if label not in model.labels:
             raise NotFound(f"{name} has no label {label} in {Path(models, models_config.FILE_NAME)}")
@@ -251,6 +250,7 @@ class _Change:
 
     def check_servers(self) -> None:
         """Every server answers, and serves no model of this repository that a reload would unload."""
+        self._fleet.statuses(self.name)
         listed = models_config.read(self.models).names
         known = {path.name for path in self.models.iterdir() if path.is_dir() and path.name[0] != "."}
         for name in sorted(known - set(listed)):

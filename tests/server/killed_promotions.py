@@ -14,6 +14,7 @@ import sys
 
 from promotion_models import NAME, fleet_of, settings
 
+from spikeless.manager import State
 from spikeless.promotion import promote, rollback
 
 
@@ -21,7 +22,8 @@ def main(action: str, models: str, target: str, kill_at: str) -> None:
     lines = itertools.count()
 
     def progress(line: str) -> None:
-        number = next(lines)
+        # Which states are seen on the way is chance; all other lines come in every run.
+        number = -1 if line.endswith(tuple(State.__members__)) else next(lines)
         print(number, line, flush=True)
         if str(number) == kill_at or (not kill_at.isdigit() and kill_at in line):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -27,7 +27,7 @@ from promotion_models import (
 
 from spikeless import journal, launch, models_config
 from spikeless.client import Client
-from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.errors import FailedPrecondition, SpikelessError, Unavailable
 from spikeless.fleet import FleetSettings
 from spikeless.promotion import PromotionError, promote, rollback
 
@@ -46,6 +46,27 @@ def at_line(text, action):
 
 def config_text(models):
     return (models / "models.config").read_text()
+
+
+def test_nothing_begins_while_a_server_does_not_answer(models):
+    with (
+        start_server(models) as server,
+        pytest.raises(Unavailable, match=r"no server answers at 127\.0\.0\.1:1"),
+    ):
+        promote(models, NAME, 2, fleet_of(server, "127.0.0.1:1", patience=1.0), settings())
+    assert not (models / NAME / ".spikeless" / "journal.jsonl").exists()
+
+
+def test_a_reload_that_would_unload_another_model_is_refused(models):
+    shutil.copytree(models / NAME, models / "other")
+    block = models_config.read(models).block(NAME).replace(NAME, "other")
+    models_config.edit(models, {"other": block})
+    with start_server(models) as server:
+        models_config.edit(models, {"other": None})
+        with pytest.raises(
+            FailedPrecondition, match=r"(?s)serves other, .* does not list it.*name: \"other\""
+        ):
+            promote(models, NAME, 2, fleet_of(server), settings())
 
 
 def test_a_server_that_dies_takes_the_promotion_back(models):

@@ -141,8 +141,8 @@ def test_killed_at_every_step_a_prune_leaves_whole_versions_and_repeating_finish
     models = tmp_path / "models"
     for number in (1, 2, 3):
         path = models / NAME / str(number)
-        (path / "variables").mkdir(parents=True)
-        for file in ("saved_model.pb", "variables/variables.index"):
+        path.mkdir(parents=True)
+        for file in ("saved_model.pb", "fingerprint.pb"):
             (path / file).write_text("content")
     age(models, 1, 2, 3)
     block = with_versions(new_block(NAME, str(models / NAME)), [3], {"stable": 3})
