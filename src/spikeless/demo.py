@@ -109,7 +109,7 @@ def run(settings: DemoSettings, console: Console) -> Path:
 def _new_directory(reports: Path) -> Path:
     directory = reports / datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     directory.mkdir(parents=True)
-    return directory.resolve()
+    return directory
 
 
 def _allocator(console: Console) -> tuple[str, list[str]]:
