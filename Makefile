@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint env clean bench-input-pipeline bench-serving bench-mapping bench-ladder
+.PHONY: demo test lint env tagger-env clean bench-input-pipeline bench-serving bench-mapping bench-ladder
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -14,6 +14,18 @@ $(READY): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# The tagger's training has an environment of its own, made when it is first needed: TensorFlow 2.15.
+TAGGER_PYTHON ?= python3.11
+TAGGER_READY  := .venv-tagger/.ready
+
+tagger-env: $(TAGGER_READY)
+
+$(TAGGER_READY): training/requirements-tagger.txt
+	@command -v $(TAGGER_PYTHON) >/dev/null || { echo "$(TAGGER_PYTHON) is missing: TensorFlow 2.15 needs Python 3.9 to 3.11; name one with TAGGER_PYTHON=python3.10"; exit 1; }
+	test -x .venv-tagger/bin/python || $(TAGGER_PYTHON) -m venv .venv-tagger
+	.venv-tagger/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 lint: $(READY)
@@ -56,4 +68,4 @@ $(EMBEDDING): | $(READY)
 	$(BIN)/python benchmarks/make_embedding_model.py $@ --size $(SIZE)
 
 clean:
-	rm -rf $(VENV) reports runs
+	rm -rf $(VENV) .venv-tagger reports runs

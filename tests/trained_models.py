@@ -1,10 +1,13 @@
 """The factorization machine, trained as a user would.
 
-In: nothing. Out: the session fixture ``boston_run``, its run directory; ``spikeless`` runs the command.
+In: nothing. Out: the session fixture ``boston_run``, its run directory; ``spikeless`` runs the command;
+``NEEDS_JAVA`` marks what Spark has to be there for.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NEEDS_JAVA = pytest.mark.skipif(
+    shutil.which("java") is None and "JAVA_HOME" not in os.environ,
+    reason="Spark needs Java: apt-get install openjdk-17-jre-headless",
+)
 
 
 def spikeless(*arguments: object, **options) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,17 +18,13 @@ import tensorflow as tf
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from trained_models import NEEDS_JAVA
 
 from spikeless import dataset
 from spikeless.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument
 
-pytestmark = [
-    pytest.mark.xdist_group("spark"),
-    pytest.mark.skipif(
-        shutil.which("java") is None and "JAVA_HOME" not in os.environ,
-        reason="Spark needs Java: apt-get install openjdk-17-jre-headless",
-    ),
-]
+# One worker: Spark is started once.
+pytestmark = [pytest.mark.xdist_group("spark"), NEEDS_JAVA]
 SCRIPT = Path(spark_to_tfrecord.__file__)
 SCHEMA = (
     "flag boolean, tiny tinyint, small smallint, i int, l bigint, f float, d double, s string, b binary, "

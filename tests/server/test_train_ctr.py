@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from harness import Running, put_version, run_server
-from trained_models import ROOT, spikeless
+from trained_models import NEEDS_JAVA, ROOT, spikeless
 
 from spikeless import dataset, tfrecord, warmup
+
+# One worker: the data and the model of the fixtures are made once.
+pytestmark = [pytest.mark.xdist_group("ctr"), NEEDS_JAVA]
 
 SMALL = ("--table-rows", 5000, "--dimensions", 4, "--hidden", 16, "--epochs", 2, "--candidates", 20)
 

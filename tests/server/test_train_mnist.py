@@ -16,6 +16,9 @@ from trained_models import ROOT, spikeless
 
 from spikeless import warmup
 
+# One worker: the model of the fixture is trained once.
+pytestmark = pytest.mark.xdist_group("mnist")
+
 #: Enough to be good, few enough to be quick.
 EPOCHS = 12
 
