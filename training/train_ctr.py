@@ -4,7 +4,7 @@ In: TFRecords that training/spark_to_tfrecord.py wrote; if none are given, synth
 Out: a run directory with a SavedModel that ranks up to 100 candidates for one user in a request.
 
     spikeless train ctr                                    # about 3 min on 2 cores, test AUC over 0.80
-    spikeless train ctr --table-rows 60000000              # the same with 4 GB of embeddings
+    spikeless train ctr --table-rows 60000000              # with 4 GB of embeddings; takes 13 GB of memory
 
 The model (Cheng et al., Wide & Deep Learning for Recommender Systems, 2016), for a row with categories c and
 integers n:
