@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "status": "Show the repository and its servers side by side.",
     "prune": "Remove old versions that nobody needs any more.",
     "serve": "Serve models with the embedded engine.",
+    "exporter": "Export version states and memory of a server to Prometheus.",
     "bench": "Measure latency under load while a version is swapped.",
     "report": "Turn raw results into a page and a table.",
     "demo": "Do all of it once, without a warmup file and with one.",

@@ -1,0 +1,169 @@
+"""What a model server does not export itself: the states of its versions, and its memory, for Prometheus.
+
+In: a server's gRPC address, the model repository that it serves, and its process when that can be seen. Out:
+metrics over HTTP. It works with any server that has TensorFlow Serving's ``ModelService``.
+
+    spikeless_server_up                                      1 while the server answers
+    spikeless_version_state{model_name, version, state}      1 for the state that a version is in, else 0
+    spikeless_version_error{model_name, version, status}     1 for a version that could not be loaded
+    spikeless_reloads_total{model_name}                      how often the AVAILABLE versions changed
+    spikeless_memory_private_bytes                           what counts against a memory limit (RssAnon)
+    spikeless_memory_mapped_bytes                            pages of files, which can be given back (RssFile)
+
+Versions that have ended are left out, unless they could not be loaded and are still on disk. Where the
+embedded engine has a metric of the same name, it means the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from spikeless.client import Client
+from spikeless.errors import Code, SpikelessError
+from spikeless.manager import State, VersionStatus
+from spikeless.versions import list_versions
+
+_MEMORY = {"RssAnon": "private", "RssFile": "mapped"}
+
+
+@dataclass(frozen=True)
+class ExporterSettings:
+    """What to watch."""
+
+    #: The server's gRPC address, ``host:port``.
+    target: str
+    #: The model repository; every folder in it that is not hidden is the name of a model to ask for.
+    models: Path
+    #: The server's process, when this process can see it.
+    pid: int | None = None
+    #: Seconds between two looks; a swap shorter than this is still counted as a reload.
+    interval: float = 0.5
+
+
+class Exporter:
+    """A Prometheus collector; a thread of its own follows the server between scrapes.
+
+    Start it with ``start``, register it with a registry, end it with ``stop``.
+    """
+
+    def __init__(self, settings: ExporterSettings) -> None:
+        self.settings = settings
+        self._client = Client(settings.target, timeout=2.0)
+        self._statuses: dict[str, list[VersionStatus]] = {}
+        self._reloads: dict[str, int] = {}
+        self._up = False
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="exporter", daemon=True)
+
+    def start(self) -> None:
+        """Look once, then go on looking."""
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+        self._client.close()
+
+    def _follow(self) -> None:
+        while not self._stopping.wait(self.settings.interval):
+            self.look()
+
+    def look(self) -> None:
+        """Ask the server for the states of every model's versions."""
+        found: dict[str, list[VersionStatus]] = {}
+        up = False
+        for name in _names(self.settings.models):
+            try:
+                statuses = self._client.statuses(name)
+                on_disk = list_versions(self.settings.models / name)
+                found[name] = [status for status in statuses if _matters(status, status.version in on_disk)]
+                up = True
+            except SpikelessError as error:
+                # A server that does not know the model answers too.
+                up = up or error.code is Code.NOT_FOUND
+        with self._lock:
+            self._up = up
+            for name, statuses in found.items():
+                before = self._statuses.get(name)
+                self._reloads.setdefault(name, 0)
+                if before is not None and _available(before) != _available(statuses):
+                    self._reloads[name] += 1
+            if up:
+                # What was known before the server went away is kept, so that its return counts as a reload
+                # only when it serves something else.
+                self._statuses = found
+
+    def collect(self) -> Iterator[Metric]:
+        """What Prometheus scrapes."""
+        with self._lock:
+            up, statuses, reloads = self._up, self._statuses if self._up else {}, dict(self._reloads)
+        yield GaugeMetricFamily("spikeless_server_up", "Whether the model server answers.", value=float(up))
+        state = GaugeMetricFamily(
+            "spikeless_version_state",
+            "1 for the state that a version is in.",
+            labels=["model_name", "version", "state"],
+        )
+        error = GaugeMetricFamily(
+            "spikeless_version_error",
+            "1 for a version that could not be loaded.",
+            labels=["model_name", "version", "status"],
+        )
+        for name, versions in statuses.items():
+            for status in versions:
+                for candidate in State:
+                    is_it = float(status.state is candidate)
+                    state.add_metric([name, str(status.version), candidate.name], is_it)
+                if status.error is not None:
+                    error.add_metric([name, str(status.version), status.error.code.name], 1.0)
+        yield state
+        yield error
+        counter = CounterMetricFamily(
+            "spikeless_reloads", "How often the AVAILABLE versions changed.", labels=["model_name"]
+        )
+        for name, count in reloads.items():
+            counter.add_metric([name], count)
+        yield counter
+        if self.settings.pid is not None:
+            for kind, size in memory_of(self.settings.pid).items():
+                yield GaugeMetricFamily(
+                    f"spikeless_memory_{kind}_bytes",
+                    f"Resident memory of the model server: {kind}.",
+                    value=size,
+                )
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Resident bytes of a process by kind, from ``/proc/<pid>/status``; none when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines)
+    return {
+        _MEMORY[parts[0].rstrip(":")]: int(parts[1]) * 1024
+        for parts in fields
+        if len(parts) == 3 and parts[0].rstrip(":") in _MEMORY
+    }
+
+
+def _names(models: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in models.iterdir() if path.is_dir() and path.name[0] != ".")
+    except OSError:
+        return []
+
+
+def _matters(status: VersionStatus, on_disk: bool) -> bool:
+    """A server lists what has ended for ever; of interest is only what should be there and is not."""
+    return status.state is not State.END or (status.error is not None and on_disk)
+
+
+def _available(statuses: list[VersionStatus]) -> set[int]:
+    return {status.version for status in statuses if status.state is State.AVAILABLE}

@@ -1,0 +1,93 @@
+"""The exporter against a real server: states, reloads, errors, memory, over HTTP."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from spikeless import launch, repository
+
+FAST = ("--file_system_poll_wait_seconds=0.1", "--max_num_load_retries=0")
+
+
+@pytest.fixture
+def models(saved_models: Path, tmp_path: Path) -> Path:
+    repository.publish(saved_models / "signatures", tmp_path / "models", "m")
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def server(models: Path, tmp_path: Path):
+    settings = launch.LaunchSettings("m", models / "m", flags=FAST, log=tmp_path / "server.log")
+    with launch.start(settings) as server:
+        yield server
+
+
+@pytest.fixture
+def exporter(server: launch.Server, models: Path):
+    command = [sys.executable, "-m", "spikeless", "exporter", "--target", server.target, "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--models", str(models), "--pid", str(server.pid)], stdout=subprocess.PIPE, text=True
+    )
+    url = process.stdout.readline().split()[-1]
+    yield url
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    process.stdout.close()
+
+
+def scrape(url: str) -> dict[tuple[str, ...], float]:
+    """(name, label values in the order of label names...) -> value."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    text = opener.open(url, timeout=10).read().decode()
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_states_reloads_errors_and_memory(
+    server: launch.Server, exporter: str, models: Path, saved_models: Path
+) -> None:
+    def value(*key: str) -> float | None:
+        return scrape(exporter).get(key)
+
+    assert value("spikeless_server_up") == 1
+    assert value("spikeless_version_state", "m", "AVAILABLE", "1") == 1
+    assert value("spikeless_version_state", "m", "LOADING", "1") == 0
+    assert value("spikeless_reloads_total", "m") == 0
+    resident = psutil.Process(server.pid).memory_info().rss
+    parts = value("spikeless_memory_private_bytes") + value("spikeless_memory_mapped_bytes")
+    assert parts == pytest.approx(resident, rel=0.1)
+
+    repository.publish(saved_models / "signatures", models, "m")
+    available = ("spikeless_version_state", "m", "AVAILABLE")
+    server.wait_for(lambda: value(*available, "2") == 1 and value(*available, "1") is None, "the swap")
+    assert value("spikeless_reloads_total", "m") > 0
+
+    (models / "m" / "3").mkdir()
+    (models / "m" / "3" / "saved_model.pb").write_bytes(b"no SavedModel")
+    error = ("spikeless_version_error", "m")
+    server.wait_for(
+        lambda: any(key[0] == error[0] and key[-1] == "3" for key in scrape(exporter)), "the error"
+    )
+    assert value(*available, "2") == 1
+    shutil.rmtree(models / "m" / "3")
+    server.wait_for(
+        lambda: not any(key[0] == error[0] for key in scrape(exporter)), "the error to be history"
+    )
+
+    server.stop()
+    deadline = time.monotonic() + 60
+    while value("spikeless_server_up") != 0:
+        assert time.monotonic() < deadline, "the exporter has not noticed that the server is gone"
+        time.sleep(0.05)
+    assert value(*available, "2") is None, "states of a server that does not answer are not known"
