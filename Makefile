@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint env tagger-env clean bench-input-pipeline bench-serving bench-mapping bench-ladder
+.PHONY: demo test test-containers lint env tagger-env clean bench-input-pipeline bench-serving bench-mapping bench-ladder
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -35,6 +35,10 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Images and the compose stack on a real container engine, which is prepared from Debian's packages if need be.
+test-containers: $(READY)
+	SPIKELESS_CONTAINERS=1 $(BIN)/python -m pytest tests/bundle/test_containers.py
 
 demo: $(READY)
 	$(BIN)/spikeless demo
@@ -68,4 +72,4 @@ $(EMBEDDING): | $(READY)
 	$(BIN)/python benchmarks/make_embedding_model.py $@ --size $(SIZE)
 
 clean:
-	rm -rf $(VENV) .venv-tagger reports runs
+	rm -rf $(VENV) .venv-tagger reports/* runs/*

@@ -1,0 +1,180 @@
+"""Images and a compose stack on a real engine, each made once.
+
+In: nothing. Out: ``images``, built from this tree, and ``stack``, a fresh clone of it with the compose
+command. Tests that use them are skipped, with the reason, where no engine can be had.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from engine import BASE, Engine, NoEngine, engine
+
+from spikeless import launch
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+TAG = "test"
+#: Who owns the clone: not root, and not the user that images run as.
+OWNER = 1234
+
+
+@dataclass(frozen=True)
+class Images:
+    """Names of the images, and whether the serving image stands on a stand-in."""
+
+    embedded: str
+    tools: str
+    serving: str
+    tagger: str
+    prometheus: str
+    serving_stands_in: bool
+
+
+@dataclass
+class Stack:
+    """A clone of the bundle and the compose commands that run in it."""
+
+    engine: Engine
+    folder: Path
+    environment: dict[str, str]
+    ports: dict[str, int]
+    profiles: list[str] = field(default_factory=list)
+
+    def compose(
+        self, *arguments: str, check: bool = True, timeout: float = 300.0
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["docker", "compose", *arguments],
+            cwd=self.folder,
+            env={**self.engine.environment, **self.environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and done.returncode:
+            raise AssertionError(
+                f"docker compose {' '.join(arguments)} exited with {done.returncode}:\n{done.stdout}\n"
+                f"{done.stderr}\n{self.logs()}"
+            )
+        return done
+
+    def logs(self) -> str:
+        return self.compose("--profile", "*", "logs", "--no-color", "--tail", "60", check=False).stdout
+
+    def container(self, service: str) -> str:
+        return self.compose("ps", "--all", "--quiet", service).stdout.strip()
+
+    def inside(self, *command: str, check: bool = True) -> str:
+        """The output of a command in the server's container."""
+        done = self.compose("exec", "--no-TTY", "server", *command, check=check)
+        return done.stdout + done.stderr
+
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited {timeout:g} s for {what}:\n{self.logs()}")
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def containers() -> Iterator[Engine]:
+    try:
+        with engine() as started:
+            yield started
+    except NoEngine as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of this tree as git would clone them, changes included, owned by somebody."""
+    folder = tmp_path_factory.mktemp("clone") / "spikeless"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    for parent in folder.parents[:2]:
+        parent.chmod(0o755)  # Others have to get to the clone, as to a home directory.
+    if os.geteuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, OWNER, OWNER)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(containers: Engine, clone: Path) -> Images:
+    """Every image, built. What cannot be pulled stands on a stand-in that is labelled as one."""
+
+    def build(name: str, folder: Path, *arguments: str) -> str:
+        image = f"spikeless/{name}:{TAG}"
+        secret = [f"--secret=id=pip_ca,src={containers.ca_file}"] if containers.ca_file else []
+        containers.docker(
+            "buildx", "build", "--load", *secret, *arguments, "--tag", image, str(folder), timeout=900
+        )
+        return image
+
+    def target(name: str, *arguments: str) -> str:
+        return build(
+            name, clone, "--file", str(clone / "docker" / "Dockerfile"), "--target", name, *arguments
+        )
+
+    def pulled(image: str) -> bool:
+        return (
+            not containers.private
+            and containers.docker("pull", image, check=False, timeout=600).returncode == 0
+        )
+
+    embedded = target("embedded")
+    official = "tensorflow/serving:2.20.0"
+    stands_in = not pulled(official)
+    base = official
+    if stands_in:
+        base = build("stand-in-base", HERE / "serving_stand_in", f"--build-arg=EMBEDDED={embedded}")
+    prometheus = "prom/prometheus:v3.5.0"
+    if not pulled(prometheus):
+        prometheus = build("stand-in-prometheus", HERE / "prometheus_stand_in", f"--build-arg=BASE={BASE}")
+    return Images(
+        embedded=embedded,
+        tools=target("tools"),
+        serving=target("serving", f"--build-arg=TF_SERVING_IMAGE={base}"),
+        tagger=target("tagger"),
+        prometheus=prometheus,
+        serving_stands_in=stands_in,
+    )
+
+
+@pytest.fixture(scope="session")
+def stack(containers: Engine, images: Images, clone: Path) -> Iterator[Stack]:
+    """The clone, with images that are built and ports that are free; down again at the end."""
+    names = ("GRPC_PORT", "REST_PORT", "LOCUST_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
+    ports = {name: launch.free_port() for name in names}
+    environment = {
+        "COMPOSE_PROJECT_NAME": f"spikeless-test-{os.getpid()}",
+        "ENGINE": "embedded",
+        "TAG": TAG,
+        "PROMETHEUS_IMAGE": images.prometheus,
+        **{name: str(port) for name, port in ports.items()},
+    }
+    stack = Stack(containers, clone, environment, ports)
+    try:
+        yield stack
+    finally:
+        stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans", check=False)

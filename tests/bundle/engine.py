@@ -1,0 +1,389 @@
+"""A container engine for the tests, on a machine that may have neither an engine nor an image registry.
+
+In: nothing but the machine. Out: an `Engine`, whose environment makes ``docker``, ``docker compose`` and
+``docker buildx`` work and whose base image is there. An engine that runs already and reaches its registry is
+used as it is. Otherwise, as root on Debian or Ubuntu, one is started from the distribution's packages:
+
+- the packages are downloaded and unpacked below the cache, nothing is installed; addresses, keys and proxies
+  are the ones that the machine's own apt is set up with;
+- a base image is built from the same archive (debootstrap) and tagged with the name that a Dockerfile asks
+  for. It carries the label `STAND_IN`, so that nobody takes it for the published image.
+
+Cache: ``$SPIKELESS_CACHE``, by default ``spikeless`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It keeps
+packages, image layers and build caches; a second run starts in seconds. The daemon is stopped on leaving.
+
+    python tests/bundle/engine.py docker compose up      # any command, with an engine for as long as it runs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The label that every base image built here carries; its value says what the image really is.
+STAND_IN = "io.github.spikeless.stand-in"
+BASE = "debian:bookworm-slim"
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+#: Variables and settings that name a file of further certificate authorities, most specific first.
+CA_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+KEEP_BUILD_CACHE = "8g"
+START_SECONDS = 60.0
+
+
+class NoEngine(Exception):
+    """There is no engine and none can be started here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that runs.
+
+    environment: variables for every command that is to use it.
+    private: whether it was started here, from packages, with stand-in bases.
+    ca_file: certificate authorities that builds need in addition, or None.
+    """
+
+    environment: Mapping[str, str]
+    private: bool
+    ca_file: Path | None
+
+    def docker(
+        self, *arguments: str, check: bool = True, timeout: float = 120.0, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``docker`` and return its result; a failure is raised with what the command printed."""
+        return _run(["docker", *arguments], env=self.environment, check=check, timeout=timeout, **options)
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[Engine]:
+    """An engine with base images, for the length of a ``with`` block. Raises NoEngine."""
+    ca_file = _ca_file()
+    environment = dict(os.environ)
+    if ca_file is not None:
+        environment["PIP_CA_FILE"] = str(ca_file)
+    if _complete(environment) and _pulled(environment):
+        yield Engine(environment, private=False, ca_file=ca_file)
+        return
+    _require_packages()
+    cache = _cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # One daemon for one data folder: a second caller waits its turn.
+        environment = _unpacked(cache, environment)
+        with _daemon(cache, environment) as environment:
+            started = Engine(environment, private=True, ca_file=ca_file)
+            _base_image(started)
+            yield started
+            # What earlier builds left behind and nothing refers to any more.
+            started.docker("image", "prune", "--force", check=False)
+            started.docker(
+                "builder", "prune", "--force", "--keep-storage", KEEP_BUILD_CACHE, check=False, timeout=300
+            )
+
+
+def _run(
+    command: Sequence[str],
+    check: bool = True,
+    timeout: float = 120.0,
+    **options: object,
+) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(  # type: ignore[call-overload]
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
+    if check and result.returncode:
+        raise RuntimeError(
+            f"{' '.join(command)} exited with {result.returncode}:\n{result.stdout}\n{result.stderr}"
+        )
+    return result
+
+
+def _succeeds(command: Sequence[str], environment: Mapping[str, str], timeout: float = 30.0) -> bool:
+    try:
+        return _run(command, check=False, timeout=timeout, env=environment).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _complete(environment: Mapping[str, str]) -> bool:
+    """Whether an engine answers and both plugins are there."""
+    commands = (["docker", "info"], ["docker", "compose", "version"], ["docker", "buildx", "version"])
+    return all(_succeeds(command, environment) for command in commands)
+
+
+def _pulled(environment: Mapping[str, str]) -> bool:
+    return _succeeds(["docker", "image", "inspect", BASE], environment) or _succeeds(
+        ["docker", "pull", BASE], environment, timeout=120
+    )
+
+
+def _require_packages() -> None:
+    reason = "no Docker engine with compose and buildx answers, and none can be started here: "
+    if sys.platform != "linux" or shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        raise NoEngine(reason + "that takes Debian or Ubuntu")
+    if os.geteuid() != 0:
+        raise NoEngine(reason + "that takes root")
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SPIKELESS_CACHE") or Path(home) / "spikeless") / "engine"
+
+
+def _ca_file() -> Path | None:
+    """The file of certificate authorities that pip uses on this machine, when it is told to use one."""
+    for name in CA_VARIABLES:
+        if os.environ.get(name):
+            return Path(os.environ[name])
+    answer = _run([sys.executable, "-m", "pip", "config", "get", "global.cert"], check=False)
+    return Path(answer.stdout.strip()) if answer.returncode == 0 else None
+
+
+# Packages -----------------------------------------------------------------------------------------------
+
+
+def _unpacked(cache: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Download and unpack the engine's packages, once; returns the environment to run its programs in."""
+    release = platform.freedesktop_os_release()
+    root = cache / f"packages-{release['ID']}-{release.get('VERSION_CODENAME', '')}"
+    if not root.is_dir():
+        partial = root.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        _unpack(_download(partial, release), partial / "root")
+        (partial / "root").rename(root)
+        shutil.rmtree(partial)
+    libraries = next((root / "usr/lib").glob("*-linux-gnu"), root / "usr/lib")
+    return {
+        **environment,
+        "PATH": ":".join([str(root / "bin"), *(str(root / "usr" / name) for name in ("sbin", "bin"))])
+        + f":{environment['PATH']}:/usr/sbin:/sbin",
+        "LD_LIBRARY_PATH": str(libraries),
+        "XTABLES_LIBDIR": f"{libraries / 'xtables'}:/{libraries.relative_to(root) / 'xtables'}",
+        "DEBOOTSTRAP_DIR": str(root / "usr/share/debootstrap"),
+        "DOCKER_CONFIG": str(cache / "config"),
+    }
+
+
+def _download(folder: Path, release: Mapping[str, str]) -> list[Path]:
+    """Fetch the packages with an apt of our own, which reads the machine's sources but writes only here."""
+    codename = release["VERSION_CODENAME"]
+    sources = _sources(codename)
+    names = ["docker.io", "debootstrap", "docker-buildx"]
+    if release["ID"] == "ubuntu":
+        names.append("docker-compose-v2")
+    elif codename != "bookworm":
+        names += ["docker-cli", "docker-compose"]
+    foreign: list[str] = []
+    if codename == "bookworm":
+        # Its docker-compose is version 1 and it has no buildx: both come from the release after it. They are
+        # Go programs that need nothing but the C library, so their dependencies are left alone.
+        names.remove("docker-buildx")
+        foreign = ["docker-compose/trixie", "docker-buildx/trixie"]
+        sources += [_of_suite(line, codename, "trixie") for line in sources if f" {codename} " in line]
+    for name in ("lists/partial", "archives/partial"):
+        (folder / name).mkdir(parents=True)
+    (folder / "sources.list").write_text("\n".join(sources) + "\n")
+    options = [
+        f"Dir::Etc::SourceList={folder / 'sources.list'}",
+        "Dir::Etc::SourceParts=-",
+        f"Dir::State::Lists={folder / 'lists'}",
+        f"Dir::Cache={folder}",
+        f"Dir::Cache::Archives={folder / 'archives'}",
+        "APT::Sandbox::User=root",
+        f"APT::Default-Release={codename}",
+        "Debug::NoLocking=true",
+    ]
+    apt = ["apt-get", "--quiet", *(f"--option={option}" for option in options)]
+    _run([*apt, "update"], timeout=300)
+    install = [*apt, "install", "--yes", "--no-install-recommends", "--download-only", "--reinstall"]
+    _run([*install, *names], timeout=600)
+    if foreign:
+        _run([*apt, "download", *foreign], timeout=300, cwd=folder / "archives")
+    return sorted((folder / "archives").glob("*.deb"))
+
+
+def _of_suite(source: str, codename: str, other: str) -> str:
+    """The same archive's source of another release."""
+    return source.replace(f" {codename}", f" {other}")
+
+
+def _sources(codename: str) -> list[str]:
+    """The machine's own apt sources of its distribution, one line for each suite and component."""
+    form = "$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)"
+    answer = _run(["apt-get", "indextargets", "--format", form, "Created-By: Packages"])
+    lines = [line.split("\t") for line in answer.stdout.splitlines()]
+    found = {
+        f"deb {uri} {suite} {component}": None
+        for uri, suite, component in lines
+        if suite == codename or suite.startswith(codename + "-")
+    }
+    if not found:
+        raise NoEngine(f"apt knows no source of {codename}: is this machine's own archive configured?")
+    return list(found)
+
+
+def _unpack(packages: Sequence[Path], root: Path) -> None:
+    for package in packages:
+        _run(["dpkg", "--extract", str(package), str(root)])
+    # What the packages' own scripts would have linked.
+    links = root / "bin"
+    links.mkdir(exist_ok=True)
+    (links / "iptables").symlink_to("../usr/sbin/xtables-nft-multi")
+    (links / "ip6tables").symlink_to("../usr/sbin/xtables-nft-multi")
+
+
+# The daemon ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _daemon(cache: Path, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Run dockerd on a socket of its own; yields the environment that points every client at it."""
+    _write_client_config(cache / "config", environment)
+    pidfile = cache / "docker.pid"
+    _end_orphan(pidfile)
+    with tempfile.TemporaryDirectory(prefix="spikeless-engine-") as name:
+        run = Path(name)  # Short: the path of a socket may have 107 characters at most.
+        host = f"unix://{run / 'docker.sock'}"
+        command = [
+            "dockerd",
+            f"--host={host}",
+            f"--data-root={cache / 'data'}",
+            f"--exec-root={run / 'exec'}",
+            f"--pidfile={pidfile}",
+            # Small enough for whatever tunnel the machine's own network runs through.
+            "--mtu=1400",
+        ]
+        with (cache / "dockerd.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        client = {**environment, "DOCKER_HOST": host}
+        client.pop("DOCKER_CONTEXT", None)
+        client.pop("LD_LIBRARY_PATH", None)
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not _succeeds(["docker", "info"], client):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    tail = "\n".join((cache / "dockerd.log").read_text(errors="replace").splitlines()[-20:])
+                    raise NoEngine(f"dockerd did not start; its log ends:\n{tail}")
+                time.sleep(0.2)
+            yield client
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _end_orphan(pidfile: Path) -> None:
+    """Stop a daemon whose starter was killed: the lock is ours, so nobody uses it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(pidfile.read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if f"--pidfile={pidfile}" in command:
+            os.kill(pid, signal.SIGTERM)
+            while Path(f"/proc/{pid}").exists():
+                time.sleep(0.2)
+
+
+def _write_client_config(folder: Path, environment: Mapping[str, str]) -> None:
+    """The client's plugins, and the machine's proxies for whatever runs in a build or a container."""
+    plugins = folder / "cli-plugins"
+    plugins.mkdir(parents=True, exist_ok=True)
+    root = Path(environment["DEBOOTSTRAP_DIR"]).parents[2]
+    for plugin in (
+        *root.glob("usr/lib*/docker/cli-plugins/*"),
+        *root.glob("usr/libexec/docker/cli-plugins/*"),
+    ):
+        link = plugins / plugin.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(plugin)
+    keys = {"http_proxy": "httpProxy", "https_proxy": "httpsProxy", "no_proxy": "noProxy"}
+    proxies = {keys[name.lower()]: environment[name] for name in PROXY_VARIABLES if environment.get(name)}
+    (folder / "config.json").write_text(json.dumps({"proxies": {"default": proxies}} if proxies else {}))
+
+
+# Base images --------------------------------------------------------------------------------------------
+
+
+def _base_image(started: Engine) -> None:
+    """A base to build on, bootstrapped from the machine's own archive: Debian 12, or the Ubuntu that runs."""
+    if started.docker("image", "inspect", BASE, check=False).returncode == 0:
+        return
+    release = platform.freedesktop_os_release()
+    codename = release["VERSION_CODENAME"]
+    suite = "bookworm" if release["ID"] == "debian" else codename
+    sources = [_of_suite(line, codename, suite) for line in _sources(codename)]
+    uri, components = next(
+        (line.split()[1], sorted(other.split()[3] for other in sources if other.split()[2] == suite))
+        for line in sources
+        if line.split()[2] == suite
+    )
+    with tempfile.TemporaryDirectory(prefix="spikeless-base-") as name:
+        root = Path(name) / "root"
+        bootstrap = [
+            "debootstrap",
+            "--variant=minbase",
+            f"--components={','.join(components)}",
+            f"--keyring=/usr/share/keyrings/{release['ID']}-archive-keyring.gpg",
+            suite,
+            str(root),
+            uri,
+        ]
+        _run(bootstrap, timeout=600, env=started.environment)
+        (root / "etc/apt/sources.list").write_text("\n".join(sources) + "\n")
+        (root / "etc/apt/apt.conf.d/90stand-in").write_text(_apt_settings())
+        shutil.rmtree(root / "var/cache/apt/archives")
+        shutil.rmtree(root / "var/lib/apt/lists")
+        for folder in ("var/cache/apt/archives/partial", "var/lib/apt/lists/partial"):
+            (root / folder).mkdir(parents=True)
+        archive = Path(name) / "root.tar"
+        _run(["tar", "--create", "--file", str(archive), "--directory", str(root), "."], timeout=120)
+        label = f"LABEL {STAND_IN}=debootstrap-minbase-{suite}"
+        changes = ["--change", 'CMD ["bash"]', "--change", label]
+        started.docker("import", *changes, str(archive), BASE, timeout=300)
+
+
+def _apt_settings() -> str:
+    """The machine's own ways of reaching its archive: proxies, and what it tells apt about dates."""
+    lines = _run(["apt-config", "dump"]).stdout.splitlines()
+    kept = ("Acquire::http::Proxy", "Acquire::https::Proxy", "Acquire::Check-")
+    return "".join(line + "\n" for line in lines if line.startswith(kept))
+
+
+def main() -> None:
+    """Run the command that is given, with an engine; the exit code is the command's."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    try:
+        with engine() as started:
+            sys.exit(subprocess.run(sys.argv[1:], env=started.environment, check=False).returncode)
+    except NoEngine as error:
+        sys.exit(f"engine: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,549 @@
+"""The images and the compose stack, built and run by a real engine.
+
+One stack goes through a day: up on a fresh clone, requests, a hot reload, a measured run, monitoring. Each
+test leaves it serving. See `container_stack` for what is built and when all of this is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from container_stack import Images, Stack
+from engine import STAND_IN, Engine
+from test_docker_files import dashboard_queries
+
+from spikeless import repository
+from spikeless.client import Client
+from spikeless.errors import SpikelessError
+from spikeless.manager import State
+from spikeless.protos import predict_pb2
+from spikeless.tensors import to_proto
+
+pytestmark = [
+    pytest.mark.xdist_group("containers"),
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(
+        "SPIKELESS_CONTAINERS" not in os.environ,
+        reason="it builds every image, which takes minutes and gigabytes: make test-containers",
+    ),
+]
+
+HERE = Path(__file__).parent
+FEATURES = 30
+#: A block of commands in a document, and why it is not run.
+BLOCK = re.compile(r"(<!-- not run here: [^>]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
+
+
+# Helpers --------------------------------------------------------------------------------------------------
+
+
+def fetch(url: str, data: object = None) -> str:
+    """The body of an HTTP answer, whatever its status."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    body = None if data is None else json.dumps(data).encode()
+    try:
+        return opener.open(url, body, timeout=20).read().decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+
+
+def answers(url: str) -> bool:
+    try:
+        return bool(fetch(url))
+    except OSError:
+        return False
+
+
+def rest(stack: Stack, path: str, data: object = None) -> dict:
+    return json.loads(fetch(f"http://127.0.0.1:{stack.ports['REST_PORT']}{path}", data))
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(f"127.0.0.1:{stack.ports['GRPC_PORT']}") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def up(stack: Stack) -> Stack:
+    """The stack as `docker compose up` leaves it on a fresh clone, healthy."""
+    stack.compose("up", "--detach", "--wait", "--no-build", timeout=600)
+    return stack
+
+
+def available(client: Client, name: str) -> set[int]:
+    try:
+        return {status.version for status in client.statuses(name) if status.state is State.AVAILABLE}
+    except SpikelessError:
+        return set()
+
+
+def break_version(source: Path, version: Path) -> None:
+    """A version without the weights that its graph asks for."""
+    staged = version.with_name("staged")
+    shutil.copytree(source, staged, ignore=shutil.ignore_patterns("variables.data*"))
+    staged.rename(version)
+
+
+def health_of(engine: Engine, container: str) -> dict:
+    return state_of(engine, container)["Health"]
+
+
+# Images ---------------------------------------------------------------------------------------------------
+
+
+def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: Engine, images: Images) -> None:
+    for name in ("embedded", "tools", "serving", "tagger"):
+        image = getattr(images, name)
+        config = json.loads(
+            containers.docker("image", "inspect", "--format", "{{json .Config}}", image).stdout
+        )
+        assert config["User"] == "10001:10001", name
+        assert config["Labels"]["org.opencontainers.image.title"] == f"spikeless/{name}"
+        assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+        assert config["Entrypoint"][0] != "/bin/sh", "exec form"
+        if name in ("embedded", "serving"):
+            assert config["Healthcheck"]["Test"] == ["CMD", "/usr/local/bin/health"]
+        # Whatever stands in for a published image says so, in everything that is built on it.
+        stands_in = images.serving_stands_in if name == "serving" else containers.private
+        assert (STAND_IN in config["Labels"]) == stands_in, name
+
+
+def test_nothing_of_the_machine_that_built_them_is_in_the_images(containers: Engine, images: Images) -> None:
+    unwanted = ("-name pip.conf", "-name .git", "-name .env", "-name 'id_rsa*'", "-path '/run/secrets/*'")
+    leftovers = ("-path '/root/.cache/*'", "-path '/build*'")
+    search = f"find / -xdev \\( {' -o '.join(unwanted + leftovers)} \\) -print; env"
+    for image in (images.embedded, images.tools, images.serving, images.tagger):
+        command = ["run", "--rm", "--user", "0:0", "--entrypoint", "sh", image, "-c", search]
+        lines = containers.docker(*command).stdout.splitlines()
+        assert not [line for line in lines if line.startswith("/")], image
+        variables = {line.partition("=")[0].upper() for line in lines if "=" in line}
+        assert not [name for name in variables if name.startswith(("PIP_", "SSL_", "CURL_", "REQUESTS_"))], (
+            image
+        )
+        history = containers.docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout
+        assert "BEGIN CERTIFICATE" not in history
+
+
+def test_the_tools_have_what_they_need(containers: Engine, images: Images) -> None:
+    command = ["run", "--rm", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python", images.tools]
+    assert "No broken requirements" in containers.docker(*command, "-m", "pip", "check").stdout
+
+
+def test_the_tagger_has_an_environment_of_its_own(containers: Engine, images: Images) -> None:
+    program = "import tensorflow, tf2crf, spikeless.export; print(tensorflow.__version__)"
+    command = ["run", "--rm", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python", images.tagger]
+    assert containers.docker(*command, "-c", program).stdout.strip() == "2.15.1"
+
+
+# The stack ------------------------------------------------------------------------------------------------
+
+
+def test_compose_accepts_the_file(stack: Stack) -> None:
+    stack.compose("--profile", "*", "config", "--quiet")
+
+
+def test_up_on_a_fresh_clone_trains_publishes_and_serves(up: Stack, client: Client) -> None:
+    assert health_of(up.engine, up.container("server"))["Status"] == "healthy"
+    assert state_of(up.engine, up.container("prepare"))["ExitCode"] == 0
+    row = np.full((1, FEATURES), 0.5, np.float32)
+    (probability,) = client.predict("boston", {"features": row}).values()
+    assert 0 <= probability.item() <= 1
+    answer = rest(up, "/v1/models/boston:predict", {"instances": row.tolist()})
+    assert np.allclose(answer["predictions"], probability, rtol=1e-5)
+    # What was published belongs to the owner of the clone.
+    version = up.folder / "models" / "boston" / "1"
+    owner = (up.folder / "models").stat()
+    assert (version.stat().st_uid, version.stat().st_gid) == (owner.st_uid, owner.st_gid)
+    assert (version / "assets.extra" / "tf_serving_warmup_requests").is_file()
+    # A second `up` leaves all of it alone.
+    up.compose("up", "--detach", "--wait", "--no-build")
+    assert "holds a model already" in up.compose("logs", "prepare").stdout
+    assert available(client, "boston") == {1}
+
+
+def test_the_server_is_process_1_with_jemalloc(up: Stack) -> None:
+    assert up.inside("cat", "/proc/1/cmdline").split("\0")[2] == "serve"
+    assert "libjemalloc.so.2" in up.inside("cat", "/proc/1/maps")
+    environment = up.inside("cat", "/proc/1/environ").split("\0")
+    assert "LD_PRELOAD=libjemalloc.so.2" in environment
+    assert [entry for entry in environment if entry.startswith("MALLOC_CONF=background_thread:true")]
+    assert "jemalloc" not in up.inside("cat", "/proc/self/maps"), "nothing else in the container has it"
+
+
+def test_the_least_privilege_holds_while_it_runs(up: Stack) -> None:
+    status = dict(
+        line.split(":\t", 1) for line in up.inside("cat", "/proc/1/status").splitlines() if ":\t" in line
+    )
+    assert status["Uid"].split() == ["10001"] * 4
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    for path in ("/here", "/usr/bin/here", "/models/here", "/opt/spikeless/here"):
+        assert "Read-only file system" in up.inside("touch", path, check=False), path
+    host = json.loads(
+        up.engine.docker("inspect", "--format", "{{json .HostConfig}}", up.container("server")).stdout
+    )
+    assert {binding["HostIp"] for bindings in host["PortBindings"].values() for binding in bindings} == {
+        "127.0.0.1"
+    }
+    assert host["Memory"] == 4 << 30
+    assert host["LogConfig"]["Config"] == {"max-file": "3", "max-size": "10m"}
+    prepare = state_of(up.engine, up.container("prepare"))
+    assert prepare["ExitCode"] == 0
+    # What writes gives its rights up before it does: the trained version belongs to nobody but the owner.
+    program = "import os; print(open('/proc/self/status').read())"
+    shown = up.compose("run", "--rm", "tools", "python", "-c", program).stdout
+    status = dict(line.split(":\t", 1) for line in shown.splitlines() if ":\t" in line)
+    owner = (up.folder / "models").stat()
+    assert status["Uid"].split() == [str(owner.st_uid)] * 4
+    assert status["Groups"].split() == []
+    if owner.st_uid:
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+
+
+def test_a_version_is_swapped_under_load_and_no_request_fails(up: Stack) -> None:
+    before = rest(up, "/v1/models/boston")["model_version_status"]
+    (first,) = {int(status["version"]) for status in before if status["state"] == "AVAILABLE"}
+    with load(up, "boston") as seen:
+        up.wait_for(lambda: seen.versions[first] > 50, "requests before the swap")
+        up.compose(
+            "run", "--rm", "tools", "spikeless", "publish", f"models/boston/{first}", "--name", "boston"
+        )
+        up.wait_for(lambda: seen.versions[first + 1] > 50, "requests after the swap")
+    assert seen.errors == []
+    assert set(seen.versions) == {first, first + 1}
+
+
+def test_a_broken_version_leaves_the_old_one_serving(up: Stack, client: Client) -> None:
+    (serving,) = available(client, "boston")
+    folder = up.folder / "models" / "boston"
+    break_version(folder / str(serving), folder / "100")
+
+    def refused() -> bool:
+        return any(status.version == 100 and status.error for status in client.statuses("boston"))
+
+    with load(up, "boston") as seen:
+        up.wait_for(refused, "the broken version to be refused")
+    shutil.rmtree(folder / "100")
+    assert seen.errors == []
+    assert set(seen.versions) == {serving}
+    assert health_of(up.engine, up.container("server"))["Status"] == "healthy"
+    assert "/models/boston/100/variables" in up.logs()
+
+
+def test_the_bench_profile_writes_a_report(up: Stack, client: Client) -> None:
+    environment = {"BENCH_SECONDS": "8", "BENCH_RATE": "50"}
+    up.environment.update(environment)
+    before = max(available(client, "boston"))
+    up.compose("run", "--rm", "bench", timeout=300)
+    (page,) = (up.folder / "reports").glob("*/index.html")
+    assert "<html" in page.read_text()
+    assert page.stat().st_uid == (up.folder / "models").stat().st_uid
+    (result,) = page.parent.glob("raw/*.npz")
+    assert result.stat().st_size > 0
+    assert (
+        "| 0 |" in (page.parent / "summary.md").read_text()
+        or "errors" in (page.parent / "summary.md").read_text()
+    )
+    up.wait_for(lambda: available(client, "boston") == {before + 1}, "the version that the run published")
+
+
+def test_locust_shows_its_page_and_drives_load_with_its_workers(up: Stack) -> None:
+    up.compose("up", "--detach", "--no-build", "locust", "worker")
+    page = f"http://127.0.0.1:{up.ports['LOCUST_PORT']}"
+    up.wait_for(lambda: answers(page), "Locust's page")
+    up.wait_for(lambda: len(json.loads(fetch(f"{page}/stats/requests"))["workers"]) == 2, "two workers")
+    form = urllib.parse.urlencode({"user_count": 2, "spawn_rate": 2, "host": "server:8500"}).encode()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    assert json.loads(opener.open(f"{page}/swarm", form, timeout=20).read())["success"]
+
+    def total() -> dict:
+        stats = json.loads(fetch(f"{page}/stats/requests"))["stats"]
+        return next((entry for entry in stats if entry["name"] == "Aggregated"), {"num_requests": 0})
+
+    up.wait_for(lambda: total()["num_requests"] > 100, "requests")
+    assert total()["num_failures"] == 0
+    up.compose("rm", "--stop", "--force", "locust", "worker")
+
+
+def test_mapped_parameters_are_served_and_kept_in_memory(up: Stack, client: Client) -> None:
+    newest = max(available(client, "boston"))
+    publish = ("tools", "spikeless", "publish", f"models/boston/{newest}", "--name", "boston")
+    up.compose("run", "--rm", *publish, "--map", "--min-bytes", "64")
+    up.wait_for(lambda: available(client, "boston") == {newest + 1}, "the mapped version")
+    assert f"/models/boston/{newest + 1}/" in up.inside("cat", "/proc/1/maps")
+    up.compose("up", "--detach", "--no-build", "keep")
+    up.wait_for(lambda: f"locked: /models/boston/{newest + 1}/" in up.logs(), "its files to be locked")
+    up.compose("rm", "--stop", "--force", "keep")
+
+
+# Monitoring -----------------------------------------------------------------------------------------------
+
+
+def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) -> None:
+    up.compose("--profile", "monitoring", "up", "--detach", "--wait", "--no-build")
+    api = f"http://127.0.0.1:{up.ports['PROMETHEUS_PORT']}/api/v1"
+
+    def query(expression: str) -> list[dict]:
+        answer = json.loads(fetch(f"{api}/query?{urllib.parse.urlencode({'query': expression})}"))
+        assert answer["status"] == "success", (expression, answer)
+        return answer["data"]["result"]
+
+    up.wait_for(lambda: sum(float(series["value"][1]) for series in query("up")) == 3, "all targets")
+    with load(up, "boston") as seen:
+        up.wait_for(lambda: bool(query("model:request_latency_seconds:p99_1m > 0")), "a recorded p99")
+    assert seen.errors == []
+    up.wait_for(
+        lambda: bool(query('model:versions_available{model_name="boston"} == 1')), "a version's state"
+    )
+    assert query("spikeless_memory_private_bytes > 0")
+    groups = json.loads(fetch(f"{api}/rules"))["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert {rule["health"] for rule in rules} == {"ok"}, rules
+    assert {rule["name"] for rule in rules if rule.get("state") == "firing"} == set()
+    # What the dashboard asks is understood, and most of it has an answer by now.
+    answered = [bool(query(text.replace("$model", ".*"))) for text in dashboard_queries()]
+    assert sum(answered) >= 6
+    # The same rules against made-up series: when the alerts fire and when not.
+    test = ["run", "--rm", "--workdir", "/rules", "--entrypoint", "promtool"]
+    for source in (up.folder / "docker" / "monitoring" / "rules.yml", HERE / "rules_test.yml"):
+        test += ["--volume", f"{source}:/rules/{source.name}:ro"]
+    up.engine.docker(*test, images.prometheus, "test", "rules", "rules_test.yml")
+
+
+def test_monitoring_goes_on_after_the_server_was_restarted(up: Stack) -> None:
+    api = f"http://127.0.0.1:{up.ports['PROMETHEUS_PORT']}/api/v1/query?query="
+    up.compose("restart", "server")
+    restarted = time.time()
+
+    def scraped(job: str) -> bool:
+        expression = urllib.parse.quote(f'timestamp(up{{job="{job}"}} == 1) > {restarted}')
+        return bool(json.loads(fetch(api + expression))["data"]["result"])
+
+    for job in ("model-server", "exporter", "memory"):
+        up.wait_for(lambda job=job: scraped(job), f"Prometheus to scrape {job} again")
+    up.compose("up", "--detach", "--wait", "--no-build", "server")
+    up.compose("rm", "--stop", "--force", "exporter", "memory", "prometheus")
+
+
+def test_the_commands_of_the_readme_run(up: Stack, client: Client) -> None:
+    """From a clone without a model to a promoted version and down again, as docker/README.md shows it."""
+    up.compose("--profile", "*", "down")
+    shutil.rmtree(up.folder / "models" / "boston")
+    text = (up.folder / "docker" / "README.md").read_text()
+    blocks = [block for excused, block in BLOCK.findall(text) if not excused]
+    assert len(blocks) == 6
+    for block in blocks:
+        if "down" in block:
+            assert available(client, "boston") >= {2}
+            assert client.statuses("boston", label="stable")[0].version == 2, "rolled back"
+        commands = "run=$(ls -d runs/*/ 2>/dev/null | tail -n 1); " + block.replace(
+            "localhost:8501", f"localhost:{up.ports['REST_PORT']}"
+        )
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=up.folder,
+            env={**up.engine.environment, **up.environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}\n{up.logs()}"
+        if "curl" in block:
+            assert '"state":"AVAILABLE"' in done.stdout.replace(" ", "")
+            assert '"predictions"' in done.stdout
+        if "Client" in block:
+            assert "probability" in done.stdout
+    assert up.compose("--profile", "*", "ps", "--all", "--quiet").stdout == ""
+
+
+# One container --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(containers: Engine, tmp_path: Path):
+    """Starts a server's container on a repository; it is removed at the end."""
+    names: list[str] = []
+
+    def run(image: str, models: Path, *flags: str, options: tuple[str, ...] = ()) -> str:
+        for path in (models, *models.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        for parent in models.parents[:3]:
+            parent.chmod(0o755)
+        hardened = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
+        probes = ("--health-interval=1s", "--health-start-period=1s", "--health-retries=2")
+        publish = ("--publish=127.0.0.1::8500", "--publish=127.0.0.1::8501")
+        mount = f"--volume={models}:/models:ro"
+        created = containers.docker(
+            "run", "--detach", *hardened, *probes, *publish, mount, *options, image, *flags
+        )
+        names.append(created.stdout.strip())
+        return names[-1]
+
+    yield run
+    for name in names:
+        containers.docker("rm", "--force", "--volumes", name, check=False)
+
+
+def state_of(engine: Engine, container: str) -> dict:
+    return json.loads(engine.docker("inspect", "--format", "{{json .State}}", container).stdout)
+
+
+def logs_of(engine: Engine, container: str) -> str:
+    done = engine.docker("logs", container)
+    return done.stdout + done.stderr
+
+
+def port_of(engine: Engine, container: str, port: int) -> str:
+    """``127.0.0.1:port`` on this machine."""
+    return engine.docker("port", container, f"{port}/tcp").stdout.splitlines()[0]
+
+
+def wait_for(engine: Engine, container: str, condition, what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        state = state_of(engine, container)
+        assert state["Running"], f"it ended while waiting for {what}:\n{logs_of(engine, container)}"
+        assert time.monotonic() < deadline, f"waited for {what}:\n{state}\n{logs_of(engine, container)}"
+        time.sleep(0.1)
+
+
+def test_a_model_that_cannot_be_loaded_keeps_the_container_unhealthy(
+    containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
+) -> None:
+    models = tmp_path / "models"
+    repository.publish(saved_models / "times_one", models, "fine")
+    (models / "broken").mkdir()
+    break_version(models / "fine" / "1", models / "broken" / "1")
+    container = run(images.embedded, models)
+    wait_for(
+        containers, container, lambda: health_of(containers, container)["Status"] == "unhealthy", "ill health"
+    )
+    assert "/models/broken/1/variables" in logs_of(containers, container)
+    probe = health_of(containers, container)["Log"][-1]
+    assert probe["ExitCode"] == 1
+    assert "does not answer" in probe["Output"] or "model broken has no AVAILABLE version" in probe["Output"]
+
+
+def test_sigterm_lets_requests_in_progress_end(
+    containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
+) -> None:
+    models = tmp_path / "models"
+    repository.publish(saved_models / "times_one", models, "m")
+    container = run(images.embedded, models)
+    wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
+    metrics = f"http://{port_of(containers, container, 8501)}/monitoring/prometheus/metrics"
+    with Client(port_of(containers, container, 8500), timeout=120) as client, ThreadPoolExecutor() as pool:
+        slow = pool.submit(client.predict, "m", {"steps": np.int32(4000)}, "spin")
+
+        def in_progress() -> bool:
+            lines = [
+                line
+                for line in fetch(metrics).splitlines()
+                if line.startswith("spikeless_calls_in_progress{")
+            ]
+            return sum(float(line.split()[-1]) for line in lines) > 0
+
+        wait_for(containers, container, in_progress, "the request to be in progress")
+        stopped: Future = pool.submit(containers.docker, "stop", "--time", "60", container)
+        assert not slow.done()
+        assert slow.result(120)["y"].shape == ()
+        stopped.result(120)
+    assert state_of(containers, container)["ExitCode"] == 0, logs_of(containers, container)
+
+
+def test_the_serving_image_starts_a_server_as_the_base_would_not(
+    containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
+) -> None:
+    """On a stand-in for its base (``serving_stand_in``): entrypoint, user, health and allocator."""
+    models = tmp_path / "models"
+    repository.publish(saved_models / "times_one", models, "m")
+    container = run(images.serving, models, "--tensorflow_intra_op_parallelism=1")
+    wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
+
+    def inside(*command: str) -> str:
+        return containers.docker("exec", container, *command).stdout
+
+    status = inside("cat", "/proc/1/status")
+    assert "Uid:\t10001\t10001\t10001\t10001" in status
+    assert "libjemalloc.so.2" in inside("cat", "/proc/1/maps")
+    assert "--num_load_threads=1" in inside("cat", "/proc/1/cmdline").split("\0")
+    assert "available: m" in inside("/usr/local/bin/health")
+    config = inside("cat", "/tmp/spikeless-platform.config")
+    assert "intra_op_parallelism_threads: 1" in config
+    assert "session_run_load_threadpool_index { value: -1 }" in config
+    with Client(port_of(containers, container, 8500)) as client:
+        assert client.predict("m", {"x": np.float32([2.0])})["y"].tolist() == [2.0]
+
+    # The other allocator, and the official image's way to name a model.
+    options = ("--env=SPIKELESS_ALLOCATOR=glibc", "--env=MODEL_NAME=m")
+    container = run(images.serving, models, options=options)
+    wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
+    assert "jemalloc" not in containers.docker("exec", container, "cat", "/proc/1/maps").stdout
+
+    # jemalloc that is there and does not load.
+    find = ["run", "--rm", "--entrypoint", "sh", images.serving, "-c", "ls /usr/lib/*/libjemalloc.so.2"]
+    library = containers.docker(*find).stdout.strip()
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    empty.chmod(0o644)
+    container = run(images.serving, models, options=(f"--volume={empty}:{library}:ro",))
+    assert containers.docker("wait", container).stdout.strip() == "1"
+    assert "jemalloc does not load" in logs_of(containers, container)
+
+
+# Load -----------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What a load saw: served versions and errors."""
+
+    def __init__(self) -> None:
+        self.versions: Counter[int] = Counter()
+        self.errors: list[str] = []
+
+
+@contextmanager
+def load(stack: Stack, name: str, users: int = 4) -> Iterator[Seen]:
+    """Requests, one after the other, from several users, for the length of a ``with`` block."""
+    seen, ended = Seen(), threading.Event()
+
+    def user() -> None:
+        with Client(f"127.0.0.1:{stack.ports['GRPC_PORT']}") as client:
+            request = predict_pb2.PredictRequest()
+            request.model_spec.name = name
+            request.inputs["features"].CopyFrom(to_proto(np.full((1, FEATURES), 0.5, np.float32)))
+            while not ended.is_set():
+                try:
+                    response = client.call(client.prediction.Predict, request)
+                    seen.versions[response.model_spec.version.value] += 1
+                except SpikelessError as error:
+                    seen.errors.append(f"{error.code.name}: {error}")
+
+    threads = [threading.Thread(target=user) for _ in range(users)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()

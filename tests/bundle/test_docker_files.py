@@ -1,0 +1,354 @@
+"""What can be said of the images, the stack and the manifests without running them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+from spikeless.server import read_model_config
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+KUBERNETES = DOCKER / "kubernetes"
+TOOLS = Path(sys.executable).parent
+MANIFESTS = sorted(path for path in KUBERNETES.glob("*.yaml") if path.name != "kustomization.yaml")
+
+
+def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, **options)
+
+
+# Linters --------------------------------------------------------------------------------------------------
+
+
+def test_the_dockerfile_passes_hadolint() -> None:
+    done = run(TOOLS / "hadolint", "--config", ROOT / ".hadolint.yaml", DOCKER / "Dockerfile")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_scripts_pass_shellcheck() -> None:
+    scripts = [path for path in DOCKER.iterdir() if path.is_file() and path.read_text().startswith("#!")]
+    assert len(scripts) >= 5
+    assert all(os.access(path, os.X_OK) for path in scripts)
+    done = run(TOOLS / "shellcheck", *scripts)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_stack_fits_the_compose_schema() -> None:
+    schema = ["--builtin-schema", "vendor.compose-spec"]
+    done = run(TOOLS / "check-jsonschema", *schema, ROOT / "compose.yaml")
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_service_has_the_least_privilege() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    assert set(services) >= {"server", "prepare", "bench", "locust", "worker", "prometheus", "grafana"}
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["logging"]["options"]["max-size"], name
+        assert service["deploy"]["resources"]["limits"]["memory"], name
+        assert not service.get("privileged"), name
+        if name == "keep":
+            assert service["cap_add"] == ["IPC_LOCK"]
+        elif service.get("user") == "0:0":
+            # A writer becomes the owner of the folder it writes to before it does anything.
+            assert service["cap_add"] == ["SETUID", "SETGID"], name
+            assert service["entrypoint"][0] == "as-owner", name
+        else:
+            assert "cap_add" not in service, name
+        for port in service.get("ports", []):
+            assert port.startswith("${BIND_ADDRESS:-127.0.0.1}:"), name
+    (models,) = services["server"]["volumes"]
+    assert models["target"] == "/models"
+    assert models["read_only"] is True
+
+
+def test_nothing_is_copied_into_images_that_is_not_named() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    assert not {"!models/", "!.git/", "!.venv/", "!runs/", "!reports/"} & set(rules)
+
+
+def test_images_install_what_is_pinned() -> None:
+    pinned = {_canonical(line) for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    for file in (DOCKER / "embedded.txt", DOCKER / "tools.txt"):
+        names = {_canonical(line) for line in file.read_text().splitlines() if not line.startswith("#")}
+        assert names <= pinned, f"{file.name} names what requirements.txt does not pin: {names - pinned}"
+
+
+def _canonical(requirement: str) -> str:
+    name = re.split(r"[=<>;\s]", requirement, maxsplit=1)[0]
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# The entrypoint -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Runs the entrypoint with a server that only says how it was started."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    server = binaries / "tensorflow_model_server"
+    server.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\necho "LD_PRELOAD=$LD_PRELOAD"\n')
+    server.chmod(0o755)
+    (tmp_path / "models").mkdir()
+
+    def start(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return run(
+            DOCKER / "entrypoint",
+            *flags,
+            env={
+                "PATH": f"{binaries}:{os.environ['PATH']}",
+                "TMPDIR": str(tmp_path),
+                "MODEL_BASE_PATH": str(tmp_path / "models"),
+                "SPIKELESS_ENGINE": "tensorflow_serving",
+                "SPIKELESS_ALLOCATOR": "glibc",
+                **environment,
+            },
+        )
+
+    return start
+
+
+def flags_of(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert done.returncode == 0, done.stderr
+    flags = [line.removeprefix("--") for line in done.stdout.splitlines() if line.startswith("--")]
+    names = [flag.partition("=")[0] for flag in flags]
+    assert len(names) == len(set(names)), f"a flag is given twice: {names}"
+    return dict(flag.partition("=")[::2] for flag in flags)
+
+
+def test_what_is_not_said_is_filled_in(start, tmp_path: Path) -> None:
+    (tmp_path / "models" / "boston").mkdir()
+    (tmp_path / "models" / 'a "name"').mkdir()
+    (tmp_path / "models" / ".hidden").mkdir()
+    flags = flags_of(start())
+    assert flags["port"] == "8500"
+    assert flags["rest_api_port"] == "8501"
+    assert flags["num_load_threads"] == flags["num_unload_threads"] == "1"
+    assert flags["monitoring_config_file"] == "/etc/spikeless/monitoring.config"
+    config = read_model_config(flags["model_config_file"])
+    served = {model.name: model.base_path for model in config.model_config_list.config}
+    assert served == {name: f"{tmp_path}/models/{name}" for name in ("boston", 'a "name"')}
+
+
+def test_what_is_said_wins(start, tmp_path: Path) -> None:
+    (tmp_path / "models" / "models.config").write_text("model_config_list {}")
+    assert flags_of(start())["model_config_file"] == f"{tmp_path}/models/models.config"
+    flags = flags_of(start(MODEL_NAME="other"))
+    assert flags["model_name"] == "other"
+    assert flags["model_base_path"] == f"{tmp_path}/models/other"
+    flags = flags_of(start("--port=1", "--num_load_threads=4", "--model_name=m", "--model_base_path=/there"))
+    assert flags["port"] == "1"
+    assert flags["num_load_threads"] == "4"
+    assert flags["model_base_path"] == "/there"
+    assert "model_config_file" not in flags
+
+
+def test_without_a_model_it_does_not_start(start) -> None:
+    done = start()
+    assert done.returncode == 1
+    assert "holds no model" in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_allocator_that_does_not_load_is_an_error(start, tmp_path: Path) -> None:
+    (tmp_path / "models" / "boston").mkdir()
+    assert "LD_PRELOAD=\n" in start().stdout
+    done = start(SPIKELESS_ALLOCATOR="tcmalloc")
+    assert done.returncode == 1
+    assert "must be jemalloc or glibc, not 'tcmalloc'" in done.stderr
+    # A `cat` that maps nothing of the kind stands for a system without the library.
+    blind = tmp_path / "bin" / "cat"
+    blind.write_text("#!/bin/sh\necho nothing\n")
+    blind.chmod(0o755)
+    done = start(SPIKELESS_ALLOCATOR="jemalloc")
+    assert done.returncode == 1
+    assert "jemalloc does not load: is libjemalloc2 installed?" in done.stderr
+    assert done.stdout == ""
+
+
+def test_what_a_platform_file_switches_off_is_said_again(start, tmp_path: Path) -> None:
+    (tmp_path / "models" / "boston").mkdir()
+    (tmp_path / "batching").write_text("max_batch_size { value: 64 }\nallowed_batch_sizes: 64  # one")
+    flags = flags_of(
+        start(
+            "--tensorflow_intra_op_parallelism=2",
+            "--tensorflow_inter_op_parallelism=3",
+            "--saved_model_tags=serve,gpu",
+            "--num_request_iterations_for_warmup=5",
+            "--enable_batching",
+            f"--batching_parameters_file={tmp_path / 'batching'}",
+            WARMUP_THREADS="4",
+        )
+    )
+    config = platform_config(flags["platform_config_file"])
+    assert config.session_config.intra_op_parallelism_threads == 2
+    assert config.session_config.inter_op_parallelism_threads == 3
+    assert config.session_run_load_threadpool_index.value == -1
+    assert config.saved_model_tags == ["serve", "gpu"]
+    assert config.enable_model_warmup
+    assert config.model_warmup_options.num_request_iterations.value == 5
+    assert config.model_warmup_options.num_model_warmup_threads.value == 4
+    assert config.batching_parameters.max_batch_size.value == 64
+    assert config.batching_parameters.allowed_batch_sizes == [64]
+
+    flags = flags_of(start("--enable_model_warmup=false", "--tensorflow_session_parallelism=1"))
+    config = platform_config(flags["platform_config_file"])
+    assert not config.enable_model_warmup
+    assert config.session_config.intra_op_parallelism_threads == 1
+    assert config.session_config.inter_op_parallelism_threads == 1
+    assert config.saved_model_tags == ["serve"]
+    assert not config.HasField("batching_parameters")
+
+    assert flags_of(start("--platform_config_file=/mine"))["platform_config_file"] == "/mine"
+
+
+def platform_config(path: str):
+    """Parse a PlatformConfigMap strictly; its inner messages, in no Python package, are stated here."""
+    field = descriptor_pb2.FieldDescriptorProto
+    pool = descriptor_pool.DescriptorPool()
+    file = descriptor_pb2.FileDescriptorProto(
+        name="platform.proto", package="tensorflow.serving", syntax="proto3"
+    )
+    numbers: dict[str, int] = {}
+
+    def add(message: str, name: str, kind: int, type_name: str = "", repeated: bool = False) -> None:
+        if message not in numbers:
+            numbers[message] = 0
+            file.message_type.add(name=message)
+        numbers[message] += 1
+        entry = next(entry for entry in file.message_type if entry.name == message)
+        label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+        new = entry.field.add(name=name, number=numbers[message], type=kind, label=label)
+        if type_name:
+            new.type_name = f".tensorflow.serving.{type_name}"
+
+    add("Value", "value", field.TYPE_INT64)
+    add("Text", "value", field.TYPE_STRING)
+    for name in ("num_request_iterations", "num_model_warmup_threads"):
+        add("ModelWarmupOptions", name, field.TYPE_MESSAGE, "Value")
+    for name in ("max_batch_size", "batch_timeout_micros"):
+        add("BatchingParameters", name, field.TYPE_MESSAGE, "Value")
+    add("BatchingParameters", "thread_pool_name", field.TYPE_MESSAGE, "Text")
+    add("BatchingParameters", "allowed_batch_sizes", field.TYPE_INT64, repeated=True)
+    for name in ("intra_op_parallelism_threads", "inter_op_parallelism_threads"):
+        add("ConfigProto", name, field.TYPE_INT32)
+    add("SessionBundleConfig", "session_config", field.TYPE_MESSAGE, "ConfigProto")
+    add("SessionBundleConfig", "session_run_load_threadpool_index", field.TYPE_MESSAGE, "Value")
+    add("SessionBundleConfig", "saved_model_tags", field.TYPE_STRING, repeated=True)
+    add("SessionBundleConfig", "enable_model_warmup", field.TYPE_BOOL)
+    add("SessionBundleConfig", "model_warmup_options", field.TYPE_MESSAGE, "ModelWarmupOptions")
+    add("SessionBundleConfig", "remove_unused_fields_from_bundle_metagraph", field.TYPE_BOOL)
+    add("SessionBundleConfig", "batching_parameters", field.TYPE_MESSAGE, "BatchingParameters")
+    add("SavedModelBundleSourceAdapterConfig", "legacy_config", field.TYPE_MESSAGE, "SessionBundleConfig")
+    pool.Add(file)
+
+    text = Path(path).read_text()
+    start, end = text.index("[type.googleapis.com/"), text.rindex("} } }")
+    name, body = re.fullmatch(
+        r"\[type\.googleapis\.com/([\w.]+)\] \{(.*)\}", text[start:end].strip(), re.S
+    ).groups()
+    outer = 'platform_configs { key: "tensorflow" value { source_adapter_config {'
+    assert " ".join(text[:start].split()) == outer
+    adapter = message_factory.GetMessageClass(pool.FindMessageTypeByName(name))()
+    return text_format.Parse(body, adapter).legacy_config
+
+
+# Monitoring -----------------------------------------------------------------------------------------------
+
+
+def test_the_dashboard_shows_only_what_is_recorded_or_exported() -> None:
+    rules = yaml.safe_load((DOCKER / "monitoring" / "rules.yml").read_text())
+    recorded = {rule["record"] for group in rules["groups"] for rule in group["rules"] if "record" in rule}
+    for query in dashboard_queries():
+        for name in re.findall(r"\bmodel:[\w:]+", query):
+            assert name in recorded, query
+
+
+def dashboard_queries() -> list[str]:
+    dashboard = json.loads((DOCKER / "monitoring" / "grafana" / "dashboards" / "spikeless.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return queries + [annotation["expr"] for annotation in dashboard["annotations"]["list"]]
+
+
+# Kubernetes -----------------------------------------------------------------------------------------------
+
+
+def test_the_manifests_fit_the_kubernetes_schemas() -> None:
+    own = [
+        path for path in MANIFESTS if path.name != "servicemonitor.yaml"
+    ]  # A custom resource has no schema.
+    assert len(own) == 6
+    done = run(TOOLS / "kubernetes-validate", "--strict", *own)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("passed for resource") == len(own), done.stdout + done.stderr
+
+
+def test_the_manifests_belong_together() -> None:
+    manifests = {
+        manifest["kind"]: manifest for path in MANIFESTS for manifest in [yaml.safe_load(path.read_text())]
+    }
+    deployment = manifests["Deployment"]["spec"]
+    pod = deployment["template"]
+    (server,) = pod["spec"]["containers"]
+    labels = pod["metadata"]["labels"]
+    for kind in ("Deployment", "PodDisruptionBudget", "ServiceMonitor"):
+        assert manifests[kind]["spec"]["selector"]["matchLabels"] == labels
+    service = manifests["Service"]
+    assert service["spec"]["selector"] == labels == service["metadata"]["labels"]
+    ports = {port["name"]: port["containerPort"] for port in server["ports"]}
+    assert {port["targetPort"]: port["port"] for port in service["spec"]["ports"]} == ports
+    (endpoint,) = manifests["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["port"] in ports
+    assert endpoint["path"] in (DOCKER / "monitoring.config").read_text()
+    target = manifests["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", manifests["Deployment"]["metadata"]["name"])
+    # Ready means what healthy means, and a rollout never takes a replica away before its successor is ready.
+    health = json.loads(re.search(r"HEALTHCHECK .* CMD (\[.*\])", (DOCKER / "Dockerfile").read_text())[1])
+    assert server["readinessProbe"]["exec"]["command"] == health
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert deployment["minReadySeconds"] > 0
+    read_only = [mount for mount in server["volumeMounts"] if mount["name"] != "tmp"]
+    assert all(mount["readOnly"] for mount in read_only)
+    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    assert sorted(kustomization["resources"]) == [path.name for path in MANIFESTS]
+    config = read_model_config(KUBERNETES / "models.config").model_config_list.config
+    assert [model.model_version_policy.specific.versions for model in config] == [[1]]
+
+
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="kubectl, which builds kustomizations, is not installed"
+)
+def test_a_changed_model_version_is_a_rollout(tmp_path: Path) -> None:
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+
+    def build() -> dict[str, dict]:
+        done = run("kubectl", "kustomize", tmp_path / "kubernetes", env={**os.environ, "HOME": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(done.stdout)}
+
+    def config_name(manifests: dict[str, dict]) -> str:
+        volumes = manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]
+        name = next(volume["configMap"]["name"] for volume in volumes if "configMap" in volume)
+        assert name == manifests["ConfigMap"]["metadata"]["name"]
+        return name
+
+    before = build()
+    assert {manifest["metadata"].get("namespace") for manifest in before.values()} == {"spikeless", None}
+    config = tmp_path / "kubernetes" / "models.config"
+    config.write_text(config.read_text().replace("versions: 1", "versions: 2"))
+    assert config_name(build()) != config_name(before)
