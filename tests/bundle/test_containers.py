@@ -146,10 +146,10 @@ def test_the_tools_have_what_they_need(containers: Engine, images: Images) -> No
     assert "No broken requirements" in containers.docker(*command, "-m", "pip", "check").stdout
 
 
-def test_the_tagger_has_an_environment_of_its_own(containers: Engine, images: Images) -> None:
-    program = "import tensorflow, tf2crf, spikeless.export; print(tensorflow.__version__)"
-    command = ["run", "--rm", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python", images.tagger]
-    assert containers.docker(*command, "-c", program).stdout.strip() == "2.15.1"
+def test_the_tagger_trains_in_an_environment_of_its_own(containers: Engine, images: Images) -> None:
+    command = ["run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none", images.tagger]
+    shown = containers.docker(*command, "--epochs", "1", "--runs", "/tmp/runs", timeout=300).stdout
+    assert "run directory: /tmp/runs/tagger-" in shown
 
 
 # The stack ------------------------------------------------------------------------------------------------
@@ -287,7 +287,6 @@ def test_mapped_parameters_are_served_and_kept_in_memory(up: Stack, client: Clie
     publish = ("tools", "spikeless", "publish", f"models/boston/{newest}", "--name", "boston")
     up.compose("run", "--rm", *publish, "--map", "--min-bytes", "64")
     up.wait_for(lambda: available(client, "boston") == {newest + 1}, "the mapped version")
-    assert f"/models/boston/{newest + 1}/" in up.inside("cat", "/proc/1/maps")
     up.compose("up", "--detach", "--no-build", "keep")
     up.wait_for(lambda: f"locked: /models/boston/{newest + 1}/" in up.logs(), "its files to be locked")
     up.compose("rm", "--stop", "--force", "keep")
@@ -353,9 +352,7 @@ def test_the_commands_of_the_readme_run(up: Stack, client: Client) -> None:
         if "down" in block:
             assert available(client, "boston") >= {2}
             assert client.statuses("boston", label="stable")[0].version == 2, "rolled back"
-        commands = "run=$(ls -d runs/*/ 2>/dev/null | tail -n 1); " + block.replace(
-            "localhost:8501", f"localhost:{up.ports['REST_PORT']}"
-        )
+        commands = block.replace("localhost:8501", f"localhost:{up.ports['REST_PORT']}")
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", commands],
             cwd=up.folder,
