@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,11 @@ SCHEMA = 1
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 MODEL = "boston"
-BARE, GRPC, REST, FLASK = "C API", "gRPC", "REST", "Flask"
+BARE, GRPC, GRPCIO, REST, FLASK = "C API", "gRPC", "gRPC, grpcio client", "REST", "Flask"
+METHOD = "/tensorflow.serving.PredictionService/Predict"
+# Kinds and flags of HTTP/2 frames.
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+END_STREAM, ACK, END_HEADERS = 1, 1, 4
 #: What the engine is held to: milliseconds over the bare call, and times the throughput of Flask.
 MOST_MILLISECONDS, LEAST_TIMES = 0.6, 2.0
 
@@ -120,15 +125,78 @@ def bare_turn(path: Path, seconds: float) -> list[int]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def grpc_client(target: str, path: Path) -> Ask:
+def grpc_request(path: Path) -> bytes:
     alias, value = row(path)
     request = predict_pb2.PredictRequest(model_spec=model_spec(MODEL))
     request.inputs[alias].CopyFrom(to_proto(value))
-    content = request.SerializeToString()
+    return request.SerializeToString()
+
+
+def grpcio_client(target: str, path: Path) -> Ask:
+    """What most Python callers use; it takes as much of the machine as the server does."""
+    content = grpc_request(path)
     # A connection of its own for each client.
     channel = grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
-    call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    call = channel.unary_unary(METHOD)
     return lambda: call(content) and None
+
+
+def grpc_client(target: str, path: Path) -> Ask:
+    """The least that a gRPC client can do, as `http_client` is for HTTP: one socket, one call at a time.
+
+    The frames are those of RFC 9113. Headers go out as literals that are not indexed (RFC 7541, 6.2.2), so
+    that they are the same bytes in each call.
+    """
+    content = grpc_request(path)
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": METHOD,
+        ":authority": target,
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    block = b"".join(
+        b"\0" + b"".join(bytes([len(word)]) + word.encode() for word in header) for header in headers.items()
+    )
+    message = struct.pack(">BI", 0, len(content)) + content
+    assert len(message) <= 16384, "one frame holds no more"
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+        return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+    host, port = target.rsplit(":", 1)
+    connection = socket.create_connection((host, int(port)))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    windows = frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 2**31 - 1))
+    windows += frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 65536))
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + windows)
+    stream, received = -1, b""
+
+    def ask() -> None:
+        nonlocal stream, received
+        stream += 2
+        connection.sendall(
+            frame(HEADERS, END_HEADERS, stream, block) + frame(DATA, END_STREAM, stream, message)
+        )
+        answered = False
+        while True:
+            while len(received) < 9 or len(received) < 9 + int.from_bytes(received[:3], "big"):
+                more = connection.recv(65536)
+                assert more, "the server hung up"
+                received += more
+            size, kind, flags = int.from_bytes(received[:3], "big"), received[3], received[4]
+            payload, received = received[9 : 9 + size], received[9 + size :]
+            if kind == DATA:
+                answered = True
+            elif kind == HEADERS and flags & END_STREAM:
+                assert answered, "the call failed"  # an error has trailers only
+                return
+            elif kind in (SETTINGS, PING) and not flags & ACK:
+                connection.sendall(frame(kind, ACK, 0, payload if kind == PING else b""))
+            assert kind not in (RST_STREAM, GOAWAY), "the call was refused"
+
+    return ask
 
 
 def http_client(port: int, url: str, path: Path) -> Ask:
@@ -238,6 +306,7 @@ def measure(settings: argparse.Namespace) -> None:
         rest_port = server.rest_port
         ways: dict[str, Callable[[], Ask]] = {
             GRPC: lambda: grpc_client(server.target, path),
+            GRPCIO: lambda: grpcio_client(server.target, path),
             REST: lambda: http_client(rest_port, f"/v1/models/{MODEL}:predict", path),
             FLASK: lambda: http_client(flask_port, "/predict", path),
         }
@@ -276,7 +345,7 @@ def show(file: Path) -> None:
     print(f"{facts['rounds']} rounds of {seconds:g} s; medians of the rounds, in brackets the extremes\n")
     print("| Way | Clients | p50 ms | p99 ms | calls/s |\n|---|---|---|---|---|")
     medians: dict[tuple[str, int], tuple[float, float]] = {}
-    for way in (BARE, GRPC, REST, FLASK):
+    for way in (BARE, GRPC, GRPCIO, REST, FLASK):
         for clients in sorted({int(key[2]) for key in taken if key[1] == way}):
             rounds = [values for key, values in taken.items() if key[1:] == (way, str(clients))]
             p50 = [float(np.percentile(values, 50)) / 1e6 for values in rounds]
@@ -289,7 +358,7 @@ def show(file: Path) -> None:
     print(f"\ngRPC adds {added:.2f} ms to the bare call at p50 (bar: {MOST_MILLISECONDS} ms)")
     for clients in sorted({clients for way, clients in medians if way == FLASK}):
         flask = medians[FLASK, clients][1]
-        times = {way: medians[way, clients][1] / flask for way in (GRPC, REST)}
+        times = {way: medians[way, clients][1] / flask for way in (GRPC, GRPCIO, REST)}
         words = ", ".join(f"{way} {value:.1f} times" for way, value in times.items())
         print(f"{clients} clients: {words} the throughput of Flask (bar: {LEAST_TIMES:g} times)")
 
