@@ -75,6 +75,7 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function]
 @_flag("file_system_poll_wait_seconds", float, 1, "Seconds between two looks for new versions; 0: one look.")
 @_flag("num_load_threads", _COUNT, 0, "Threads that load versions; 0: the manager's own.")
 @_flag("num_unload_threads", _COUNT, 0, "Threads that unload versions; 0: the manager's own.")
+@_flag("load_threads_yield", bool, False, "Those threads run only while nothing else wants the processor.")
 @_flag("max_num_load_retries", _COUNT, 5, "How often a load that failed is tried again.")
 @_flag("load_retry_interval_micros", int, 60_000_000, "Microseconds between two tries.")
 @_flag("allow_version_labels_for_unavailable_models", bool, False, "New labels may point at any version.")
@@ -148,6 +149,7 @@ def _settings(flags: dict[str, Any]) -> ServerSettings:
             manager=ManagerSettings(
                 num_load_threads=flags["num_load_threads"],
                 num_unload_threads=flags["num_unload_threads"],
+                load_threads_yield=flags["load_threads_yield"],
                 max_num_load_retries=flags["max_num_load_retries"],
                 load_retry_interval=flags["load_retry_interval_micros"] / 1e6,
             ),
