@@ -7,13 +7,17 @@ In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out`
 ``.npz`` where there is open-loop load (see `spikeless.bench.record`; `spikeless report` draws them), else
 ``.json``. Both name machine, engine and commit.
 
-Every part runs the stock and the mapped model in turn, A B A B. Nothing else may run meanwhile.
+Every part runs the stock and the mapped model in turn, A B A B, and some also the mapped model with its graph
+optimised (``spikeless map --optimize``), on an embedded engine whose loads give way to requests
+(``--load_threads_yield``): "tuned". Nothing else may run meanwhile. ``--show DIRECTORY`` draws up the table
+of the results in a directory, with what mapping is held to.
 
 load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and private
             memory, and the first requests to the new version, with nothing warmed; also with the same model
             of a few rows ("bare"), to tell the server's own memory from the parameters'
 swap        open-loop load, versions published one after the other: latency and private memory, all reloads
             folded into one
+steady      the servers of all kinds at once, asked by one client in turns of half a second: the medians
 throughput  as many requests as four connections can make
 soak        minutes of load on a model that looks rows up sparsely (``ResourceGather``): is a copy made?
 squeeze     open-loop load with random rows in a memory cgroup that leaves the page cache room for half of the
@@ -38,6 +42,7 @@ from typing import Any
 
 import click
 import grpc
+import mapping_summary
 import numpy as np
 
 from spikeless import bench, launch, warmup
@@ -52,15 +57,24 @@ from spikeless.mapping import MapSettings, map_saved_model, repin
 
 SCHEMA = 1
 NAME = "model"
-KINDS = ("stock", "mapped")
+STOCK, MAPPED, TUNED, BARE = "stock", "mapped", "tuned", "bare"
 BARE_BYTES = 256 << 10
-PARTS = ("load", "swap", "throughput", "soak", "squeeze")
+KINDS_OF = {
+    "load": (STOCK, MAPPED, TUNED, BARE),
+    "swap": (STOCK, MAPPED, TUNED),
+    "steady": (STOCK, MAPPED, TUNED),
+    "throughput": (STOCK, MAPPED, TUNED),
+    "soak": (STOCK, MAPPED),
+    "squeeze": (STOCK, MAPPED),
+}
+PARTS = tuple(KINDS_OF)
 _MAKE = Path(__file__).with_name("make_embedding_model.py")
 FLAGS = (*bench.SERVER_FLAGS, "--num_load_threads=1", "--num_unload_threads=1")
 CONNECTIONS = 4
 #: Between two versions: a reload has to be over in less than half of it.
 SWAP_SECONDS, SWAP_SECONDS_PER_GIB = 10.0, 5.0
 POLL_SECONDS = 0.005
+TURNS, TURN_SECONDS = 40, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +113,29 @@ class Options:
     show_default=True,
     help="For models.",
 )
-def main(sizes: tuple[int, ...], parts: tuple[str, ...], **settings: Any) -> None:
+@click.option("--show", type=click.Path(path_type=Path, exists=True), help="Only show these results.")
+def main(sizes: tuple[int, ...], parts: tuple[str, ...], show: Path | None, **settings: Any) -> None:
     """Measure what mapping changes."""
+    if show is not None:
+        click.echo(mapping_summary.render(show))
+        return
     for size in sizes:
         options = Options(size=size, **settings)
         options.out.mkdir(parents=True, exist_ok=True)
         for part in (part for part in PARTS if part in parts):
-            models = {kind: _model(options, kind, sparse=part == "soak") for kind in KINDS}
-            if part == "load":
-                models["bare"] = _exported(options, "bare", BARE_BYTES, sparse=False)
+            models = {kind: _model(options, kind, sparse=part == "soak") for kind in KINDS_OF[part]}
             for repeat in range(options.repeats):
+                if part == "steady":
+                    click.echo(f"{part} {options.label} {repeat + 1}/{options.repeats}", err=True)
+                    click.echo(steady(options, f"mapping-{part}-{options.label}-all", models))
+                    continue
                 for kind in models:
                     click.echo(f"{part} {options.label} {kind} {repeat + 1}/{options.repeats}", err=True)
                     result = _PARTS[part](options, f"mapping-{part}-{options.label}-{kind}", models[kind])
                     click.echo(result)
+    out = settings["out"]
+    write_atomically(out / "summary.md", mapping_summary.render(out).encode())
+    click.echo(out / "summary.md")
 
 
 # Models.
@@ -120,13 +143,16 @@ def main(sizes: tuple[int, ...], parts: tuple[str, ...], **settings: Any) -> Non
 
 def _model(options: Options, kind: str, sparse: bool) -> Path:
     """The SavedModel of this kind, made once, with warmup records in it and requests to replay beside it."""
+    if kind == BARE:
+        return _exported(options, BARE, BARE_BYTES, sparse)
     label = f"{options.label}{'-sparse' if sparse else ''}"
-    stock = _exported(options, f"{label}-stock", options.size, sparse)
-    if kind == "stock":
+    stock = _exported(options, f"{label}-{STOCK}", options.size, sparse)
+    if kind == STOCK:
         return stock
-    mapped = stock.with_name(stock.name.replace("stock", "mapped"))
+    mapped = stock.with_name(f"{label}-{kind}")
     if not mapped.exists():
-        map_saved_model(stock, mapped, MapSettings(verify=options.size <= 2 << 30))
+        settings = MapSettings(verify=options.size <= 2 << 30, optimize=kind == TUNED)
+        map_saved_model(stock, mapped, settings)
     return mapped
 
 
@@ -146,7 +172,8 @@ def _exported(options: Options, name: str, size: int, sparse: bool) -> Path:
 
 def _requests(model: Path) -> Path:
     """The requests to replay to a model, beside it."""
-    return model.with_name(model.name.replace("mapped", "stock") + "-requests")
+    label, _, kind = model.name.rpartition("-")
+    return model.with_name(f"{label}-{STOCK}-requests" if label else f"{kind}-requests")
 
 
 @contextmanager
@@ -159,7 +186,7 @@ def _served(
 ) -> Iterator[tuple[launch.Server, Client, Callable[[], Path]]]:
     """A server with version 1 available, and what publishes the next versions, staged up to the rename."""
     with ExitStack() as stack:
-        models = options.work.absolute() / "served"
+        models = options.work.absolute() / f"served-{model.name}"
         shutil.rmtree(models, ignore_errors=True)
         stack.callback(shutil.rmtree, models, ignore_errors=True)
         source = model if warm else _cold(options, model)
@@ -167,7 +194,9 @@ def _served(
         staged = bench.staged([source, source], models, NAME, 1 + swaps, steps=())
         publish = stack.enter_context(staged)
         first = publish()
-        settings = launch.LaunchSettings(NAME, models / NAME, flags=FLAGS, ready_timeout=600)
+        yielding = model.name.endswith(TUNED) and launch.chosen_engine() == launch.EMBEDDED
+        flags = (*FLAGS, "--load_threads_yield") if yielding else FLAGS
+        settings = launch.LaunchSettings(NAME, models / NAME, flags=flags, ready_timeout=600)
         if around is not None:
             _evict(first)  # pages are charged to the cgroup that brings them in
         with around() if around is not None else ExitStack():
@@ -181,8 +210,10 @@ def _cold(options: Options, model: Path) -> Path:
     """The same model without warmup records."""
     cold = options.work.absolute() / f"{model.name}-cold"
     if not cold.exists():
-        shutil.copytree(model, cold, ignore=shutil.ignore_patterns(warmup.warmup_file(model).name))
-        if model.name.endswith("mapped"):
+        # Links will do: whatever is written is written anew.
+        without = shutil.ignore_patterns(warmup.warmup_file(model).name)
+        shutil.copytree(model, cold, ignore=without, copy_function=os.link)
+        if model.name.endswith((MAPPED, TUNED)):
             repin(cold)
     return cold
 
@@ -239,6 +270,26 @@ def swap(options: Options, scenario: str, model: Path) -> Path:
         return _save_run(options, bench.run(scenario, settings, server_facts(server), publish))
 
 
+def steady(options: Options, scenario: str, models: dict[str, Path]) -> Path:
+    with ExitStack() as stack:
+        calls: dict[str, Callable[[bytes], Any]] = {}
+        for kind, model in models.items():
+            server, _, _ = stack.enter_context(_served(options, model))
+            channel = stack.enter_context(grpc.insecure_channel(server.target))
+            requests = read_requests(_requests(model), NAME)
+            calls[kind] = channel.unary_unary(requests[0].path)
+        medians: dict[str, list[float]] = {kind: [] for kind in calls}
+        for turn in range(-2, TURNS):  # the first two are for warming
+            for kind, call in calls.items():
+                taken, end = [], time.monotonic() + TURN_SECONDS
+                while (began := time.monotonic()) < end:
+                    call(requests[len(taken) % len(requests)].message)
+                    taken.append(time.monotonic() - began)
+                if turn >= 0:
+                    medians[kind].append(float(np.median(taken) * 1e3))
+        return _save(options, scenario, server, {"turn_seconds": TURN_SECONDS, "p50_ms": medians})
+
+
 def soak(options: Options, scenario: str, model: Path) -> Path:
     with _served(options, model) as (server, _, _):
         settings = _settings(options, model, options.soak_seconds)
@@ -247,7 +298,7 @@ def soak(options: Options, scenario: str, model: Path) -> Path:
 
 def squeeze(options: Options, scenario: str, model: Path) -> Path:
     limit = options.size // 2 + (512 << 20)
-    if model.name.endswith("stock"):
+    if model.name.endswith(STOCK):
         limit += options.size  # its parameters are heap, which cannot be dropped
     with (
         _memory_limit(limit) as limited,

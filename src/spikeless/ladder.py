@@ -20,7 +20,7 @@ from spikeless import bench, launch, report
 from spikeless.directories import DIRECTORY_MODE
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.files import write_atomically
-from spikeless.mapping import map_saved_model
+from spikeless.mapping import MapSettings, map_saved_model
 
 _MODEL = "model"
 #: Gigabytes take their time to load when the disk has to be read.
@@ -32,7 +32,8 @@ _THREADS = ("--num_load_threads=1", "--num_unload_threads=1")
 class Rung:
     """A way to serve. key: its name on the command line. flags: of the server, in TensorFlow Serving's words.
 
-    mapped: the parameters are mapped from files (``spikeless map``) and not restored.
+    mapped: the parameters are mapped from files (``spikeless map``) and not restored. optimized: and the
+    graph is optimised beforehand (``spikeless map --optimize``). engine: the only one that knows the flags.
     """
 
     key: str
@@ -40,12 +41,16 @@ class Rung:
     flags: Sequence[str] = ()
     allocator: str = "glibc"
     mapped: bool = False
+    optimized: bool = False
+    engine: str | None = None
 
     @property
     def lacking(self) -> str | None:
         """What keeps it from being run here, or None."""
         if self.allocator == "jemalloc" and not launch.jemalloc_installed():
             return launch.JEMALLOC_REMEDY
+        if self.engine not in (None, launch.chosen_engine()):
+            return f"its flags are those of the {self.engine} engine"
         return None
 
 
@@ -55,7 +60,17 @@ RUNGS = (
     Rung("warmup", "+ warmup"),
     Rung("threads", "+ load/unload threads", _THREADS),
     Rung("jemalloc", "+ jemalloc", _THREADS, "jemalloc"),
-    Rung("mapped", "mapped + all", _THREADS, "jemalloc", mapped=True),
+    Rung("mapped", "+ mapped", _THREADS, "jemalloc", mapped=True),
+    Rung("optimized", "+ optimised", _THREADS, "jemalloc", mapped=True, optimized=True),
+    Rung(
+        "yielding",
+        "+ loads yield",
+        (*_THREADS, "--load_threads_yield"),
+        "jemalloc",
+        mapped=True,
+        optimized=True,
+        engine=launch.EMBEDDED,
+    ),
 )
 
 
@@ -125,11 +140,13 @@ def run(settings: LadderSettings, console: Console) -> Path:
     with tempfile.TemporaryDirectory(prefix=".ladder-", dir=settings.saved_models[0].parent) as directory:
         work = Path(directory)
         work.chmod(DIRECTORY_MODE)
-        mapped = _mapped(settings.saved_models, work, console) if any(rung.mapped for rung in rungs) else []
+        models_of: dict[tuple[bool, bool], Sequence[Path]] = {(False, False): settings.saved_models}
+        for form in {(rung.mapped, rung.optimized) for rung in rungs if rung.mapped}:
+            models_of[form] = _mapped(settings.saved_models, work, form[1], console)
         for round in range(1, settings.rounds + 1):
             for rung in rungs:
                 load = settings.load(round)
-                saved_models = mapped if rung.mapped else settings.saved_models
+                saved_models = models_of[rung.mapped, rung.optimized]
                 with (
                     _repository(work) as models,
                     bench.staged(saved_models, models, _MODEL, 1 + load.publishes, link=True) as publish,
@@ -169,13 +186,13 @@ def _server(rung: Rung, models: Path) -> launch.LaunchSettings:
     )
 
 
-def _mapped(saved_models: Sequence[Path], work: Path, console: Console) -> list[Path]:
+def _mapped(saved_models: Sequence[Path], work: Path, optimize: bool, console: Console) -> list[Path]:
     """Mapped copies of the models."""
     copies = []
     for number, saved_model in enumerate(saved_models, start=1):
-        copies.append(work / f"mapped-{number}")
+        copies.append(work / f"{'optimized' if optimize else 'mapped'}-{number}")
         with console.status(f"mapping {saved_model}"):
-            map_saved_model(saved_model, copies[-1])
+            map_saved_model(saved_model, copies[-1], MapSettings(optimize=optimize))
     return copies
 
 

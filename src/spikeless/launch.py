@@ -43,6 +43,8 @@ from spikeless.errors import (
 from spikeless.protos import get_model_status_pb2, model_service_pb2_grpc
 
 ENGINE_VARIABLE = "SPIKELESS_SERVER"
+#: The engine that is part of this package, and the default.
+EMBEDDED = "embedded"
 IMAGE_VARIABLE = "SPIKELESS_IMAGE"
 DEFAULT_IMAGE = "spikeless/serving"
 JEMALLOC = "libjemalloc.so.2"
@@ -102,7 +104,7 @@ class LaunchSettings:
 
 def chosen_engine() -> str:
     """What ``SPIKELESS_SERVER`` says: ``embedded``, ``docker`` or the path of a binary."""
-    return os.environ.get(ENGINE_VARIABLE) or "embedded"
+    return os.environ.get(ENGINE_VARIABLE) or EMBEDDED
 
 
 def start(settings: LaunchSettings) -> Server:
@@ -174,7 +176,7 @@ class Server:
             flags.append(f"--model_base_path={base_path}")
         flags.extend(self.settings.flags)
 
-        if engine == "embedded":
+        if engine == EMBEDDED:
             return engine, __version__, [sys.executable, "-m", "spikeless", "serve", *flags]
         if engine == "docker":
             if shutil.which("docker") is None:
