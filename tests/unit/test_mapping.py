@@ -25,6 +25,7 @@ from spikeless.errors import (
     SpikelessError,
 )
 from spikeless.mapping import (
+    COPIED_BYTES,
     MANIFEST_FILE,
     MapSettings,
     State,
@@ -433,6 +434,45 @@ def test_killed_at_any_moment_nothing_is_half_there(originals: Path, tmp_path: P
     assert not [path for path in (out.parent / ".spikeless").rglob("*") if path.is_dir()], (
         "remains are cleared"
     )
+
+
+#: Prints which mapped files a loaded model has in its memory.
+_MAPS = """
+import sys
+from spikeless import runtime
+
+with runtime.Session.load(sys.argv[1]), open("/proc/self/maps") as maps:
+    print(*sorted({line.split("variables/")[1].strip() for line in maps if "variables.data" in line}))
+"""
+
+
+def test_a_small_mapped_variable_is_copied_and_inspect_says_so(tmp_path: Path) -> None:
+    sizes = {"small": COPIED_BYTES - 4096, "large": COPIED_BYTES}
+    make = f"""
+import tensorflow as tf
+
+class Model(tf.Module):
+    def __init__(self):
+        for name, size in {sizes}.items():
+            setattr(self, name, tf.Variable(tf.range(size // 4, dtype=tf.float32), name=name))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, "ids")])
+    def look(self, ids):
+        return {{name: tf.gather(getattr(self, name), ids) for name in {list(sizes)}}}
+
+model = Model()
+tf.saved_model.save(model, {str(tmp_path / "original")!r}, signatures=model.look)
+"""
+    subprocess.run([sys.executable, "-c", make], check=True, capture_output=True, timeout=120)
+    out = tmp_path / "mapped"
+    map_saved_model(tmp_path / "original", out, SETTINGS)
+    files = {variable.name: Path(variable.file or "").name for variable in inspect(out)}
+    command = [sys.executable, "-c", _MAPS, str(out)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [files["large"]]
+    shown = {line.split()[0]: line for line in _spikeless("inspect", out).stdout.splitlines()}
+    assert "TensorFlow copies it" in shown["small"]
+    assert "TensorFlow copies it" not in shown["large"]
 
 
 #: Loads a model and runs it from four threads. Prints its private memory beyond the bare runtime's in bytes,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spikeless import residency
-from spikeless.mapping import State, inspect, is_mapped
+from spikeless.mapping import COPIED_BYTES, State, inspect, is_mapped
 from spikeless.mapping.manifest import VariableRecord
 from spikeless.tensors import shape_text
 
@@ -60,6 +60,14 @@ def _table(mapped: bool, variables: tuple[VariableRecord, ...], shares: dict[str
             state,
             (variable.file or "").rpartition("/")[2],
             "" if share is None else f"{share:.0%}",
-            variable.reason or ("no signature reaches it" if variable.state is State.DROPPED else ""),
+            _why(variable),
         )
     return table
+
+
+def _why(variable: VariableRecord) -> str:
+    if variable.state is State.DROPPED:
+        return "no signature reaches it"
+    if variable.state is State.MAPPED and (variable.bytes or 0) < COPIED_BYTES:
+        return f"TensorFlow copies it: smaller than {COPIED_BYTES:,} bytes"
+    return variable.reason

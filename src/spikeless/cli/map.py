@@ -14,7 +14,11 @@ from spikeless.mapping import Manifest, MapSettings, State, map_saved_model, rep
 @click.argument("saved_model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--min-bytes", type=Size(), default="1MiB", show_default=True, help="Smaller variables are restored."
+    "--min-bytes",
+    type=Size(),
+    default="1MiB",
+    show_default=True,
+    help="Smaller variables are restored; TensorFlow copies those under 100KiB anyway.",
 )
 @click.option(
     "--serving-root", help="Absolute path of the version on the server; where it is here by default."

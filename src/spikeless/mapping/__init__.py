@@ -38,9 +38,18 @@ from spikeless.mapping.manifest import (
     read_manifest,
 )
 from spikeless.mapping.plan import State
-from spikeless.mapping.write import MapSettings, inspect, map_in_place, map_saved_model, repin, write_mapped
+from spikeless.mapping.write import (
+    COPIED_BYTES,
+    MapSettings,
+    inspect,
+    map_in_place,
+    map_saved_model,
+    repin,
+    write_mapped,
+)
 
 __all__ = [
+    "COPIED_BYTES",
     "MANIFEST_FILE",
     "Manifest",
     "MapSettings",

@@ -25,6 +25,9 @@ from spikeless.savedmodel import SavedModel
 from spikeless.tensors import dtype_name
 
 DEFAULT_MIN_BYTES = 1 << 20
+#: A constant of fewer bytes is evaluated by TensorFlow's graph optimiser when a model is loaded, so that its
+#: variable gets a copy after all (``kMaxConstantSize`` in ``grappler/optimizers/constant_folding.cc``).
+COPIED_BYTES = 100 << 10
 _VARIABLES_DIRECTORY = "variables"
 _VARIABLES_PREFIX = "variables/variables"
 #: Graphs for devices that do not compute in the host's memory.
