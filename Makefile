@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-containers lint env tagger-env clean bench-input-pipeline bench-serving bench-mapping bench-ladder
+.PHONY: demo test test-containers lint env tagger-env clean fuzz bench-input-pipeline bench-serving bench-mapping bench-ladder
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -39,6 +39,13 @@ test: lint
 # Images and the compose stack on a real container engine, which is prepared from Debian's packages if need be.
 test-containers: $(READY)
 	SPIKELESS_CONTAINERS=1 $(BIN)/python -m pytest tests/bundle/test_containers.py
+
+# What reads bytes from outside, along its branches, for FUZZ_SECONDS each. Findings are left in reports/.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS := json tensor tfrecord warmup checkpoint
+fuzz: $(READY)
+	cd reports && for target in $(FUZZ_TARGETS); do \
+	    ../$(BIN)/python ../tests/fuzz/coverage_guided.py $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done
 
 demo: $(READY)
 	$(BIN)/spikeless demo

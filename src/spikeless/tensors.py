@@ -168,7 +168,7 @@ def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any], count: in
     values = getattr(proto, field)
     if field in _PACKED:
         number, part = _PACKED[field]
-        flat = np.frombuffer(_packed(proto, number), dtype=part)
+        flat = np.frombuffer(_packed(proto, number, len(values) * part.itemsize), dtype=part)
         # Complex numbers are pairs; a real part alone at the end counts for nothing.
         width = dtype.itemsize // part.itemsize
         return flat[: len(flat) // width * width].view(dtype)[:count]
@@ -184,10 +184,14 @@ def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any], count: in
     return np.fromiter(values, dtype=dtype, count=count)
 
 
-def _packed(proto: tensor_pb2.TensorProto, number: int) -> bytes | memoryview:
-    """The packed numbers of a field: to write the message out and look there is much faster than a loop."""
+def _packed(proto: tensor_pb2.TensorProto, number: int, size: int) -> bytes | memoryview:
+    """The packed numbers of a field: to write the message out and look there is much faster than a loop.
+
+    What a client sent under this number in another encoding is written out too, as an unknown field, but
+    after the numbers and in another size.
+    """
     for field, _, value in wire.fields(memoryview(proto.SerializeToString())):
-        if field == number:
+        if field == number and len(value) == size:
             return value
     return b""
 

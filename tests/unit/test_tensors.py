@@ -128,3 +128,11 @@ def test_any_message_gives_an_array_or_a_clear_error(content: bytes) -> None:
         return
     with contextlib.suppress(SpikelessError, MemoryError):
         to_numpy(proto)
+
+
+@pytest.mark.parametrize("values", [(), (1.5, 2.0)])
+def test_the_number_of_a_field_in_another_encoding_is_not_the_field(values: tuple[float, ...]) -> None:
+    proto = tensor_pb2.TensorProto(dtype=types_pb2.DT_COMPLEX64, scomplex_val=values)
+    varint = bytes([9 << 3 | 0, 0x9B, 0x25])
+    parsed = tensor_pb2.TensorProto.FromString(proto.SerializeToString() + varint)
+    assert to_numpy(parsed) == (complex(*values) if values else 0)

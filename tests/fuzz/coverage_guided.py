@@ -1,0 +1,136 @@
+"""What reads bytes from outside, fuzzed along its branches with atheris.
+
+    python tests/fuzz/coverage_guided.py json -max_total_time=600
+
+In: the name of a target and options of libFuzzer. Out: nothing, or the input that made the target raise
+something else than a `SpikelessError`, take more than a few seconds, or ask for gigabytes.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+import numpy as np
+
+with atheris.instrument_imports(include=["spikeless"]):
+    from spikeless import restjson, tensors, tfrecord, wire
+    from spikeless.checkpoint import Checkpoint, index_file
+    from spikeless.errors import SpikelessError
+    from spikeless.savedmodel import TensorSpec
+    from spikeless.warmup import records
+
+import contextlib
+
+from google.protobuf.message import DecodeError
+
+from spikeless.protos import tensor_pb2, types_pb2
+
+LIBFUZZER = ("-rss_limit_mb=2048", "-timeout=10", "-close_fd_mask=0")
+SPECS = {
+    alias: TensorSpec(alias, f"{alias}:0", dtype, (None, 2))
+    for alias, dtype in (("x", types_pb2.DT_FLOAT), ("s", types_pb2.DT_STRING), ("i", types_pb2.DT_INT8))
+}
+#: What each target is to begin with, so that it need not find the formats by itself.
+SEEDS: dict[str, list[bytes]] = {
+    "json": [
+        b'{"instances": [{"x": [1, 2.5e3], "s": ["a", {"b64": "YQ=="}], "i": [1, -1]}]}',
+        b'{"signature_name": "f", "inputs": {"x": [[NaN, Infinity]], "s": [["\\u00e4", ""]], "i": [[0, 1]]}}',
+        b'{"context": {"a": 1}, "examples": [{"x": [1.5], "s": {"b64": "YQ=="}}]}',
+    ],
+    "tensor": [
+        tensors.to_proto(np.arange(6, dtype=np.float32).reshape(2, 3)).SerializeToString(),
+        tensors.to_proto(np.array([b"a", b""], object), as_field=True).SerializeToString(),
+        tensors.to_proto(np.ones((2, 0), np.int8), as_field=True).SerializeToString(),
+    ],
+    "tfrecord": [tfrecord.frame(b"abc") + tfrecord.frame(b"")],
+    "warmup": [tfrecord.frame(b"")],
+    "checkpoint": [],
+}
+_FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+def read_json(content: bytes) -> None:
+    document = restjson.parse(content)
+    restjson.signature_name(document)
+    for read in (lambda: restjson.predict_inputs(document, SPECS), lambda: restjson.examples_input(document)):
+        with contextlib.suppress(SpikelessError):
+            read()
+
+
+def read_tensor(content: bytes) -> None:
+    for _ in wire.fields(memoryview(content)):
+        pass
+    try:
+        proto = tensor_pb2.TensorProto.FromString(content)
+    except DecodeError:
+        return  # gRPC answers that
+    array = tensors.to_numpy(proto)
+    again = tensors.to_numpy(tensors.to_proto(array))
+    assert array.shape == again.shape
+    assert array.dtype == again.dtype
+
+
+def read_tfrecord(content: bytes) -> None:
+    for gzipped in (False, None):
+        for _ in tfrecord.read(_file(content), gzipped=gzipped):
+            pass
+
+
+def read_warmup(content: bytes) -> None:
+    # The framing has checksums, which nobody finds by chance.
+    for _ in records.read(_file(tfrecord.frame(content))):
+        pass
+
+
+def read_checkpoint(content: bytes) -> None:
+    prefix = _directory / "variables"
+    index_file(prefix).write_bytes(content)
+    Checkpoint.read(prefix)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "json": read_json,
+    "tensor": read_tensor,
+    "tfrecord": read_tfrecord,
+    "warmup": read_warmup,
+    "checkpoint": read_checkpoint,
+}
+
+
+def _file(content: bytes) -> Path:
+    path = _directory / "input"
+    path.write_bytes(content)
+    return path
+
+
+def main() -> None:
+    global _directory
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        raise SystemExit(f"usage: {sys.argv[0]} {{{','.join(TARGETS)}}} [options of libFuzzer]")
+    target = TARGETS[sys.argv.pop(1)]
+
+    def test(content: bytes) -> None:
+        with contextlib.suppress(SpikelessError):
+            target(content)
+
+    with tempfile.TemporaryDirectory() as directory:
+        _directory = Path(directory)
+        corpus = _directory / "corpus"
+        corpus.mkdir()
+        name = target.__name__.removeprefix("read_")
+        seeds = [
+            *SEEDS[name],
+            *(path.read_bytes() for path in _FIXTURES.rglob("*.index") if name == "checkpoint"),
+        ]
+        for number, seed in enumerate(seeds):
+            (corpus / str(number)).write_bytes(seed)
+        atheris.Setup([sys.argv[0], *LIBFUZZER, *sys.argv[1:], str(corpus)], test)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
