@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -473,6 +474,84 @@ tf.saved_model.save(model, {str(tmp_path / "original")!r}, signatures=model.look
     shown = {line.split()[0]: line for line in _spikeless("inspect", out).stdout.splitlines()}
     assert "TensorFlow copies it" in shown["small"]
     assert "TensorFlow copies it" not in shown["large"]
+
+
+_LARGE = """
+import sys
+import tensorflow as tf
+
+class Model(tf.Module):
+    def __init__(self):
+        rows = 2**25 + 64
+        self.table = tf.Variable(tf.zeros([rows, 64], tf.int8), name="table")
+        for value, row in enumerate([0, 2**25 - 1, 2**25, rows - 1], start=1):
+            self.table.scatter_nd_update([[row]], tf.fill([1, 64], tf.constant(value, tf.int8)))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int64, "ids")])
+    def look(self, ids):
+        return {"rows": tf.gather(self.table, ids)}
+
+model = Model()
+tf.saved_model.save(model, sys.argv[1], signatures=model.look)
+"""
+
+#: Prints a column of the rows before, at and after two gigabytes, and the private memory that loading took.
+_LOOK = """
+import sys
+import numpy as np
+from spikeless import runtime
+
+def private():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+runtime.version()
+before = private()
+with runtime.Session.load(sys.argv[1]) as session:
+    signature = session.meta_graph.signature_def["serving_default"]
+    ids = np.array([0, 1, 2**25 - 1, 2**25, 2**25 + 62, 2**25 + 63])
+    (rows,) = session.run({signature.inputs["ids"].name: ids}, [signature.outputs["rows"].name])
+    print(*rows[:, 63], private() - before)
+"""
+
+
+@pytest.fixture
+def roomy(tmp_path: Path) -> Iterator[Path]:
+    """A folder for gigabytes: in memory where there is room, because some disks take minutes."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 6 << 30:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(directory)
+
+
+@pytest.mark.xdist_group("large")
+def test_a_variable_of_more_than_two_gigabytes(roomy: Path) -> None:
+    original, out = roomy / "original", roomy / "mapped"
+    command = [sys.executable, "-c", _LARGE, str(original)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    # The comparison of all outputs is what `_LOOK` does here, with less memory.
+    done = _spikeless("map", "--no-verify", original, out)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(original)
+    command = [sys.executable, "-c", _LOOK, str(out)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    *column, private = map(int, found.stdout.split())
+    assert column == [1, 0, 2, 3, 0, 4]
+    assert private < 64 << 20
+    assert tf_loads(out, [0, 2**25 - 1, 2**25 + 63]) == [1, 2, 4]
+
+
+def tf_loads(model: Path, ids: list[int]) -> list[int]:
+    """A column of these rows, from the model as Python's TensorFlow loads it."""
+    code = (
+        "import sys, tensorflow as tf; model = tf.saved_model.load(sys.argv[1]); "
+        f"print(*model.signatures['serving_default'](ids=tf.constant({ids}, tf.int64))['rows'].numpy()[:, 0])"
+    )
+    command = [sys.executable, "-c", code, str(model)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    return [int(word) for word in done.stdout.split()]
 
 
 #: Loads a model and runs it from four threads. Prints its private memory beyond the bare runtime's in bytes,
