@@ -18,7 +18,7 @@ load        on an idle server: time from publish to AVAILABLE, its processor tim
 swap        open-loop load, versions published one after the other: latency and private memory, all reloads
             folded into one
 steady      the servers of all kinds at once, asked by one client in turns of half a second: the medians
-throughput  as many requests as four connections can make
+throughput  the same with as many requests as four connections can make: their rate
 soak        minutes of load on a model that looks rows up sparsely (``ResourceGather``): is a copy made?
 squeeze     open-loop load with random rows in a memory cgroup that leaves the page cache room for half of the
             parameters (needs root)
@@ -35,7 +35,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ CONNECTIONS = 4
 SWAP_SECONDS, SWAP_SECONDS_PER_GIB = 10.0, 5.0
 POLL_SECONDS = 0.005
 TURNS, TURN_SECONDS = 40, 0.5
+
+Call = Callable[[bytes], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +128,9 @@ def main(sizes: tuple[int, ...], parts: tuple[str, ...], show: Path | None, **se
         for part in (part for part in PARTS if part in parts):
             models = {kind: _model(options, kind, sparse=part == "soak") for kind in KINDS_OF[part]}
             for repeat in range(options.repeats):
-                if part == "steady":
+                if part in _IN_TURNS:
                     click.echo(f"{part} {options.label} {repeat + 1}/{options.repeats}", err=True)
-                    click.echo(steady(options, f"mapping-{part}-{options.label}-all", models))
+                    click.echo(_IN_TURNS[part](options, f"mapping-{part}-{options.label}-all", models))
                     continue
                 for kind in models:
                     click.echo(f"{part} {options.label} {kind} {repeat + 1}/{options.repeats}", err=True)
@@ -271,23 +274,65 @@ def swap(options: Options, scenario: str, model: Path) -> Path:
 
 
 def steady(options: Options, scenario: str, models: dict[str, Path]) -> Path:
+    """One client: the median of each turn, in milliseconds."""
+
+    def median(calls: Sequence[Call], messages: Sequence[bytes]) -> float:
+        return float(np.median(_ask(calls[0], messages, 0, 1)) * 1e3)
+
+    return _turns(options, scenario, models, "p50_ms", median)
+
+
+def throughput(options: Options, scenario: str, models: dict[str, Path]) -> Path:
+    """As many requests as several connections can make: requests per second in each turn."""
+
+    def rate(calls: Sequence[Call], messages: Sequence[bytes]) -> float:
+        with ThreadPoolExecutor(len(calls)) as pool:
+            taken = pool.map(lambda at: _ask(calls[at], messages, at, len(calls)), range(len(calls)))
+            return sum(map(len, taken)) / TURN_SECONDS
+
+    return _turns(options, scenario, models, "requests_per_second", rate)
+
+
+def _turns(
+    options: Options,
+    scenario: str,
+    models: dict[str, Path],
+    name: str,
+    measure: Callable[[Sequence[Call], Sequence[bytes]], float],
+) -> Path:
+    """The servers of all kinds at once, in turns: what drifts meanwhile, drifts for all."""
     with ExitStack() as stack:
-        calls: dict[str, Callable[[bytes], Any]] = {}
+        calls: dict[str, list[Call]] = {}
         for kind, model in models.items():
             server, _, _ = stack.enter_context(_served(options, model))
-            channel = stack.enter_context(grpc.insecure_channel(server.target))
             requests = read_requests(_requests(model), NAME)
-            calls[kind] = channel.unary_unary(requests[0].path)
-        medians: dict[str, list[float]] = {kind: [] for kind in calls}
+            channels = [
+                grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1)])
+                for _ in range(CONNECTIONS)
+            ]
+            calls[kind] = [stack.enter_context(channel).unary_unary(requests[0].path) for channel in channels]
+        messages = [request.message for request in requests]
+        values: dict[str, list[float]] = {kind: [] for kind in calls}
         for turn in range(-2, TURNS):  # the first two are for warming
-            for kind, call in calls.items():
-                taken, end = [], time.monotonic() + TURN_SECONDS
-                while (began := time.monotonic()) < end:
-                    call(requests[len(taken) % len(requests)].message)
-                    taken.append(time.monotonic() - began)
+            for kind, of_kind in calls.items():
+                value = measure(of_kind, messages)
                 if turn >= 0:
-                    medians[kind].append(float(np.median(taken) * 1e3))
-        return _save(options, scenario, server, {"turn_seconds": TURN_SECONDS, "p50_ms": medians})
+                    values[kind].append(value)
+        measured = {"turn_seconds": TURN_SECONDS, "connections": CONNECTIONS, name: values}
+        return _save(options, scenario, server, measured)
+
+
+def _ask(call: Call, messages: Sequence[bytes], first: int, step: int) -> list[float]:
+    """Seconds of each request of one connection in one turn."""
+    taken: list[float] = []
+    end = time.monotonic() + TURN_SECONDS
+    while (began := time.monotonic()) < end:
+        call(messages[(first + len(taken) * step) % len(messages)])
+        taken.append(time.monotonic() - began)
+    return taken
+
+
+_IN_TURNS = {"steady": steady, "throughput": throughput}
 
 
 def soak(options: Options, scenario: str, model: Path) -> Path:
@@ -309,53 +354,9 @@ def squeeze(options: Options, scenario: str, model: Path) -> Path:
         return _save_run(options, bench.run(scenario, settings, server_facts(server), notes=notes))
 
 
-def throughput(options: Options, scenario: str, model: Path) -> Path:
-    requests = read_requests(_requests(model), NAME)
-    with _served(options, model) as (server, _, _):
-        counts = [0] * CONNECTIONS
-        latencies: list[list[float]] = [[] for _ in counts]
-        stop = threading.Event()
-
-        def ask(worker: int) -> None:
-            options_ = [("grpc.use_local_subchannel_pool", 1)]
-            with grpc.insecure_channel(server.target, options=options_) as channel:
-                call = channel.unary_unary(requests[0].path)
-                position = worker
-                while not stop.is_set():
-                    began = time.perf_counter()
-                    call(requests[position % len(requests)].message)
-                    latencies[worker].append(time.perf_counter() - began)
-                    position += CONNECTIONS
-
-        threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(CONNECTIONS)]
-        began = time.monotonic()
-        for thread in threads:
-            thread.start()
-        stop.wait(options.seconds)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        seconds = time.monotonic() - began
-        flat = np.concatenate([np.array(values) for values in latencies])
-        return _save(
-            options,
-            scenario,
-            server,
-            {
-                "seconds": seconds,
-                "connections": CONNECTIONS,
-                "requests": len(flat),
-                "percentiles_ms": {
-                    f"p{share}": float(np.percentile(flat, share) * 1e3) for share in (50, 90, 99, 99.9)
-                },
-            },
-        )
-
-
 _PARTS: dict[str, Callable[[Options, str, Path], Path]] = {
     "load": load,
     "swap": swap,
-    "throughput": throughput,
     "soak": soak,
     "squeeze": squeeze,
 }

@@ -65,8 +65,8 @@ class ManagerSettings:
     max_num_load_retries: int = 5
     #: Seconds between two tries.
     load_retry_interval: float = 60.0
-    #: Those threads run only while nothing else in the server wants the processor. Not one of TensorFlow
-    #: Serving's flags; see ``_give_way`` for what it costs.
+    #: Once something is served, those threads run only while nothing else in the server wants the processor.
+    #: Not one of TensorFlow Serving's flags; see ``_give_way`` for what it costs.
     load_threads_yield: bool = False
 
 
@@ -139,9 +139,8 @@ class Manager(Generic[T]):
         self._changed = threading.Condition()
         self._stopping = False
         self._listeners: list[Callable[[str, VersionStatus], None]] = []
-        give_way = _give_way if self._settings.load_threads_yield else None
-        self._load_pool = _pool(self._settings.num_load_threads, "load", give_way)
-        self._unload_pool = _pool(self._settings.num_unload_threads, "unload", give_way)
+        self._load_pool = _pool(self._settings.num_load_threads, "load")
+        self._unload_pool = _pool(self._settings.num_unload_threads, "unload")
         self._thread = threading.Thread(target=self._decide_forever, name="manager", daemon=True)
         self._thread.start()
 
@@ -308,6 +307,8 @@ class Manager(Generic[T]):
         return loads, unloads
 
     def _load(self, entry: _Version[T]) -> None:
+        if self._settings.load_threads_yield and self._load_pool and any(self._available.values()):
+            _give_way()
         try:
             model = self._loader(entry.name, entry.version, entry.path)
         except SpikelessError as error:
@@ -347,6 +348,8 @@ class Manager(Generic[T]):
         self._available = {**self._available, entry.name: rest}
 
     def _unload(self, entry: _Version[T]) -> None:
+        if self._settings.load_threads_yield and self._unload_pool:
+            _give_way()
         loaded = entry.loaded
         assert loaded is not None
         loaded.retire()
@@ -383,10 +386,8 @@ def _status(entry: _Version[T]) -> VersionStatus:
     return VersionStatus(entry.version, entry.state, entry.error)
 
 
-def _pool(threads: int, name: str, initializer: Callable[[], None] | None) -> ThreadPoolExecutor | None:
-    if threads == 0:
-        return None
-    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=initializer)
+def _pool(threads: int, name: str) -> ThreadPoolExecutor | None:
+    return ThreadPoolExecutor(threads, thread_name_prefix=name) if threads > 0 else None
 
 
 def _give_way() -> None:
@@ -394,10 +395,10 @@ def _give_way() -> None:
 
     A request's thread that wakes up then never waits for a loading one to use up its slice of time, which
     takes up to a tick of the kernel's clock and a slice more: 4 to 8 ms at 250 Hz. The price: where the
-    processors are always busy, loads take long. The threads that this one starts are ordinary ones, because
-    TensorFlow starts the pools that requests run on when the first model is loaded.
+    processors are always busy, loads take long. Threads that this one starts are like it, and no thread may
+    go back, so the first load must not call this: it starts the pools that TensorFlow runs requests on.
     """
-    os.sched_setscheduler(0, os.SCHED_IDLE | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _submit(pool: ThreadPoolExecutor | None, work: Callable[[_Version[T]], None], entry: _Version[T]) -> None:

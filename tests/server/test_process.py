@@ -19,6 +19,7 @@ from harness import IS_EMBEDDED, Running, ServerFactory, put_version, refused
 
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code, SpikelessError
+from spikeless.manager import State
 from spikeless.protos import predict_pb2, prediction_service_pb2_grpc
 from spikeless.tensors import to_proto
 
@@ -98,6 +99,32 @@ def test_many_clients_at_once(shared: Running) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(ask, range(16)))
+
+
+@pytest.mark.parametrize(("flags", "idle"), [((), 0), (("--load_threads_yield",), 2)])
+def test_loading_threads_can_give_way(
+    embedded: None,
+    saved_models: Path,
+    tmp_path: Path,
+    serve: ServerFactory,
+    flags: tuple[str, ...],
+    idle: int,
+) -> None:
+    def threads(policy: int) -> int:
+        tasks = Path(f"/proc/{running.server.pid}/task").iterdir()
+        return sum(os.sched_getscheduler(int(task.name)) == policy for task in tasks)
+
+    models = tmp_path / "times"
+    put_version(saved_models / "times_one", models, 1)
+    flags = (*flags, "--num_load_threads=1", "--num_unload_threads=1", "--file_system_poll_wait_seconds=1")
+    with serve(*flags, model_name="times", model_base_path=models) as running:
+        running.client.predict("times", {"x": np.ones(1, np.float32)})
+        assert threads(os.SCHED_IDLE) == 0, "the first load starts the threads that requests run on"
+        ordinary = threads(os.SCHED_OTHER)
+        put_version(saved_models / "times_two", models, 2)
+        running.wait("times", {2: State.AVAILABLE, 1: State.END})
+        assert threads(os.SCHED_IDLE) == idle
+        assert threads(os.SCHED_OTHER) >= ordinary - idle
 
 
 def test_health(embedded: None, shared: Running) -> None:
