@@ -146,7 +146,7 @@ def records(directory: Path, settings: Settings) -> dict[str, Any]:
             )
             spark_job.write(frame.repartition(SHARDS), directory / part, mode="new")
     finally:
-        spark.stop()
+        spark_job.stop(spark)
     return facts
 
 

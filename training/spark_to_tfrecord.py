@@ -1,7 +1,8 @@
 """Write a Spark DataFrame as sharded TFRecords of tf.Example, and read them back.
 
 In: anything that Spark reads. Out: a directory that `spikeless.dataset` describes: shards, schema, counts
-and a success marker. It appears whole or not at all; a failed job leaves nothing behind.
+and a success marker. It appears whole or not at all; a job that fails or is interrupted leaves nothing
+behind. After a `kill -9` or a power cut one hidden directory beside it, .<name>.<job>.tmp, can be deleted.
 
     python training/spark_to_tfrecord.py clicks.parquet clicks-tfrecord --shards 8
     python training/spark_to_tfrecord.py day_0.tsv day-0 --format csv --option 'sep=\\t' \\
@@ -32,13 +33,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkConf, TaskContext, cloudpickle
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 
 
 class TFRecordDataSource(DataSource):
-    """Options: ``path``, and for writing ``compression`` (none or gzip)."""
+    """Options: ``path``, and for writing ``compression`` (none or gzip) and ``job``, a part of file names."""
 
     @classmethod
     def name(cls) -> str:
@@ -75,13 +76,14 @@ class TFRecordDataSource(DataSource):
         return TFRecordReader(dataset.read(self._path("path")), dataset.fields_of(schema.jsonValue()))
 
     def writer(self, schema: StructType, overwrite: bool) -> DataSourceArrowWriter:
-        path = self._path("path", "compression")
+        path = self._path("path", "compression", "job")
         compression = self.options.get("compression", "none").lower()
         if compression not in dataset.SUFFIXES:
             raise InvalidArgument(
                 f"compression {compression!r} is unknown; there is: {', '.join(dataset.SUFFIXES)}"
             )
-        return TFRecordWriter(path, schema.jsonValue(), overwrite, compression)
+        job = self.options.get("job", secrets.token_hex(4))
+        return TFRecordWriter(path, schema.jsonValue(), overwrite, compression, job)
 
     def _path(self, *known: str) -> Path:
         unknown = sorted(set(self.options) - set(known))
@@ -102,6 +104,11 @@ def local_path(uri: str) -> Path:
             f"{uri}: records are written to mounted file systems only; mount it, name the path"
         )
     return Path(uri).absolute()
+
+
+def staging_of(target: Path, job: str) -> Path:
+    """Where a job keeps what it writes until all of it is there."""
+    return target.with_name(f".{target.name}.{job}.tmp")
 
 
 class TFRecordReader(DataSourceReader):
@@ -137,12 +144,14 @@ class TFRecordWriter(DataSourceArrowWriter):
     place for its file and fails, instead of leaving something behind.
     """
 
-    def __init__(self, target: Path, schema: dict[str, Any], overwrite: bool, compression: str) -> None:
+    def __init__(
+        self, target: Path, schema: dict[str, Any], overwrite: bool, compression: str, job: str
+    ) -> None:
         self.target = target
         self.schema = schema
         self.fields = dataset.fields_of(schema, "the DataFrame")
         self.suffix = dataset.SUFFIXES[compression]
-        self.job = secrets.token_hex(4)
+        self.job = job
         self.previous: dataset.Dataset | None = None
         if target.is_dir() and any(target.iterdir()):
             # Also when it is to be replaced: what is not a complete dataset is not ours to delete.
@@ -161,7 +170,7 @@ class TFRecordWriter(DataSourceArrowWriter):
                     f"{target} has compression {self.previous.compression}, not {compression}; "
                     "append with the same one"
                 )
-        self.staging = target.with_name(f".{target.name}.{self.job}.tmp")
+        self.staging = staging_of(target, job)
         self.staging.mkdir(parents=True)
 
     def write(self, iterator: Iterator[pyarrow.RecordBatch]) -> Written:
@@ -304,41 +313,54 @@ def write(frame: DataFrame, path: Path, *, mode: str, compression: str = "none")
     if mode == "new" and path.exists():
         raise AlreadyExists(f"{path} exists; choose --mode append or --mode overwrite, or another directory")
     spark_mode = "overwrite" if mode == "overwrite" else "append"
-    writer = frame.write.format("tfrecord").mode(spark_mode).option("compression", compression)
+    job = secrets.token_hex(4)
+    writer = frame.write.format("tfrecord").mode(spark_mode).options(compression=compression, job=job)
     try:
         with cancelled_by_interrupt(frame.sparkSession):
             writer.save(str(path))
     except SPARK_ERRORS as error:
         raise InvalidArgument(f"{path} was not written: {cause(error)}") from None
+    finally:
+        # Spark has done so, unless it was itself ended by a signal.
+        shutil.rmtree(staging_of(path, job), ignore_errors=True)
     return dataset.read(path)
 
 
 @contextmanager
 def cancelled_by_interrupt(spark: SparkSession) -> Iterator[None]:
-    """Ctrl-C cancels Spark's jobs and is raised when Spark has cleaned up after them; main thread only.
+    """Ctrl-C and SIGTERM cancel Spark's jobs and are raised when Spark has cleaned up; main thread only.
 
     PySpark's own handler talks to Spark over the connection that it interrupts, which fails.
     """
     interrupted, over = threading.Event(), threading.Event()
 
     def cancel() -> None:
-        spark.sparkContext.cancelAllJobs()
-        while not over.wait(0.5):  # again, in case there was no job yet
+        with suppress(Py4JError, OSError):  # Spark may have got the signal too, and be gone
             spark.sparkContext.cancelAllJobs()
+            while not over.wait(0.5):  # again, in case there was no job yet
+                spark.sparkContext.cancelAllJobs()
 
     def on_interrupt(*_: object) -> None:
         if not interrupted.is_set():
             interrupted.set()
             threading.Thread(target=cancel).start()
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, on_interrupt) for number in signals}
     try:
         yield
     finally:
         over.set()
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if interrupted.is_set():
             raise KeyboardInterrupt
+
+
+def stop(spark: SparkSession) -> None:
+    """End Spark, also when it has gone before."""
+    with suppress(Py4JError, OSError):
+        spark.stop()
 
 
 def cause(error: Exception) -> str:
@@ -395,11 +417,12 @@ def main() -> None:
     except SPARK_ERRORS as error:
         raise InvalidArgument(f"{settings.input} cannot be read: {cause(error)}") from None
     finally:
-        spark.stop()
+        stop(spark)
     print(f"{written.records} records in {len(written.shards)} shards: {written.path}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     try:
         main()
     except SpikelessError as error:

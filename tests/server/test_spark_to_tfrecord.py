@@ -243,7 +243,9 @@ def test_bad_input_is_one_clear_error(spark: SparkSession, tmp_path: Path) -> No
     assert leftovers(tmp_path) == ["in.tsv"]
 
 
-def test_an_interrupted_job_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """The signal goes to the process group, as a terminal and `timeout` send it: Spark gets it as well."""
     program = """
 import pathlib, sys, time, spark_to_tfrecord
 from pyspark.sql import functions as F
@@ -253,12 +255,14 @@ frame = spark.range(4).select(slow("id").alias("id"))
 spark_to_tfrecord.write(frame, pathlib.Path(sys.argv[1]), mode="new")
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "out"], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "out"], env=environment, start_new_session=True
+    )
     try:
         while not leftovers(tmp_path):
             assert process.poll() is None
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, number)
         assert process.wait(60) != 0
     finally:
         process.kill()
