@@ -21,12 +21,15 @@ import itertools
 import json
 import platform
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import spikeless
 from spikeless import directories
 from spikeless.errors import InvalidArgument
 
@@ -36,7 +39,7 @@ METHODS = {
     "classify": "tensorflow/serving/classify",
     "regress": "tensorflow/serving/regress",
 }
-_PACKAGES = ("tensorflow", "keras", "numpy", "spikeless")
+_PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "pyspark", "tf2crf", "tensorflow-addons")
 
 
 def export(
@@ -51,6 +54,8 @@ def export(
     methods: Mapping[str, str] | None = None,
     resources: Iterable[Any] = (),
     warmup_batch_sizes: Sequence[int] | None = None,
+    warmup_python: str | None = None,
+    folders: Mapping[str, Path] | None = None,
     runs: str | Path = "runs",
 ) -> Path:
     """Write a run directory and return its path. Interrupted or failing at any point, it leaves none.
@@ -70,8 +75,9 @@ def export(
         methods: signature key -> ``classify`` or ``regress`` where it is not ``predict``.
         resources: lookup tables, assets, and layers that hold some, which the signatures use.
         warmup_batch_sizes: build the warmup file from the samples, put into batches of each of these sizes;
-            empty leaves them as they are. None leaves warmup to ``spikeless warmup build``, as an environment
-            that lacks the packages of `spikeless.warmup` has to.
+            empty leaves them as they are. None leaves warmup to ``spikeless warmup build``.
+        warmup_python: the Python that builds it, where this one lacks the packages of `spikeless.warmup`.
+        folders: name in the run directory -> a folder to copy there, such as logs.
         runs: where run directories are kept.
 
     Raises:
@@ -90,7 +96,11 @@ def export(
         "metrics": dict(metrics),
         "settings": _mapping(settings),
         "seconds": round(seconds, 3),
-        "versions": {"python": platform.python_version(), **_package_versions()},
+        "versions": {
+            "python": platform.python_version(),
+            **_package_versions(),
+            "spikeless": spikeless.__version__,
+        },
         "commit": _commit(),
     }
     runs = Path(runs)
@@ -108,7 +118,9 @@ def export(
         samples_file = run / "samples.jsonl"
         samples_file.write_text("".join(_json(line) + "\n" for line in lines))
         if warmup_batch_sizes is not None:
-            _warm(saved_model, samples_file, warmup_batch_sizes)
+            _warm(saved_model, samples_file, warmup_batch_sizes, warmup_python)
+        for folder, source in (folders or {}).items():
+            shutil.copytree(source, run / folder)
         (run / "metrics.json").write_text(json.dumps(record, indent=2, default=_plain) + "\n")
         (run / "README.md").write_text(_card(card, record))
         directories.make_readable(run)
@@ -196,7 +208,15 @@ def _set_methods(saved_model: Path, methods: Mapping[str, str]) -> None:
     updater.save()
 
 
-def _warm(saved_model: Path, samples: Path, batch_sizes: Sequence[int]) -> None:
+def _warm(saved_model: Path, samples: Path, batch_sizes: Sequence[int], python: str | None) -> None:
+    if python is not None:
+        command = [python, "-m", "spikeless", "warmup", "build", saved_model, "--samples", samples]
+        if batch_sizes:
+            command += ["--batch-sizes", ",".join(map(str, batch_sizes))]
+        # The command has said on standard error what is wrong.
+        if subprocess.run(list(map(str, command)), stdout=sys.stderr).returncode:
+            raise InvalidArgument("no run directory was written: its warmup file could not be built")
+        return
     from spikeless import warmup  # only here: it needs more than TensorFlow
 
     settings = warmup.BuildSettings(samples=(warmup.SampleFile(samples),), batch_sizes=tuple(batch_sizes))

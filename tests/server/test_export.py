@@ -117,6 +117,27 @@ def test_the_warmup_file_is_built_from_the_samples_when_asked_for(tmp_path):
     assert [record.inputs["x"].tensor_shape.dim[0].size for record in records] == [1, 4]
 
 
+def test_another_python_builds_the_same_warmup_file(tmp_path):
+    here = write(tmp_path, warmup_batch_sizes=(1, 4))
+    there = write(tmp_path, warmup_batch_sizes=(1, 4), warmup_python=sys.executable)
+    assert warmup_file(there / "saved_model").read_bytes() == warmup_file(here / "saved_model").read_bytes()
+    with pytest.raises(InvalidArgument, match="no run directory was written"):
+        write(
+            tmp_path / "bad",
+            samples=[{"instances": [["text"]]}],
+            warmup_batch_sizes=(),
+            warmup_python=sys.executable,
+        )
+    assert visible(tmp_path / "bad") == []
+
+
+def test_folders_appear_with_the_run(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "events").write_text("1")
+    run = write(tmp_path / "runs", folders={"logs": tmp_path / "made"})
+    assert (run / "logs" / "events").read_text() == "1"
+
+
 def test_a_sample_that_does_not_fit_leaves_no_run(tmp_path):
     with pytest.raises(InvalidArgument, match=r"samples\.jsonl"):
         write(tmp_path, samples=[{"instances": [["text"]]}], warmup_batch_sizes=())
@@ -174,7 +195,8 @@ def test_an_interruption_after_the_model_was_written_leaves_no_run(tmp_path, err
     assert [path.name for path in (tmp_path / ".staging").iterdir()] == ["lock"]
 
 
-def test_ctrl_c_while_training_leaves_no_run_and_exits_130(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_training_leaves_no_run_and_exits_130(tmp_path, number):
     command = [sys.executable, "-u", "-m", "spikeless", "train", "factorization_machine"]
     command += ["--runs", str(tmp_path), "--epochs", "1000000"]
     with subprocess.Popen(
@@ -184,12 +206,12 @@ def test_ctrl_c_while_training_leaves_no_run_and_exits_130(tmp_path):
         assert any(line.startswith("Epoch 2/") for line in child.stdout)
         while child.poll() is None:
             # Again if need be: TensorFlow drops an interrupt that arrives inside one of its callbacks.
-            child.send_signal(signal.SIGINT)
+            child.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 _, errors = child.communicate(timeout=10)
     # An interrupt that comes while Python is already on its way out ends it by the signal itself, which a
     # shell shows as 130 too.
-    assert child.returncode in (130, -signal.SIGINT), errors
+    assert child.returncode in (130, -number), errors
     if child.returncode == 130:
         assert errors.splitlines()[-1] == "spikeless: interrupted"
     assert list(tmp_path.iterdir()) == []

@@ -59,6 +59,7 @@ def test_metrics_stand_beside_the_network_without_the_crf(trained: tuple[Path, P
     assert record["metrics"]["test_f1"] > 0.9
     assert record["metrics"]["test_f1_without_crf"] > 0.8
     assert record["versions"]["tensorflow"] == "2.15.1"
+    assert record["versions"]["tf2crf"] == "0.1.33"
     assert (trained[0] / "saved_model" / "assets" / "vocabulary.txt").read_text().count("\n") > 500
     assert len(list(warmup.inspect(trained[0] / "saved_model"))) == 3
 

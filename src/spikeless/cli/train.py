@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def command(folder: Path, name: str | None, options: tuple[str, ...]) -> None:
         raise NotFound(f"{folder}/ has no training script for {name!r}; there is: {', '.join(scripts)}")
     # TensorFlow's start-up notices about absent GPUs and the like; errors still come as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # SIGTERM (`docker stop`, a batch system) ends a training as Ctrl-C does: what was staged is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # As `python training/train_<name>.py` would have it, but with this command's handling of errors.
     script = str(scripts[name])
     sys.argv = [script, *options]
