@@ -48,6 +48,10 @@ parser.add_argument(
 parser.add_argument("--seed", type=int, default=1, help="of the split, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
 settings = parser.parse_args()
+for key, value in vars(settings).items():
+    least = 0 if key in ("epochs", "logical_devices") else 1
+    if type(value) is int and key != "seed" and value < least:
+        parser.error(f"--{key.replace('_', '-')} must be {least} or more")
 
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
@@ -118,9 +122,14 @@ if not steps:
     )
 print(f"{used}: {len(train_labels)} pictures to train on, {len(test_labels)} to test on")
 
-train = tf.data.Dataset.from_tensor_slices((train_pictures, train_labels)).cache()
-train = train.shuffle(len(train_labels), seed=settings.seed)
-train = train.batch(global_batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+pictures = tf.data.Dataset.from_tensor_slices((train_pictures, train_labels)).cache()
+
+
+def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+    """All pictures in the order of this epoch, whichever epochs came before in this process."""
+    return pictures.shuffle(len(train_labels), settings.seed + epoch).batch(global_batch, drop_remainder=True)
+
+
 test = tf.data.Dataset.from_tensor_slices((test_pictures, test_labels)).batch(global_batch).cache()
 
 # Model ----------------------------------------------------------------------------------------------------
@@ -155,7 +164,37 @@ with strategy.scope():
         metrics=["accuracy"],
     )
 
+# Checkpoints ----------------------------------------------------------------------------------------------
+
+# Everything that decides the result names the folder that a killed run is taken up from.
+identity = {key: value for key, value in vars(settings).items() if key not in ("runs", "fresh")}
+identity |= {"data": used, "devices": devices, "epochs": epochs}
+key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+work = Path(settings.runs, ".work", f"mnist-{key}")
+if settings.fresh:
+    shutil.rmtree(work, ignore_errors=True)
+with strategy.scope():
+    model.optimizer.build(model.trainable_variables)
+epochs_done = tf.Variable(0, dtype=tf.int64, trainable=False)
+# Weights, the optimizer's moments and the random state of Dropout: what the next step depends on.
+state = [variable.value for variable in (*model.variables, *model.optimizer.variables)]
+# A checkpoint counts when the file that names it was renamed into place: a kill never leaves half of one.
+checkpoints = tf.train.CheckpointManager(
+    tf.train.Checkpoint(state=state, epochs_done=epochs_done), str(work / "checkpoints"), max_to_keep=1
+)
+if checkpoints.restore_or_initialize():
+    print(f"taking up the run in {work} after epoch {int(epochs_done)}; --fresh starts it anew")
+train = tf.data.Dataset.range(epochs_done, epochs).flat_map(one_epoch).prefetch(tf.data.AUTOTUNE)
+
 # Training -------------------------------------------------------------------------------------------------
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Saves the state after each epoch."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        epochs_done.assign(epoch + 1)
+        checkpoints.save()
 
 
 class LogLearningRate(keras.callbacks.Callback):
@@ -167,25 +206,14 @@ class LogLearningRate(keras.callbacks.Callback):
         print(f"epoch {epoch + 1}/{epochs}: {values}", flush=True)
 
 
-# Everything that decides the result names the folder that a killed run is taken up from.
-identity = {key: value for key, value in vars(settings).items() if key not in ("runs", "fresh")}
-identity |= {"data": used, "devices": devices, "epochs": epochs}
-key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-work = Path(settings.runs, ".work", f"mnist-{key}")
-if settings.fresh:
-    shutil.rmtree(work, ignore_errors=True)
-if (work / "backup").exists():
-    print(f"taking up the run in {work}; --fresh starts it anew")
 model.fit(
     train,
+    initial_epoch=int(epochs_done),
     epochs=epochs,
+    steps_per_epoch=steps,
     validation_data=test,
     verbose=1 if sys.stdout.isatty() else 0,
-    callbacks=[
-        LogLearningRate(),
-        keras.callbacks.TensorBoard(work / "tensorboard"),
-        keras.callbacks.BackupAndRestore(work / "backup", delete_checkpoint=False),
-    ],
+    callbacks=[Checkpoint(), LogLearningRate(), keras.callbacks.TensorBoard(work / "tensorboard")],
 )
 loss, accuracy = model.evaluate(test, verbose=0)
 print(f"test accuracy {accuracy:.4f} on {used}")
@@ -216,8 +244,8 @@ Data: {used}, {len(train_labels)} pictures to train on and {len(test_labels)} to
 device(s) with MirroredStrategy, {global_batch} pictures a step.
 """,
     warmup_batch_sizes=(),
+    folders={"tensorboard": work / "tensorboard"},
     runs=settings.runs,
 )
-shutil.move(work / "tensorboard", run / "tensorboard")
 shutil.rmtree(work)
 print(f"run directory: {run}")
