@@ -60,8 +60,13 @@ parser.add_argument("--xla", action=argparse.BooleanOptionalAction, default=Fals
 parser.add_argument("--seed", type=int, default=1, help="of the data, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
 settings = parser.parse_args()
+for key, value in vars(settings).items():
+    if type(value) is int and key != "seed" and value < 1:
+        parser.error(f"--{key.replace('_', '-')} must be 1 or more")
 if (settings.train is None) != (settings.test is None):
     parser.error("--train and --test belong together")
+if min(settings.hidden) < 1:
+    parser.error("--hidden must be 1 or more")
 
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
@@ -88,6 +93,19 @@ if settings.train is None:
 train, test = dataset.read(settings.train), dataset.read(settings.test)
 
 
+def check_types(data: dataset.Dataset) -> None:
+    """Refuses columns that are not of the Criteo format's types."""
+    for field in select(data, COLUMNS):
+        wanted = "bytes_list" if field.name in CATEGORY_NAMES else "int64_list"
+        if field.array or field.kind != wanted:
+            found = f"an array of {field.element}" if field.array else field.element
+            expected = "string" if wanted == "bytes_list" else "an integer"
+            raise InvalidArgument(
+                f"{data.path}: column {field.name!r} is {found}, not {expected}; write it again with the "
+                "types of training/data/criteo.ddl"
+            )
+
+
 def labels_of(data: dataset.Dataset) -> np.ndarray:
     """The labels [records]; refuses data that has others than 0 and 1, or only one of them."""
     fields = select(data, ["label"], ["label"])
@@ -111,6 +129,8 @@ def inputs_of(batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     return integers, tf.stack([batch[name] for name in CATEGORY_NAMES], axis=1)
 
 
+check_types(train)
+check_types(test)
 train_labels, test_labels = labels_of(train), labels_of(test)
 reading = {"columns": COLUMNS, "required": ["label"], "null_integer": MISSING}
 train_batches = batches(train, settings.batch_size, seed=settings.seed, **reading)

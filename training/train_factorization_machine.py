@@ -40,6 +40,9 @@ parser.add_argument("--test-fraction", type=float, default=0.2, help="part of th
 parser.add_argument("--seed", type=int, default=1, help="of the split, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
 settings = parser.parse_args()
+for key, value in vars(settings).items():
+    if type(value) is int and key != "seed" and value < 1:
+        parser.error(f"--{key.replace('_', '-')} must be 1 or more")
 
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's

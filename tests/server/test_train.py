@@ -57,6 +57,21 @@ def test_an_unknown_name_and_an_unknown_option(tmp_path):
     assert spikeless("train", "factorization_machine", "--no-such-option").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("factorization_machine", "--epochs"),
+        ("ctr", "--candidates"),
+        ("mnist", "--batch-size"),
+        ("tagger", "--units"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_wrong_usage(name, option):
+    done = spikeless("train", name, option, "0")
+    assert done.returncode == 2
+    assert f"{option} must be 1 or more" in done.stderr.splitlines()[-1]
+
+
 def test_the_run_directory_says_how_good_the_model_is_and_how_to_make_it_again(boston_run):
     record = json.loads((boston_run / "metrics.json").read_text())
     assert record["metrics"]["test_auc"] > 0.97

@@ -154,6 +154,14 @@ def test_data_of_another_schema_or_none_is_refused(data: Path, tmp_path: Path) -
     assert done.returncode == 1
     assert f"{tmp_path} has no _SUCCESS" in done.stderr
     assert spikeless("train", "ctr", "--train", data).returncode == 2
+    shutil.copytree(data / "train", tmp_path / "other")
+    schema = (tmp_path / "other" / "_schema.json").read_text()
+    assert '"C7",\n   "type": "string"' in schema
+    text = schema.replace('"C7",\n   "type": "string"', '"C7",\n   "type": "double"')
+    (tmp_path / "other" / "_schema.json").write_text(text)
+    done = spikeless("train", "ctr", "--train", tmp_path / "other", "--test", data / "test")
+    assert done.returncode == 1
+    assert f"error: {tmp_path / 'other'}: column 'C7' is double, not string" in done.stderr.splitlines()[-1]
 
 
 def test_an_interrupt_leaves_no_export(data: Path, tmp_path: Path) -> None:
