@@ -174,7 +174,7 @@ record = {
     "commit": commit,
     "machine": {
         "cpu": cpu.partition(": ")[2] or platform.machine(),
-        "cores": psutil.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "kernel": platform.release(),
         "load_before": load,
