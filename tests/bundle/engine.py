@@ -1,8 +1,9 @@
 """A container engine for the tests, on a machine that may have neither an engine nor an image registry.
 
 In: nothing but the machine. Out: an `Engine`, whose environment makes ``docker``, ``docker compose`` and
-``docker buildx`` work and whose base image is there. An engine that runs already and reaches its registry is
-used as it is. Otherwise, as root on Debian or Ubuntu, one is started from the distribution's packages:
+``docker buildx`` work and whose base image is there. An engine that runs already is used as it is, or not at
+all: a second one would share its bridge and its firewall rules. Where none runs, as root on Debian or Ubuntu,
+one is started from the distribution's packages:
 
 - the packages are downloaded and unpacked below the cache, nothing is installed; addresses, keys and proxies
   are the ones that the machine's own apt is set up with;
@@ -10,7 +11,9 @@ used as it is. Otherwise, as root on Debian or Ubuntu, one is started from the d
   for. It carries the label `STAND_IN`, so that nobody takes it for the published image.
 
 Cache: ``$SPIKELESS_CACHE``, by default ``spikeless`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It keeps
-packages, image layers and build caches; a second run starts in seconds. The daemon is stopped on leaving.
+packages, image layers and build caches, 10 GB in all; a second run starts in seconds. The daemon is stopped
+on leaving, and by the kernel when whoever started it is killed; containers that it had then are removed next
+time.
 
     python tests/bundle/engine.py docker compose up      # any command, with an engine for as long as it runs
 """
@@ -39,6 +42,7 @@ PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS
 #: Variables and settings that name a file of further certificate authorities, most specific first.
 CA_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 KEEP_BUILD_CACHE = "8g"
+FREE_BYTES = 16 << 30
 START_SECONDS = 60.0
 
 
@@ -73,17 +77,20 @@ def engine() -> Iterator[Engine]:
     environment = dict(os.environ)
     if ca_file is not None:
         environment["PIP_CA_FILE"] = str(ca_file)
-    if _complete(environment) and _pulled(environment):
+    if _succeeds(["docker", "info"], environment):
+        _require_usable(environment)
         yield Engine(environment, private=False, ca_file=ca_file)
         return
     _require_packages()
     cache = _cache()
     cache.mkdir(parents=True, exist_ok=True)
+    _require_space(cache)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # One daemon for one data folder: a second caller waits its turn.
         environment = _unpacked(cache, environment)
         with _daemon(cache, environment) as environment:
             started = Engine(environment, private=True, ca_file=ca_file)
+            _forget_containers(started)
             _base_image(started)
             yield started
             # What earlier builds left behind and nothing refers to any more.
@@ -121,24 +128,31 @@ def _succeeds(command: Sequence[str], environment: Mapping[str, str], timeout: f
         return False
 
 
-def _complete(environment: Mapping[str, str]) -> bool:
-    """Whether an engine answers and both plugins are there."""
-    commands = (["docker", "info"], ["docker", "compose", "version"], ["docker", "buildx", "version"])
-    return all(_succeeds(command, environment) for command in commands)
-
-
-def _pulled(environment: Mapping[str, str]) -> bool:
-    return _succeeds(["docker", "image", "inspect", BASE], environment) or _succeeds(
-        ["docker", "pull", BASE], environment, timeout=120
-    )
+def _require_usable(environment: Mapping[str, str]) -> None:
+    reason = "a Docker engine answers, but "
+    for plugin in ("compose", "buildx"):
+        if not _succeeds(["docker", plugin, "version"], environment):
+            raise NoEngine(f"{reason}`docker {plugin}` does not work: is the plugin installed?")
+    found = _succeeds(["docker", "image", "inspect", BASE], environment)
+    if not found and not _succeeds(["docker", "pull", BASE], environment, timeout=120):
+        raise NoEngine(f"{reason}cannot pull {BASE}")
 
 
 def _require_packages() -> None:
-    reason = "no Docker engine with compose and buildx answers, and none can be started here: "
+    reason = "no Docker engine answers, and none can be started here: "
     if sys.platform != "linux" or shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         raise NoEngine(reason + "that takes Debian or Ubuntu")
     if os.geteuid() != 0:
         raise NoEngine(reason + "that takes root")
+
+
+def _require_space(cache: Path) -> None:
+    """Images need room; what an earlier run left is room already."""
+    free = shutil.disk_usage(cache).free
+    if free < FREE_BYTES and not (cache / "data").is_dir():
+        raise NoEngine(
+            f"{cache} has {free >> 30} GB of space and {FREE_BYTES >> 30} are needed: set SPIKELESS_CACHE"
+        )
 
 
 def _cache() -> Path:
@@ -210,11 +224,14 @@ def _download(folder: Path, release: Mapping[str, str]) -> list[Path]:
         "Debug::NoLocking=true",
     ]
     apt = ["apt-get", "--quiet", *(f"--option={option}" for option in options)]
-    _run([*apt, "update"], timeout=300)
     install = [*apt, "install", "--yes", "--no-install-recommends", "--download-only", "--reinstall"]
-    _run([*install, *names], timeout=600)
-    if foreign:
-        _run([*apt, "download", *foreign], timeout=300, cwd=folder / "archives")
+    try:
+        _run([*apt, "update", "--error-on=any"], timeout=300)
+        _run([*install, *names], timeout=600)
+        if foreign:
+            _run([*apt, "download", *foreign], timeout=300, cwd=folder / "archives")
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        raise NoEngine(f"the packages of an engine cannot be downloaded: {error}") from None
     return sorted((folder / "archives").glob("*.deb"))
 
 
@@ -261,6 +278,12 @@ def _daemon(cache: Path, environment: Mapping[str, str]) -> Iterator[dict[str, s
         run = Path(name)  # Short: the path of a socket may have 107 characters at most.
         host = f"unix://{run / 'docker.sock'}"
         command = [
+            # It ends with the process that started it, however that ends. Tests that measure something while
+            # it builds come first.
+            "setpriv",
+            "--pdeathsig=TERM",
+            "nice",
+            "-n10",
             "dockerd",
             f"--host={host}",
             f"--data-root={cache / 'data'}",
@@ -288,6 +311,7 @@ def _daemon(cache: Path, environment: Mapping[str, str]) -> Iterator[dict[str, s
                     tail = "\n".join((cache / "dockerd.log").read_text(errors="replace").splitlines()[-20:])
                     raise NoEngine(f"dockerd did not start; its log ends:\n{tail}")
                 time.sleep(0.2)
+            _require_layers(cache, client)
             yield client
         finally:
             process.terminate()
@@ -296,6 +320,33 @@ def _daemon(cache: Path, environment: Mapping[str, str]) -> Iterator[dict[str, s
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            _unmount_below(run)
+
+
+def _unmount_below(folder: Path) -> None:
+    """What the daemon has left mounted, such as the network that containers share with the machine."""
+    mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for path in reversed(mounted):
+        if path.startswith(f"{folder}/"):
+            _run(["umount", "--lazy", path], check=False)
+
+
+def _require_layers(cache: Path, environment: Mapping[str, str]) -> None:
+    driver = _run(["docker", "info", "--format", "{{.Driver}}"], env=environment).stdout.strip()
+    if driver == "vfs":
+        raise NoEngine(
+            f"the file system of {cache} cannot lay one image layer over another: "
+            "set SPIKELESS_CACHE to a folder on ext4 or xfs"
+        )
+
+
+def _forget_containers(started: Engine) -> None:
+    """Remove what a run that was killed left behind; the daemon would start its services again."""
+    for thing, every in (("container", ["--all"]), ("volume", [])):
+        found = started.docker(thing, "ls", *every, "--quiet").stdout.split()
+        if found:
+            started.docker(thing, "rm", "--force", *found)
+    started.docker("network", "prune", "--force")
 
 
 def _end_orphan(pidfile: Path) -> None:
