@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from string import Template
 
 import pytest
 import yaml
@@ -24,7 +25,12 @@ MANIFESTS = sorted(path for path in KUBERNETES.glob("*.yaml") if path.name != "k
 
 
 def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, **options)
+
+
+def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A Python tool of this very environment, whatever PYTHONPATH and its script's first line say."""
+    return run(sys.executable, "-I", "-m", name, *arguments)
 
 
 # Linters --------------------------------------------------------------------------------------------------
@@ -45,8 +51,8 @@ def test_the_scripts_pass_shellcheck() -> None:
 
 def test_the_stack_fits_the_compose_schema() -> None:
     schema = ["--builtin-schema", "vendor.compose-spec"]
-    done = run(TOOLS / "check-jsonschema", *schema, ROOT / "compose.yaml")
-    assert done.returncode == 0, done.stdout
+    done = run_module("check_jsonschema", *schema, ROOT / "compose.yaml", DOCKER / "compose.gpu.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_service_has_the_least_privilege() -> None:
@@ -86,6 +92,33 @@ def test_images_install_what_is_pinned() -> None:
     for file in (DOCKER / "embedded.txt", DOCKER / "tools.txt"):
         names = {_canonical(line) for line in file.read_text().splitlines() if not line.startswith("#")}
         assert names <= pinned, f"{file.name} names what requirements.txt does not pin: {names - pinned}"
+
+
+def test_build_arguments_choose_the_base_of_the_serving_image() -> None:
+    assert serving_base() == "tensorflow/serving:2.20.0"
+    assert serving_base(TF_SERVING_VARIANT="-gpu") == "tensorflow/serving:2.20.0-gpu"
+    assert serving_base(TF_SERVING_VERSION="2.21.0") == "tensorflow/serving:2.21.0"
+    pinned = "tensorflow/serving:2.20.0@sha256:0123"
+    assert serving_base(TF_SERVING_IMAGE=pinned, TF_SERVING_VARIANT="-gpu") == pinned
+
+
+def serving_base(**arguments: str) -> str:
+    """What the serving image is built on, as BuildKit reads the arguments before the first FROM."""
+    lines = (DOCKER / "Dockerfile").read_text().splitlines()
+    values: dict[str, str] = {}
+    for line in lines[: next(number for number, line in enumerate(lines) if line.startswith("FROM "))]:
+        if line.startswith("ARG "):
+            name, default = line.removeprefix("ARG ").split("=", 1)
+            values[name] = arguments.get(name, Template(default.strip('"')).substitute(values))
+    (base,) = [line.split()[1] for line in lines if line.startswith("FROM ") and line.endswith(" AS serving")]
+    return Template(base).substitute(values)
+
+
+def test_the_server_drains_before_it_is_ended() -> None:
+    service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["server"]
+    period = re.fullmatch(r"\$\{STOP_GRACE_PERIOD:-(\d+)s\}", service["stop_grace_period"])[1]
+    grace = re.search(r"default grace (\d+)", (DOCKER / "entrypoint").read_text())[1]
+    assert int(grace) < int(period)
 
 
 def _canonical(requirement: str) -> str:
@@ -293,8 +326,8 @@ def test_the_manifests_fit_the_kubernetes_schemas() -> None:
         path for path in MANIFESTS if path.name != "servicemonitor.yaml"
     ]  # A custom resource has no schema.
     assert len(own) == 6
-    done = run(TOOLS / "kubernetes-validate", "--strict", *own)
-    assert done.returncode == 0, done.stdout
+    done = run_module("kubernetes_validate", "--strict", *own)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed for resource") == len(own), done.stdout + done.stderr
 
 
