@@ -33,12 +33,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In the order of the folders, so that what takes longest, the containers, begins at once.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# Images and the compose stack on a real container engine, which is prepared from Debian's packages if need be.
+# Images and the compose stack on a real container engine, which is prepared from the distribution's packages if need
+# be; `make test` has them too, and SPIKELESS_CONTAINERS=0 leaves them out there.
 test-containers: $(READY)
-	SPIKELESS_CONTAINERS=1 $(BIN)/python -m pytest tests/bundle/test_containers.py
+	$(BIN)/python -m pytest tests/bundle/test_containers.py
 
 # What reads bytes from outside, along its branches, for FUZZ_SECONDS each. Findings are left in reports/.
 FUZZ_SECONDS ?= 600

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ OWNER = 1234
 class Images:
     """Names of the images, and whether the serving image stands on a stand-in."""
 
+    build: str
     embedded: str
     tools: str
     serving: str
@@ -89,11 +91,13 @@ class Stack:
 
 @pytest.fixture(scope="session")
 def containers() -> Iterator[Engine]:
+    if os.environ.get("SPIKELESS_CONTAINERS") == "0":
+        pytest.skip("SPIKELESS_CONTAINERS=0")
     try:
         with engine() as started:
             yield started
     except NoEngine as reason:
-        pytest.skip(str(reason))
+        pytest.skip(f"no containers: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +105,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of this tree as git would clone them, changes included, owned by somebody."""
     folder = tmp_path_factory.mktemp("clone") / "spikeless"
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        # Whoever the tree belongs to: nothing of it is run by git here.
+        ["git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -142,23 +147,37 @@ def images(containers: Engine, clone: Path) -> Images:
             and containers.docker("pull", image, check=False, timeout=600).returncode == 0
         )
 
-    embedded = target("embedded")
-    official = "tensorflow/serving:2.20.0"
-    stands_in = not pulled(official)
-    base = official
-    if stands_in:
-        base = build("stand-in-base", HERE / "serving_stand_in", f"--build-arg=EMBEDDED={embedded}")
-    prometheus = "prom/prometheus:v3.5.0"
-    if not pulled(prometheus):
-        prometheus = build("stand-in-prometheus", HERE / "prometheus_stand_in", f"--build-arg=BASE={BASE}")
-    return Images(
-        embedded=embedded,
-        tools=target("tools"),
-        serving=target("serving", f"--build-arg=TF_SERVING_IMAGE={base}"),
-        tagger=target("tagger"),
-        prometheus=prometheus,
-        serving_stands_in=stands_in,
-    )
+    def serving() -> tuple[str, str, bool]:
+        embedded, base = target("embedded"), "tensorflow/serving:2.20.0"
+        stands_in = not pulled(base)
+        if stands_in:
+            base = build("stand-in-base", HERE / "serving_stand_in", f"--build-arg=EMBEDDED={embedded}")
+        return embedded, target("serving", f"--build-arg=TF_SERVING_IMAGE={base}"), stands_in
+
+    def prometheus() -> str:
+        image = "prom/prometheus:v3.5.0"
+        if pulled(image):
+            return image
+        return build("stand-in-prometheus", HERE / "prometheus_stand_in", f"--build-arg=BASE={BASE}")
+
+    # Side by side: while one downloads, another one computes. What they share is built once.
+    with ThreadPoolExecutor() as pool:
+        served, tools, tagger, monitor = (
+            pool.submit(serving),
+            pool.submit(target, "tools"),
+            pool.submit(target, "tagger"),
+            pool.submit(prometheus),
+        )
+        embedded, on_base, stands_in = served.result()
+        return Images(
+            build=target("build"),
+            embedded=embedded,
+            tools=tools.result(),
+            serving=on_base,
+            tagger=tagger.result(),
+            prometheus=monitor.result(),
+            serving_stands_in=stands_in,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,29 @@
 """The images and the compose stack, built and run by a real engine.
 
 One stack goes through a day: up on a fresh clone, requests, a hot reload, a measured run, monitoring. Each
-test leaves it serving. See `container_stack` for what is built and when all of this is skipped.
+test leaves it serving. See `container_stack` for what is built, and `engine` for when all of this is skipped.
+SPIKELESS_CONTAINERS=0 leaves it out.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import re
 import shutil
+import ssl
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +32,7 @@ from container_stack import Images, Stack
 from engine import STAND_IN, Engine
 from test_docker_files import dashboard_queries
 
-from spikeless import repository
+from spikeless import bench, repository
 from spikeless.client import Client
 from spikeless.errors import SpikelessError
 from spikeless.manager import State
@@ -38,10 +42,6 @@ from spikeless.tensors import to_proto
 pytestmark = [
     pytest.mark.xdist_group("containers"),
     pytest.mark.timeout(1500),
-    pytest.mark.skipif(
-        "SPIKELESS_CONTAINERS" not in os.environ,
-        reason="it builds every image, which takes minutes and gigabytes: make test-containers",
-    ),
 ]
 
 HERE = Path(__file__).parent
@@ -92,6 +92,10 @@ def available(client: Client, name: str) -> set[int]:
         return {status.version for status in client.statuses(name) if status.state is State.AVAILABLE}
     except SpikelessError:
         return set()
+
+
+def versions_on_disk(stack: Stack) -> set[int]:
+    return set(repository.versions(stack.folder / "models", "boston"))
 
 
 def break_version(source: Path, version: Path) -> None:
@@ -146,6 +150,52 @@ def test_the_tools_have_what_they_need(containers: Engine, images: Images) -> No
     assert "No broken requirements" in containers.docker(*command, "-m", "pip", "check").stdout
 
 
+def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
+    containers: Engine, images: Images, tmp_path: Path
+) -> None:
+    """What each build runs, against a package index whose certificate only the secret vouches for."""
+    folder, certificate = tmp_path / "simple" / "probe", tmp_path / "certificate"
+    folder.mkdir(parents=True)
+    files = {
+        "METADATA": "Metadata-Version: 2.1\nName: probe\nVersion: 1\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(folder / "probe-1-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(f"probe-1.dist-info/{name}", text)
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    make += ["-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=DNS:localhost", "-keyout", tmp_path / "key", "-out", certificate]
+    subprocess.run(make, check=True, capture_output=True)
+    certificate.chmod(0o644)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, tmp_path / "key")
+    index = ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    )
+    index.socket = context.wrap_socket(index.socket, server_side=True)
+    thread = threading.Thread(target=index.serve_forever)
+    thread.start()
+
+    def install(*options: str) -> subprocess.CompletedProcess[str]:
+        url = f"--index-url=https://localhost:{index.server_port}/simple"
+        command = ["run", "--rm", "--network=host", "--env=no_proxy=*", "--env=NO_PROXY=*", *options]
+        command += ["--entrypoint=pip-install", images.build, url, "--no-cache-dir", "--retries=0"]
+        return containers.docker(*command, "--target=/tmp/installed", "probe", check=False)
+
+    try:
+        without, trusted = install(), install(f"--volume={certificate}:/run/secrets/pip_ca:ro")
+    finally:
+        index.shutdown()
+        thread.join()
+        index.server_close()
+    assert without.returncode != 0
+    assert "CERTIFICATE_VERIFY_FAILED" in without.stdout + without.stderr
+    assert trusted.returncode == 0, trusted.stdout + trusted.stderr
+    assert "Successfully installed probe-1" in trusted.stdout
+
+
 def test_the_tagger_trains_in_an_environment_of_its_own(containers: Engine, images: Images) -> None:
     command = ["run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none", images.tagger]
     shown = containers.docker(*command, "--epochs", "1", "--runs", "/tmp/runs", timeout=300).stdout
@@ -155,8 +205,14 @@ def test_the_tagger_trains_in_an_environment_of_its_own(containers: Engine, imag
 # The stack ------------------------------------------------------------------------------------------------
 
 
-def test_compose_accepts_the_file(stack: Stack) -> None:
+def test_compose_accepts_the_files(stack: Stack) -> None:
     stack.compose("--profile", "*", "config", "--quiet")
+    files = ("--file", "compose.yaml", "--file", "docker/compose.gpu.yaml")
+    server = json.loads(stack.compose(*files, "config", "--format", "json").stdout)["services"]["server"]
+    assert server["build"]["args"]["TF_SERVING_VARIANT"] == "-gpu"
+    (device,) = server["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert server["deploy"]["resources"]["limits"]["memory"], "what is not said there stays"
 
 
 def test_up_on_a_fresh_clone_trains_publishes_and_serves(up: Stack, client: Client) -> None:
@@ -250,18 +306,23 @@ def test_a_broken_version_leaves_the_old_one_serving(up: Stack, client: Client) 
 def test_the_bench_profile_writes_a_report(up: Stack, client: Client) -> None:
     environment = {"BENCH_SECONDS": "8", "BENCH_RATE": "50"}
     up.environment.update(environment)
-    before = max(available(client, "boston"))
-    up.compose("run", "--rm", "bench", timeout=300)
+    before = versions_on_disk(up)
+    shown = up.compose("run", "--rm", "bench", timeout=300).stdout
     (page,) = (up.folder / "reports").glob("*/index.html")
     assert "<html" in page.read_text()
     assert page.stat().st_uid == (up.folder / "models").stat().st_uid
     (result,) = page.parent.glob("raw/*.npz")
     assert result.stat().st_size > 0
-    assert (
-        "| 0 |" in (page.parent / "summary.md").read_text()
-        or "errors" in (page.parent / "summary.md").read_text()
-    )
-    up.wait_for(lambda: available(client, "boston") == {before + 1}, "the version that the run published")
+    run = bench.load(result)
+    (published,) = run.facts.publishes
+    assert published.result == f"/models/boston/{max(before) + 1}"
+    assert set(run.requests["version"].tolist()) == {max(before), max(before) + 1}, "the swap was measured"
+    assert not run.requests["code"].any(), "a request failed"
+    # Measuring leaves nothing behind but the report.
+    assert f"version {max(before) + 1}, the copy" in shown
+    assert versions_on_disk(up) == before
+    assert not list((up.folder / "models" / "boston").glob(".measured-*"))
+    assert available(client, "boston") == {max(before)}
 
 
 def test_locust_shows_its_page_and_drives_load_with_its_workers(up: Stack) -> None:
@@ -375,14 +436,19 @@ def test_the_commands_of_the_readme_run(up: Stack, client: Client) -> None:
 # One container --------------------------------------------------------------------------------------------
 
 
+def let_read(models: Path) -> None:
+    """Whatever user an image runs as."""
+    for path in (models, *models.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 @pytest.fixture
 def run(containers: Engine, tmp_path: Path):
     """Starts a server's container on a repository; it is removed at the end."""
     names: list[str] = []
 
     def run(image: str, models: Path, *flags: str, options: tuple[str, ...] = ()) -> str:
-        for path in (models, *models.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        let_read(models)
         for parent in models.parents[:3]:
             parent.chmod(0o755)
         hardened = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
@@ -438,6 +504,41 @@ def test_a_model_that_cannot_be_loaded_keeps_the_container_unhealthy(
     probe = health_of(containers, container)["Log"][-1]
     assert probe["ExitCode"] == 1
     assert "does not answer" in probe["Output"] or "model broken has no AVAILABLE version" in probe["Output"]
+
+
+def test_health_needs_every_model_that_is_configured(
+    containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
+) -> None:
+    models = tmp_path / "models"
+
+    def configure(*names: str) -> None:
+        entries = (
+            f'config {{ name: "{name}" base_path: "/models/{name}" model_platform: "tensorflow" }}'
+            for name in names
+        )
+        staged = models / "staged"
+        staged.write_text(f"model_config_list {{ {' '.join(entries)} }}")
+        let_read(models)
+        staged.rename(models / "models.config")
+
+    def healthy() -> bool:
+        return health_of(containers, container)["Status"] == "healthy"
+
+    repository.publish(saved_models / "times_one", models, "first")
+    configure("first")
+    container = run(images.embedded, models, "--model_config_file_poll_wait_seconds=0.2")
+    wait_for(containers, container, healthy, "health")
+    # One that cannot be loaded comes to it, and is mended.
+    (models / "second").mkdir()
+    break_version(models / "first" / "1", models / "second" / "1")
+    configure("first", "second")
+    wait_for(containers, container, lambda: not healthy(), "ill health")
+    probe = health_of(containers, container)["Log"][-1]
+    assert (probe["ExitCode"], "model second has no AVAILABLE version" in probe["Output"]) == (1, True), probe
+    repository.publish(saved_models / "times_one", models, "second")
+    let_read(models)
+    wait_for(containers, container, healthy, "health")
+    assert "available: first second" in health_of(containers, container)["Log"][-1]["Output"]
 
 
 def test_sigterm_lets_requests_in_progress_end(
