@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import criteo_synthetic
 import matplotlib
-import psutil
 import tensorflow as tf
 from input_pipeline import BLOCK, CYCLE, batches, feature_specification, select
 
 from spikeless import dataset
+from spikeless.bench.machine import describe_machine, source_commit
 
 # Settings -------------------------------------------------------------------------------------------------
 
@@ -165,18 +164,17 @@ for repeat in range(settings.repeats):
 
 # Results --------------------------------------------------------------------------------------------------
 
-command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+commit = source_commit()
+machine = describe_machine()
 record = {
     "benchmark": "input_pipeline",
     "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     "commit": commit,
     "machine": {
-        "cpu": cpu.partition(": ")[2] or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "kernel": platform.release(),
+        "cpu": machine.cpu,
+        "cores": machine.cpus,
+        "memory_bytes": machine.memory,
+        "kernel": machine.kernel,
         "load_before": load,
     },
     "versions": {"python": platform.python_version(), "tensorflow": tf.__version__},
@@ -206,7 +204,7 @@ lines += [
     "",
     f"{record['machine']['cpu']}, {record['machine']['cores']} cores, load average before {load[0]:.1f}; "
     f"TensorFlow {tf.__version__}, Python {platform.python_version()}; {record['time']}, "
-    f"commit {commit[:12]}.",
+    f"commit {commit}.",
 ]
 
 matplotlib.use("svg")
