@@ -28,6 +28,7 @@ from spikeless.warmup.requests import predict
 
 KINDS = ("keras", "module", "sparse")
 WIDTH, IDS, HIDDEN = 64, 32, 256
+BLOCK_ROWS = 1 << 18
 #: The records of a warmup file, and those to replay.
 WARMUP_REQUESTS, REQUESTS = 20, 1000
 
@@ -75,7 +76,13 @@ def _export_module(path: Path, rows: int, seed: int, kind: str) -> None:
     import tensorflow as tf
 
     model = tf.Module()
-    model.table = tf.Variable(tf.random.stateless_uniform([rows, WIDTH], [seed, 1]), name="table")
+    # Mapped from a file: with every step of making and saving it on the heap, a table of 8 GiB takes 24.
+    values = path.with_name(f"{path.name}.values")
+    _write_random(values, rows, seed)
+    table = tf.raw_ops.ImmutableConst(
+        dtype=tf.float32, shape=[rows, WIDTH], memory_region_name=str(values.absolute())
+    )
+    model.table = tf.Variable(table, name="table")
     shapes = [[WIDTH, HIDDEN], [HIDDEN, HIDDEN], [HIDDEN, 1]]
     model.kernels = [
         tf.Variable(tf.random.stateless_normal(shape, [seed, 2 + number]) / 8, name=f"kernel_{number}")
@@ -92,6 +99,16 @@ def _export_module(path: Path, rows: int, seed: int, kind: str) -> None:
 
     model.serve = serve
     tf.saved_model.save(model, str(path), {"serving_default": serve})
+    values.unlink()
+
+
+def _write_random(file: Path, rows: int, seed: int) -> None:
+    """Write float32 ``[rows, WIDTH]``, uniform in [0, 1), block by block."""
+    generator = np.random.default_rng(seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as out:
+        for begin in range(0, rows, BLOCK_ROWS):
+            out.write(generator.random((min(BLOCK_ROWS, rows - begin), WIDTH), np.float32).data)
 
 
 @click.command()
