@@ -54,7 +54,7 @@ class Calls:
 
     @contextmanager
     def counted(self, spec: model_pb2.ModelSpec, api: str) -> Iterator[Call]:
-        """Count what happens inside as one call of ``api``: ``Predict``, ``Classify``, ..."""
+        """Count what happens inside as one call of ``api``: ``Predict``, or ``predict`` over REST, ..."""
         call, metrics = Call(self._core, spec), self._metrics
         if metrics is None:
             yield call

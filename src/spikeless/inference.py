@@ -9,6 +9,7 @@ differ.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -61,12 +62,14 @@ class Model:
         check_method_names: a signature's method name must fit the call. Off by default, as in TensorFlow
             Serving (``--enable_signature_method_name_check``), because TensorFlow 2 exports know no method
             but Predict.
+        on_run: told of each run of the session: ``Predict``, ``Classify``, ..., and the seconds that it took.
     """
 
     session: Session
     version: int | None = None
     tensor_content: bool = False
     check_method_names: bool = False
+    on_run: Callable[[str, float], None] | None = None
 
     @property
     def signature_defs(self) -> dict[str, meta_graph_pb2.SignatureDef]:
@@ -118,8 +121,18 @@ class Model:
             )
         feeds = _feeds(signature, inputs, convert)
         aliases = _requested_outputs(signature, output_filter)
-        outputs = self.session.run(feeds, [signature.outputs[alias].name for alias in aliases], timeout)
-        return dict(zip(aliases, outputs, strict=True))
+        fetches = [signature.outputs[alias].name for alias in aliases]
+        return dict(zip(aliases, self._run_session("Predict", feeds, fetches, timeout), strict=True))
+
+    def _run_session(
+        self, api: str, feeds: dict[str, _Array], fetches: list[str], timeout: float | None
+    ) -> list[_Array]:
+        if self.on_run is None:
+            return self.session.run(feeds, fetches, timeout)
+        started = time.perf_counter()
+        outputs = self.session.run(feeds, fetches, timeout)
+        self.on_run(api, time.perf_counter() - started)
+        return outputs
 
     def classify(
         self, request: classification_pb2.ClassificationRequest, timeout: float | None = None
@@ -127,7 +140,7 @@ class Model:
         """Examples in, classes with scores out."""
         key, signature = self._examples_signature(request.model_spec, CLASSIFY_METHOD)
         feed, fetches = _classify_tensors(signature)
-        count, outputs = self._run_examples(request.input, feed, fetches, timeout)
+        count, outputs = self._run_examples("Classify", request.input, feed, fetches, timeout)
         return classification_pb2.ClassificationResponse(
             model_spec=self._model_spec(request.model_spec.name, key),
             result=_classification_result(signature, count, outputs),
@@ -139,7 +152,7 @@ class Model:
         """Examples in, one number each out."""
         key, signature = self._examples_signature(request.model_spec, REGRESS_METHOD)
         feed, fetches = _regress_tensors(signature)
-        count, outputs = self._run_examples(request.input, feed, fetches, timeout)
+        count, outputs = self._run_examples("Regress", request.input, feed, fetches, timeout)
         return regression_pb2.RegressionResponse(
             model_spec=self._model_spec(request.model_spec.name, key),
             result=_regression_result(signature, count, outputs),
@@ -173,7 +186,9 @@ class Model:
             raise InvalidArgument("Input tensor must be the same for all Signatures.")
         if not feeds:
             raise InvalidArgument("MultiInferenceRequest has no tasks.")
-        count, values = self._run_examples(request.input, feeds.pop(), sorted(fetches), timeout)
+        count, values = self._run_examples(
+            "MultiInference", request.input, feeds.pop(), sorted(fetches), timeout
+        )
         response = inference_pb2.MultiInferenceResponse()
         for task, key, signature in tasks:
             result = response.results.add(model_spec=self._model_spec(task.model_spec.name, key))
@@ -208,10 +223,10 @@ class Model:
             )
 
     def _run_examples(
-        self, examples: input_pb2.Input, feed: str, fetches: list[str], timeout: float | None
+        self, api: str, examples: input_pb2.Input, feed: str, fetches: list[str], timeout: float | None
     ) -> tuple[int, dict[str, _Array]]:
         serialized = _serialized_examples(examples)
-        outputs = self.session.run({feed: serialized}, fetches, timeout)
+        outputs = self._run_session(api, {feed: serialized}, fetches, timeout)
         return len(serialized), dict(zip(fetches, outputs, strict=True))
 
     def _model_spec(self, name: str, signature: str) -> model_pb2.ModelSpec:

@@ -6,18 +6,29 @@ optimised and has run.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from spikeless import modelconfig, warmup
+from spikeless.errors import SpikelessError
 from spikeless.inference import Model
 from spikeless.protos import config_pb2
 from spikeless.runtime import Session
 
 _log = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Who wants to know what loading and running take, in seconds; ``spikeless.metrics.Metrics`` does."""
+
+    def load_failed(self, path: Path) -> None: ...
+    def restored(self, name: str, version: int, path: Path, seconds: float) -> None: ...
+    def warmed(self, name: str, version: int, path: Path, seconds: float, records: int) -> None: ...
+    def ran(self, name: str, api: str, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,8 @@ class ModelLoader:
     num_request_iterations_for_warmup: int = 1
     enable_serialization_as_tensor_content: bool = False
     enable_signature_method_name_check: bool = False
-    #: Told of each version that was loaded: its name, number, seconds to restore, seconds to warm, records.
-    on_loaded: Callable[[str, int, float, float, int], None] | None = None
+    #: Told of every load and run.
+    observer: Observer | None = None
     #: Further settings of every session, as in a platform configuration file.
     session_config: config_pb2.ConfigProto = field(default_factory=config_pb2.ConfigProto)
 
@@ -50,15 +61,24 @@ class ModelLoader:
             config.inter_op_parallelism_threads = self.inter_op_parallelism
         if self.intra_op_parallelism:
             config.intra_op_parallelism_threads = self.intra_op_parallelism
+        observer = self.observer
         started = time.monotonic()
-        session = Session.load(path, self.saved_model_tags, config)
+        try:
+            session = Session.load(path, self.saved_model_tags, config)
+        except SpikelessError:
+            if observer is not None:
+                observer.load_failed(path)
+            raise
         model = Model(
             session,
             version,
             tensor_content=self.enable_serialization_as_tensor_content,
             check_method_names=self.enable_signature_method_name_check,
+            on_run=None if observer is None else functools.partial(observer.ran, name),
         )
         loaded = time.monotonic()
+        if observer is not None:
+            observer.restored(name, version, path, loaded - started)
         _log.info("restored %s version %d in %.0f ms", name, version, 1000 * (loaded - started))
         try:
             records = self._warm(model, path)
@@ -69,8 +89,8 @@ class ModelLoader:
         if self.enable_model_warmup:
             elapsed = 1000 * (warmed - loaded)
             _log.info("warmed %s version %d with %d records in %.0f ms", name, version, records, elapsed)
-        if self.on_loaded is not None:
-            self.on_loaded(name, version, loaded - started, warmed - loaded, records)
+        if observer is not None:
+            observer.warmed(name, version, path, warmed - loaded, records)
         return model
 
     def _warm(self, model: Model, path: Path) -> int:

@@ -5,12 +5,17 @@ below the REST port, at the path of ``--monitoring_config_file``:
 
     prometheus_config { enable: true, path: "/monitoring/prometheus/metrics" }
 
-TensorFlow Serving's metrics, in microseconds, have no version among their labels:
+TensorFlow Serving's metrics, in microseconds, have no version among their labels. ``API`` is ``Predict``,
+``Classify``, ... over gRPC and for the runtime, and ``predict``, ``classify``, ... over REST, as it is there:
 
     :tensorflow:serving:request_count                 calls, by model_name, status (OK, NOT_FOUND, ...)
     :tensorflow:serving:request_latency               of calls that succeeded, by model_name, API, entrypoint
+    :tensorflow:serving:runtime_latency               in TensorFlow alone, by model_name, API, runtime (TF1)
     :tensorflow:serving:request_example_counts        examples in a Classify or Regress call, by model
     :tensorflow:serving:request_example_count_total   the same, added up
+    :tensorflow:serving:model_warmup_latency          of whole warmup files, by model_path, status
+    :tensorflow:cc:saved_model:load_attempt_count     loads, by model_path, status (success, fail)
+    :tensorflow:cc:saved_model:load_latency           of loads that succeeded, added up, by model_path
 
 Those that begin with ``spikeless_`` are this engine's own, in seconds and bytes:
 
@@ -37,6 +42,10 @@ What to ask of them, in PromQL:
     # which version is being served, and how much of the traffic it takes
     spikeless_version_state{state="AVAILABLE"} == 1
     sum by (version) (rate(spikeless_call_latency_seconds_count{model_name="boston"}[1m]))
+    # how much of a call is spent outside TensorFlow, in milliseconds
+    (sum by (model_name) (rate(:tensorflow:serving:request_latency_sum[1m]))
+        - sum by (model_name) (rate(:tensorflow:serving:runtime_latency_sum[1m])))
+        / sum by (model_name) (rate(:tensorflow:serving:request_latency_count[1m])) / 1000
     # alert: a version could not be loaded, or is loading for more than five minutes
     increase(spikeless_load_failures_total[10m]) > 0
     min_over_time(spikeless_version_state{state="LOADING"}[5m]) == 1
@@ -46,11 +55,13 @@ What to ask of them, in PromQL:
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
@@ -58,7 +69,6 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     disable_created_metrics,
     generate_latest,
 )
@@ -114,71 +124,96 @@ class Metrics:
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = CollectorRegistry()
-        labels = ["model_name", "version", "API", "entrypoint", "status"]
-        # The client library ends the names of its counters in _total, which this one must not have.
-        self._requests = _PlainCounter(
+        registry = self._registry = CollectorRegistry()
+        self._requests = _Counter(
             ":tensorflow:serving:request_count",
             "The total number of requests.",
             ("model_name", "status"),
-            self._registry,
+            registry,
         )
-        self._latency = Histogram(
+        self._latency = _Histogram(
             ":tensorflow:serving:request_latency",
             "Distribution of wall time (in microseconds) for TensorFlow Serving requests.",
-            ["model_name", "API", "entrypoint"],
-            buckets=MICROSECONDS,
-            registry=self._registry,
+            ("model_name", "API", "entrypoint"),
+            MICROSECONDS,
+            registry,
         )
-        self._example_counts = Histogram(
+        self._runtime = _Histogram(
+            ":tensorflow:serving:runtime_latency",
+            "Distribution of wall time (in microseconds) for TensorFlow's runtime.",
+            ("model_name", "API", "runtime"),
+            MICROSECONDS,
+            registry,
+        )
+        self._example_counts = _Histogram(
             ":tensorflow:serving:request_example_counts",
             "The number of tensorflow.Examples per request.",
-            ["model"],
-            buckets=EXAMPLES,
-            registry=self._registry,
+            ("model",),
+            EXAMPLES,
+            registry,
         )
-        self._examples = Counter(
-            ":tensorflow:serving:request_example_count",
+        self._examples = _Counter(
+            ":tensorflow:serving:request_example_count_total",
             "The total number of tensorflow.Examples.",
-            ["model"],
-            registry=self._registry,
+            ("model",),
+            registry,
         )
-        self._calls = Histogram(
+        self._warmup = _Histogram(
+            ":tensorflow:serving:model_warmup_latency",
+            "Distribution of wall time (in microseconds) for warming up a version.",
+            ("model_path", "status"),
+            MICROSECONDS,
+            registry,
+        )
+        self._load_attempts = _Counter(
+            ":tensorflow:cc:saved_model:load_attempt_count",
+            "The number of times a SavedModel was loaded or could not be.",
+            ("model_path", "status"),
+            registry,
+        )
+        self._load_latency = _Counter(
+            ":tensorflow:cc:saved_model:load_latency",
+            "Wall time (in microseconds) of loads that succeeded.",
+            ("model_path",),
+            registry,
+        )
+        self._calls = _Histogram(
             "spikeless_call_latency_seconds",
             "Wall time of calls, by version.",
-            labels,
-            buckets=SECONDS,
-            registry=self._registry,
+            ("model_name", "version", "API", "entrypoint", "status"),
+            SECONDS,
+            registry,
         )
         self._in_progress = Gauge(
-            "spikeless_calls_in_progress", "Calls being answered.", ["entrypoint"], registry=self._registry
+            "spikeless_calls_in_progress", "Calls being answered.", ["entrypoint"], registry=registry
         )
         version = ["model_name", "version"]
         self._states = Gauge(
             "spikeless_version_state",
             "1 for the state that a version is in.",
             [*version, "state"],
-            registry=self._registry,
+            registry=registry,
         )
         self._load_seconds = Gauge(
-            "spikeless_version_load_seconds", "Time to restore a version.", version, registry=self._registry
+            "spikeless_version_load_seconds", "Time to restore a version.", version, registry=registry
         )
         self._warmup_seconds = Gauge(
-            "spikeless_version_warmup_seconds", "Time to warm a version up.", version, registry=self._registry
+            "spikeless_version_warmup_seconds", "Time to warm a version up.", version, registry=registry
         )
         self._warmup_records = Gauge(
-            "spikeless_version_warmup_records", "Warmup records replayed.", version, registry=self._registry
+            "spikeless_version_warmup_records", "Warmup records replayed.", version, registry=registry
         )
         self._load_failures = Counter(
-            "spikeless_load_failures", "Loads that failed.", ["model_name", "status"], registry=self._registry
+            "spikeless_load_failures", "Loads that failed.", ["model_name", "status"], registry=registry
         )
-        self._registry.register(_Memory())
-        self._lock = threading.Lock()
-        self._series: dict[tuple[str, str], set[tuple[str, ...]]] = {}
+        registry.register(_Memory())
+        self._paths: dict[tuple[str, int], str] = {}
 
     def page(self) -> bytes:
         """The text for Prometheus."""
         return generate_latest(self._registry)
+
+    # --- calls --------------------------------------------------------------------------------------
 
     def started(self, entrypoint: str) -> None:
         """A call has begun."""
@@ -189,19 +224,22 @@ class Metrics:
     ) -> None:
         """A call of the model ``name`` has ended; ``version`` is None when it found no model."""
         self._in_progress.labels(entrypoint).dec()
-        self._requests.inc(name, code.name)
+        self._requests.add(1, name, code.name)
         if code is Code.OK:
-            self._latency.labels(name, api, entrypoint).observe(seconds * 1e6)
+            self._latency.observe(seconds * 1e6, name, api, entrypoint)
         number = "" if version is None else str(version)
-        labels = (name, number, api, entrypoint, code.name)
-        self._calls.labels(*labels).observe(seconds)
-        with self._lock:
-            self._series.setdefault((name, number), set()).add(labels)
+        self._calls.observe(seconds, name, number, api, entrypoint, code.name)
 
     def examples(self, name: str, count: int) -> None:
         """A Classify, Regress or MultiInference call with ``count`` examples."""
-        self._example_counts.labels(name).observe(count)
-        self._examples.labels(name).inc(count)
+        self._example_counts.observe(count, name)
+        self._examples.add(count, name)
+
+    def ran(self, name: str, api: str, seconds: float) -> None:
+        """A call was in TensorFlow for ``seconds``; so are warmup records."""
+        self._runtime.observe(seconds * 1e6, name, api, "TF1")
+
+    # --- versions -----------------------------------------------------------------------------------
 
     def version_changed(self, name: str, status: VersionStatus) -> None:
         """A version has entered a state. The series of one that has ended go, so that they stay few."""
@@ -216,38 +254,109 @@ class Metrics:
             self._states.remove(name, version, state.name)
         for gauge in (self._load_seconds, self._warmup_seconds, self._warmup_records):
             gauge.remove_by_labels({"model_name": name, "version": version})
-        with self._lock:
-            series = self._series.pop((name, version), set())
-        for labels in series:
-            self._calls.remove(*labels)
+        self._calls.drop(name, version)
+        path = self._paths.pop((name, status.version), None)
+        if path is not None:
+            for series in (self._load_latency, self._load_attempts, self._warmup):
+                series.drop(path)
 
-    def loaded(self, name: str, version: int, load: float, warmup: float, records: int) -> None:
-        """A version was restored in ``load`` seconds and warmed with ``records`` in ``warmup`` seconds."""
-        self._load_seconds.labels(name, str(version)).set(load)
-        self._warmup_seconds.labels(name, str(version)).set(warmup)
+    def load_failed(self, path: Path) -> None:
+        """The version in ``path`` could not be restored; it may be tried again."""
+        self._load_attempts.add(1, str(path), "fail")
+
+    def restored(self, name: str, version: int, path: Path, seconds: float) -> None:
+        """The version in ``path`` was restored, and will be warmed."""
+        self._paths[name, version] = str(path)
+        self._load_attempts.add(1, str(path), "success")
+        self._load_latency.add(round(seconds * 1e6), str(path))
+        self._load_seconds.labels(name, str(version)).set(seconds)
+
+    def warmed(self, name: str, version: int, path: Path, seconds: float, records: int) -> None:
+        """It was warmed with so many records."""
+        if records:
+            self._warmup.observe(seconds * 1e6, str(path), Code.OK.name)
+        self._warmup_seconds.labels(name, str(version)).set(seconds)
         self._warmup_records.labels(name, str(version)).set(records)
 
 
-class _PlainCounter(Collector):
-    """A counter that is exported under exactly its name."""
+_Cell = TypeVar("_Cell")
+
+
+class _Series(Collector, Generic[_Cell]):
+    """A metric with a cell for each combination of label values.
+
+    The classes of the client library end the names of all counters in ``_total`` and write the bounds of
+    histograms with all their digits; queries and dashboards for TensorFlow Serving have neither.
+    """
+
+    kind = "unknown"
 
     def __init__(self, name: str, text: str, labels: tuple[str, ...], registry: CollectorRegistry) -> None:
         self._name, self._text, self._labels = name, text, labels
-        self._values: dict[tuple[str, ...], int] = {}
+        self._cells: dict[tuple[str, ...], _Cell] = {}
         self._lock = threading.Lock()
         registry.register(self)
 
-    def inc(self, *labels: str) -> None:
+    def drop(self, *labels: str) -> None:
+        """Forget the cells whose first labels have these values."""
         with self._lock:
-            self._values[labels] = self._values.get(labels, 0) + 1
+            for key in [key for key in self._cells if key[: len(labels)] == labels]:
+                del self._cells[key]
 
-    def collect(self) -> Iterable[Metric]:
-        metric = Metric(self._name, self._text, "unknown")
+    def collect(self) -> Iterator[Metric]:
+        metric = Metric(self._name, self._text, self.kind)
         with self._lock:
-            values = dict(self._values)
-        for labels, value in values.items():
-            metric.add_sample(self._name, dict(zip(self._labels, labels, strict=True)), value)
+            for key, cell in self._cells.items():
+                self._sample(metric, dict(zip(self._labels, key, strict=True)), cell)
         yield metric
+
+    def _sample(self, metric: Metric, labels: dict[str, str], cell: _Cell) -> None:
+        raise NotImplementedError
+
+
+class _Counter(_Series[int]):
+    """Sums of whole numbers."""
+
+    def add(self, value: int, *labels: str) -> None:
+        with self._lock:
+            self._cells[labels] = self._cells.get(labels, 0) + value
+
+    def _sample(self, metric: Metric, labels: dict[str, str], cell: int) -> None:
+        metric.add_sample(self._name, labels, cell)
+
+
+class _Histogram(_Series[list[float]]):
+    """Distributions: a cell is the number of values in each bucket, and at its end their sum."""
+
+    kind = "histogram"
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        labels: tuple[str, ...],
+        bounds: tuple[float, ...],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._bounds = bounds
+        self._texts = [*(f"{bound:g}" for bound in bounds), "+Inf"]
+        super().__init__(name, text, labels, registry)
+
+    def observe(self, value: float, *labels: str) -> None:
+        bucket = bisect.bisect_left(self._bounds, value)
+        with self._lock:
+            cell = self._cells.get(labels)
+            if cell is None:
+                cell = self._cells[labels] = [0] * (len(self._texts) + 1)
+            cell[bucket] += 1
+            cell[-1] += value
+
+    def _sample(self, metric: Metric, labels: dict[str, str], cell: list[float]) -> None:
+        *counts, total = cell
+        for text, count in zip(self._texts, itertools.accumulate(counts), strict=True):
+            metric.add_sample(f"{self._name}_bucket", {**labels, "le": text}, count)
+        metric.add_sample(f"{self._name}_sum", labels, total)
+        metric.add_sample(f"{self._name}_count", labels, sum(counts))
 
 
 class _Memory(Collector):

@@ -97,7 +97,7 @@ class Server:
             path := read_monitoring_path(settings.monitoring_config_file)
         ):
             self._metrics, self._metrics_path = Metrics(), path
-            loader = replace(loader, on_loaded=self._metrics.loaded)
+            loader = replace(loader, observer=self._metrics)
         self.core = ServerCore(loader, settings.core)
         if self._metrics is not None:
             self.core.manager.add_listener(self._metrics.version_changed)

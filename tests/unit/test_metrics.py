@@ -42,6 +42,7 @@ def test_calls() -> None:
     metrics.started("GRPC")
     metrics.ended("", None, "Predict", "GRPC", Code.NOT_FOUND, 0.1)
     metrics.examples("boston", 5)
+    metrics.ran("boston", "Predict", 0.0004)
     labels = 'API="Predict",entrypoint="GRPC"'
     version = f'{labels},model_name="boston",status="OK",version="3"'
     expected = {
@@ -51,6 +52,11 @@ def test_calls() -> None:
         # Microseconds, and only of calls that succeeded.
         f':tensorflow:serving:request_latency_sum{{{labels},model_name="boston"}} 500.0',
         f':tensorflow:serving:request_latency_count{{{labels},model_name="boston"}} 1.0',
+        # The bounds are written with six digits, and hold what is not above them.
+        f':tensorflow:serving:request_latency_bucket{{{labels},le="340.122",model_name="boston"}} 0.0',
+        f':tensorflow:serving:request_latency_bucket{{{labels},le="612.22",model_name="boston"}} 1.0',
+        f':tensorflow:serving:request_latency_bucket{{{labels},le="+Inf",model_name="boston"}} 1.0',
+        ':tensorflow:serving:runtime_latency_sum{API="Predict",model_name="boston",runtime="TF1"} 400.0',
         ':tensorflow:serving:request_example_count_total{model="boston"} 5.0',
         f"spikeless_call_latency_seconds_sum{{{version}}} 0.0005",
         'spikeless_calls_in_progress{entrypoint="GRPC"} 0.0',
@@ -64,7 +70,10 @@ def test_versions_come_and_go() -> None:
     metrics.version_changed("boston", VersionStatus(1, State.LOADING))
     labels = 'model_name="boston",state="{}",version="1"'
     assert f"spikeless_version_state{{{labels.format('LOADING')}}} 1.0" in lines(metrics)
-    metrics.loaded("boston", 1, 0.25, 0.5, 7)
+    path = Path("/models/boston/1")
+    metrics.load_failed(path)
+    metrics.restored("boston", 1, path, 0.25)
+    metrics.warmed("boston", 1, path, 0.5, 7)
     metrics.version_changed("boston", VersionStatus(1, State.AVAILABLE))
     metrics.started("REST")
     metrics.ended("boston", 1, "Predict", "REST", Code.OK, 0.1)
@@ -75,10 +84,15 @@ def test_versions_come_and_go() -> None:
         f"spikeless_version_load_seconds{{{one}}} 0.25",
         f"spikeless_version_warmup_seconds{{{one}}} 0.5",
         f"spikeless_version_warmup_records{{{one}}} 7.0",
+        ':tensorflow:cc:saved_model:load_attempt_count{model_path="/models/boston/1",status="fail"} 1.0',
+        ':tensorflow:cc:saved_model:load_attempt_count{model_path="/models/boston/1",status="success"} 1.0',
+        ':tensorflow:cc:saved_model:load_latency{model_path="/models/boston/1"} 250000.0',
+        ':tensorflow:serving:model_warmup_latency_sum{model_path="/models/boston/1",status="OK"} 500000.0',
     }
     assert expected <= lines(metrics), expected - lines(metrics)
     metrics.version_changed("boston", VersionStatus(1, State.END))
-    assert not any('version="1"' in line for line in lines(metrics)), "its series are gone"
+    gone = ('version="1"', "/models/boston/1")
+    assert not any(text in line for line in lines(metrics) for text in gone), "its series are gone"
     metrics.version_changed("boston", VersionStatus(2, State.END, DataLoss("truncated")))
     assert 'spikeless_load_failures_total{model_name="boston",status="DATA_LOSS"} 1.0' in lines(metrics)
 
