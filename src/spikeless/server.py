@@ -41,6 +41,8 @@ class ServerSettings:
 
     #: The gRPC port; 0 picks a free one.
     port: int = 8500
+    #: A UNIX socket that the gRPC API listens on as well.
+    grpc_socket_path: str = ""
     #: The address to listen on. TensorFlow Serving listens on all; this one has to be told to.
     host: str = "127.0.0.1"
     model_name: str = "default"
@@ -77,6 +79,13 @@ def _single_model_config(name: str, base_path: str) -> model_server_config_pb2.M
         name=name, base_path=os.path.abspath(base_path), model_platform="tensorflow"
     )
     return config
+
+
+def _bind(server: grpc.Server, address: str) -> int:
+    try:
+        return int(server.add_insecure_port(address))
+    except RuntimeError:
+        raise Unavailable(f"cannot listen on {address}: is it right, and free?") from None
 
 
 class Server:
@@ -147,11 +156,9 @@ class Server:
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionServicer(calls), server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core, calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        address = f"{self.settings.host}:{self.settings.port}"
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError:
-            raise Unavailable(f"cannot listen on {address}: is it right, and the port free?") from None
+        port = _bind(server, f"{self.settings.host}:{self.settings.port}")
+        if self.settings.grpc_socket_path:
+            _bind(server, f"unix:{self.settings.grpc_socket_path}")
         self._update_health()
         server.start()
         self._grpc = server

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from spikeless.cli import main
@@ -19,6 +21,14 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 1
     assert (
         capsys.readouterr().err == "spikeless: error: cannot read /no/such/file: No such file or directory\n"
+    )
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert re.fullmatch(
+        r"TensorFlow ModelServer: .*spikeless \S+\nTensorFlow Library: \d+\.\d+\.\d+\n",
+        capsys.readouterr().out,
     )
 
 

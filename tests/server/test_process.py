@@ -6,6 +6,8 @@ import http.client
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +127,36 @@ def test_loading_threads_can_give_way(
         running.wait("times", {2: State.AVAILABLE, 1: State.END})
         assert threads(os.SCHED_IDLE) == idle
         assert threads(os.SCHED_OTHER) >= ordinary - idle
+
+
+def test_a_unix_socket(models: Path, tmp_path: Path, serve: ServerFactory) -> None:
+    path = tmp_path / "socket"
+    with (
+        serve(f"--grpc_socket_path={path}", model_name="times", model_base_path=models) as running,
+        Client(f"unix:{path}") as client,
+    ):
+        assert client.predict("times", X)["y"] == running.client.predict("times", X)["y"] == [1]
+
+
+def test_port_0_is_a_free_one(embedded: None, models: Path) -> None:
+    command = [sys.executable, "-m", "spikeless", "serve", "--port=0"]
+    command += ["--model_name=times", f"--model_base_path={models}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            target = process.stdout.readline().split()[-1]
+            with Client(target) as client:
+                assert client.predict("times", X)["y"] == [1]
+        finally:
+            process.terminate()
+
+
+def test_packed_messages(shared: Running) -> None:
+    with grpc.insecure_channel(shared.server.target, compression=grpc.Compression.Gzip) as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        request = predict_pb2.PredictRequest(model_spec=model_spec("times", version=2))
+        request.inputs["x"].CopyFrom(to_proto(np.ones(10_000, np.float32)))
+        assert set(stub.Predict(request, timeout=60).outputs["y"].float_val) == {2.0}
 
 
 def test_health(embedded: None, shared: Running) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
+from spikeless import __version__, runtime
 from spikeless.core import CoreSettings
 from spikeless.loader import ModelLoader
 from spikeless.manager import ManagerSettings
@@ -60,8 +61,16 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function]
     return click.option(f"--{name}", name, type=kind, default=default, show_default=True, help=text, **extra)
 
 
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"TensorFlow ModelServer: embedded, spikeless {__version__}")
+        click.echo(f"TensorFlow Library: {runtime.version()}")
+        context.exit()
+
+
 @click.command()
 @_flag("port", _PORT, 8500, "Port of the gRPC API; 0 picks a free one.")
+@_flag("grpc_socket_path", str, "", "UNIX socket that the gRPC API listens on as well.")
 @_flag("rest_api_port", _PORT, 0, "Port of the REST API; 0: no REST API.")
 @_flag("rest_api_num_threads", _THREADS, 4 * (os.cpu_count() or 1), "Requests that REST answers at once.")
 @_flag("rest_api_timeout_in_ms", int, 30_000, "Milliseconds that a REST call may run.")
@@ -92,6 +101,7 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> Callable[[_Function]
     "grpc_max_threads", _THREADS, 4 * (os.cpu_count() or 1), "Calls in progress at once; more are refused."
 )
 @_flag("grpc_channel_arguments", str, "", "Comma-separated name=value arguments of the gRPC server.")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version)
 @_flag("grace", float, 10.0, "Seconds that requests in progress have to end after SIGTERM.")
 def command(**flags: Any) -> None:
     """Serve models with the embedded engine; flags are TensorFlow Serving's.
@@ -134,6 +144,7 @@ def _settings(flags: dict[str, Any]) -> ServerSettings:
     return ServerSettings(
         port=flags["port"],
         host=flags["host"],
+        grpc_socket_path=flags["grpc_socket_path"],
         model_name=flags["model_name"],
         model_base_path=flags["model_base_path"],
         model_config_file=flags["model_config_file"],
