@@ -16,13 +16,15 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import create_server
+from waitress.task import ErrorTask
 
 from spikeless import restjson
 from spikeless.calls import SIGNATURES, Call, Calls
@@ -39,9 +41,10 @@ from spikeless.savedmodel import DEFAULT_SIGNATURE
 
 _log = logging.getLogger(__name__)
 
-_MODEL = r"/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?"
-_CALL_PATH = re.compile(rf"(?i:{_MODEL}):(classify|regress|predict)", re.ASCII)
-_MODEL_PATH = re.compile(rf"(?i:{_MODEL})(?:/(metadata))?", re.ASCII)
+_VERSION = r"(?:/versions/(\d+)|/labels/([^/:]+))?"
+_CALL_PATH = re.compile(rf"(?i:/v1/models/([^/:]+){_VERSION}):(classify|regress|predict)", re.ASCII)
+#: Without a name it is a path too, which is refused with a message of its own.
+_MODEL_PATH = re.compile(rf"(?i:/v1/models(?:/([^/:]+))?{_VERSION})(?:/(metadata))?", re.ASCII)
 _MAX_VERSION = (1 << 63) - 1
 
 #: ``ToHTTPStatusCode`` in ``http_server.cc``; whatever is missing here is 500.
@@ -108,10 +111,12 @@ class RestApi:
         self._timeout = settings.timeout_in_ms / 1000 if settings.timeout_in_ms > 0 else None
 
     def __call__(self, environ: _Environ, start_response: _StartResponse) -> Iterable[bytes]:
-        path = urlsplit(environ["REQUEST_URI"]).path
-        if self._metrics is not None and path == self._metrics_path:
+        parts = urlsplit(environ["REQUEST_URI"])
+        if self._metrics is not None and parts.path == self._metrics_path:
             start_response("200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")])
             return [self._metrics.page()]
+        # As for TensorFlow Serving, a query is part of the path, where it fits nothing.
+        path = urlunsplit(("", "", *parts[2:])) if parts.query or parts.fragment else parts.path
         headers = [_JSON, *(_CORS if self._settings.enable_cors_support else ())]
         if not path.lower().startswith("/v1/"):
             start_response("404 Not Found", headers)
@@ -135,17 +140,17 @@ class RestApi:
         if method == "POST" and (match := _CALL_PATH.fullmatch(path)):
             return self._call(match[4], _model_spec(match), environ)
         if method == "GET" and (match := _MODEL_PATH.fullmatch(path)):
+            if not match[1]:
+                raise InvalidArgument("Missing model name in request.")
             spec = _model_spec(match)
             return self._metadata(spec) if match[4] else self._status(spec)
-        if method == "GET" and path.lower() == "/v1/models":
-            raise InvalidArgument("Missing model name in request.")
         if method == "OPTIONS" and self._settings.enable_cors_support:
             return b""
         raise InvalidArgument(f"Malformed request: {method} {path}")
 
     def _call(self, method: str, spec: model_pb2.ModelSpec, environ: _Environ) -> bytes:
         answer = {"predict": self._predict, "classify": self._classify, "regress": self._regress}
-        with self._calls.counted(spec, method.capitalize()) as call:
+        with self._calls.counted(spec, method) as call:
             if environ["waitress.client_disconnected"]():
                 raise Cancelled("the client went away before its request was looked at")
             document = restjson.parse(self._body(environ))
@@ -235,9 +240,34 @@ def _to_json(message: Message) -> str:
     )
 
 
+class _Parser(HTTPRequestParser):  # type: ignore[misc]
+    """Answers 400 to a request line that waitress hangs up on, such as one with half an IPv6 address."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            raise ParsingError(str(error)) from None
+
+
+class _ErrorTask(ErrorTask):  # type: ignore[misc]
+    """What is refused before it reaches the application gets an error body like everything else."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        body = restjson.error_body(f"{error.reason}: {error.body}")
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(_JSON)
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
 class _Channel(HTTPChannel):  # type: ignore[misc]
     """A connection that gives up on a request that takes too long to arrive, however it drips."""
 
+    parser_class = _Parser
+    error_task_class = _ErrorTask
     _began: float | None = None
 
     def readable(self) -> bool:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from spikeless.errors import InvalidArgument, Unimplemented
+from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
 from spikeless.protos import (
     classification_pb2,
     example_pb2,
@@ -37,7 +38,7 @@ from spikeless.protos import (
     types_pb2,
 )
 from spikeless.savedmodel import TensorSpec
-from spikeless.tensors import data_type, dtype_name, numpy_dtype
+from spikeless.tensors import MAX_RANK, data_type, dtype_name, numpy_dtype
 
 SIGNATURE_KEY = "signature_name"
 INSTANCES_KEY = "instances"
@@ -72,9 +73,10 @@ _JSON_TYPES = {
     str: "String",
     int: "Number",
     float: "Number",
-    bool: "Bool",
     type(None): "Null",
 }
+#: What an element of a ``tf.Example`` becomes, by its Python type.
+_FEATURE_KINDS = {str: "bytes", dict: "bytes", int: "int64", bool: "int64", float: "float"}
 
 
 def parse(body: bytes | str) -> dict[str, Any]:
@@ -172,15 +174,20 @@ def _from_rows(document: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> 
                 "as per tensorinfo_map"
             )
         (spec,) = specs.values()
-        return {spec.alias: _tensor(rows, spec, "'instances' list")}
+        return {spec.alias: _row_tensor(rows, spec)}
     for number, row in enumerate(rows):
         if row.keys() != specs.keys():
+            for name in row.keys() - specs.keys():
+                raise InvalidArgument(
+                    f"Failed to process element: {number} key: {name} of 'instances' list. Error: "
+                    f"INVALID_ARGUMENT: JSON object: does not have named input: {name}"
+                )
             raise InvalidArgument(
                 f"Failed to process element: {number} of 'instances' list. JSON object: {_text(row)} keys "
                 f"must be equal to: {','.join(sorted(specs))}"
             )
     return {
-        alias: _tensor([row[alias] for row in rows], spec, f"key: {alias} of 'instances' list")
+        alias: _row_tensor([row[alias] for row in rows], spec, f" key: {alias}")
         for alias, spec in specs.items()
     }
 
@@ -193,12 +200,12 @@ def _from_columns(columns: Any, specs: Mapping[str, TensorSpec]) -> dict[str, _A
                 "per tensorinfo_map"
             )
         (spec,) = specs.values()
-        return {spec.alias: _tensor(columns, spec, "'inputs'")}
+        return {spec.alias: _column_tensor(columns, spec, "'inputs'")}
     for alias in specs:
         if alias not in columns:
             raise InvalidArgument(f"Missing named input: {alias} in 'inputs' object.")
     return {
-        alias: _tensor(columns[alias], spec, f"key: {alias} of 'inputs' object")
+        alias: _column_tensor(columns[alias], spec, f"key: {alias} of 'inputs' object")
         for alias, spec in specs.items()
     }
 
@@ -212,12 +219,55 @@ def _is_base64(value: dict[str, Any]) -> bool:
     return len(value) == 1 and type(value.get(BASE64_KEY)) is str
 
 
-def _tensor(value: Any, spec: TensorSpec, where: str) -> _Array:
+def _column_tensor(value: Any, spec: TensorSpec, where: str) -> _Array:
     try:
-        shape, leaves = _flatten(value)
-        return _convert(leaves, spec.dtype).reshape(shape)
+        return _tensor(value, spec.dtype)
     except InvalidArgument as error:
         raise InvalidArgument(f"Failed to process {where}. Error: {error}") from None
+
+
+def _row_tensor(rows: list[Any], spec: TensorSpec, key: str = "") -> _Array:
+    try:
+        return _tensor(rows, spec.dtype)
+    except SpikelessError:
+        number = _first_misfit(rows, spec.dtype)
+        error = _complaint(rows[number], rows[0], spec.dtype)
+    raise InvalidArgument(
+        f"Failed to process element: {number}{key} of 'instances' list. Error: {error.code.name}: {error}"
+    )
+
+
+def _first_misfit(rows: list[Any], dtype: int) -> int:
+    """The first row that cannot be converted, or not to the shape of the first; there must be one.
+
+    Halves are looked at in bulk, so that it takes no longer than what it explains.
+    """
+    low, high = 0, len(rows)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            _tensor(rows[:1] + rows[low:middle], dtype)
+            low = middle
+        except SpikelessError:
+            high = middle
+    return low
+
+
+def _complaint(row: Any, first: Any, dtype: int) -> SpikelessError:
+    """What is wrong with a row, by itself or beside the first."""
+    try:
+        shape, expected = _tensor(row, dtype).shape, _tensor(first, dtype).shape
+    except SpikelessError as error:
+        return error
+    if math.prod(shape) != math.prod(expected):
+        return InvalidArgument(f"Expecting tensor size: {math.prod(expected)} but got: {math.prod(shape)}")
+    texts = (f"[{','.join(map(str, dims))}]" for dims in (expected, shape))
+    return InvalidArgument("Expecting shape {} but got: {}".format(*texts))
+
+
+def _tensor(value: Any, dtype: int) -> _Array:
+    shape, leaves = _flatten(value)
+    return _convert(leaves, dtype).reshape(shape)
 
 
 def _flatten(value: Any) -> tuple[list[int], list[Any]]:
@@ -226,11 +276,9 @@ def _flatten(value: Any) -> tuple[list[int], list[Any]]:
     level = [value]
     while list in (types := set(map(type, level))):
         if len(types) > 1:
-            odd = next(item for item in level if type(item) is not list)
-            raise InvalidArgument(
-                f"JSON Value: {_text(odd)} found at incorrect level: {len(shape)} in the JSON DOM: its "
-                "neighbours are lists"
-            )
+            raise _mixed(level, len(shape))
+        if len(shape) == MAX_RANK:
+            raise InvalidArgument(f"lists may be nested at most {MAX_RANK} deep")
         size = len(level[0])
         for length in set(map(len, level)) - {size}:
             raise InvalidArgument(
@@ -239,6 +287,20 @@ def _flatten(value: Any) -> tuple[list[int], list[Any]]:
         shape.append(size)
         level = list(chain.from_iterable(level))
     return shape, level
+
+
+def _mixed(items: list[Any], level: int) -> InvalidArgument:
+    """The error of a level with both lists and values: the first item tells how deep values have to be."""
+    rank, item = level, items[0]
+    while type(item) is list:
+        rank, item = rank + 1, item[0] if item else None
+    if rank == level:
+        return InvalidArgument(f"Encountered list at unexpected level: {level} expected < {rank}")
+    odd = next(item for item in items if type(item) is not list)
+    return InvalidArgument(
+        f"JSON Value: {_text(odd)} found at incorrect level: {level + 1} in the JSON DOM. "
+        f"Expected at level: {rank}"
+    )
 
 
 def _convert(leaves: list[Any], dtype: int) -> _Array:
@@ -258,15 +320,15 @@ def _convert(leaves: list[Any], dtype: int) -> _Array:
     if dtype in _FLOATS:
         _check_types(leaves, types, {int, float}, dtype)
         return _floats(leaves, dtype)
-    raise Unimplemented(f"Conversion of JSON Value to type: {_type_text(dtype)}")
+    value = _text(leaves[0]) if leaves else "[]"
+    raise Unimplemented(f"Conversion of JSON Value: {value} to type: {_type_text(dtype)}")
 
 
 def _check_types(leaves: list[Any], types: set[type], allowed: set[type], dtype: int) -> None:
     if not types <= allowed:
         odd = next(leaf for leaf in leaves if type(leaf) not in allowed)
         raise InvalidArgument(
-            f"JSON Value: {_text(odd)} Type: {_JSON_TYPES[type(odd)]} is not of expected type: "
-            f"{_type_text(dtype)}"
+            f"JSON Value: {_text(odd)} Type: {_json_type(odd)} is not of expected type: {_type_text(dtype)}"
         )
 
 
@@ -356,7 +418,7 @@ def examples_input(document: Mapping[str, Any]) -> input_pb2.Input:
 
 def _example(value: Any) -> example_pb2.Example:
     if type(value) is not dict:
-        raise InvalidArgument(f"Example must be JSON object but got JSON {_JSON_TYPES[type(value)]}")
+        raise InvalidArgument(f"Example must be JSON object but got JSON {_json_type(value)}")
     example = example_pb2.Example()
     for name, content in value.items():
         # Assigning also keeps features without a value, which is another thing than no feature.
@@ -376,9 +438,7 @@ def _feature(name: str, content: Any) -> feature_pb2.Feature:
             for value in values
             if type(value) in (list, type(None)) or (type(value) is dict and not _is_base64(value))
         )
-        raise InvalidArgument(
-            f"Feature: {name} has element with unexpected JSON type: {_JSON_TYPES[type(odd)]}"
-        )
+        raise InvalidArgument(f"Feature: {name} has element with unexpected JSON type: {_json_type(odd)}")
     if types <= {str, dict}:
         feature.bytes_list.value.extend(map(_string, values))
     elif types <= {int, bool}:
@@ -386,11 +446,13 @@ def _feature(name: str, content: Any) -> feature_pb2.Feature:
     elif types == {float}:
         feature.float_list.value.extend(_floats(values, types_pb2.DT_FLOAT).tolist())
     else:
-        raise InvalidArgument(
-            f"Unexpected element type in feature: {name} expecting type: one of bytes, float, int64 for all "
-            "its values"
-        )
+        first = _FEATURE_KINDS[type(values[0])]
+        raise InvalidArgument(f"Unexpected element type in feature: {name} expecting type: {first}")
     return feature
+
+
+def _json_type(value: Any) -> str:
+    return str(value) if type(value) is bool else _JSON_TYPES[type(value)]
 
 
 def _type_text(dtype: int) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from harness import IS_EMBEDDED, Running, ServerFactory, put_version
+from prometheus_client.parser import text_string_to_metric_families
 
 
 class Http:
@@ -144,9 +145,13 @@ def test_whole_numbers_of_floating_point_keep_a_fraction(request_: Http) -> None
 
 @pytest.mark.parametrize("signature", ["float16", "bfloat16", "complex64", "complex128", "uint16"])
 def test_types_that_json_cannot_hold(request_: Http, signature: str) -> None:
-    status, error = refusal(request_, "dtypes:predict", {"signature_name": signature, "instances": [[1, 2]]})
-    assert status in (400, 501)
-    assert "type: " in error
+    name = {"float16": "half"}.get(signature, signature)
+    message = f"Conversion of JSON Value: 1 to type: {name}"
+    for key, status, words in (("inputs", 501, ""), ("instances", 400, "Error: UNIMPLEMENTED: ")):
+        body = {"signature_name": signature, key: [[1, 2]]}
+        refused = refusal(request_, "dtypes:predict", body)
+        assert refused[0] == status
+        assert words + message in refused[1]
 
 
 def test_small_integers_do_not_wrap(embedded: None, request_: Http) -> None:
@@ -159,6 +164,9 @@ def test_packed_bodies(request_: Http) -> None:
     body = gzip.compress(json.dumps({"instances": [1.0]}).encode())
     status, answer = request_("POST", "/v1/models/times:predict", body, {"Content-Encoding": "gzip"})
     assert (status, answer) == (200, {"predictions": [2.0]})
+    for wrong, encoding in ((b"{}", "gzip"), (body, "br")):
+        status, _ = request_("POST", "/v1/models/times:predict", wrong, {"Content-Encoding": encoding})
+        assert status == 400
 
 
 # --- how :predict refuses ---------------------------------------------------------------------------
@@ -181,11 +189,28 @@ def test_packed_bodies(request_: Http) -> None:
         ),
         ("times", {"instances": 1}, 400, "Excepting 'instances' to be an list/array"),
         ("times", {"instances": []}, 400, "No values in 'instances' array"),
-        ("times", {"instances": ["a"]}, 400, 'JSON Value: "a" Type: String is not of expected type: float'),
+        (
+            "times",
+            {"instances": [1, "a"]},
+            400,
+            "Failed to process element: 1 of 'instances' list. Error: INVALID_ARGUMENT: "
+            'JSON Value: "a" Type: String is not of expected type: float',
+        ),
+        ("times", {"inputs": ["a"]}, 400, 'JSON Value: "a" Type: String is not of expected type: float'),
+        ("times", {"instances": [True]}, 400, "JSON Value: true Type: True is not of expected type: float"),
         ("times", {"instances": [None]}, 400, "Type: Null is not of expected type: float"),
         ("times", {"instances": [1e39]}, 400, " to float without loss of precision."),
-        ("times", {"instances": [{"y": 1}]}, 400, "Failed to process element: 0"),
-        ("times", {"instances": [1, [2]]}, 400, "Failed to process"),
+        ("times", {"instances": [{"y": 1}]}, 400, "Failed to process element: 0 key: y of 'instances' list."),
+        ("times", {"instances": [1, [2]]}, 400, "Failed to process element: 1 of 'instances' list."),
+        ("times", {"instances": [1, [2]]}, 400, "Expecting shape [] but got: [1]"),
+        ("times", {"instances": [1, [2, 3]]}, 400, "Expecting tensor size: 1 but got: 2"),
+        ("times", {"inputs": [1, [2]]}, 400, "Encountered list at unexpected level: 1 expected < 1"),
+        (
+            "times",
+            {"inputs": [[1], 2]},
+            400,
+            "JSON Value: 2 found at incorrect level: 2 in the JSON DOM.",
+        ),
         (
             "times",
             {"instances": [1, {"x": 2}]},
@@ -205,7 +230,7 @@ def test_packed_bodies(request_: Http) -> None:
             400,
             'Serving signature name: "no" not found in signature def',
         ),
-        ("signatures", {"instances": [[1, 2, 3, 4], [1, 2]]}, 400, "Failed to process"),
+        ("signatures", {"instances": [[1, 2, 3, 4], [1, 2]]}, 400, "Expecting tensor size: 4 but got: 2"),
         (
             "signatures",
             {"signature_name": "mixed", "instances": [1]},
@@ -272,6 +297,8 @@ def test_how_predict_refuses(request_: Http, model: str, body: Any, status: int,
         ("DELETE", "/v1/models/times"),
         ("GET", "/v1/"),
         ("POST", "/v1/models/:predict"),
+        ("POST", "/v1/models/times:predict?key=1"),
+        ("GET", "/v1/models/times/metadata?key=1"),
     ],
 )
 def test_malformed_requests(request_: Http, method: str, path: str) -> None:
@@ -289,8 +316,9 @@ def test_other_paths_are_not_found(shared: Running) -> None:
 
 
 def test_a_name_is_missing(request_: Http) -> None:
-    status, answer = request_("GET", "/v1/models")
-    assert (status, answer) == (400, {"error": "Missing model name in request."})
+    for path in ("/v1/models", "/v1/models/versions/1", "/v1/models/labels/stable/metadata"):
+        status, answer = request_("GET", path)
+        assert (status, answer) == (400, {"error": "Missing model name in request."})
 
 
 # --- :classify and :regress -------------------------------------------------------------------------
@@ -355,6 +383,11 @@ def test_status(request_: Http) -> None:
     status, answer = request_("GET", "/v1/models/times/labels/canary")
     assert (status, answer) == (200, {"model_version_status": [available(2)]})
     assert refusal(request_, "nobody", None, "GET") == (404, "Could not find any versions of model nobody")
+    # A query is part of the name, as TensorFlow Serving takes paths.
+    assert refusal(request_, "times?key=1", None, "GET") == (
+        404,
+        "Could not find any versions of model times?key=1",
+    )
     assert refusal(request_, "times/versions/9", None, "GET") == (
         404,
         "Could not find version 9 of model times",
@@ -391,9 +424,21 @@ def test_metrics(shared: Running, request_: Http) -> None:
     assert response.status == 200
     assert response.headers["Content-Type"].startswith("text/plain")
     assert ':tensorflow:serving:request_count{model_name="times",status="OK"}' in text
-    assert ":tensorflow:serving:request_latency_bucket{" in text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def is_there(name: str, **labels: str) -> bool:
+        """Whether there is a series with these labels, and perhaps others."""
+        return any(sample.name == name and labels.items() <= sample.labels.items() for sample in samples)
+
+    # TensorFlow Serving's buckets, and its names for each API: in small letters over REST.
+    rest, runtime = {"API": "predict", "entrypoint": "REST"}, {"API": "Predict", "runtime": "TF1"}
+    for bound in ("10", "18", "32.4", "188.957", "708235", "1.27482e+06", "+Inf"):
+        assert is_there(":tensorflow:serving:request_latency_bucket", model_name="times", le=bound, **rest)
+        assert is_there(":tensorflow:serving:runtime_latency_bucket", model_name="times", le=bound, **runtime)
+    path = str(shared.server.log_path.parent / "times" / "2")
+    assert is_there(":tensorflow:cc:saved_model:load_attempt_count", model_path=path, status="success")
+    assert is_there(":tensorflow:cc:saved_model:load_latency", model_path=path)
     if IS_EMBEDDED:
-        assert 'le="18.0"' in text, "TensorFlow Serving's buckets"
         assert 'spikeless_version_state{model_name="times",state="AVAILABLE",version="2"} 1.0' in text
         assert 'spikeless_version_load_seconds{model_name="times",version="1"}' in text
         assert "nobody" not in text, "names that clients make up are no time series"
@@ -463,6 +508,50 @@ def test_a_length_over_the_limit_is_refused_at_once(embedded: None, shared: Runn
             b"POST /v1/models/times:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [("GARBAGE", 400), ("GET http://[ HTTP/1.1", 400), ("GET / HTTP/1.1\r\nContent-Length: -5", 400)],
+)
+def test_what_is_refused_by_http_has_an_error_body(
+    embedded: None, shared: Running, request_line: str, status: int
+) -> None:
+    address = urlsplit(shared.rest_url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.sendall(request_line.encode() + b"\r\n\r\n")
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == status
+        assert set(json.loads(response.read())) == {"error"}
+
+
+def test_bodies_that_come_in_pieces(request_: Http) -> None:
+    body = [b'{"instances"', b": [1.0]}"]
+    headers = {"Transfer-Encoding": "chunked"}
+    request_.connection.request("POST", "/v1/models/times:predict", iter(body), headers, encode_chunked=True)
+    response = request_.connection.getresponse()
+    assert (response.status, json.loads(response.read())) == (200, {"predictions": [2.0]})
+
+
+def test_a_client_that_waits_to_be_told_to_go_on(shared: Running) -> None:
+    address = urlsplit(shared.rest_url)
+    head = b"POST /v1/models/times:predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.sendall(head + b"Content-Length: 20\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b'{"instances": [1.0]}')
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(("version", "header"), [("1.0", ""), ("1.1", "Connection: close\r\n")])
+def test_connections_that_are_not_kept(shared: Running, version: str, header: str) -> None:
+    address = urlsplit(shared.rest_url)
+    request = f"GET /v1/models/times HTTP/{version}\r\nHost: x\r\n{header}\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.sendall(request.encode())
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert b" 200 " in received.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -102,18 +102,34 @@ def test_empty_lists():
         ({"instances": [1], "inputs": [1]}, "float", "only one of 'inputs' or 'instances'"),
         ({"instances": {}}, "float", "to be an list/array"),
         ({"instances": []}, "float", "No values in 'instances' array"),
-        ({"instances": [[1, 2], [3]]}, "float", "unexpected size: 1 at level: 1 expected size: 2"),
-        ({"instances": [[1], 2]}, "float", "JSON Value: 2 found at incorrect level"),
-        ({"instances": [1, [2]]}, "float", "JSON Value: 1 found at incorrect level"),
+        ('{"inputs": ' + "[" * 100 + "1" + "]" * 100 + "}", "float", "lists may be nested at most 32 deep"),
+        ({"inputs": [[1, 2], [3]]}, "float", "unexpected size: 1 at level: 1 expected size: 2"),
+        ({"instances": [[1, 2], [3]]}, "float", "^Failed to process element: 1 of 'instances' list. "),
+        (
+            {"instances": [[1], 2]},
+            "float",
+            "element: 1 .* Expecting shape \\[1\\] but got: ",
+        ),
+        ({"instances": [[1], [2, 3]]}, "float", "element: 1 .* Expecting tensor size: 1 but got: 2"),
+        ({"instances": [[[1, 2]], [[1], [2]]]}, "float", r"shape \[1,2\] but got: \[2,1\]"),
+        ({"instances": [1, [2]]}, "float", r"Expecting shape \[\] but got: \[1\]"),
+        ({"instances": [1] * 9 + ["a"] + [2] * 5}, "float", 'element: 9 .* JSON Value: "a" Type: String'),
+        ({"instances": [{"x": 1}, {"x": True}]}, "float", "element: 1 key: x .* JSON Value: true Type: True"),
+        ({"inputs": [[1], 2]}, "float", "JSON Value: 2 found at incorrect level: 2 .* Expected at level: 2"),
+        ({"inputs": [1, [2]]}, "float", "Encountered list at unexpected level: 1 expected < 1"),
         ({"instances": [{"x": 1}, 2]}, "float", "Expecting object but got list at item 1"),
         ({"instances": [1, {"x": 2}]}, "float", "Expecting value/list but got object at item 1"),
-        ({"instances": [{"y": 1}]}, "float", "keys must be equal to: x"),
-        ({"instances": [{"x": 1, "y": 1}]}, "float", "keys must be equal to: x"),
+        (
+            {"instances": [{"x": 1}, {}]},
+            "float",
+            "element: 1 of .* keys must be equal to: x",
+        ),
+        ({"instances": [{"x": 1, "y": 1}]}, "float", "element: 0 key: y .* does not have named input: y"),
         ({"inputs": {"y": 1}}, "float", "Missing named input: x"),
         ({"inputs": "text"}, "float", 'JSON Value: "text" Type: String is not of expected type: float'),
-        ({"inputs": [1, True]}, "float", "JSON Value: true Type: Bool"),
+        ({"inputs": [1, True]}, "float", "JSON Value: true Type: True"),
         ({"inputs": [None]}, "float", "JSON Value: null Type: Null"),
-        ({"inputs": [1, True]}, "int32", "JSON Value: true Type: Bool"),
+        ({"inputs": [1, True]}, "int32", "JSON Value: true Type: True"),
         ({"inputs": [1, 2.0]}, "int32", "JSON Value: 2.0 Type: Number is not of expected type: int32"),
         ({"inputs": [2**31]}, "int32", "JSON Value: 2147483648"),
         ({"inputs": [-1]}, "uint64", "JSON Value: -1"),
@@ -170,6 +186,10 @@ def test_types_that_json_requests_cannot_hold():
     for dtype in ("half", "complex64"):
         with pytest.raises(Unimplemented, match=dtype):
             only({"inputs": [1]}, dtype)
+        with pytest.raises(
+            InvalidArgument, match=f"UNIMPLEMENTED: Conversion of JSON Value: 1 to type: {dtype}"
+        ):
+            only({"instances": [1]}, dtype)
 
 
 def test_long_values_are_cut_in_messages():
@@ -263,8 +283,8 @@ def test_examples_with_context():
         ({"examples": [{"a": None}]}, "Feature: a has element with unexpected JSON type: Null"),
         ({"examples": [{"a": [[1]]}]}, "Feature: a has element with unexpected JSON type: Array"),
         ({"examples": [{"a": {"x": 1}}]}, "Feature: a has element with unexpected JSON type: Object"),
-        ({"examples": [{"a": [1, 2.5]}]}, "Unexpected element type in feature: a"),
-        ({"examples": [{"a": [1, "x"]}]}, "Unexpected element type in feature: a"),
+        ({"examples": [{"a": [1, 2.5]}]}, "Unexpected element type in feature: a expecting type: int64"),
+        ({"examples": [{"a": ["x", 1]}]}, "Unexpected element type in feature: a expecting type: bytes"),
         ({"examples": [{"a": 2**63}]}, "9223372036854775808"),
         ({"examples": [{"a": 1e39}]}, "without loss of precision"),
     ],
