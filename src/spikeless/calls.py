@@ -7,8 +7,8 @@ loaded model, lent for as long as the call lasts. What the metrics are to learn 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 from spikeless.core import ServerCore
 from spikeless.errors import Code, InvalidArgument, SpikelessError
@@ -21,11 +21,18 @@ SIGNATURES = "signature_def"
 
 
 class Call:
-    """One call in progress: it may look its model up, once."""
+    """One call in progress, from the beginning of a ``with`` statement to its end."""
 
-    def __init__(self, core: ServerCore, spec: model_pb2.ModelSpec) -> None:
+    def __init__(
+        self, core: ServerCore, spec: model_pb2.ModelSpec, api: str, entrypoint: str, metrics: Metrics | None
+    ) -> None:
         self._core = core
         self._spec = spec
+        self._api = api
+        self._entrypoint = entrypoint
+        self._metrics = metrics
+        self._started = 0.0
+        self._lent: AbstractContextManager[Model] | None = None
         #: The version that answers; None until it is found.
         self.version: int | None = None
         #: Examples in its input; None for calls that have none.
@@ -36,12 +43,33 @@ class Call:
         kind = given.WhichOneof("kind")
         self.examples = len(getattr(given, kind).examples) if kind else 0
 
-    @contextmanager
-    def model(self) -> Iterator[Model]:
-        """Lend the model that the call asks for; raises as ``ServerCore.use`` does."""
-        with self._core.use(self._spec) as model:
-            self.version = model.version
-            yield model
+    def model(self) -> Model:
+        """The model that the call asks for, lent until its end, once; raises as ``ServerCore.use`` does."""
+        self._lent = self._core.use(self._spec)
+        model = self._lent.__enter__()
+        self.version = model.version
+        return model
+
+    def __enter__(self) -> Call:
+        if self._metrics is not None:
+            self._started = time.perf_counter()
+            self._metrics.started(self._entrypoint)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self._lent is not None:
+            self._lent.__exit__(kind, error, trace)
+        if self._metrics is None:
+            return
+        code = Code.OK
+        if error is not None:
+            code = error.code if isinstance(error, SpikelessError) else Code.INTERNAL
+        # A name that nobody configured must not become a time series of its own.
+        name = self._spec.name if self._core.is_configured(self._spec.name) else ""
+        elapsed = time.perf_counter() - self._started
+        self._metrics.ended(name, self.version, self._api, self._entrypoint, code, elapsed)
+        if self.examples is not None and code is Code.OK:
+            self._metrics.examples(name, self.examples)
 
 
 class Calls:
@@ -52,30 +80,9 @@ class Calls:
         self._entrypoint = entrypoint
         self._metrics = metrics
 
-    @contextmanager
-    def counted(self, spec: model_pb2.ModelSpec, api: str) -> Iterator[Call]:
+    def counted(self, spec: model_pb2.ModelSpec, api: str) -> Call:
         """Count what happens inside as one call of ``api``: ``Predict``, or ``predict`` over REST, ..."""
-        call, metrics = Call(self._core, spec), self._metrics
-        if metrics is None:
-            yield call
-            return
-        code, started = Code.OK, time.perf_counter()
-        metrics.started(self._entrypoint)
-        try:
-            yield call
-        except SpikelessError as error:
-            code = error.code
-            raise
-        except BaseException:
-            code = Code.INTERNAL
-            raise
-        finally:
-            # A name that nobody configured must not become a time series of its own.
-            name = spec.name if self._core.is_configured(spec.name) else ""
-            elapsed = time.perf_counter() - started
-            metrics.ended(name, call.version, api, self._entrypoint, code, elapsed)
-            if call.examples is not None and code is Code.OK:
-                metrics.examples(name, call.examples)
+        return Call(self._core, spec, api, self._entrypoint, self._metrics)
 
     def metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest

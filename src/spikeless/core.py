@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,9 +144,10 @@ class ServerCore:
 
     # --- requests -----------------------------------------------------------------------------------
 
-    @contextmanager
-    def use(self, spec: model_pb2.ModelSpec) -> Iterator[Model]:
+    def use(self, spec: model_pb2.ModelSpec) -> AbstractContextManager[Model]:
         """Lend the model that a request's ``ModelSpec`` names: by version, by label, or the latest.
+
+        Like ``Manager.use``, to the ``with`` statement that asks for it.
 
         Raises:
             InvalidArgument: no name, or a label that is not assigned.
@@ -154,14 +155,10 @@ class ServerCore:
         """
         if not spec.name:
             raise InvalidArgument("ModelSpec has no name specified.")
-        with ExitStack() as lent:
-            yield self._lend(spec, lent)
-
-    def _lend(self, spec: model_pb2.ModelSpec, lent: ExitStack) -> Model:
         version = self.version_of(spec)
         while True:
             try:
-                return lent.enter_context(self.manager.use(spec.name, version))
+                return self.manager.use(spec.name, version)
             except NotFound:
                 # A label may have moved after it was looked up, and the version that it left be gone.
                 asked, version = version, self.version_of(spec)

@@ -13,7 +13,7 @@
     ├── DataLoss             a file is truncated or fails its checksum
     └── Internal             TensorFlow reported something that is no fault of the caller
 
-Errors are translated once at each edge: by the gRPC interceptor into a status, by the command line into
+Errors are translated once at each edge: by the gRPC services into a status, by the command line into
 ``spikeless: error: ...`` and exit code 1.
 """
 

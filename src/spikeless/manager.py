@@ -18,9 +18,9 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -79,7 +79,10 @@ Loader = Callable[[str, int, Path], T]
 
 
 class _Loaded(Generic[T]):
-    """A loaded version and the number of requests that are using it."""
+    """A loaded version and the number of requests that are using it.
+
+    Once acquired, it can be the context of one ``with`` statement, at whose end it is released.
+    """
 
     def __init__(self, version: int, model: T) -> None:
         self.version = version
@@ -101,6 +104,12 @@ class _Loaded(Generic[T]):
             self._users -= 1
             if self._retired and not self._users:
                 self._idle.notify_all()
+
+    def __enter__(self) -> T:
+        return self.model
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def retire(self) -> None:
         """Admit no new users and wait until the last one is gone."""
@@ -169,20 +178,14 @@ class Manager(Generic[T]):
 
     # --- what there is ------------------------------------------------------------------------------
 
-    @contextmanager
-    def use(self, name: str, version: int | None = None) -> Iterator[T]:
-        """Lend a loaded version, the highest one without a number; it is not closed while it is lent.
+    def use(self, name: str, version: int | None = None) -> AbstractContextManager[T]:
+        """Lend a loaded version, the highest without a number, to the ``with`` statement that asks for it.
+
+        It is not closed while it is lent.
 
         Raises:
             NotFound: no such version is available.
         """
-        loaded = self._acquire(name, version)
-        try:
-            yield loaded.model
-        finally:
-            loaded.release()
-
-    def _acquire(self, name: str, version: int | None) -> _Loaded[T]:
         while True:
             versions = self._available.get(name) or {}
             if version is not None:

@@ -158,27 +158,25 @@ class RestApi:
             return answer[method](call, spec, document)
 
     def _predict(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
-        with call.model() as model:
-            key = spec.signature_name or DEFAULT_SIGNATURE
-            if key not in model.signatures:
-                raise InvalidArgument(f'Serving signature name: "{key}" not found in signature def')
-            inputs = restjson.predict_inputs(document, model.signatures[key].inputs)
-            outputs = model.predict_arrays(key, inputs, self._timeout)
+        model = call.model()
+        key = spec.signature_name or DEFAULT_SIGNATURE
+        if key not in model.signatures:
+            raise InvalidArgument(f'Serving signature name: "{key}" not found in signature def')
+        inputs = restjson.predict_inputs(document, model.signatures[key].inputs)
+        outputs = model.predict_arrays(key, inputs, self._timeout)
         return restjson.predict_body(outputs, restjson.is_row_format(document))
 
     def _classify(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
         examples = restjson.examples_input(document)
         call.note_examples(examples)
         request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
-        with call.model() as model:
-            return restjson.classify_body(model.classify(request, self._timeout).result)
+        return restjson.classify_body(call.model().classify(request, self._timeout).result)
 
     def _regress(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
         examples = restjson.examples_input(document)
         call.note_examples(examples)
         request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
-        with call.model() as model:
-            return restjson.regress_body(model.regress(request, self._timeout).result)
+        return restjson.regress_body(call.model().regress(request, self._timeout).result)
 
     def _body(self, environ: _Environ) -> bytes:
         """The body of a request, unpacked where it is packed."""

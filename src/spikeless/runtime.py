@@ -14,7 +14,6 @@ import ctypes
 import functools
 import os
 import threading
-import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint8, c_void_p
@@ -217,11 +216,15 @@ class _Held:
     """Owns one TF_Tensor for as long as arrays look into its memory."""
 
     def __init__(self, tf: _Library, handle: int) -> None:
-        self.handle = handle
-        self._finalizer = weakref.finalize(self, tf.DeleteTensor, handle)
+        self.handle: int | None = handle
+        self._delete = tf.DeleteTensor
 
     def release(self) -> None:
-        self._finalizer()
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            self._delete(handle)
+
+    __del__ = release
 
 
 def _to_tensor(tf: _Library, array: np.ndarray[Any, Any]) -> int:
@@ -385,7 +388,8 @@ class Session:
                 content = config_pb2.RunOptions(timeout_in_ms=max(1, int(timeout * 1000))).SerializeToString()
                 run_options = tf.NewBufferFromString(content, len(content))
             status = tf.NewStatus()
-            with self._entered() as session:
+            session = self._enter()
+            try:
                 tf.SessionRun(
                     session,
                     run_options,
@@ -400,6 +404,8 @@ class Session:
                     None,
                     status,
                 )
+            finally:
+                self._leave()
             _check(tf, status)
         finally:
             for value in values:
@@ -413,29 +419,31 @@ class Session:
         held = [_Held(tf, result) for result in results if result]
         return [_from_tensor(tf, tensor) for tensor in held]
 
-    @contextmanager
-    def _entered(self) -> Iterator[int]:
+    def _enter(self) -> int:
+        """The session, which stays open until ``_leave``."""
         with self._idle:
             if self._session is None:
                 raise FailedPrecondition("the session is closed")
-            session = self._session
             self._running += 1
-        try:
-            yield session
-        finally:
-            with self._idle:
-                self._running -= 1
-                if not self._running:
-                    self._idle.notify_all()
+            return self._session
+
+    def _leave(self) -> None:
+        with self._idle:
+            self._running -= 1
+            if self._session is None:
+                self._idle.notify_all()
 
     def _output(self, name: str) -> _Output:
         """Where a tensor such as ``dense/BiasAdd:0`` comes from; found once, then remembered."""
         output = self._outputs.get(name)
         if output is None:
             operation_name, _, index = name.partition(":")
-            with self._entered():
+            self._enter()
+            try:
                 operation = self._tf.GraphOperationByName(self._graph, operation_name.encode())
                 known = operation and int(index or 0) < self._tf.OperationNumOutputs(operation)
+            finally:
+                self._leave()
             if not known:
                 raise InvalidArgument(
                     f"Tensor {name}, specified in the signature, was not found in the graph"

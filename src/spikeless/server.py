@@ -29,7 +29,7 @@ from spikeless.protos import (
     read_text_proto,
 )
 from spikeless.rest import RestApi, RestServer, RestSettings
-from spikeless.servicers import ErrorInterceptor, ModelServicer, PredictionServicer
+from spikeless.servicers import ModelServicer, PredictionServicer
 
 _log = logging.getLogger(__name__)
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
@@ -148,7 +148,6 @@ class Server:
         }
         server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
-            interceptors=[ErrorInterceptor()],
             maximum_concurrent_rpcs=threads,
             options=list(options.items()),
         )

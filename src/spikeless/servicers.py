@@ -1,14 +1,15 @@
 """The gRPC services: each call unpacks a request, asks the core, and packs the answer. Nothing else.
 
 ``tensorflow.serving.PredictionService`` and ``tensorflow.serving.ModelService``, as declared in
-``tensorflow_serving/apis``. Errors become status codes in one place, the interceptor.
+``tensorflow_serving/apis``. Errors become status codes in one place, ``_answering``.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -28,6 +29,7 @@ from spikeless.protos import (
 )
 
 _log = logging.getLogger(__name__)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _STATUS_CODES = {Code(code.value[0]): code for code in grpc.StatusCode}
 
 
@@ -37,45 +39,73 @@ def _timeout(context: grpc.ServicerContext) -> float | None:
     return None if remaining is None or remaining > 1e8 else remaining
 
 
+def _answering(method: _Method) -> _Method:
+    """A method whose errors become the call's status; whatever was not foreseen becomes INTERNAL.
+
+    Not a ``grpc.ServerInterceptor``, which would be asked anew for a handler in every call.
+    """
+
+    @functools.wraps(method)
+    def answer(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return method(self, request, context)
+        except SpikelessError as error:
+            code, message = error.code, str(error)
+        except MemoryError:
+            code, message = Code.RESOURCE_EXHAUSTED, "not enough memory for this request"
+        except Exception as error:
+            _log.exception("%s failed", method.__name__)
+            code, message = Code.INTERNAL, f"{type(error).__name__}: {error}"
+        # The status goes into trailing metadata, which has a size limit of its own.
+        context.abort(_STATUS_CODES[code], message[:4096])
+
+    return cast(_Method, answer)
+
+
 class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
     """Inference."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
+    @_answering
     def Predict(
         self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
     ) -> predict_pb2.PredictResponse:
         require_spec(request)
-        with self._calls.counted(request.model_spec, "Predict") as call, call.model() as model:
-            return model.predict(request, _timeout(context))
+        with self._calls.counted(request.model_spec, "Predict") as call:
+            return call.model().predict(request, _timeout(context))
 
+    @_answering
     def Classify(
         self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext
     ) -> classification_pb2.ClassificationResponse:
         require_spec(request)
-        with self._calls.counted(request.model_spec, "Classify") as call, call.model() as model:
+        with self._calls.counted(request.model_spec, "Classify") as call:
             call.note_examples(request.input)
-            return model.classify(request, _timeout(context))
+            return call.model().classify(request, _timeout(context))
 
+    @_answering
     def Regress(
         self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext
     ) -> regression_pb2.RegressionResponse:
         require_spec(request)
-        with self._calls.counted(request.model_spec, "Regress") as call, call.model() as model:
+        with self._calls.counted(request.model_spec, "Regress") as call:
             call.note_examples(request.input)
-            return model.regress(request, _timeout(context))
+            return call.model().regress(request, _timeout(context))
 
+    @_answering
     def MultiInference(
         self, request: inference_pb2.MultiInferenceRequest, context: grpc.ServicerContext
     ) -> inference_pb2.MultiInferenceResponse:
         if not request.tasks:
             raise InvalidArgument("MultiInferenceRequest must have at least one task.")
         spec = request.tasks[0].model_spec
-        with self._calls.counted(spec, "MultiInference") as call, call.model() as model:
+        with self._calls.counted(spec, "MultiInference") as call:
             call.note_examples(request.input)
-            return model.multi_inference(request, _timeout(context))
+            return call.model().multi_inference(request, _timeout(context))
 
+    @_answering
     def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.ServicerContext
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
@@ -89,11 +119,13 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):  # type: ignor
         self._core = core
         self._calls = calls
 
+    @_answering
     def GetModelStatus(
         self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.ServicerContext
     ) -> get_model_status_pb2.GetModelStatusResponse:
         return self._calls.status(request)
 
+    @_answering
     def HandleReloadConfigRequest(
         self, request: model_management_pb2.ReloadConfigRequest, context: grpc.ServicerContext
     ) -> model_management_pb2.ReloadConfigResponse:
@@ -107,34 +139,3 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):  # type: ignor
         response = model_management_pb2.ReloadConfigResponse()
         response.status.SetInParent()
         return response
-
-
-class ErrorInterceptor(grpc.ServerInterceptor):  # type: ignore[misc,type-arg]
-    """Turns each error of a call into its gRPC status; whatever was not foreseen becomes INTERNAL."""
-
-    def intercept_service(
-        self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
-    ) -> Any:
-        handler = continuation(handler_call_details)
-        if handler is None or handler.request_streaming or handler.response_streaming:
-            return handler
-        call = handler.unary_unary
-
-        def answer(request: Any, context: grpc.ServicerContext) -> Any:
-            try:
-                return call(request, context)
-            except SpikelessError as error:
-                code, message = error.code, str(error)
-            except MemoryError:
-                code, message = Code.RESOURCE_EXHAUSTED, "not enough memory for this request"
-            except Exception as error:
-                _log.exception("%s failed", handler_call_details.method)
-                code, message = Code.INTERNAL, f"{type(error).__name__}: {error}"
-            # The status goes into trailing metadata, which has a size limit of its own.
-            context.abort(_STATUS_CODES[code], message[:4096])
-
-        return grpc.unary_unary_rpc_method_handler(
-            answer,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )

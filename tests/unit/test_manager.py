@@ -119,7 +119,7 @@ def test_a_version_in_use_is_closed_only_after_its_last_request(harness: Harness
         harness.wait(1, State.UNLOADING)
         # Nobody new gets it, and whoever has it keeps it.
         with pytest.raises(NotFound, match=r"Servable not found for request: Specific\(m, 1\)"):
-            harness.manager._acquire("m", 1)
+            harness.manager.use("m", 1)
         assert not model.closed.is_set()
     harness.wait(1, State.END)
     assert model.closed.is_set()
