@@ -24,7 +24,7 @@ from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import create_server
-from waitress.task import ErrorTask
+from waitress.task import ErrorTask, WSGITask
 
 from spikeless import restjson
 from spikeless.calls import SIGNATURES, Call, Calls
@@ -65,6 +65,8 @@ _STATUSES = {
     Code.UNAUTHENTICATED: "401 Unauthorized",
 }
 _INTERNAL_ERROR = "500 Internal Server Error"
+#: Bytes of an answer that are rather copied than sent after its head.
+_SMALL = 1 << 16
 _JSON = ("Content-Type", "application/json")
 _CORS = [
     ("Access-Control-Allow-Origin", "*"),
@@ -248,6 +250,21 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError(str(error)) from None
 
 
+class _Task(WSGITask):  # type: ignore[misc]
+    """Sends the head of an answer together with its body: two pieces would cost twice, here and there."""
+
+    wrote_header = False
+
+    def write(self, data: bytes) -> None:
+        if self.wrote_header or not data or len(data) > _SMALL or not self.has_body:
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header = True
+        self.channel.write_soon(head + data)
+        self.content_bytes_written = len(data)
+
+
 class _ErrorTask(ErrorTask):  # type: ignore[misc]
     """What is refused before it reaches the application gets an error body like everything else."""
 
@@ -262,11 +279,27 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class _Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection that gives up on a request that takes too long to arrive, however it drips."""
+    """A connection that gives up on a request that takes too long to arrive, however it drips.
+
+    Its loop leaves a connection alone while a worker sends on it.
+    """
 
     parser_class = _Parser
+    task_class = _Task
     error_task_class = _ErrorTask
     _began: float | None = None
+    _sending = False
+
+    def write_soon(self, data: Any) -> int:
+        self._sending = True
+        try:
+            return int(super().write_soon(data))
+        finally:
+            self._sending = False
+
+    def writable(self) -> bool:
+        # While a worker sends, there is nothing to do but to spin; the worker wakes the loop when it is done.
+        return not self._sending and bool(super().writable())
 
     def readable(self) -> bool:
         if self.request is None:

@@ -64,6 +64,14 @@ def test_a_reader_that_does_not_read_holds_no_worker() -> None:
         assert get(port) == b"ok"
 
 
+def test_a_small_answer_comes_in_one_piece() -> None:
+    with running(Application()) as (_, port), connect(port) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = connection.recv(65536)
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert received.endswith(b"\r\n\r\nok")
+
+
 def test_a_large_answer_arrives() -> None:
     with running(Application()) as (_, port):
         assert get(port, "/large") == LARGE
