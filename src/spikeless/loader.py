@@ -37,7 +37,8 @@ class ModelLoader:
 
     #: The meta graph to load is the one with these tags.
     saved_model_tags: tuple[str, ...] = ("serve",)
-    #: Threads for independent operations of one session; 0 lets TensorFlow choose.
+    #: Threads for independent operations of one session; 0 lets TensorFlow choose, -1 is the caller's thread,
+    #: which saves small models the waking of another one, but which deadlines do not interrupt.
     inter_op_parallelism: int = 0
     #: Threads inside one operation, shared by all sessions; 0 lets TensorFlow choose.
     intra_op_parallelism: int = 0

@@ -148,18 +148,19 @@ def to_numpy(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any]:
     count = math.prod(shape)
     if not count:
         return np.empty(shape, dtype=dtype)
-    if not proto.tensor_content:
+    content = proto.tensor_content  # each look at it makes a copy
+    if not content:
         return _fill(_typed_values(proto, dtype, count), count, dtype).reshape(shape)
     if proto.dtype == types_pb2.DT_STRING:
-        return _strings(proto.tensor_content, count).reshape(shape)
-    if len(proto.tensor_content) != count * dtype.itemsize:
+        return _strings(content, count).reshape(shape)
+    if len(content) != count * dtype.itemsize:
         raise InvalidArgument(
-            f"tensor_content has {len(proto.tensor_content)} bytes, but shape {list(shape)} of "
+            f"tensor_content has {len(content)} bytes, but shape {list(shape)} of "
             f"{dtype_name(proto.dtype)} needs {count * dtype.itemsize}"
         )
-    if proto.dtype == types_pb2.DT_BOOL and max(proto.tensor_content) > 1:
+    if proto.dtype == types_pb2.DT_BOOL and np.frombuffer(content, np.uint8).max() > 1:
         raise InvalidArgument("tensor_content of booleans may only hold the bytes 0 and 1")
-    return np.frombuffer(proto.tensor_content, dtype=dtype).reshape(shape)
+    return np.frombuffer(content, dtype=dtype).reshape(shape)
 
 
 def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any], count: int) -> np.ndarray[Any, Any]:

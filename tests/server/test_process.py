@@ -74,6 +74,12 @@ def test_calls_that_nobody_waits_for_free_their_places(
         running.server.wait_for(lambda: is_served(running), "the places to be free again")
 
 
+def test_calls_can_run_on_their_own_threads(models: Path, serve: ServerFactory) -> None:
+    flag = "--tensorflow_inter_op_parallelism=-1"
+    with serve(flag, model_name="times", model_base_path=models) as running:
+        assert running.client.predict("times", X)["y"] == [1]
+
+
 def test_messages_over_the_limit(models: Path, serve: ServerFactory) -> None:
     flag = "--grpc_channel_arguments=grpc.max_receive_message_length=100000"
     with serve(flag, model_name="times", model_base_path=models) as running:

@@ -94,7 +94,12 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
 @_flag("tensorflow_session_config_file", str, "", "ConfigProto in text format for every session.")
 @_flag("tensorflow_session_parallelism", _COUNT, 0, "Threads for both of the two flags after; 0: automatic.")
 @_flag("tensorflow_intra_op_parallelism", _COUNT, 0, "Threads inside one operation; 0: automatic.")
-@_flag("tensorflow_inter_op_parallelism", _COUNT, 0, "Threads for independent operations; 0: automatic.")
+@_flag(
+    "tensorflow_inter_op_parallelism",
+    click.IntRange(min=-1),
+    0,
+    "Threads for independent operations; 0: automatic; -1: the call's own, which no deadline interrupts.",
+)
 @_flag("enable_serialization_as_tensor_content", bool, False, "Answer numbers in tensor_content.")
 @_flag("enable_signature_method_name_check", bool, False, "A signature's method name must fit the call.")
 @_flag(
