@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound
+from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
+from spikeless.loader import ModelLoader
 from spikeless.manager import State, VersionStatus
 from spikeless.metrics import DEFAULT_PATH, Metrics, read_monitoring_path
 
@@ -95,6 +97,26 @@ def test_versions_come_and_go() -> None:
     assert not any(text in line for line in lines(metrics) for text in gone), "its series are gone"
     metrics.version_changed("boston", VersionStatus(2, State.END, DataLoss("truncated")))
     assert 'spikeless_load_failures_total{model_name="boston",status="DATA_LOSS"} 1.0' in lines(metrics)
+
+
+def test_loads_and_runs(saved_models: Path, tmp_path: Path) -> None:
+    metrics = Metrics()
+    loader = ModelLoader(observer=metrics)
+    with pytest.raises(SpikelessError):
+        loader("times", 2, tmp_path)
+    path = saved_models / "times_one"
+    model = loader("times", 1, path)
+    try:
+        model.predict_arrays("serving_default", {"x": np.ones(1, np.float32)})
+    finally:
+        model.close()
+    expected = {
+        f':tensorflow:cc:saved_model:load_attempt_count{{model_path="{tmp_path}",status="fail"}} 1.0',
+        f':tensorflow:cc:saved_model:load_attempt_count{{model_path="{path}",status="success"}} 1.0',
+        ':tensorflow:serving:runtime_latency_count{API="Predict",model_name="times",runtime="TF1"} 1.0',
+        'spikeless_version_warmup_records{model_name="times",version="1"} 0.0',
+    }
+    assert expected <= lines(metrics), expected - lines(metrics)
 
 
 def test_memory_is_that_of_the_process() -> None:
