@@ -251,11 +251,16 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
 
 class _Task(WSGITask):  # type: ignore[misc]
-    """Sends the head of an answer together with its body: two pieces would cost twice, here and there."""
+    """Sends the head of an answer together with its body: two pieces would cost twice, here and there.
+
+    To HEAD the body is only its length.
+    """
 
     wrote_header = False
 
     def write(self, data: bytes) -> None:
+        if self.request.command == "HEAD":
+            data = b""
         if self.wrote_header or not data or len(data) > _SMALL or not self.has_body:
             super().write(data)
             return

@@ -526,6 +526,16 @@ def test_what_is_refused_by_http_has_an_error_body(
         assert set(json.loads(response.read())) == {"error"}
 
 
+def test_head_gets_no_body(shared: Running) -> None:
+    """Or the body would be taken for the beginning of the next answer."""
+    address = urlsplit(shared.rest_url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.sendall(b"HEAD /v1/models/times HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.endswith(b"\r\n\r\n")
+
+
 def test_bodies_that_come_in_pieces(request_: Http) -> None:
     body = [b'{"instances"', b": [1.0]}"]
     headers = {"Transfer-Encoding": "chunked"}
