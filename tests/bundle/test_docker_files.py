@@ -13,8 +13,9 @@ from string import Template
 
 import pytest
 import yaml
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf import descriptor, descriptor_pb2, descriptor_pool, message_factory, text_format
 
+from spikeless.protos import config_pb2
 from spikeless.server import read_model_config
 
 ROOT = Path(__file__).parents[2]
@@ -216,23 +217,34 @@ def test_an_allocator_that_does_not_load_is_an_error(start, tmp_path: Path) -> N
 
 def test_what_a_platform_file_switches_off_is_said_again(start, tmp_path: Path) -> None:
     (tmp_path / "models" / "boston").mkdir()
+    (tmp_path / "session").write_text("allow_soft_placement: true  # where there is no GPU")
     (tmp_path / "batching").write_text("max_batch_size { value: 64 }\nallowed_batch_sizes: 64  # one")
     flags = flags_of(
         start(
             "--tensorflow_intra_op_parallelism=2",
             "--tensorflow_inter_op_parallelism=3",
+            f"--tensorflow_session_config_file={tmp_path / 'session'}",
             "--saved_model_tags=serve,gpu",
+            "--prefer_tflite_model",
+            "--num_tflite_pools=2",
+            "--enable_per_model_batching_parameters=true",
             "--num_request_iterations_for_warmup=5",
             "--enable_batching",
             f"--batching_parameters_file={tmp_path / 'batching'}",
             WARMUP_THREADS="4",
+            DISABLE_META_OPTIMIZER="true",
         )
     )
     config = platform_config(flags["platform_config_file"])
     assert config.session_config.intra_op_parallelism_threads == 2
     assert config.session_config.inter_op_parallelism_threads == 3
+    assert config.session_config.graph_options.rewrite_options.disable_meta_optimizer
     assert config.session_run_load_threadpool_index.value == -1
+    assert config.session_config.allow_soft_placement
     assert config.saved_model_tags == ["serve", "gpu"]
+    assert config.prefer_tflite_model
+    assert config.num_tflite_pools == 2
+    assert config.enable_per_model_batching_params
     assert config.enable_model_warmup
     assert config.model_warmup_options.num_request_iterations.value == 5
     assert config.model_warmup_options.num_model_warmup_threads.value == 4
@@ -242,21 +254,44 @@ def test_what_a_platform_file_switches_off_is_said_again(start, tmp_path: Path) 
     flags = flags_of(start("--enable_model_warmup=false", "--tensorflow_session_parallelism=1"))
     config = platform_config(flags["platform_config_file"])
     assert not config.enable_model_warmup
+    assert not config.session_config.HasField("graph_options")
     assert config.session_config.intra_op_parallelism_threads == 1
     assert config.session_config.inter_op_parallelism_threads == 1
     assert config.saved_model_tags == ["serve"]
     assert not config.HasField("batching_parameters")
 
+    for flag, reason in (
+        ("--enable_batching", "cannot read --batching_parameters_file=/nowhere"),
+        ("--port=1", "--batching_parameters_file is of no use without --enable_batching"),
+    ):
+        done = start(flag, "--batching_parameters_file=/nowhere")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert reason in done.stderr
+    assert "--mixed_precision has no effect here" in start("--mixed_precision=bfloat16").stderr
+
     assert flags_of(start("--platform_config_file=/mine"))["platform_config_file"] == "/mine"
 
 
 def platform_config(path: str):
-    """Parse a PlatformConfigMap strictly; its inner messages, in no Python package, are stated here."""
+    """Parse a PlatformConfigMap strictly; its inner messages, in no Python package, are stated here.
+
+    What they contain of TensorFlow, the session's configuration, is TensorFlow's own.
+    """
     field = descriptor_pb2.FieldDescriptorProto
     pool = descriptor_pool.DescriptorPool()
     file = descriptor_pb2.FileDescriptorProto(
-        name="platform.proto", package="tensorflow.serving", syntax="proto3"
+        name="platform.proto",
+        package="tensorflow.serving",
+        syntax="proto3",
+        dependency=[config_pb2.DESCRIPTOR.name],
     )
+
+    def include(other: descriptor.FileDescriptor) -> None:
+        for dependency in other.dependencies:
+            include(dependency)
+        pool.AddSerializedFile(other.serialized_pb)
+
+    include(config_pb2.DESCRIPTOR)
     numbers: dict[str, int] = {}
 
     def add(message: str, name: str, kind: int, type_name: str = "", repeated: bool = False) -> None:
@@ -268,7 +303,7 @@ def platform_config(path: str):
         label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
         new = entry.field.add(name=name, number=numbers[message], type=kind, label=label)
         if type_name:
-            new.type_name = f".tensorflow.serving.{type_name}"
+            new.type_name = type_name if type_name[0] == "." else f".tensorflow.serving.{type_name}"
 
     add("Value", "value", field.TYPE_INT64)
     add("Text", "value", field.TYPE_STRING)
@@ -278,14 +313,15 @@ def platform_config(path: str):
         add("BatchingParameters", name, field.TYPE_MESSAGE, "Value")
     add("BatchingParameters", "thread_pool_name", field.TYPE_MESSAGE, "Text")
     add("BatchingParameters", "allowed_batch_sizes", field.TYPE_INT64, repeated=True)
-    for name in ("intra_op_parallelism_threads", "inter_op_parallelism_threads"):
-        add("ConfigProto", name, field.TYPE_INT32)
-    add("SessionBundleConfig", "session_config", field.TYPE_MESSAGE, "ConfigProto")
+    add("SessionBundleConfig", "session_config", field.TYPE_MESSAGE, ".tensorflow.ConfigProto")
     add("SessionBundleConfig", "session_run_load_threadpool_index", field.TYPE_MESSAGE, "Value")
     add("SessionBundleConfig", "saved_model_tags", field.TYPE_STRING, repeated=True)
     add("SessionBundleConfig", "enable_model_warmup", field.TYPE_BOOL)
     add("SessionBundleConfig", "model_warmup_options", field.TYPE_MESSAGE, "ModelWarmupOptions")
     add("SessionBundleConfig", "remove_unused_fields_from_bundle_metagraph", field.TYPE_BOOL)
+    add("SessionBundleConfig", "prefer_tflite_model", field.TYPE_BOOL)
+    add("SessionBundleConfig", "num_tflite_pools", field.TYPE_INT32)
+    add("SessionBundleConfig", "enable_per_model_batching_params", field.TYPE_BOOL)
     add("SessionBundleConfig", "batching_parameters", field.TYPE_MESSAGE, "BatchingParameters")
     add("SavedModelBundleSourceAdapterConfig", "legacy_config", field.TYPE_MESSAGE, "SessionBundleConfig")
     pool.Add(file)
