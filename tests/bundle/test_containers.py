@@ -497,10 +497,11 @@ def test_a_model_that_cannot_be_loaded_keeps_the_container_unhealthy(
     (models / "broken").mkdir()
     break_version(models / "fine" / "1", models / "broken" / "1")
     container = run(images.embedded, models)
+    cause = "/models/broken/1/variables"
+    wait_for(containers, container, lambda: cause in logs_of(containers, container), "the cause in the log")
     wait_for(
         containers, container, lambda: health_of(containers, container)["Status"] == "unhealthy", "ill health"
     )
-    assert "/models/broken/1/variables" in logs_of(containers, container)
     probe = health_of(containers, container)["Log"][-1]
     assert probe["ExitCode"] == 1
     assert "does not answer" in probe["Output"] or "model broken has no AVAILABLE version" in probe["Output"]
@@ -591,11 +592,13 @@ def test_the_serving_image_starts_a_server_as_the_base_would_not(
     with Client(port_of(containers, container, 8500)) as client:
         assert client.predict("m", {"x": np.float32([2.0])})["y"].tolist() == [2.0]
 
-    # The other allocator, and the official image's way to name a model.
-    options = ("--env=SPIKELESS_ALLOCATOR=glibc", "--env=MODEL_NAME=m")
-    container = run(images.serving, models, options=options)
+    # The other allocator, the official image's way to name a model, and an init process before the server.
+    options = ("--env=SPIKELESS_ALLOCATOR=glibc", "--env=MODEL_NAME=m", "--init")
+    container = run(images.serving, models, "--rest_api_port=8501", options=options)
     wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
-    assert "jemalloc" not in containers.docker("exec", container, "cat", "/proc/1/maps").stdout
+    maps = containers.docker("exec", container, "sh", "-c", "cat /proc/[0-9]*/maps").stdout
+    assert "/usr/bin/" in maps
+    assert "jemalloc" not in maps
 
     # jemalloc that is there and does not load.
     find = ["run", "--rm", "--entrypoint", "sh", images.serving, "-c", "ls /usr/lib/*/libjemalloc.so.2"]
