@@ -527,7 +527,9 @@ def test_health_needs_every_model_that_is_configured(
 
     repository.publish(saved_models / "times_one", models, "first")
     configure("first")
-    container = run(images.embedded, models, "--model_config_file_poll_wait_seconds=0.2")
+    # Threads that give way change their scheduling, which takes no privilege.
+    flags = ("--model_config_file_poll_wait_seconds=0.2", "--load_threads_yield")
+    container = run(images.embedded, models, *flags)
     wait_for(containers, container, healthy, "health")
     # One that cannot be loaded comes to it, and is mended.
     (models / "second").mkdir()
