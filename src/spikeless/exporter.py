@@ -1,7 +1,8 @@
 """What a model server does not export itself: the states of its versions, and its memory, for Prometheus.
 
-In: a server's gRPC address, the model repository that it serves, and its process when that can be seen. Out:
-metrics over HTTP. It works with any server that has TensorFlow Serving's ``ModelService``.
+In: a server's gRPC address, the model repository that it serves, and its process when that can be seen, or
+a copy of its status that something beside it keeps fresh, as ``docker/entrypoint`` does. Out: metrics over
+HTTP. It works with any server that has TensorFlow Serving's ``ModelService``.
 
     spikeless_server_up                                      1 while the server answers
     spikeless_version_state{model_name, version, state}      1 for the state that a version is in, else 0
@@ -17,6 +18,7 @@ embedded engine has a metric of the same name, it means the same.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from spikeless.manager import State, VersionStatus
 from spikeless.versions import list_versions
 
 _MEMORY = {"RssAnon": "private", "RssFile": "mapped"}
+#: A copy of a process's status that is older than this is of a process that is gone. Seconds.
+MAX_STATUS_AGE = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class ExporterSettings:
     models: Path
     #: The server's process, when this process can see it.
     pid: int | None = None
+    #: Where it cannot: a fresh copy of the ``/proc/<pid>/status`` of that process.
+    status_file: Path | None = None
     #: Seconds between two looks; a swap shorter than this is still counted as a reload.
     interval: float = 0.5
 
@@ -130,19 +136,24 @@ class Exporter:
         for name, count in reloads.items():
             counter.add_metric([name], count)
         yield counter
+        for kind, size in self._memory().items():
+            yield GaugeMetricFamily(
+                f"spikeless_memory_{kind}_bytes",
+                f"Resident memory of the model server: {kind}.",
+                value=size,
+            )
+
+    def _memory(self) -> dict[str, int]:
         if self.settings.pid is not None:
-            for kind, size in memory_of(self.settings.pid).items():
-                yield GaugeMetricFamily(
-                    f"spikeless_memory_{kind}_bytes",
-                    f"Resident memory of the model server: {kind}.",
-                    value=size,
-                )
+            return memory_in(Path(f"/proc/{self.settings.pid}/status"))
+        copy = self.settings.status_file
+        return memory_in(copy) if copy is not None and _is_fresh(copy) else {}
 
 
-def memory_of(pid: int) -> dict[str, int]:
-    """Resident bytes of a process by kind, from ``/proc/<pid>/status``; none when it is gone."""
+def memory_in(status: Path) -> dict[str, int]:
+    """Resident bytes of a process by kind, from its ``/proc/<pid>/status``; none when it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = status.read_text().splitlines()
     except OSError:
         return {}
     fields = (line.split() for line in lines)
@@ -151,6 +162,13 @@ def memory_of(pid: int) -> dict[str, int]:
         for parts in fields
         if len(parts) == 3 and parts[0].rstrip(":") in _MEMORY
     }
+
+
+def _is_fresh(copy: Path) -> bool:
+    try:
+        return time.time() - copy.stat().st_mtime <= MAX_STATUS_AGE
+    except OSError:
+        return False
 
 
 def _names(models: Path) -> list[str]:

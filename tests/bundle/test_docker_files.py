@@ -76,9 +76,15 @@ def test_every_service_has_the_least_privilege() -> None:
             assert "cap_add" not in service, name
         for port in service.get("ports", []):
             assert port.startswith("${BIND_ADDRESS:-127.0.0.1}:"), name
-    (models,) = services["server"]["volumes"]
+    models, status = services["server"]["volumes"]
     assert models["target"] == "/models"
     assert models["read_only"] is True
+    # What the server may write is a few bytes for the exporter, which cannot write them.
+    assert status == "status:/run/spikeless"
+    assert "status:/run/spikeless:ro" in services["exporter"]["volumes"]
+    # Nothing that has to go on after a restart of the server is in the process namespace that ends with it.
+    assert [name for name, service in services.items() if "pid" in service] == ["bench"]
+    assert "restart" not in services["bench"]
 
 
 def test_nothing_is_copied_into_images_that_is_not_named() -> None:
@@ -190,6 +196,22 @@ def test_what_is_said_wins(start, tmp_path: Path) -> None:
     assert flags["num_load_threads"] == "4"
     assert flags["model_base_path"] == "/there"
     assert "model_config_file" not in flags
+
+
+def test_the_servers_status_is_copied_to_where_an_exporter_reads_it(start, tmp_path: Path) -> None:
+    (tmp_path / "models" / "boston").mkdir()
+    server = tmp_path / "bin" / "tensorflow_model_server"
+    copied = tmp_path / "status"
+    copied.write_text("of a server before\n")
+    # A server that ends when its memory has been copied; the copying ends with it.
+    server.write_text(
+        f"#!/bin/bash\nuntil [[ $(< {copied}) == *RssAnon* ]] 2> /dev/null; do sleep 0.05; done\n"
+    )
+    done = start(STATUS_FILE=str(copied))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^RssAnon:\s+\d+ kB$", copied.read_text(), re.MULTILINE)
+    done = start(STATUS_FILE=str(tmp_path / "nowhere" / "status"))
+    assert "cannot be written: the server's memory is not exported" in done.stderr
 
 
 def test_without_a_model_it_does_not_start(start) -> None:

@@ -1,5 +1,6 @@
 """The exporter against a real server: states, reloads, errors, memory, over HTTP."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from spikeless import launch, repository
+from spikeless.exporter import MAX_STATUS_AGE, Exporter, ExporterSettings
 
 FAST = ("--file_system_poll_wait_seconds=0.1", "--max_num_load_retries=0")
 
@@ -91,3 +93,29 @@ def test_states_reloads_errors_and_memory(
         assert time.monotonic() < deadline, "the exporter has not noticed that the server is gone"
         time.sleep(0.05)
     assert value(*available, "2") is None, "states of a server that does not answer are not known"
+
+
+def test_memory_from_a_copy_of_a_status_while_that_is_fresh(tmp_path: Path) -> None:
+    copy = tmp_path / "status"
+    exporter = Exporter(ExporterSettings("127.0.0.1:1", tmp_path / "models", status_file=copy))
+
+    def memory() -> float:
+        metrics = [metric for metric in exporter.collect() if metric.name.startswith("spikeless_memory_")]
+        return sum(sample.value for metric in metrics for sample in metric.samples)
+
+    exporter.start()
+    try:
+        assert memory() == 0
+        shutil.copyfile("/proc/self/status", copy)
+        assert memory() == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
+        os.utime(copy, (time.time() - MAX_STATUS_AGE - 1,) * 2)
+        assert memory() == 0, "whose status it was is gone"
+    finally:
+        exporter.stop()
+
+
+def test_one_way_to_see_the_process() -> None:
+    command = [sys.executable, "-m", "spikeless", "exporter", "--pid", "1", "--status-file", "status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--pid and --status-file" in done.stderr

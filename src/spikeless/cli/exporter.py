@@ -23,17 +23,26 @@ from spikeless.exporter import Exporter, ExporterSettings
     help="The model repository: its folders are the names of the models.",
 )
 @click.option("--pid", type=int, help="The server's process, for its memory.")
+@click.option(
+    "--status-file",
+    type=click.Path(path_type=Path),
+    help="A copy of that process's /proc/PID/status which is kept fresh, where the process cannot be seen.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=9500, show_default=True, help="Port to listen on; 0 picks a free one.")
-def command(target: str, models: Path, pid: int | None, host: str, port: int) -> None:
+def command(
+    target: str, models: Path, pid: int | None, status_file: Path | None, host: str, port: int
+) -> None:
     """Export what a model server does not: version states, load errors, reloads and memory.
 
     Prometheus scrapes http://HOST:PORT/metrics. SIGTERM and SIGINT end it.
     """
+    if pid is not None and status_file is not None:
+        raise click.UsageError("--pid and --status-file are two ways to see the same process: give one")
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    exporter = Exporter(ExporterSettings(target, models, pid))
+    exporter = Exporter(ExporterSettings(target, models, pid, status_file))
     registry = CollectorRegistry()
     exporter.start()
     registry.register(exporter)
