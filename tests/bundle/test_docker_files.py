@@ -408,6 +408,8 @@ def test_the_manifests_belong_together() -> None:
     assert endpoint["path"] in (DOCKER / "monitoring.config").read_text()
     target = manifests["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", manifests["Deployment"]["metadata"]["name"])
+    assert manifests["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > 1
+    assert "replicas" not in deployment, "applying a rollout would undo what the autoscaler has decided"
     # Ready means what healthy means, and a rollout never takes a replica away before its successor is ready.
     health = json.loads(re.search(r"HEALTHCHECK .* CMD (\[.*\])", (DOCKER / "Dockerfile").read_text())[1])
     assert server["readinessProbe"]["exec"]["command"] == health
