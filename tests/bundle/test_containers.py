@@ -129,6 +129,15 @@ def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: En
         assert (STAND_IN in config["Labels"]) == stands_in, name
 
 
+def test_the_images_are_as_large_as_the_readme_says(containers: Engine, images: Images) -> None:
+    text = (HERE.parents[1] / "docker" / "README.md").read_text()
+    said = dict(re.findall(r"^\| `spikeless/(\w+)` \|.*\| ([\d.]+) GB", text, re.MULTILINE))
+    assert set(said) == {"embedded", "tools", "tagger"}
+    for name, gigabytes in said.items():
+        size = containers.docker("image", "inspect", "--format", "{{.Size}}", getattr(images, name)).stdout
+        assert int(size) / 1e9 == pytest.approx(float(gigabytes), rel=0.1), name
+
+
 def test_nothing_of_the_machine_that_built_them_is_in_the_images(containers: Engine, images: Images) -> None:
     unwanted = ("-name pip.conf", "-name .git", "-name .env", "-name 'id_rsa*'", "-path '/run/secrets/*'")
     leftovers = ("-path '/root/.cache/*'", "-path '/build*'")
@@ -259,6 +268,11 @@ def test_the_least_privilege_holds_while_it_runs(up: Stack) -> None:
         "127.0.0.1"
     }
     assert host["Memory"] == 4 << 30
+    check = json.loads(
+        up.engine.docker("inspect", "--format", "{{json .Config.Healthcheck}}", up.container("server")).stdout
+    )
+    assert check["Test"] == ["CMD", "/usr/local/bin/health"]
+    assert check["StartPeriod"] == 30 * 10**9
     assert host["LogConfig"]["Config"] == {"max-file": "3", "max-size": "10m"}
     prepare = state_of(up.engine, up.container("prepare"))
     assert prepare["ExitCode"] == 0

@@ -60,6 +60,8 @@ def test_every_service_has_the_least_privilege() -> None:
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     assert set(services) >= {"server", "prepare", "bench", "locust", "worker", "prometheus", "grafana"}
     for name, service in services.items():
+        if "build" in service:
+            assert {"BASE", "REVISION"} <= set(service["build"]["args"]), name
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
@@ -284,6 +286,7 @@ def test_what_a_platform_file_switches_off_is_said_again(start, tmp_path: Path) 
 
     for flag, reason in (
         ("--enable_batching", "cannot read --batching_parameters_file=/nowhere"),
+        ("--enable_batching=false", "--batching_parameters_file is of no use without --enable_batching"),
         ("--port=1", "--batching_parameters_file is of no use without --enable_batching"),
     ):
         done = start(flag, "--batching_parameters_file=/nowhere")
