@@ -11,7 +11,7 @@ one is started from the distribution's packages:
   for. It carries the label `STAND_IN`, so that nobody takes it for the published image.
 
 Cache: ``$SPIKELESS_CACHE``, by default ``spikeless`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It keeps
-packages, image layers and build caches, 11 GB in all; a second run starts in seconds. The daemon is stopped
+packages, image layers and build caches, 13 GB in all; a second run starts in seconds. The daemon is stopped
 on leaving, and by the kernel when whoever started it is killed; containers that it had then are removed next
 time.
 
