@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikeless.core import ServerCore
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.inference import Model
-from spikeless.metrics import Metrics
 from spikeless.protos import get_model_metadata_pb2, get_model_status_pb2, input_pb2, model_pb2
+
+if TYPE_CHECKING:
+    from spikeless.metrics import Metrics  # a server without metrics does without their library
 
 #: The only metadata field that there is.
 SIGNATURES = "signature_def"

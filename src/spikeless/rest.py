@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 from google.protobuf import json_format
@@ -29,7 +29,6 @@ from waitress.task import ErrorTask, WSGITask
 from spikeless import restjson
 from spikeless.calls import SIGNATURES, Call, Calls
 from spikeless.errors import Cancelled, Code, InvalidArgument, ResourceExhausted, SpikelessError, Unavailable
-from spikeless.metrics import Metrics
 from spikeless.protos import (
     classification_pb2,
     get_model_metadata_pb2,
@@ -38,6 +37,9 @@ from spikeless.protos import (
     regression_pb2,
 )
 from spikeless.savedmodel import DEFAULT_SIGNATURE
+
+if TYPE_CHECKING:
+    from spikeless.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 

@@ -163,6 +163,16 @@ def version() -> str:
     return str(_tf().Version().decode())
 
 
+def return_free_memory() -> None:
+    """Give memory that was freed, but is still held for later, back to the kernel (``malloc_trim``).
+
+    It stops every thread that allocates while it looks: something for the time before requests. Without an
+    effect where the C library is not glibc, or another allocator is preloaded.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(c_size_t(0))
+
+
 def _check(tf: _Library, status: int) -> None:
     """Raise what the call with this TF_Status reported."""
     code = tf.GetCode(status)

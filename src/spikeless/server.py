@@ -12,24 +12,28 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from spikeless import runtime
 from spikeless.calls import Calls
 from spikeless.core import CoreSettings, ServerCore
 from spikeless.errors import InvalidArgument, Unavailable
 from spikeless.loader import ModelLoader
 from spikeless.manager import VersionStatus
-from spikeless.metrics import Metrics, read_monitoring_path
 from spikeless.protos import (
     model_server_config_pb2,
     model_service_pb2_grpc,
     prediction_service_pb2_grpc,
     read_text_proto,
 )
-from spikeless.rest import RestApi, RestServer, RestSettings
 from spikeless.servicers import ModelServicer, PredictionServicer
+
+if TYPE_CHECKING:  # imported where they are used: a server without them saves the memory of their libraries
+    from spikeless.metrics import Metrics
+    from spikeless.rest import RestServer
 
 _log = logging.getLogger(__name__)
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
@@ -102,11 +106,13 @@ class Server:
         self._metrics: Metrics | None = None
         self._metrics_path = ""
         loader = settings.loader
-        if settings.monitoring_config_file and (
-            path := read_monitoring_path(settings.monitoring_config_file)
-        ):
-            self._metrics, self._metrics_path = Metrics(), path
-            loader = replace(loader, observer=self._metrics)
+        if settings.monitoring_config_file:
+            from spikeless.metrics import Metrics, read_monitoring_path
+
+            self._metrics_path = read_monitoring_path(settings.monitoring_config_file)
+            if self._metrics_path:
+                self._metrics = Metrics()
+                loader = replace(loader, observer=self._metrics)
         self.core = ServerCore(loader, settings.core)
         if self._metrics is not None:
             self.core.manager.add_listener(self._metrics.version_changed)
@@ -128,6 +134,7 @@ class Server:
             # Whatever lives now lives on; the collector need not visit it again.
             gc.collect()
             gc.freeze()
+            runtime.return_free_memory()
             return None if self._stopping.is_set() else self._listen()
         except BaseException:
             self.stop(0.0)
@@ -169,6 +176,8 @@ class Server:
         return port
 
     def _listen_rest(self, port: int) -> int:
+        from spikeless.rest import RestApi, RestServer, RestSettings
+
         settings = RestSettings(
             port=port,
             host=self.settings.host,

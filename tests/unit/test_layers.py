@@ -80,3 +80,12 @@ def test_tensorflow_can_still_be_imported_afterwards() -> None:
         "assert tensor_pb2 is spikeless.protos.tensor_pb2\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_a_server_does_without_libraries_that_it_does_not_use() -> None:
+    """They would be private memory of every server, with metrics and REST or without."""
+    program = (
+        "import sys, spikeless.cli.serve\n"
+        "assert not {'prometheus_client', 'waitress', 'rich'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
