@@ -19,9 +19,11 @@ swap        open-loop load, versions published one after the other: latency and 
             folded into one
 steady      the servers of all kinds at once, asked by one client in turns of half a second: the medians
 throughput  the same with as many requests as four connections can make: their rate
-soak        minutes of load on a model that looks rows up sparsely (``ResourceGather``): is a copy made?
+soak        minutes of load, several requests at once, on a model that looks rows up sparsely
+            (``ResourceGather``): is a copy made?
 squeeze     open-loop load with random rows in a memory cgroup that leaves the page cache room for half of the
-            parameters (needs root)
+            parameters (needs root); where the stock model, whose parameters are heap, does not fit into it,
+            the result says so and its cgroup gets room for them
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from spikeless.bench.requests import read_requests
 from spikeless.bench.scenario import server_facts
 from spikeless.cli.options import Size
 from spikeless.client import Client
+from spikeless.errors import SpikelessError
 from spikeless.files import write_atomically
 from spikeless.manager import State
 from spikeless.mapping import MapSettings, map_saved_model, repin
@@ -76,6 +79,10 @@ CONNECTIONS = 4
 SWAP_SECONDS, SWAP_SECONDS_PER_GIB = 10.0, 5.0
 POLL_SECONDS = 0.005
 TURNS, TURN_SECONDS = 40, 0.5
+#: The rate of the soak by that of the other parts, so that requests overlap.
+SOAK_FACTOR = 3
+#: What a squeezed server has beside half of its parameters.
+SQUEEZE_BYTES = 512 << 20
 
 Call = Callable[[bytes], Any]
 
@@ -184,10 +191,13 @@ def _served(
     options: Options,
     model: Path,
     warm: bool = True,
-    around: Callable[[], Any] | None = None,
+    confine: Callable[[int], Any] | None = None,
     swaps: int = 1,
 ) -> Iterator[tuple[launch.Server, Client, Callable[[], Path]]]:
-    """A server with version 1 available, and what publishes the next versions, staged up to the rename."""
+    """A server with version 1 available, and what publishes the next versions, staged up to the rename.
+
+    ``confine`` is given the process as soon as there is one.
+    """
     with ExitStack() as stack:
         models = options.work.absolute() / f"served-{model.name}"
         shutil.rmtree(models, ignore_errors=True)
@@ -197,13 +207,15 @@ def _served(
         staged = bench.staged([source, source], models, NAME, 1 + swaps, steps=())
         publish = stack.enter_context(staged)
         first = publish()
+        if confine is not None:
+            _evict(first)  # pages are charged to the cgroup that brings them in
         yielding = model.name.endswith(TUNED) and launch.chosen_engine() == launch.EMBEDDED
         flags = (*FLAGS, "--load_threads_yield") if yielding else FLAGS
         settings = launch.LaunchSettings(NAME, models / NAME, flags=flags, ready_timeout=600)
-        if around is not None:
-            _evict(first)  # pages are charged to the cgroup that brings them in
-        with around() if around is not None else ExitStack():
-            server = stack.enter_context(launch.start(settings))
+        server = stack.enter_context(launch.Server(settings))
+        if confine is not None:
+            confine(server.pid)
+        server.wait_ready()
         client = Client(server.target, timeout=60.0)
         stack.callback(client.close)
         yield server, client, publish
@@ -338,19 +350,31 @@ _IN_TURNS = {"steady": steady, "throughput": throughput}
 def soak(options: Options, scenario: str, model: Path) -> Path:
     with _served(options, model) as (server, _, _):
         settings = _settings(options, model, options.soak_seconds)
+        settings = dataclasses.replace(settings, rate=SOAK_FACTOR * settings.rate)
         return _save_run(options, bench.run(scenario, settings, server_facts(server)))
 
 
 def squeeze(options: Options, scenario: str, model: Path) -> Path:
-    limit = options.size // 2 + (512 << 20)
+    limit = options.size // 2 + SQUEEZE_BYTES
+    notes = []
     if model.name.endswith(STOCK):
-        limit += options.size  # its parameters are heap, which cannot be dropped
+        try:
+            return _squeezed(options, scenario, model, limit, notes)
+        except SpikelessError as error:
+            problem = str(error).partition(";")[0]
+            notes.append(f"does not fit into a memory cgroup of {limit} bytes ({problem})")
+            click.echo(notes[-1], err=True)
+            limit += options.size  # its parameters are heap, which cannot be dropped
+    return _squeezed(options, scenario, model, limit, notes)
+
+
+def _squeezed(options: Options, scenario: str, model: Path, limit: int, notes: Sequence[str]) -> Path:
+    settings = _settings(options, model, options.seconds)
     with (
-        _memory_limit(limit) as limited,
-        _served(options, model, around=limited) as (server, _, _),
+        _memory_limit(limit) as confine,
+        _served(options, model, confine=confine) as (server, _, _),
     ):
-        notes = [f"memory cgroup of {limit} bytes"]
-        settings = _settings(options, model, options.seconds)
+        notes = [*notes, f"memory cgroup of {limit} bytes"]
         return _save_run(options, bench.run(scenario, settings, server_facts(server), notes=notes))
 
 
@@ -424,8 +448,8 @@ def _sampling(pid: int, values: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_limit(limit: int) -> Iterator[Callable[[], Any]]:
-    """A memory cgroup with this limit; in the block that it gives, new processes start inside it."""
+def _memory_limit(limit: int) -> Iterator[Callable[[int], Any]]:
+    """A memory cgroup with this limit, as what puts a process into it."""
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     old = next((path for _, controllers, path in lines if controllers == "memory"), None)
     if old is not None:
@@ -436,16 +460,7 @@ def _memory_limit(limit: int) -> Iterator[Callable[[], Any]]:
     group.mkdir()
     try:
         (group / limit_file).write_text(str(limit))
-
-        @contextmanager
-        def inside() -> Iterator[None]:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-            try:
-                yield
-            finally:
-                (parent / "cgroup.procs").write_text(str(os.getpid()))
-
-        yield inside
+        yield lambda pid: (group / "cgroup.procs").write_text(str(pid))
     finally:
         group.rmdir()
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spikeless import bench, report
+from spikeless.bench.analysis import analyse
 from spikeless.bench.record import Run
 
 STOCK, MAPPED, TUNED, BARE = "stock", "mapped", "tuned", "bare"
@@ -84,7 +87,7 @@ def _order(item: tuple[tuple[str, str], Any]) -> tuple[int, int]:
 def _table(
     kinds: Mapping[str, list[Any]], rows: Sequence[tuple[str, str, Callable[[Any], float]]]
 ) -> list[str]:
-    present = [kind for kind in (STOCK, MAPPED, TUNED, BARE) if kind in kinds]
+    present = _present(kinds, STOCK, MAPPED, TUNED, BARE)
     lines = ["| | " + " | ".join(present) + " |", "|---|" + "---:|" * len(present)]
     for name, form, get in rows:
         cells = [_spread([get(one) for one in kinds[kind]], form) for kind in present]
@@ -175,12 +178,22 @@ def _soak_table(kinds: Mapping[str, list[Run]], label: str) -> list[str]:
         kinds,
         [
             ("requests, all of them sparse look-ups", "{:,.0f}", lambda run: len(run.requests["latency"])),
+            ("of them at once, most", "{:,.0f}", _at_once),
             ("private memory at the start, MiB", "{:,.0f}", private(0.0)),
             ("private memory half way, MiB", "{:,.0f}", private(0.5)),
             ("private memory at the end, MiB", "{:,.0f}", private(1.0)),
             ("private memory, peak, MiB", "{:,.0f}", lambda run: run.samples["rss_anon"].max() / MIB),
         ],
     )
+
+
+def _at_once(run: Run) -> float:
+    """The most requests that were under way at any moment."""
+    starts = run.requests["intended"] + run.requests["lag"]
+    ends = run.requests["intended"] + run.requests["latency"]
+    moments = np.concatenate([starts, ends])
+    changes = np.repeat([1, -1], [len(starts), len(ends)])
+    return float(np.cumsum(changes[np.argsort(moments, kind="stable")]).max())
 
 
 _TABLES: dict[str, Callable[[Mapping[str, list[Any]], str], list[str]]] = {
@@ -196,81 +209,163 @@ _TABLES: dict[str, Callable[[Mapping[str, list[Any]], str], list[str]]] = {
 # Bars.
 
 
+@dataclass(frozen=True)
+class _Bar:
+    """One thing that mapping is held to, and whether it holds."""
+
+    what: str
+    bar: str
+    measured: str
+    verdict: str
+
+
+_COMPARISON, _NOT_SHOWN = "for comparison", "**not shown**"
+
+
+def _verdict(holds: bool, kind: str) -> str:
+    """Nothing is asked of the stock model."""
+    return _COMPARISON if kind == STOCK else "holds" if holds else "**missed**"
+
+
 def _bars(measured: Measured) -> list[str]:
-    lines = ["| | bar | measured | |", "|---|---|---|---|"]
-
-    def bar(what: str, most: str, value: str, holds: bool | None) -> None:
-        verdict = {True: "holds", False: "**missed**", None: "for comparison"}[holds]
-        lines.append(f"| {what} | {most} | {value} | {verdict} |")
-
-    loads = {label: kinds for (part, label), kinds in sorted(measured.items(), key=_order) if part == "load"}
-    for label, kinds in loads.items():
-        if not {STOCK, MAPPED, BARE} <= set(kinds):
-            continue
-        size = _bytes(label)
-        peak = {kind: statistics.median(one["peak_rss_anon"] for one in kinds[kind]) for kind in kinds}
-        most = f"{PRIVATE_SHARE:.0%} of the parameters"
-        whole, own = peak[MAPPED] / size, (peak[MAPPED] - peak[BARE]) / size
-        bar(
-            f"{label}: private memory through a swap, the whole process",
-            most,
-            f"{whole:.1%}",
-            whole <= PRIVATE_SHARE,
-        )
-        bar(
-            f"{label}: the same, over a server of a model without parameters",
-            most,
-            f"{own:.1%}",
-            own <= PRIVATE_SHARE,
-        )
-        firsts = {kind: statistics.median(map(_first, kinds[kind])) for kind in (STOCK, MAPPED)}
-        times = firsts[MAPPED] / firsts[STOCK]
-        bar(
-            f"{label}: first request after the load",
-            f"{FIRST_FACTOR} x stock",
-            f"{times:.2f} x",
-            times <= FIRST_FACTOR,
-        )
-    if len(loads) > 1:
-        small, large = next(iter(loads)), list(loads)[-1]
-        available = {
-            label: statistics.median(one["available_seconds"] for one in loads[label][MAPPED])
-            for label in (small, large)
-        }
-        times = available[large] / available[small]
-        bar(
-            f"publish to AVAILABLE, {large} against {small}",
-            f"{SIZE_FACTOR} x",
-            f"{times:.2f} x",
-            times <= SIZE_FACTOR,
-        )
+    bars: list[_Bar] = []
     for (part, label), kinds in sorted(measured.items(), key=_order):
-        if part in ("steady", "throughput"):
-            for kind in (MAPPED, TUNED):
-                if part == "steady":
-                    times = statistics.median(_ratios(kinds["all"], "p50_ms", kind))
-                    most, holds = f"{P50_FACTOR} x stock", times <= P50_FACTOR
-                else:
-                    times = statistics.median(_ratios(kinds["all"], "requests_per_second", kind))
-                    most, holds = f"{1 - THROUGHPUT_SHARE} x stock or more", times >= 1 - THROUGHPUT_SHARE
-                what = "steady p50" if part == "steady" else part
-                bar(f"{label}: {what}, {kind}", most, f"{times:.3f} x", holds)
-        if part == "swap":
-            scenarios = {
-                scenario.name.rpartition("-")[2]: scenario
-                for scenario in report.group([run for runs in kinds.values() for run in runs])
-            }
-            for kind, scenario in scenarios.items():
-                fold = scenario.fold
-                if fold.enough:
-                    reload, control = fold.reload["p99.9"], fold.control["p99.9"]
-                    times = reload.value / control.value
-                    words = f"{times:.1f} x ({reload.value:.1f} against {control.value:.1f} ms, "
-                    words += f"{len(fold.pairs)} reloads)"
-                    bar(
-                        f"{label}: p99.9 during reloads, {kind}",
-                        f"{RELOAD_FACTOR} x that of windows without",
-                        words,
-                        None if kind == STOCK else times <= RELOAD_FACTOR,
-                    )
-    return lines
+        if part in _BARS:
+            bare = measured.get(("load", label), {}).get(BARE, [])
+            bars += [replace(bar, what=f"{label}: {bar.what}") for bar in _BARS[part](kinds, label, bare)]
+    bars += _size_bars(measured)
+    return [
+        "| | bar | measured | |",
+        "|---|---|---|---|",
+        *(f"| {bar.what} | {bar.bar} | {bar.measured} | {bar.verdict} |" for bar in bars),
+    ]
+
+
+def _present(kinds: Mapping[str, Any], *wanted: str) -> list[str]:
+    return [kind for kind in wanted if kind in kinds]
+
+
+def _load_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
+    for kind in _present(kinds, STOCK, MAPPED, TUNED):
+        peak = statistics.median(one["peak_rss_anon"] for one in kinds[kind])
+        yield from _private_bars(f"through a load, {kind}", kind, peak, label, bare)
+    if {STOCK, MAPPED} <= kinds.keys():
+        stock = statistics.median(map(_first, kinds[STOCK]))
+        for kind in _present(kinds, MAPPED, TUNED):
+            times = statistics.median(map(_first, kinds[kind])) / stock
+            yield _Bar(
+                f"first request after a load without warmup, {kind}",
+                f"{FIRST_FACTOR} x stock",
+                f"{times:.2f} x",
+                _verdict(times <= FIRST_FACTOR, kind),
+            )
+
+
+def _private_bars(what: str, kind: str, peak: float, label: str, bare: list[Any]) -> Iterator[_Bar]:
+    """The whole process, and what it has beyond one that serves a model without parameters."""
+    most = f"{PRIVATE_SHARE:.0%} of the parameters"
+    shares = {f"private memory {what}, the whole process": peak / _bytes(label)}
+    if bare:
+        own = statistics.median(one["peak_rss_anon"] for one in bare)
+        words = f"the same, over a server of a model without parameters ({own / MIB:.0f} MiB)"
+        shares[words] = (peak - own) / _bytes(label)
+    for words, share in shares.items():
+        yield _Bar(words, most, f"{share:.1%}", _verdict(share <= PRIVATE_SHARE, kind))
+
+
+def _swap_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
+    for kind in _present(kinds, STOCK, MAPPED, TUNED):
+        runs = kinds[kind]
+        peak = statistics.median(float(run.samples["rss_anon"].max()) for run in runs)
+        yield from _private_bars(f"through reloads with warmup under load, {kind}", kind, peak, label, bare)
+    scenarios = report.group([run for runs in kinds.values() for run in runs])
+    for scenario in scenarios:
+        kind = scenario.name.rpartition("-")[2]
+        what, most = f"p99.9 during reloads, {kind}", f"{RELOAD_FACTOR} x that of windows without"
+        if not scenario.fold.enough:
+            yield _Bar(what, most, "too few clean reloads to say", _NOT_SHOWN)
+            continue
+        reload, control = scenario.fold.reload["p99.9"], scenario.fold.control["p99.9"]
+        times = reload.value / control.value
+        words = f"{times:.2f} x ({reload.value:.1f} against {control.value:.1f} ms, "
+        words += f"{len(scenario.fold.pairs)} reloads)"
+        yield _Bar(what, most, words, _verdict(times <= RELOAD_FACTOR, kind))
+
+
+def _steady_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
+    for kind in _present(kinds["all"][0]["p50_ms"], MAPPED, TUNED):
+        times = statistics.median(_ratios(kinds["all"], "p50_ms", kind))
+        yield _Bar(
+            f"steady p50, {kind}",
+            f"{P50_FACTOR} x stock",
+            f"{times:.3f} x",
+            _verdict(times <= P50_FACTOR, kind),
+        )
+
+
+def _throughput_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
+    least = 1 - THROUGHPUT_SHARE
+    for kind in _present(kinds["all"][0]["requests_per_second"], MAPPED, TUNED):
+        times = statistics.median(_ratios(kinds["all"], "requests_per_second", kind))
+        yield _Bar(
+            f"throughput, {kind}",
+            f"{least} x stock or more",
+            f"{times:.3f} x",
+            _verdict(times >= least, kind),
+        )
+
+
+def _soak_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
+    for kind in _present(kinds, STOCK, MAPPED, TUNED):
+        runs = kinds[kind]
+        growth = statistics.median(_growth(run) for run in runs) / _bytes(label)
+        seconds = min(run.facts.settings.seconds for run in runs)
+        yield _Bar(
+            f"growth of private memory in {seconds:.0f} s of sparse look-ups, {kind}",
+            f"{PRIVATE_SHARE:.0%} of the parameters",
+            f"{growth:.1%}",
+            _verdict(growth <= PRIVATE_SHARE, kind),
+        )
+
+
+def _growth(run: Run) -> float:
+    """Bytes of private memory at the peak beyond those at the start."""
+    private = run.samples["rss_anon"]
+    return float(private.max() - private[0])
+
+
+def _squeeze_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
+    for kind in _present(kinds, STOCK, MAPPED, TUNED):
+        runs = kinds[kind]
+        values = [analyse(run).steady.p99_9 for run in runs]
+        limits = "; ".join(dict.fromkeys(note for run in runs for note in run.facts.notes))
+        what = f"steady p99.9 with random rows and little memory, {kind} ({limits})"
+        yield _Bar(what, "none", f"{_spread(values, '{:.1f}')} ms", _COMPARISON)
+
+
+def _size_bars(measured: Measured) -> Iterator[_Bar]:
+    """How the time to load grows from the smallest model to the largest."""
+    labels = sorted({label for part, label in measured if part == "load"}, key=_bytes)
+    if len(labels) < 2:
+        return
+    small, large = (measured["load", label] for label in (labels[0], labels[-1]))
+    for kind in (STOCK, MAPPED, TUNED):
+        for name, what in (("available_seconds", "publish to AVAILABLE"), ("load_seconds", "of it loading")):
+            if kind in small and kind in large:
+                few, many = (statistics.median(one[name] for one in kinds[kind]) for kinds in (small, large))
+                yield _Bar(
+                    f"{what}, {labels[-1]} against {labels[0]}, {kind}",
+                    f"{SIZE_FACTOR} x",
+                    f"{many / few:.2f} x ({many:.3f} against {few:.3f} s)",
+                    _verdict(many / few <= SIZE_FACTOR, kind),
+                )
+
+
+_BARS: dict[str, Callable[[Mapping[str, list[Any]], str, list[Any]], Iterator[_Bar]]] = {
+    "load": _load_bars,
+    "swap": _swap_bars,
+    "steady": _steady_bars,
+    "throughput": _throughput_bars,
+    "soak": _soak_bars,
+    "squeeze": _squeeze_bars,
+}
