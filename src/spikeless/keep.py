@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -101,8 +102,9 @@ class Keeper:
         for rank in range(max(map(len, versions), default=0)):
             for version in (paths[rank] for paths in versions if rank < len(paths)):
                 for path in _mapped_files(version):
-                    status = path.stat()
-                    wanted.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
+                    with suppress(FileNotFoundError):  # the version is going away
+                        status = path.stat()
+                        wanted.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
         return wanted
 
     def close(self) -> None:
@@ -163,4 +165,4 @@ def _mapped_files(version: Path) -> list[Path]:
     except (NotFound, DataLoss) as error:
         _log.warning("%s", error)
         return []
-    return [path for record in files if os.path.isfile(path := version / record.path)]
+    return [version / record.path for record in files]

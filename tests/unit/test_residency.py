@@ -12,6 +12,7 @@ import pytest
 
 from spikeless import keep, residency
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.files import write_atomically
 from spikeless.keep import Keeper, served_versions
 from spikeless.mapping.manifest import FileRecord, Manifest, manifest_path
 
@@ -58,8 +59,8 @@ def test_locked_pages_stay(file: Path) -> None:
     assert _locked_bytes() == 0
 
 
-def _locked_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _locked_bytes(pid: int | str = "self") -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmLck:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no VmLck")
@@ -117,6 +118,13 @@ def test_keeper_follows_what_is_served(tmp_path: Path) -> None:
     assert _locked_bytes() == 0
 
 
+def test_a_version_that_goes_away_is_passed_over(tmp_path: Path) -> None:
+    version = _version(tmp_path, "a", 1, SIZE, SIZE)
+    next((version / "variables").iterdir()).unlink()
+    with Keeper(lambda: served_versions(tmp_path), 10 * SIZE) as keeper:
+        assert keeper.look().bytes == SIZE
+
+
 def test_keeper_spends_its_budget_on_the_newest_first(tmp_path: Path) -> None:
     old = _version(tmp_path, "a", 1, SIZE)
     new = _version(tmp_path, "a", 2, SIZE)
@@ -172,5 +180,14 @@ def test_the_command_keeps_until_it_is_told_to_stop(tmp_path: Path) -> None:
         changes = [next(lines).partition(":")[0] for _ in range(3)]
         assert changes == ["locked", "locked", "released"]
         assert next(lines) == f"keeping {2 * SIZE:,} of {64 * SIZE:,} bytes\n"
+        # A configuration that cannot be read changes nothing, and is complained of once.
+        config = tmp_path / keep.CONFIG_FILE
+        write_atomically(config, b"model_config_list {")
+        assert next(lines).startswith(f"what is locked stays locked: {config}: ")
+        assert _locked_bytes(process.pid) == 2 * SIZE
+        write_atomically(config, b'model_config_list { config { name: "a" base_path: "/m/a" } }')
+        _version(tmp_path, "a", 3, SIZE)
+        assert [next(lines).partition(":")[0] for _ in range(3)] == ["locked", "released", "released"]
+        assert next(lines) == f"keeping {SIZE:,} of {64 * SIZE:,} bytes\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from spikeless.cli.options import Size
+from spikeless.errors import SpikelessError
 from spikeless.keep import Keeper, Kept, served_versions
 
 
@@ -23,20 +24,28 @@ def command(models: Path, budget: int, poll: float, once: bool) -> None:
     """Map and lock the parameter files of the versions in MODELS that are served, until terminated.
 
     Run it beside the server, on the same machine and files: the kernel then keeps the pages that the server
-    maps. It follows models.config and the version folders. It prints a line whenever something changes.
+    maps. It follows models.config and the version folders. It prints a line whenever something changes, and
+    goes on with what it has when it can lock no more or models.config cannot be read.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    before: tuple[Path, ...] = ()
+    complaint = ""
     with Keeper(lambda: served_versions(models), budget) as keeper:
-        while True:
-            kept = keeper.look()
-            if kept.locked or kept.released or kept.left_out != before or once:
-                _report(kept, budget)
+        kept = keeper.look()  # what is wrong at the start ends it
+        _report(kept, budget)
+        while not once and not stop.wait(poll):
             before = kept.left_out
-            if once or stop.wait(poll):
-                return
+            try:
+                kept = keeper.look()
+            except SpikelessError as error:
+                if str(error) != complaint:
+                    click.echo(f"what is locked stays locked: {error}", err=True)
+                complaint = str(error)
+                continue
+            complaint = ""
+            if kept.locked or kept.released or kept.left_out != before:
+                _report(kept, budget)
 
 
 def _report(kept: Kept, budget: int) -> None:
