@@ -144,16 +144,28 @@ def loaded(models: Path, name: str, fleet: FleetSettings | None) -> dict[int, li
 
 
 def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
-    """Versions of which a process on this machine has a file mapped (``/proc/<pid>/maps``)."""
-    prefixes = {version: f"{path.resolve()}/" for version, path in versions.items()}
+    """Versions of which a process on this machine has a file mapped (``/proc/<pid>/maps``).
+
+    A container may see a version at another path, so a file is also known by its device and inode.
+    """
+    prefixes = {f"{path.resolve()}/": version for version, path in versions.items()}
+    inodes = {_inode(file): version for version, path in versions.items() for file in path.rglob("*")}
     found: set[int] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             text = maps.read_text(errors="replace")
         except OSError:
             continue  # It has ended, or is another user's.
-        found |= {version for version, prefix in prefixes.items() if prefix in text}
+        found |= {version for prefix, version in prefixes.items() if prefix in text}
+        mapped = {(fields[3], fields[4]) for line in text.splitlines() if (fields := line.split())}
+        found |= {inodes[inode] for inode in mapped & inodes.keys()}
     return found
+
+
+def _inode(file: Path) -> tuple[str, str]:
+    """Device and inode as in ``/proc/<pid>/maps``."""
+    status = file.stat()
+    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
 
 
 def size_of(path: Path) -> int:

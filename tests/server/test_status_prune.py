@@ -123,8 +123,12 @@ def test_what_a_process_has_mapped_stays(models):
         models, {NAME: with_versions(models_config.read(models).block(NAME), [2], {"stable": 2})}
     )
     file = models / NAME / "1" / "variables" / "variables.index"
-    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ):
-        assert prune(models, NAME, 1, None).kept[1] == "mapped by a process on this machine"
+    # By its path, and as a container sees it, under another path.
+    elsewhere = models / "elsewhere"
+    os.link(file, elsewhere)
+    for path in (file, elsewhere):
+        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ):
+            assert prune(models, NAME, 1, None).kept[1] == "mapped by a process on this machine"
     assert prune(models, NAME, 1, None).removed == (1,)
 
 
