@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.training.saving import saveable_object
 
 v1 = tf.compat.v1
 BIG = 512
@@ -393,6 +394,73 @@ def v1_partitioned_references(path: Path) -> None:
 @builder
 def v1_partitioned_resources(path: Path) -> None:
     _simple_save(path, lambda: _partitioned_graph(True))
+
+
+@builder
+def v1_several_graphs(path: Path) -> None:
+    """Two meta graphs for serving on CPUs, which share their variables, and one for GPUs."""
+    builder = v1.saved_model.Builder(str(path))
+    for tags in (["serve"], ["serve", "quick"], ["serve", "gpu"]):
+        with tf.Graph().as_default(), v1.Session() as session:
+            ids = v1.placeholder(tf.int32, [None], name="ids")
+            table = v1.get_variable("table", initializer=values(BIG, WIDTH), use_resource=True)
+            kernel = v1.get_variable("kernel", initializer=values(WIDTH, BIG, seed=1), use_resource=True)
+            rows = tf.gather(table, ids) if "quick" in tags else tf.nn.embedding_lookup(table, ids) @ kernel
+            signatures = {
+                "serving_default": v1.saved_model.predict_signature_def({"ids": ids}, {"rows": rows})
+            }
+            if tags == ["serve"]:
+                session.run(v1.global_variables_initializer())
+                builder.add_meta_graph_and_variables(session, tags, signatures)
+            else:
+                builder.add_meta_graph(tags, signatures)
+    builder.save()
+
+
+class _Doubled(saveable_object.SaveableObject):  # type: ignore[misc]
+    """Restores twice what was saved."""
+
+    def __init__(self, variable: Any) -> None:
+        self._variable = variable
+        spec = saveable_object.SaveSpec(variable / 2, "", "doubled")
+        super().__init__(variable, [spec], "doubled")
+
+    def restore(self, restored_tensors: Any, restored_shapes: Any) -> Any:
+        return self._variable.assign(restored_tensors[0] * 2)
+
+
+@builder
+def v1_unusual(path: Path) -> None:
+    """Variables that are used or restored as few are."""
+    with tf.Graph().as_default(), v1.Session() as session:
+        ids = v1.placeholder(tf.int32, [None], name="ids")
+        doubled, shared, plain = (
+            v1.get_variable(name, initializer=values(BIG, WIDTH, seed=seed), use_resource=True)
+            for seed, name in enumerate(("doubled", "shared", "plain"), start=1)
+        )
+
+        def read(name: str) -> Any:
+            handle = tf.raw_ops.VarHandleOp(
+                dtype=tf.float32, shape=[BIG, WIDTH], shared_name="shared", name=name
+            )
+            return tf.gather(tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.float32), ids)
+
+        inside = tf.function(lambda: read("inside"))()
+        outputs = {
+            "rows": tf.gather(doubled, ids) + tf.gather(shared, ids) + tf.gather(plain, ids),
+            "again": read("again"),
+            "inside": inside,
+        }
+        session.run(v1.global_variables_initializer())
+        builder = v1.saved_model.Builder(str(path))
+        signature = v1.saved_model.predict_signature_def({"ids": ids}, outputs)
+        builder.add_meta_graph_and_variables(
+            session,
+            ["serve"],
+            {"serving_default": signature},
+            saver=v1.train.Saver([shared, plain, _Doubled(doubled)]),
+        )
+        builder.save()
 
 
 @builder

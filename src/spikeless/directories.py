@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spikeless.errors import InvalidArgument
+from spikeless.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
 #: What a server of another user needs in order to read.
 DIRECTORY_MODE = 0o755
@@ -27,6 +27,25 @@ _READABLE = 0o444
 
 _LOCK = "lock"
 _OWNER = "owner"
+
+
+@contextmanager
+def errors_told(what: str) -> Iterator[None]:
+    """Turn what the file system says in the block into an error that names what was being done.
+
+    Raises:
+        ResourceExhausted: no space is left.
+        FailedPrecondition: anything else, such as a missing right.
+    """
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot {what}: {error.strerror or error}"
+        if error.filename is not None:
+            message += f" ({error.filename})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(f"{message}; make room and try again") from error
+        raise FailedPrecondition(message) from error
 
 
 @contextmanager

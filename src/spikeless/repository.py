@@ -22,7 +22,7 @@ from pathlib import Path
 from spikeless import directories, residency
 from spikeless.checkpoint import READ_ONLY
 from spikeless.checks import check_files, check_load, check_warmup
-from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
+from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.mapping import MapSettings, is_mapped, map_in_place, repin
 from spikeless.versions import MAX_VERSION, list_versions
 
@@ -47,7 +47,7 @@ class Candidate:
         Raises:
             AlreadyExists: something is in the way.
         """
-        with _file_system_errors(self.target.parent):
+        with directories.errors_told(f"publish to {self.target.parent}"):
             return _rename(self.path, self.target)
 
 
@@ -150,7 +150,7 @@ def stage(
     for step in steps:
         step.early(source)
     with ExitStack() as stack:
-        with _file_system_errors(directory):
+        with directories.errors_told(f"publish to {directory}"):
             number, staging = stack.enter_context(_reserved(directory, version))
             candidate = Candidate(staging / "version", name, number, directory / str(number))
             progress("copying")
@@ -228,16 +228,3 @@ def _rename(staged: Path, target: Path) -> Path:
         raise AlreadyExists(f"{target} appeared meanwhile; versions are never overwritten") from None
     directories.sync(target.parent)
     return target
-
-
-@contextmanager
-def _file_system_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        message = f"cannot publish to {directory}: {error.strerror or error}"
-        if error.filename is not None:
-            message += f" ({error.filename})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceExhausted(f"{message}; make room and publish again") from error
-        raise FailedPrecondition(message) from error

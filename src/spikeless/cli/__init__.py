@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -60,6 +61,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         result: Any = cli.main(args=arguments, prog_name="spikeless", standalone_mode=False)
     except SpikelessError as error:
         print(f"spikeless: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"spikeless: error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)
     except click.ClickException as error:
         error.show()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spikeless import residency
+from spikeless.cli.options import Size
 from spikeless.mapping import COPIED_BYTES, State, inspect, is_mapped
 from spikeless.mapping.manifest import VariableRecord
 from spikeless.tensors import shape_text
@@ -18,19 +19,26 @@ from spikeless.tensors import shape_text
 
 @click.command("inspect")
 @click.argument("saved_model", type=click.Path(path_type=Path))
+@click.option(
+    "--min-bytes",
+    type=Size(),
+    default="1MiB",
+    show_default=True,
+    help="For a model that is not mapped: as in `spikeless map`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(saved_model: Path, as_json: bool) -> None:
+def command(saved_model: Path, min_bytes: int, as_json: bool) -> None:
     """Show each variable of SAVED_MODEL: what is mapped, what is restored and why, what is dropped.
 
     For a SavedModel that is not mapped, it shows what `spikeless map` would do. The resident share of a
     mapped file is what the page cache holds of it now.
     """
     mapped = is_mapped(saved_model)
-    variables = inspect(saved_model)
+    variables = inspect(saved_model, min_bytes)
     shares = {
-        variable.file: residency.resident(saved_model / variable.file) / (variable.bytes or 1)
+        variable.file: residency.resident(file) / (variable.bytes or 1)
         for variable in variables
-        if variable.file
+        if variable.file and (file := saved_model / variable.file).is_file()
     }
     if as_json:
         rows = [
@@ -49,17 +57,19 @@ def command(saved_model: Path, as_json: bool) -> None:
 def _table(mapped: bool, variables: tuple[VariableRecord, ...], shares: dict[str, float]) -> Table:
     table = Table("variable", "type", "shape", "bytes", "state", "file", "resident", "why", box=None)
     table.columns[3].justify = table.columns[6].justify = "right"
+    several = len({variable.tags for variable in variables}) > 1
     for variable in variables:
         share = shares.get(variable.file or "")
+        missing = "missing" if variable.file else ""
         state = variable.state.value if mapped else f"to be {variable.state.value}"
         table.add_row(
-            variable.name,
+            f"{variable.name} ({','.join(variable.tags)})" if several else variable.name,
             variable.dtype.removeprefix("DT_").lower(),
             "[...]" if variable.shape is None else shape_text(variable.shape),
             "" if variable.bytes is None else f"{variable.bytes:,}",
             state,
             (variable.file or "").rpartition("/")[2],
-            "" if share is None else f"{share:.0%}",
+            missing if share is None else f"{share:.0%}",
             _why(variable),
         )
     return table

@@ -52,6 +52,8 @@ def command(
     if repin_only:
         if out is not None:
             raise click.UsageError("--repin changes SAVED_MODEL itself: leave OUT away")
+        if no_verify or optimize or records is not None:
+            raise click.UsageError("--repin maps nothing: leave --no-verify, --optimize and --records away")
         manifest = repin(saved_model, serving_root)
     else:
         if out is None:

@@ -70,6 +70,8 @@ def command(
     sees which has the repository at --serving-root. Progress goes to standard error, the new version's
     directory to standard output.
     """
+    if not mapped and (optimize or not verify):
+        raise click.UsageError("--optimize and --no-verify are for --map: give that, too")
     settings = GateSettings(allow_breaking, golden, Tolerance(rtol, atol), memory, max_first_request)
     gates = Gates(models, name, settings)
     *steps, trial = gates.steps

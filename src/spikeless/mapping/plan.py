@@ -184,10 +184,10 @@ class _Planner:
             return "no signature reaches it"
         if _main_tensor(variable.name) in self.named_tensors and scope.name == MAIN:
             problems.append("a signature names it")
-        if not alone:
-            problems.append("several operations create it under one name")
         if scope.name != MAIN:
             problems.append(f"it is created inside {scope}")
+        if not alone:
+            problems.append("several operations create it under one name")
         if variable.dtype not in NUMPY_DTYPES or variable.dtype == types_pb2.DT_STRING:
             problems.append(f"{dtype_name(variable.dtype)} is no plain memory")
         if key_problem:

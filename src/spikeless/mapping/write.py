@@ -66,6 +66,7 @@ def map_saved_model(
 
     Raises:
         AlreadyExists: there is something at ``out``.
+        ResourceExhausted, FailedPrecondition: the file system has no room, or does not allow it.
         SpikelessError: what ``write_mapped`` raises.
     """
     source, out = Path(source), Path(out)
@@ -74,9 +75,12 @@ def map_saved_model(
     settings = settings or MapSettings()
     if settings.serving_root is None:
         settings = dataclasses.replace(settings, serving_root=str(out.absolute()))
-    with directories.staging(out.absolute().parent / ".spikeless") as staging:
-        manifest = write_mapped(source, staging / "model", settings)
-        os.rename(staging / "model", out)
+    with directories.errors_told(f"map {source} to {out}"):
+        # Not where publishers stage theirs: ``out`` may be beside versions.
+        with directories.staging(out.absolute().parent / ".spikeless" / "mapping") as staging:
+            manifest = write_mapped(source, staging / "model", settings)
+            directories.make_readable(staging / "model")
+            os.rename(staging / "model", out)
         directories.sync(out.absolute().parent)
     return manifest
 
@@ -164,6 +168,7 @@ def repin(
 
     Raises:
         NotFound, DataLoss: it is not mapped, or one of its files is missing, cut short or changed.
+        ResourceExhausted, FailedPrecondition: the file system has no room, or does not allow it.
     """
     saved_model = Path(saved_model)
     manifest = manifests.read_manifest(saved_model)
@@ -171,7 +176,8 @@ def repin(
     manifests.check_files(saved_model, manifest, digests=digests)
     proto = savedmodel.read(saved_model).proto
     _pin(proto, root)
-    files.write_atomically(saved_model / savedmodel.SAVED_MODEL_FILE, proto.SerializeToString())
+    with directories.errors_told(f"repin {saved_model}"):
+        files.write_atomically(saved_model / savedmodel.SAVED_MODEL_FILE, proto.SerializeToString())
     return manifests.check(saved_model, root, digests=False)
 
 
