@@ -7,10 +7,11 @@ In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out`
 ``.npz`` where there is open-loop load (see `spikeless.bench.record`; `spikeless report` draws them), else
 ``.json``. Both name machine, engine and commit.
 
-Every part runs the stock and the mapped model in turn, A B A B, and some also the mapped model with its graph
-optimised (``spikeless map --optimize``), on an embedded engine whose loads give way to requests
-(``--load_threads_yield``): "tuned". Nothing else may run meanwhile. ``--show DIRECTORY`` draws up the table
-of the results in a directory, with what mapping is held to.
+Every part runs the stock and the mapped model in turn, A B A B, and some also "tuned": the mapped model
+with its graph optimised (``spikeless map --optimize``), on a server that does not optimise it again, and if
+that is the embedded engine, whose loads give way to requests (``--load_threads_yield``). Nothing else may run
+meanwhile. ``--show DIRECTORY`` draws up the table of the results in a directory, with what mapping is held
+to.
 
 load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and private
             memory, and the first requests to the new version, with nothing warmed; also with the same model
@@ -83,6 +84,16 @@ TURNS, TURN_SECONDS = 40, 0.5
 SOAK_FACTOR = 3
 #: What a squeezed server has beside half of its parameters.
 SQUEEZE_BYTES = 512 << 20
+
+#: Of TensorFlow Serving: what its flags say by default, and ``enable_saved_model_config``, which has no flag.
+PLATFORM_CONFIG = """platform_configs { key: "tensorflow" value { source_adapter_config {
+[type.googleapis.com/tensorflow.serving.SavedModelBundleSourceAdapterConfig] { legacy_config {
+saved_model_tags: "serve"
+enable_model_warmup: true
+remove_unused_fields_from_bundle_metagraph: true
+enable_saved_model_config: true
+} } } } }
+"""
 
 Call = Callable[[bytes], Any]
 
@@ -209,9 +220,9 @@ def _served(
         first = publish()
         if confine is not None:
             _evict(first)  # pages are charged to the cgroup that brings them in
-        yielding = model.name.endswith(TUNED) and launch.chosen_engine() == launch.EMBEDDED
-        flags = (*FLAGS, "--load_threads_yield") if yielding else FLAGS
-        settings = launch.LaunchSettings(NAME, models / NAME, flags=flags, ready_timeout=600)
+        settings = launch.LaunchSettings(NAME, models / NAME, flags=FLAGS, ready_timeout=600)
+        if model.name.endswith(TUNED):
+            settings = _tuned(settings, models)
         server = stack.enter_context(launch.Server(settings))
         if confine is not None:
             confine(server.pid)
@@ -219,6 +230,19 @@ def _served(
         client = Client(server.target, timeout=60.0)
         stack.callback(client.close)
         yield server, client, publish
+
+
+def _tuned(settings: launch.LaunchSettings, directory: Path) -> launch.LaunchSettings:
+    """What lets a server leave an optimised graph as it is, and the embedded engine's loads give way."""
+    match launch.chosen_engine():
+        case launch.EMBEDDED:
+            return dataclasses.replace(settings, flags=(*settings.flags, "--load_threads_yield"))
+        case "docker":
+            return dataclasses.replace(settings, environment={"ENABLE_SAVED_MODEL_CONFIG": "true"})
+        case _:
+            file = directory / "platform.config"
+            file.write_text(PLATFORM_CONFIG)
+            return dataclasses.replace(settings, flags=(*settings.flags, f"--platform_config_file={file}"))
 
 
 def _cold(options: Options, model: Path) -> Path:

@@ -23,7 +23,8 @@ from spikeless import directories, residency
 from spikeless.checkpoint import READ_ONLY
 from spikeless.checks import check_files, check_load, check_warmup
 from spikeless.errors import AlreadyExists, InvalidArgument
-from spikeless.mapping import MapSettings, is_mapped, map_in_place, repin
+from spikeless.mapping import MapSettings, is_mapped, map_in_place, read_manifest, repin
+from spikeless.mapping import check_files as check_mapped_files
 from spikeless.versions import MAX_VERSION, list_versions
 
 #: What belongs to Spikeless inside a model's directory.
@@ -146,6 +147,9 @@ def stage(
     directory = _model_directory(models, name)
     if version is not None and not 0 <= version <= MAX_VERSION:
         raise InvalidArgument(f"version {version} of {name} must be between 0 and {MAX_VERSION}")
+    if is_mapped(source):
+        # Their content is compared in the copy, which servers will map.
+        check_mapped_files(source, read_manifest(source), digests=False)
     check_files(source)
     for step in steps:
         step.early(source)

@@ -67,10 +67,15 @@ def command(
 
 
 def summary(manifest: Manifest) -> str:
-    """What became of the variables, in a line each for what is mapped, restored and dropped."""
+    """What became of the variables, in a line each, and on how many requests the answers were compared."""
     lines = []
     for state in State:
         chosen = [variable for variable in manifest.variables if variable.state is state]
         total = sum(variable.bytes or 0 for variable in chosen)
         lines.append(f"{state.value:<9} {len(chosen):>5} variables {total / 2**20:>12,.1f} MiB")
+    lines.append(
+        f"compared  {manifest.compared:>5} requests, all answers the same"
+        if manifest.compared
+        else "not compared"
+    )
     return "\n".join(lines)

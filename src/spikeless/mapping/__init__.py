@@ -34,6 +34,7 @@ from spikeless.mapping.manifest import (
     Manifest,
     VariableRecord,
     check,
+    check_files,
     is_mapped,
     read_manifest,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "State",
     "VariableRecord",
     "check",
+    "check_files",
     "inspect",
     "is_mapped",
     "map_in_place",

@@ -74,6 +74,8 @@ class Manifest:
     optimized: bool
     files: tuple[FileRecord, ...]
     variables: tuple[VariableRecord, ...]
+    #: Requests to which original and mapped model gave the same answers; 0: they were not compared.
+    compared: int = 0
 
     def to_json(self) -> str:
         content = {"format": FORMAT, **dataclasses.asdict(self)}

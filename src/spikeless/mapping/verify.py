@@ -1,7 +1,7 @@
 """Prove that a mapped model answers as its original does, bit by bit.
 
 In: both SavedModels, and requests: the warmup records of the original, others, or generated ones. Out:
-nothing, or an error that names the first request whose answers differ.
+how many there were, or an error that names the first request whose answers differ.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def verify(
     mapped: str | os.PathLike[str],
     tags: Collection[str] = savedmodel.SERVE_TAGS,
     records: Path | None = None,
-) -> None:
+) -> int:
     """Load one model after the other, send both the same requests in the same order and compare the answers.
 
     Args:
@@ -47,6 +47,9 @@ def verify(
         mapped: its graph names files that exist here.
         tags: the meta graph to compare.
         records: a warmup file; None: that of ``original``, or else inputs generated for each signature.
+
+    Returns:
+        The number of requests.
 
     Raises:
         FailedPrecondition: the answers differ, or a signature answers nothing, so that nothing is proved.
@@ -58,7 +61,7 @@ def verify(
     _refuse_unanswered(original, requests, before)
     after = _answers(mapped, tags, requests)
     if after == before:
-        return
+        return len(requests)
     differing = next(
         request for request, one, other in zip(requests, before, after, strict=True) if one != other
     )

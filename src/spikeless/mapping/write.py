@@ -119,6 +119,14 @@ def write_mapped(
         )
         if settings.optimize:
             optimize(plan.meta_graph)
+    _pin(model.proto, str(target.absolute()))
+    (target / savedmodel.SAVED_MODEL_FILE).write_bytes(model.proto.SerializeToString())
+    if settings.optimize:
+        modelconfig.disable_optimizer(target)
+    compared = 0
+    if settings.verify:
+        for plan in plans:
+            compared += verify(source, target, plan.meta_graph.meta_info_def.tags, settings.records)
     manifest = Manifest(
         tool=f"spikeless {__version__}",
         source=str(source),
@@ -127,14 +135,8 @@ def write_mapped(
         optimized=settings.optimize,
         files=tuple(_file_records(target, written)),
         variables=tuple(_variable_records(target, plans, written)),
+        compared=compared,
     )
-    _pin(model.proto, str(target.absolute()))
-    (target / savedmodel.SAVED_MODEL_FILE).write_bytes(model.proto.SerializeToString())
-    if settings.optimize:
-        modelconfig.disable_optimizer(target)
-    if settings.verify:
-        for plan in plans:
-            verify(source, target, plan.meta_graph.meta_info_def.tags, settings.records)
     _pin(model.proto, serving_root)
     (target / savedmodel.SAVED_MODEL_FILE).write_bytes(model.proto.SerializeToString())
     extra = target / savedmodel.EXTRA_DIRECTORY
