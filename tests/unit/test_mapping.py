@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from spikeless import modelconfig, repository, savedmodel
+from spikeless import modelconfig, repository, residency, savedmodel
 from spikeless.errors import (
     AlreadyExists,
     DataLoss,
@@ -797,6 +797,24 @@ def test_private_memory(tmp_path: Path, kind: str, optimize: bool) -> None:
     private, mappings, afterwards = measure("mapped")
     assert private < size / 4
     assert (mappings, afterwards) == (1, 0)
+
+
+def test_publish_prefetches_before_the_version_is_visible(mapped: Path, tmp_path: Path) -> None:
+    def files(version: Path) -> list[Path]:
+        return [version / record.path for record in read_manifest(version).mapped_files()]
+
+    def evict(candidate: repository.Candidate) -> None:
+        for path in files(candidate.path):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if any(map(residency.resident, files(candidate.path))):
+            pytest.skip("this file system keeps its pages")
+
+    steps = [repository.Step("evicting", evict)]
+    with repository.stage(mapped / "module", tmp_path, "m", steps=steps) as candidate:
+        for path in files(candidate.path):
+            assert residency.resident(path) == path.stat().st_size > 0
 
 
 def test_publish_maps_and_pins(originals: Path, tmp_path: Path) -> None:

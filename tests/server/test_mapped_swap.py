@@ -1,0 +1,62 @@
+"""A server swaps one version of 64 MiB for another: with mapped parameters, no memory comes with it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spikeless import repository
+from spikeless.manager import State
+from spikeless.mapping import MapSettings
+
+MAKE = Path(__file__).parent.parent / "mapping_models.py"
+SIZE = (1 << 18) * 64 * 4
+PAGE = 4096
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "model"
+    command = [sys.executable, MAKE, "--large", "references", path]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    return path
+
+
+def private(pid: int) -> int:
+    """Bytes of memory that are the process's own."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+
+
+def faults(pid: int) -> int:
+    """Pages that the process has been given so far."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
+@pytest.mark.usefixtures("embedded")
+@pytest.mark.parametrize("mapped", [False, True], ids=["stock", "mapped"])
+def test_what_a_swap_takes(serve, saved_model: Path, tmp_path: Path, mapped: bool) -> None:
+    models = tmp_path / "models"
+    steps = [repository.map_step(MapSettings(verify=False))] if mapped else []
+    repository.publish(saved_model, models, "m", steps=steps)
+    inputs = {"ids": np.arange(40, dtype=np.int32).reshape(10, 4)}
+    with serve(model_name="m", model_base_path=models / "m") as running:
+        first = running.client.predict("m", inputs)
+        pid = running.server.pid
+        faults_before, private_before = faults(pid), private(pid)
+        repository.publish(saved_model, models, "m", steps=steps)
+        running.wait("m", {1: State.END, 2: State.AVAILABLE})
+        second = running.client.predict("m", inputs)
+        taken = (faults(pid) - faults_before) * PAGE
+        assert np.array_equal(first["rows"], second["rows"])
+        if mapped:
+            # Not even for a moment: what was freed again would have been given before.
+            assert taken < SIZE / 4
+            assert private(pid) < private_before + SIZE / 8
+        else:
+            assert taken > SIZE
