@@ -85,16 +85,6 @@ SOAK_FACTOR = 3
 #: What a squeezed server has beside half of its parameters.
 SQUEEZE_BYTES = 512 << 20
 
-#: Of TensorFlow Serving: what its flags say by default, and ``enable_saved_model_config``, which has no flag.
-PLATFORM_CONFIG = """platform_configs { key: "tensorflow" value { source_adapter_config {
-[type.googleapis.com/tensorflow.serving.SavedModelBundleSourceAdapterConfig] { legacy_config {
-saved_model_tags: "serve"
-enable_model_warmup: true
-remove_unused_fields_from_bundle_metagraph: true
-enable_saved_model_config: true
-} } } } }
-"""
-
 Call = Callable[[bytes], Any]
 
 
@@ -222,7 +212,9 @@ def _served(
             _evict(first)  # pages are charged to the cgroup that brings them in
         settings = launch.LaunchSettings(NAME, models / NAME, flags=FLAGS, ready_timeout=600)
         if model.name.endswith(TUNED):
-            settings = _tuned(settings, models)
+            settings = launch.heeding_models(settings, models)
+            if launch.chosen_engine() == launch.EMBEDDED:
+                settings = dataclasses.replace(settings, flags=(*FLAGS, "--load_threads_yield"))
         server = stack.enter_context(launch.Server(settings))
         if confine is not None:
             confine(server.pid)
@@ -230,19 +222,6 @@ def _served(
         client = Client(server.target, timeout=60.0)
         stack.callback(client.close)
         yield server, client, publish
-
-
-def _tuned(settings: launch.LaunchSettings, directory: Path) -> launch.LaunchSettings:
-    """What lets a server leave an optimised graph as it is, and the embedded engine's loads give way."""
-    match launch.chosen_engine():
-        case launch.EMBEDDED:
-            return dataclasses.replace(settings, flags=(*settings.flags, "--load_threads_yield"))
-        case "docker":
-            return dataclasses.replace(settings, environment={"ENABLE_SAVED_MODEL_CONFIG": "true"})
-        case _:
-            file = directory / "platform.config"
-            file.write_text(PLATFORM_CONFIG)
-            return dataclasses.replace(settings, flags=(*settings.flags, f"--platform_config_file={file}"))
 
 
 def _cold(options: Options, model: Path) -> Path:

@@ -176,7 +176,7 @@ def _repository(work: Path) -> Iterator[Path]:
 
 
 def _server(rung: Rung, models: Path) -> launch.LaunchSettings:
-    return launch.LaunchSettings(
+    settings = launch.LaunchSettings(
         _MODEL,
         models / _MODEL,
         flags=(*bench.SERVER_FLAGS, *rung.flags),
@@ -184,6 +184,7 @@ def _server(rung: Rung, models: Path) -> launch.LaunchSettings:
         log=models / "server.log",
         ready_timeout=_READY_SECONDS,
     )
+    return launch.heeding_models(settings, models) if rung.optimized else settings
 
 
 def _mapped(saved_models: Sequence[Path], work: Path, optimize: bool, console: Console) -> list[Path]:

@@ -23,7 +23,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +51,16 @@ JEMALLOC = "libjemalloc.so.2"
 JEMALLOC_REMEDY = f"{JEMALLOC} is not installed: on Debian or Ubuntu run `apt-get install libjemalloc2`"
 LOOPBACK = "127.0.0.1"
 ALLOCATORS = ("glibc", "jemalloc")
+
+#: For TensorFlow Serving: what its flags say, and ``enable_saved_model_config``, which has no flag.
+_HEEDING_MODELS = """platform_configs { key: "tensorflow" value { source_adapter_config {
+[type.googleapis.com/tensorflow.serving.SavedModelBundleSourceAdapterConfig] { legacy_config {
+saved_model_tags: "serve"
+enable_model_warmup: true
+remove_unused_fields_from_bundle_metagraph: true
+enable_saved_model_config: true
+} } } } }
+"""
 
 _READY_POLL_SECONDS = 0.05
 _LOG_TAIL_LINES = 40
@@ -105,6 +115,23 @@ class LaunchSettings:
 def chosen_engine() -> str:
     """What ``SPIKELESS_SERVER`` says: ``embedded``, ``docker`` or the path of a binary."""
     return os.environ.get(ENGINE_VARIABLE) or EMBEDDED
+
+
+def heeding_models(settings: LaunchSettings, directory: Path) -> LaunchSettings:
+    """The same server, as one that does what a model asks for (`spikeless.modelconfig`).
+
+    The embedded engine always does. TensorFlow Serving is told so by a file, which is written into
+    ``directory``, and which takes the place of its flags about warmup, batching, parallelism and tags.
+    """
+    engine = settings.engine or chosen_engine()
+    if engine == EMBEDDED:
+        return settings
+    if engine == "docker":
+        environment = {**settings.environment, "ENABLE_SAVED_MODEL_CONFIG": "true"}
+        return replace(settings, environment=environment)
+    file = directory / "platform.config"
+    file.write_text(_HEEDING_MODELS)
+    return replace(settings, flags=(*settings.flags, f"--platform_config_file={file}"))
 
 
 def start(settings: LaunchSettings) -> Server:

@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--model_base_path")
     parser.add_argument("--behaviour", default="")
     parser.add_argument("--stall", default="")
+    parser.add_argument("--num_load_threads")
+    parser.add_argument("--platform_config_file")
     parser.add_argument("--version", action="store_true")
     options = parser.parse_args()
     if options.version:
