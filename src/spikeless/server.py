@@ -146,6 +146,8 @@ class Server:
         return _single_model_config(self.settings.model_name, self.settings.model_base_path)
 
     def _listen(self) -> int:
+        if self.settings.rest_api_port is not None:  # first: who finds the gRPC port open finds both
+            self.rest_port = self._listen_rest(self.settings.rest_api_port)
         threads = self.settings.grpc_max_threads
         options: dict[str, int | str] = {
             "grpc.so_reuseport": 0,
@@ -168,8 +170,6 @@ class Server:
         self._update_health()
         server.start()
         self._grpc = server
-        if self.settings.rest_api_port is not None:
-            self.rest_port = self._listen_rest(self.settings.rest_api_port)
         if self.settings.model_config_file and self.settings.model_config_file_poll_wait_seconds > 0:
             threading.Thread(target=self._watch_config_file, name="config", daemon=True).start()
         _log.info("Running gRPC ModelServer at %s:%d ...", self.settings.host, port)
