@@ -149,7 +149,12 @@ def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
     A container may see a version at another path, so a file is also known by its device and inode.
     """
     prefixes = {f"{path.resolve()}/": version for version, path in versions.items()}
-    inodes = {_inode(file): version for version, path in versions.items() for file in path.rglob("*")}
+    inodes = {
+        _inode(file): version
+        for version, path in versions.items()
+        for file in path.rglob("*")
+        if file.is_file()
+    }
     found: set[int] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
