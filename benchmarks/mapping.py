@@ -212,7 +212,7 @@ def _served(
             _evict(first)  # pages are charged to the cgroup that brings them in
         settings = launch.LaunchSettings(NAME, models / NAME, flags=FLAGS, ready_timeout=600)
         if model.name.endswith(TUNED):
-            settings = launch.heeding_models(settings, models)
+            settings = launch.unoptimizing(settings, models)
             if launch.chosen_engine() == launch.EMBEDDED:
                 settings = dataclasses.replace(settings, flags=(*FLAGS, "--load_threads_yield"))
         server = stack.enter_context(launch.Server(settings))

@@ -184,7 +184,7 @@ def _server(rung: Rung, models: Path) -> launch.LaunchSettings:
         log=models / "server.log",
         ready_timeout=_READY_SECONDS,
     )
-    return launch.heeding_models(settings, models) if rung.optimized else settings
+    return launch.unoptimizing(settings, models) if rung.optimized else settings
 
 
 def _mapped(saved_models: Sequence[Path], work: Path, optimize: bool, console: Console) -> list[Path]:

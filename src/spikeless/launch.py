@@ -52,13 +52,13 @@ JEMALLOC_REMEDY = f"{JEMALLOC} is not installed: on Debian or Ubuntu run `apt-ge
 LOOPBACK = "127.0.0.1"
 ALLOCATORS = ("glibc", "jemalloc")
 
-#: For TensorFlow Serving: what its flags say, and ``enable_saved_model_config``, which has no flag.
-_HEEDING_MODELS = """platform_configs { key: "tensorflow" value { source_adapter_config {
+#: For TensorFlow Serving: what its flags say, and that no graph is optimised, for which it has no flag.
+_UNOPTIMIZING = """platform_configs { key: "tensorflow" value { source_adapter_config {
 [type.googleapis.com/tensorflow.serving.SavedModelBundleSourceAdapterConfig] { legacy_config {
+session_config { graph_options { rewrite_options { disable_meta_optimizer: true } } }
 saved_model_tags: "serve"
 enable_model_warmup: true
 remove_unused_fields_from_bundle_metagraph: true
-enable_saved_model_config: true
 } } } } }
 """
 
@@ -117,20 +117,20 @@ def chosen_engine() -> str:
     return os.environ.get(ENGINE_VARIABLE) or EMBEDDED
 
 
-def heeding_models(settings: LaunchSettings, directory: Path) -> LaunchSettings:
-    """The same server, as one that does what a model asks for (`spikeless.modelconfig`).
+def unoptimizing(settings: LaunchSettings, directory: Path) -> LaunchSettings:
+    """The same server for graphs that were optimised beforehand: as one that does not optimise them again.
 
-    The embedded engine always does. TensorFlow Serving is told so by a file, which is written into
-    ``directory``, and which takes the place of its flags about warmup, batching, parallelism and tags.
+    The embedded engine reads that from each model (`spikeless.modelconfig`). TensorFlow Serving is told so,
+    for all models, by a file, which is written into ``directory``, and which takes the place of its flags
+    about warmup, batching, parallelism and tags.
     """
     engine = settings.engine or chosen_engine()
     if engine == EMBEDDED:
         return settings
     if engine == "docker":
-        environment = {**settings.environment, "ENABLE_SAVED_MODEL_CONFIG": "true"}
-        return replace(settings, environment=environment)
+        return replace(settings, environment={**settings.environment, "DISABLE_META_OPTIMIZER": "true"})
     file = directory / "platform.config"
-    file.write_text(_HEEDING_MODELS)
+    file.write_text(_UNOPTIMIZING)
     return replace(settings, flags=(*settings.flags, f"--platform_config_file={file}"))
 
 

@@ -48,16 +48,16 @@ def test_start_serve_and_stop(engine: str, models: Path, tmp_path: Path) -> None
     assert server.exit_code == 0
 
 
-def test_a_server_that_heeds_what_models_ask_for(engine: str, models: Path, tmp_path: Path) -> None:
+def test_a_server_that_does_not_optimise_graphs(engine: str, models: Path, tmp_path: Path) -> None:
     plain = settings(engine, models, tmp_path, "--num_load_threads=1")
-    with launch.start(launch.heeding_models(plain, tmp_path)) as server:
+    with launch.start(launch.unoptimizing(plain, tmp_path)) as server:
         file = tmp_path / "platform.config"
         assert server.command[-2:] == ["--num_load_threads=1", f"--platform_config_file={file}"]
-        assert "enable_saved_model_config: true" in file.read_text()
+        assert "disable_meta_optimizer: true" in file.read_text()
     embedded = settings(launch.EMBEDDED, models, tmp_path)
-    assert launch.heeding_models(embedded, tmp_path) == embedded
-    docker = launch.heeding_models(settings("docker", models, tmp_path), tmp_path)
-    assert docker.environment == {"ENABLE_SAVED_MODEL_CONFIG": "true"}
+    assert launch.unoptimizing(embedded, tmp_path) == embedded
+    docker = launch.unoptimizing(settings("docker", models, tmp_path), tmp_path)
+    assert docker.environment == {"DISABLE_META_OPTIMIZER": "true"}
 
 
 def test_jemalloc_is_proved_from_the_maps(engine: str, models: Path, tmp_path: Path) -> None:
