@@ -165,6 +165,7 @@ the product of their factor vectors. It takes raw measurements; they are standar
 Data: Breast Cancer Wisconsin (Diagnostic), {len(labels)} rows, as shipped with scikit-learn, split with the
 same share of malignant rows on both sides. A demonstration of serving, not a medical device.
 """,
+    warmup_batch_sizes=(1, 8, 32),
     runs=settings.runs,
 )
 print(f"run directory: {run}")

@@ -128,7 +128,7 @@ def _train_and_warm(settings: DemoSettings, directory: Path, console: Console) -
         with console.status(f"training version {version}"):
             export = _train(settings.root, directory / "runs", seed=version)
         cold = directory / "without-warmup" / str(version)
-        shutil.copytree(export / "saved_model", cold)
+        shutil.copytree(export / "saved_model", cold, ignore=shutil.ignore_patterns("assets.extra"))
         file = warmup.build(
             export / "saved_model",
             warmup.BuildSettings(

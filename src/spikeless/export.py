@@ -23,7 +23,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,7 +38,17 @@ METHODS = {
     "classify": "tensorflow/serving/classify",
     "regress": "tensorflow/serving/regress",
 }
-_PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "pyspark", "tf2crf", "tensorflow-addons")
+_PACKAGES = (
+    "tensorflow",
+    "keras",
+    "numpy",
+    "scikit-learn",
+    "pyspark",
+    "tensorflow-datasets",
+    "tf2crf",
+    "tensorflow-addons",
+    "seqeval",
+)
 
 
 def export(
@@ -213,8 +222,8 @@ def _warm(saved_model: Path, samples: Path, batch_sizes: Sequence[int], python: 
         command = [python, "-m", "spikeless", "warmup", "build", saved_model, "--samples", samples]
         if batch_sizes:
             command += ["--batch-sizes", ",".join(map(str, batch_sizes))]
-        # The command has said on standard error what is wrong.
-        if subprocess.run(list(map(str, command)), stdout=sys.stderr).returncode:
+        # Standard error says what is wrong; standard output, where the file is now, which it will not stay.
+        if subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL).returncode:
             raise InvalidArgument("no run directory was written: its warmup file could not be built")
         return
     from spikeless import warmup  # only here: it needs more than TensorFlow

@@ -9,7 +9,7 @@ import pytest
 from sklearn.datasets import load_breast_cancer
 from trained_models import ROOT, spikeless
 
-from spikeless import savedmodel
+from spikeless import savedmodel, warmup
 from spikeless.inference import Model
 from spikeless.protos import classification_pb2, input_pb2, predict_pb2, regression_pb2
 from spikeless.runtime import Session
@@ -82,6 +82,12 @@ def test_the_run_directory_says_how_good_the_model_is_and_how_to_make_it_again(b
     card = (boston_run / "README.md").read_text()
     assert "test_auc" in card
     assert "learning_rate" in card
+
+
+def test_the_warmup_file_has_each_kind_of_request_in_several_sizes(boston_run):
+    records = warmup.inspect(boston_run / "saved_model")
+    kinds = {(record.kind, record.inputs[0].shape[0]) for record in records}
+    assert kinds == {(kind, size) for kind in ("Predict", "Classify", "Regress") for size in (1, 8, 32)}
 
 
 def test_signatures_are_what_each_kind_of_request_needs(boston_run):
