@@ -24,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from spikeless.errors import InvalidArgument
+from spikeless.errors import InvalidArgument, Unavailable
 from spikeless.export import export
 
 # Settings -------------------------------------------------------------------------------------------------
@@ -104,15 +104,17 @@ def digits() -> tuple[np.ndarray, ...]:
 
 
 used = settings.data
-if used == "auto":
+if used != "digits":
     try:
         parts, used = mnist(), "mnist"
     except Exception as error:  # no package, no network, a server that is down, ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if used == "mnist":
+            raise Unavailable(f"MNIST is not to be had ({reason}); --data digits needs no download") from None
         print(f"MNIST is not to be had ({reason}): training on scikit-learn's digits instead")
-        parts, used = digits(), "digits"
-else:
-    parts = mnist() if used == "mnist" else digits()
+        used = "digits"
+if used == "digits":
+    parts = digits()
 train_pictures, train_labels, test_pictures, test_labels = parts
 epochs = settings.epochs or {"mnist": 5, "digits": 30}[used]
 steps = len(train_labels) // global_batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,22 @@ def test_a_killed_run_is_taken_up_where_it_was(tmp_path: Path) -> None:
     resumed = record_of(only_run(tmp_path))["metrics"]
     whole = record_of(train(tmp_path / "whole", "--epochs", 4))["metrics"]
     assert resumed == pytest.approx(whole, rel=1e-3)  # the same pictures in the same order
+
+
+@pytest.mark.parametrize("data", ["mnist", "auto"])
+def test_without_mnist_it_says_so(tmp_path: Path, data: str) -> None:
+    offline = os.environ | {"TFDS_DATA_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    options = ("--data", data, "--batch-size", 2000, "--runs", tmp_path / "runs")
+    done = spikeless("train", "mnist", *options, env=offline)
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    if data == "mnist":
+        assert error.startswith("spikeless: error: MNIST is not to be had (")
+        assert error.endswith("; --data digits needs no download")
+    else:
+        assert "training on scikit-learn's digits instead" in done.stdout
+        assert "there are 1437" in error  # digits it is
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
