@@ -5,9 +5,9 @@ In: a directory that training/spark_to_tfrecord.py wrote. Out: batches, a dictio
 
     python training/input_pipeline.py clicks-tfrecord       # how many records a second it gives here
 
-Each step earns its place; benchmarks/input_pipeline.py measures what it earns:
+benchmarks/input_pipeline.py measures what each step is worth:
 
-    interleave    several shards are read at once, and records come out in blocks, not one by one
+    interleave    several shards are read at once, which hides the wait for storage, block by block
     parse         a whole block of tf.Examples in one call, blocks in parallel
     cache         parsed blocks are kept: the second epoch reads and parses nothing
     shuffle       blocks in random order, then records inside several blocks at once: one gather, no loop

@@ -121,6 +121,24 @@ def test_compiled_by_xla_it_predicts_the_same_as_tensorflow(data: Path, tmp_path
     np.testing.assert_allclose(answer["probability"], expected["probability"].numpy(), rtol=1e-4)
 
 
+def test_the_input_pipelines_benchmark_measures_all_of_its_steps(data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "input_pipeline.py", "--data", data.parent]
+    command += ["--rows", 8000, "--repeats", 1, "--epochs", 2, "--results", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    steps = ["interleave", "vectorised parse", "parallel parse", "cache", "prefetch"]
+    rungs = [row.split("|")[1].strip() for row in table[2:]]
+    assert rungs == ["naive loop", *(f"+ {step}" for step in steps), "+ shuffle"]
+    assert "Bar: the tuned pipeline" in done.stdout
+    record = json.loads((tmp_path / "input_pipeline.json").read_text())
+    assert record["records"] == 8000
+    measured = record["records_per_second"]
+    assert list(measured["with_training_step_without"]) == steps
+    assert all(len(values) == 1 for kind in measured.values() for values in kind.values())
+    assert "<svg" in (tmp_path / "input_pipeline.svg").read_text()
+
+
 def write_label(source: Path, target: Path, label: int | None) -> None:
     """A copy of a dataset in which the last record of the second shard has another label."""
     shutil.copytree(source, target)
