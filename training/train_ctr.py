@@ -78,7 +78,7 @@ CATEGORY_NAMES = [f"C{number}" for number in range(1, CATEGORIES + 1)]
 COLUMNS = ["label", *INTEGER_NAMES, *CATEGORY_NAMES]
 #: I1-I6 describe the user, as C1-C13 do; the rest describes the candidate.
 USER_INTEGERS = 6
-#: Integers are counts; this stands for one that is not known.
+#: Integers are counts; this stands for one that is not known, and Criteo's few below zero are taken for it.
 MISSING = -1
 
 metrics = {}
@@ -347,7 +347,7 @@ run = export(
 Probability of a click, from 13 integers and 26 categories of a user and a candidate (Criteo format).
 
 Wide & Deep: categories are hashed into one table of {settings.table_rows} embeddings of {settings.dimensions}
-dimensions ({settings.table_rows * settings.dimensions * 4 / 1e6:,.0f} MB). `rank` takes one user and many
+dimensions ({settings.table_rows * settings.dimensions * 4 / 1e6:,.1f} MB). `rank` takes one user and many
 candidates, up to {
         settings.candidates
     } in the sample requests; `serving_default` takes complete rows. Do not put
