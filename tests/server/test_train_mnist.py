@@ -102,6 +102,34 @@ def test_a_killed_run_is_taken_up_where_it_was(tmp_path: Path) -> None:
     assert resumed == pytest.approx(whole, rel=1e-3)  # the same pictures in the same order
 
 
+def test_mnist_is_read_where_tensorflow_datasets_has_it(tmp_path: Path) -> None:
+    """Digits under MNIST's name, in the files that a download would have been turned into."""
+    tfds = pytest.importorskip("tensorflow_datasets", reason="it needs Python 3.11")
+    data = load_digits()
+    pictures = tf.cast(tf.image.resize(data.images[..., None] * (255 / 16), [28, 28]), tf.uint8)
+    splits = {
+        name: tf.data.Dataset.from_tensor_slices({"image": pictures[part], "label": data.target[part]})
+        for name, part in (("train", slice(400, None)), ("test", slice(400)))
+    }
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="mnist",
+        version=tfds.builder("mnist", data_dir=tmp_path).version,
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(28, 28, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+        ),
+        split_datasets=splits,
+        data_dir=tmp_path,
+    )
+    offline = os.environ | {"TFDS_DATA_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    done = spikeless("train", "mnist", "--epochs", 1, "--runs", tmp_path / "runs", env=offline)
+    assert done.returncode == 0, done.stderr
+    assert "mnist: 1397 pictures to train on, 400 to test on" in done.stdout
+    assert record_of(only_run(tmp_path / "runs"))["settings"]["data"] == "mnist"
+
+
 @pytest.mark.parametrize("data", ["mnist", "auto"])
 def test_without_mnist_it_says_so(tmp_path: Path, data: str) -> None:
     offline = os.environ | {"TFDS_DATA_DIR": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
