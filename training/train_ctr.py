@@ -56,7 +56,12 @@ parser.add_argument("--batch-size", type=int, default=512, help="records a step"
 parser.add_argument("--learning-rate", type=float, default=0.003, help="of the network (Adam)")
 parser.add_argument("--table-learning-rate", type=float, default=0.1, help="of the embeddings (Adagrad)")
 parser.add_argument("--candidates", type=int, default=100, help="in the largest sample request")
-parser.add_argument("--xla", action=argparse.BooleanOptionalAction, default=False, help="compile the network")
+parser.add_argument(
+    "--xla",
+    action=argparse.BooleanOptionalAction,
+    default=False,
+    help="compile the network; TensorFlow Serving then needs --xla_cpu_compilation_enabled",
+)
 parser.add_argument("--seed", type=int, default=1, help="of the data, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
 settings = parser.parse_args()
@@ -335,6 +340,10 @@ def predict_request(count: int) -> dict:
     }
 
 
+compiled = """
+The network is compiled by XLA, which TensorFlow Serving has switched off: start it with
+`--xla_cpu_compilation_enabled`. Without that the model's warmup fails, and so does the load.
+"""
 sizes = sorted({1, min(10, len(integers)), len(integers)})
 run = export(
     name="ctr",
@@ -352,7 +361,7 @@ candidates, up to {
         settings.candidates
     } in the sample requests; `serving_default` takes complete rows. Do not put
 several `rank` requests into one batch on the server: each has a user of its own.
-
+{compiled if settings.xla else ""}
 Data: {train.records} records to train on, {test.records} to test on. {
         "SYNTHETIC: made by training/criteo_synthetic.py, never clicked by anyone; `test_auc_ceiling` is the "
         "AUC of the probabilities that the labels were drawn with, which no model can beat but by chance."

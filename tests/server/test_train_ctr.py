@@ -72,6 +72,7 @@ def test_metrics_stand_beside_a_baseline_and_the_ceiling(run: Path) -> None:
     card = (run / "README.md").read_text()
     assert "SYNTHETIC" in card
     assert "test_auc_logistic" in card
+    assert "xla_cpu_compilation_enabled" not in card
 
 
 def test_the_server_predicts_what_tensorflow_does(run: Path, data: Path, served: Running) -> None:
@@ -112,6 +113,7 @@ def test_compiled_by_xla_it_predicts_the_same_as_tensorflow(data: Path, tmp_path
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path)
     assert "test_auc_ceiling" not in json.loads((run / "metrics.json").read_text())["metrics"]
+    assert "--xla_cpu_compilation_enabled" in (run / "README.md").read_text()
     put_version(run / "saved_model", tmp_path / "models", 1)
     integers, categories = rows_of(data, 7)
     with run_server(tmp_path / "log", model_name="ctr", model_base_path=tmp_path / "models") as running:
