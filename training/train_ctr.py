@@ -68,6 +68,8 @@ settings = parser.parse_args()
 for key, value in vars(settings).items():
     if type(value) is int and key != "seed" and value < 1:
         parser.error(f"--{key.replace('_', '-')} must be 1 or more")
+if settings.synthetic_rows < 100:
+    parser.error("--synthetic-rows must be 100 or more, for clicks to be among those of the test")
 if (settings.train is None) != (settings.test is None):
     parser.error("--train and --test belong together")
 if min(settings.hidden) < 1:

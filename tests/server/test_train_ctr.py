@@ -174,6 +174,7 @@ def test_data_of_another_schema_or_none_is_refused(data: Path, tmp_path: Path) -
     assert done.returncode == 1
     assert f"{tmp_path} has no _SUCCESS" in done.stderr
     assert spikeless("train", "ctr", "--train", data).returncode == 2
+    assert spikeless("train", "ctr", "--synthetic-rows", 3).returncode == 2
     shutil.copytree(data / "train", tmp_path / "other")
     schema = (tmp_path / "other" / "_schema.json").read_text()
     assert '"C7",\n   "type": "string"' in schema
