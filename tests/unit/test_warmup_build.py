@@ -410,7 +410,7 @@ def test_an_empty_archive_and_a_csv_with_nothing_but_a_header(signatures, tmp_pa
     ("document", "message"),
     [
         ({"inputs": {"x": [X], "y": 1}}, 'unknown input "y"; the signature has: x'),
-        ({"instances": [{"y": X}]}, "keys must be equal to: x"),
+        ({"instances": [{"y": X}]}, "element: 0 key: y .* does not have named input: y"),
         ({"inputs": {"y": [X]}}, 'unknown input "y"'),
         ({"instances": [["a"] * 4]}, '"a" Type: String is not of expected type: float'),
         ({"instances": [[1, 2, 3]]}, r"has shape \[1, 3\], but the signature takes x: DT_FLOAT \[\?, 4\]"),
