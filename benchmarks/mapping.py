@@ -83,7 +83,7 @@ TURNS, TURN_SECONDS = 40, 0.5
 #: The rate of the soak by that of the other parts, so that requests overlap.
 SOAK_FACTOR = 3
 #: What a squeezed server has beside half of its parameters.
-SQUEEZE_BYTES = 512 << 20
+SQUEEZE_BYTES = 128 << 20
 
 Call = Callable[[bytes], Any]
 
