@@ -56,7 +56,7 @@ def test_a_kill_at_any_point_leaves_every_visible_version_whole_and_the_next_pub
     boston_run, tmp_path
 ):
     source = boston_run / "saved_model"
-    script = Path(__file__).with_name("killed_publishers.py")
+    script = Path(__file__).parents[1] / "killed_publishers.py"
     done = subprocess.run(
         [sys.executable, script, source, tmp_path], capture_output=True, text=True, cwd=script.parents[2]
     )

@@ -151,7 +151,7 @@ def test_killed_at_every_step_a_prune_leaves_whole_versions_and_repeating_finish
     age(models, 1, 2, 3)
     block = with_versions(new_block(NAME, str(models / NAME)), [3], {"stable": 3})
     models_config.edit(models, {NAME: block})
-    script = Path(__file__).with_name("killed_prunes.py")
+    script = Path(__file__).parents[1] / "killed_prunes.py"
     done = subprocess.run(
         [sys.executable, script, models, tmp_path / "walk"], capture_output=True, text=True, timeout=200
     )
