@@ -7,11 +7,14 @@ In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out`
 ``.npz`` where there is open-loop load (see `spikeless.bench.record`; `spikeless report` draws them), else
 ``.json``. Both name machine, engine and commit.
 
-Every part runs the stock and the mapped model in turn, A B A B, and some also "tuned": the mapped model
-with its graph optimised (``spikeless map --optimize``), on a server that does not optimise it again, and if
-that is the embedded engine, whose loads give way to requests (``--load_threads_yield``). Nothing else may run
-meanwhile. ``--show DIRECTORY`` draws up the table of the results in a directory, with what mapping is held
-to.
+Every part runs the stock and the mapped model in turn, A B A B, some also more, each with all before it:
+
+yielding    the mapped model on a server whose loads give way to requests (``--load_threads_yield``, of the
+            embedded engine; left out with another)
+tuned       the graph optimised beforehand (``spikeless map --optimize``), and by the server no more
+
+Nothing else may run meanwhile. ``--show DIRECTORY`` draws up the table of the results in a directory, with
+what mapping is held to.
 
 load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and private
             memory, and the first requests to the new version, with nothing warmed; also with the same model
@@ -62,11 +65,11 @@ from spikeless.mapping import MapSettings, map_saved_model, repin
 
 SCHEMA = 1
 NAME = "model"
-STOCK, MAPPED, TUNED, BARE = "stock", "mapped", "tuned", "bare"
+STOCK, MAPPED, YIELDING, TUNED, BARE = "stock", "mapped", "yielding", "tuned", "bare"
 BARE_BYTES = 256 << 10
 KINDS_OF = {
     "load": (STOCK, MAPPED, TUNED, BARE),
-    "swap": (STOCK, MAPPED, TUNED),
+    "swap": (STOCK, MAPPED, YIELDING, TUNED),
     "steady": (STOCK, MAPPED, TUNED),
     "throughput": (STOCK, MAPPED, TUNED),
     "soak": (STOCK, MAPPED),
@@ -77,7 +80,7 @@ _MAKE = Path(__file__).with_name("make_embedding_model.py")
 FLAGS = (*bench.SERVER_FLAGS, "--num_load_threads=1", "--num_unload_threads=1")
 CONNECTIONS = 4
 #: Between two versions: a reload has to be over in less than half of it.
-SWAP_SECONDS, SWAP_SECONDS_PER_GIB = 10.0, 5.0
+SWAP_SECONDS, SWAP_SECONDS_PER_GIB = 5.5, 5.0
 POLL_SECONDS = 0.005
 TURNS, TURN_SECONDS = 40, 0.5
 #: The rate of the soak by that of the other parts, so that requests overlap.
@@ -102,6 +105,18 @@ class Options:
     @property
     def label(self) -> str:
         return f"{self.size >> 20}MiB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured: a kind, and its SavedModel."""
+
+    kind: str
+    model: Path
+
+    @property
+    def requests(self) -> Path:
+        return _requests(self.model)
 
 
 @click.command()
@@ -134,16 +149,18 @@ def main(sizes: tuple[int, ...], parts: tuple[str, ...], show: Path | None, **se
         options = Options(size=size, **settings)
         options.out.mkdir(parents=True, exist_ok=True)
         for part in (part for part in PARTS if part in parts):
-            models = {kind: _model(options, kind, sparse=part == "soak") for kind in KINDS_OF[part]}
+            embedded = launch.chosen_engine() == launch.EMBEDDED
+            kinds = [kind for kind in KINDS_OF[part] if embedded or kind != YIELDING]
+            subjects = [Subject(kind, _model(options, kind, sparse=part == "soak")) for kind in kinds]
             for repeat in range(options.repeats):
                 if part in _IN_TURNS:
                     click.echo(f"{part} {options.label} {repeat + 1}/{options.repeats}", err=True)
-                    click.echo(_IN_TURNS[part](options, f"mapping-{part}-{options.label}-all", models))
+                    click.echo(_IN_TURNS[part](options, f"mapping-{part}-{options.label}-all", subjects))
                     continue
-                for kind in models:
-                    click.echo(f"{part} {options.label} {kind} {repeat + 1}/{options.repeats}", err=True)
-                    result = _PARTS[part](options, f"mapping-{part}-{options.label}-{kind}", models[kind])
-                    click.echo(result)
+                for subject in subjects:
+                    name = f"{part} {options.label} {subject.kind}"
+                    click.echo(f"{name} {repeat + 1}/{options.repeats}", err=True)
+                    click.echo(_PARTS[part](options, f"mapping-{name.replace(' ', '-')}", subject))
     out = settings["out"]
     write_atomically(out / "summary.md", mapping_summary.render(out).encode())
     click.echo(out / "summary.md")
@@ -160,7 +177,7 @@ def _model(options: Options, kind: str, sparse: bool) -> Path:
     stock = _exported(options, f"{label}-{STOCK}", options.size, sparse)
     if kind == STOCK:
         return stock
-    mapped = stock.with_name(f"{label}-{kind}")
+    mapped = stock.with_name(f"{label}-{TUNED if kind == TUNED else MAPPED}")
     if not mapped.exists():
         settings = MapSettings(verify=options.size <= 2 << 30, optimize=kind == TUNED)
         map_saved_model(stock, mapped, settings)
@@ -190,7 +207,7 @@ def _requests(model: Path) -> Path:
 @contextmanager
 def _served(
     options: Options,
-    model: Path,
+    subject: Subject,
     warm: bool = True,
     confine: Callable[[int], Any] | None = None,
     swaps: int = 1,
@@ -200,6 +217,7 @@ def _served(
     ``confine`` is given the process as soon as there is one.
     """
     with ExitStack() as stack:
+        model = subject.model
         models = options.work.absolute() / f"served-{model.name}"
         shutil.rmtree(models, ignore_errors=True)
         stack.callback(shutil.rmtree, models, ignore_errors=True)
@@ -211,10 +229,10 @@ def _served(
         if confine is not None:
             _evict(first)  # pages are charged to the cgroup that brings them in
         settings = launch.LaunchSettings(NAME, models / NAME, flags=FLAGS, ready_timeout=600)
-        if model.name.endswith(TUNED):
+        if subject.kind == TUNED:
             settings = launch.unoptimizing(settings, models)
-            if launch.chosen_engine() == launch.EMBEDDED:
-                settings = dataclasses.replace(settings, flags=(*FLAGS, "--load_threads_yield"))
+        if subject.kind in (YIELDING, TUNED) and launch.chosen_engine() == launch.EMBEDDED:
+            settings = dataclasses.replace(settings, flags=(*FLAGS, "--load_threads_yield"))
         server = stack.enter_context(launch.Server(settings))
         if confine is not None:
             confine(server.pid)
@@ -239,9 +257,9 @@ def _cold(options: Options, model: Path) -> Path:
 # Parts. Each runs one server and writes one file.
 
 
-def load(options: Options, scenario: str, model: Path) -> Path:
-    with _served(options, model, warm=False) as (server, client, publish):
-        first = read_requests(_requests(model), NAME)[0]
+def load(options: Options, scenario: str, subject: Subject) -> Path:
+    with _served(options, subject, warm=False) as (server, client, publish):
+        first = read_requests(subject.requests, NAME)[0]
         with grpc.insecure_channel(server.target) as channel:
             call = channel.unary_unary(first.path)
             call(first.message)  # version 1, so that only what is version 2's own is cold
@@ -276,28 +294,28 @@ def load(options: Options, scenario: str, model: Path) -> Path:
         )
 
 
-def swap(options: Options, scenario: str, model: Path) -> Path:
+def swap(options: Options, scenario: str, subject: Subject) -> Path:
     every = SWAP_SECONDS + SWAP_SECONDS_PER_GIB * options.size / 2**30
     settings = dataclasses.replace(
-        _settings(options, model, options.swaps * every),
+        _settings(options, subject, options.swaps * every),
         publish_at=0.6 * every,
         publishes=options.swaps,
         publish_every=every,
     )
-    with _served(options, model, swaps=options.swaps) as (server, _, publish):
+    with _served(options, subject, swaps=options.swaps) as (server, _, publish):
         return _save_run(options, bench.run(scenario, settings, server_facts(server), publish))
 
 
-def steady(options: Options, scenario: str, models: dict[str, Path]) -> Path:
+def steady(options: Options, scenario: str, subjects: Sequence[Subject]) -> Path:
     """One client: the median of each turn, in milliseconds."""
 
     def median(calls: Sequence[Call], messages: Sequence[bytes]) -> float:
         return float(np.median(_ask(calls[0], messages, 0, 1)) * 1e3)
 
-    return _turns(options, scenario, models, "p50_ms", median)
+    return _turns(options, scenario, subjects, "p50_ms", median)
 
 
-def throughput(options: Options, scenario: str, models: dict[str, Path]) -> Path:
+def throughput(options: Options, scenario: str, subjects: Sequence[Subject]) -> Path:
     """As many requests as several connections can make: requests per second in each turn."""
 
     def rate(calls: Sequence[Call], messages: Sequence[bytes]) -> float:
@@ -305,27 +323,28 @@ def throughput(options: Options, scenario: str, models: dict[str, Path]) -> Path
             taken = pool.map(lambda at: _ask(calls[at], messages, at, len(calls)), range(len(calls)))
             return sum(map(len, taken)) / TURN_SECONDS
 
-    return _turns(options, scenario, models, "requests_per_second", rate)
+    return _turns(options, scenario, subjects, "requests_per_second", rate)
 
 
 def _turns(
     options: Options,
     scenario: str,
-    models: dict[str, Path],
+    subjects: Sequence[Subject],
     name: str,
     measure: Callable[[Sequence[Call], Sequence[bytes]], float],
 ) -> Path:
     """The servers of all kinds at once, in turns: what drifts meanwhile, drifts for all."""
     with ExitStack() as stack:
         calls: dict[str, list[Call]] = {}
-        for kind, model in models.items():
-            server, _, _ = stack.enter_context(_served(options, model))
-            requests = read_requests(_requests(model), NAME)
+        for subject in subjects:
+            server, _, _ = stack.enter_context(_served(options, subject))
+            requests = read_requests(subject.requests, NAME)
             channels = [
                 grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1)])
                 for _ in range(CONNECTIONS)
             ]
-            calls[kind] = [stack.enter_context(channel).unary_unary(requests[0].path) for channel in channels]
+            path = requests[0].path
+            calls[subject.kind] = [stack.enter_context(channel).unary_unary(path) for channel in channels]
         messages = [request.message for request in requests]
         values: dict[str, list[float]] = {kind: [] for kind in calls}
         for turn in range(-2, TURNS):  # the first two are for warming
@@ -350,38 +369,42 @@ def _ask(call: Call, messages: Sequence[bytes], first: int, step: int) -> list[f
 _IN_TURNS = {"steady": steady, "throughput": throughput}
 
 
-def soak(options: Options, scenario: str, model: Path) -> Path:
-    with _served(options, model) as (server, _, _):
-        settings = _settings(options, model, options.soak_seconds)
+def soak(options: Options, scenario: str, subject: Subject) -> Path:
+    with _served(options, subject) as (server, _, _):
+        settings = _settings(options, subject, options.soak_seconds)
         settings = dataclasses.replace(settings, rate=SOAK_FACTOR * settings.rate)
         return _save_run(options, bench.run(scenario, settings, server_facts(server)))
 
 
-def squeeze(options: Options, scenario: str, model: Path) -> Path:
+def squeeze(options: Options, scenario: str, subject: Subject) -> Path:
     limit = options.size // 2 + SQUEEZE_BYTES
-    notes = []
-    if model.name.endswith(STOCK):
+    notes: list[str] = []
+    if subject.kind == STOCK:
         try:
-            return _squeezed(options, scenario, model, limit, notes)
+            return _squeezed(options, scenario, subject, limit, notes)
         except SpikelessError as error:
             problem = str(error).partition(";")[0]
             notes.append(f"does not fit into a memory cgroup of {limit} bytes ({problem})")
             click.echo(notes[-1], err=True)
             limit += options.size  # its parameters are heap, which cannot be dropped
-    return _squeezed(options, scenario, model, limit, notes)
+    return _squeezed(options, scenario, subject, limit, notes)
 
 
-def _squeezed(options: Options, scenario: str, model: Path, limit: int, notes: Sequence[str]) -> Path:
-    settings = _settings(options, model, options.seconds)
+def _squeezed(options: Options, scenario: str, subject: Subject, limit: int, notes: Sequence[str]) -> Path:
+    settings = _settings(options, subject, options.seconds)
     with (
         _memory_limit(limit) as confine,
-        _served(options, model, confine=confine) as (server, _, _),
+        _served(options, subject, confine=confine) as (server, _, _),
     ):
-        notes = [*notes, f"memory cgroup of {limit} bytes"]
-        return _save_run(options, bench.run(scenario, settings, server_facts(server), notes=notes))
+        before = _process(server.pid)["major_faults"]
+        result = bench.run(scenario, settings, server_facts(server))
+        faults = _process(server.pid)["major_faults"] - before
+        notes = (*notes, f"memory cgroup of {limit} bytes", f"{faults} {mapping_summary.DISK_FAULTS}")
+        facts = dataclasses.replace(result.facts, notes=notes)
+        return _save_run(options, dataclasses.replace(result, facts=facts))
 
 
-_PARTS: dict[str, Callable[[Options, str, Path], Path]] = {
+_PARTS: dict[str, Callable[[Options, str, Subject], Path]] = {
     "load": load,
     "swap": swap,
     "soak": soak,
@@ -389,8 +412,8 @@ _PARTS: dict[str, Callable[[Options, str, Path], Path]] = {
 }
 
 
-def _settings(options: Options, model: Path, seconds: float) -> bench.Settings:
-    return bench.Settings(NAME, str(_requests(model)), rate=options.rate, seconds=seconds)
+def _settings(options: Options, subject: Subject, seconds: float) -> bench.Settings:
+    return bench.Settings(NAME, str(subject.requests), rate=options.rate, seconds=seconds)
 
 
 def _wait(client: Client, version: int, *wanted: State) -> None:

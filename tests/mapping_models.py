@@ -308,6 +308,27 @@ def sharded_by_size(path: Path) -> None:
     tf.saved_model.save(model, str(path), {"serving_default": model.sparse}, options)
 
 
+@builder
+def looked_up(path: Path) -> None:
+    """Variables of which rows are read, columns, or everything."""
+    model = tf.Module()
+    for seed, name in enumerate(["one_way", "other_ways", "in_segments", "by_column", "also_whole", "whole"]):
+        setattr(model, name, tf.Variable(values(BIG, WIDTH, seed=seed), name=name))
+
+    @tf.function(input_signature=[_ids("ids", None)])
+    def serve(ids: tf.Tensor) -> dict[str, tf.Tensor]:
+        rows = tf.gather(model.one_way, ids) + tf.gather_nd(model.other_ways, ids[:, None])
+        rows += tf.nn.embedding_lookup(model.other_ways, ids) + tf.gather(model.also_whole, ids)
+        segments = tf.sparse.segment_sum(model.in_segments.read_value(), ids, tf.zeros_like(ids))
+        columns = tf.gather(model.by_column, ids % WIDTH, axis=1)
+        whole = tf.matmul(model.also_whole, model.whole, transpose_a=True)
+        known = tf.cast(tf.shape(model.one_way.read_value())[0], tf.float32)
+        return {"rows": rows * known, "segments": segments, "columns": columns, "whole": whole}
+
+    model.serve = serve
+    tf.saved_model.save(model, str(path), {"serving_default": serve})
+
+
 # TensorFlow 1.
 
 

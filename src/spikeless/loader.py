@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from spikeless import modelconfig, warmup
+from spikeless import mapping, modelconfig, residency, warmup
 from spikeless.errors import SpikelessError
 from spikeless.inference import Model
 from spikeless.protos import config_pb2
@@ -81,6 +81,7 @@ class ModelLoader:
         if observer is not None:
             observer.restored(name, version, path, loaded - started)
         _log.info("restored %s version %d in %.0f ms", name, version, 1000 * (loaded - started))
+        _expect_look_ups(path)
         try:
             records = self._warm(model, path)
         except BaseException:
@@ -99,3 +100,14 @@ class ModelLoader:
             return 0
         iterations = self.num_request_iterations_for_warmup
         return warmup.replay(model, warmup.warmup_file(path), request_iterations=iterations)
+
+
+def _expect_look_ups(path: Path) -> None:
+    """Prepare the kernel for look-ups in a mapped version's embeddings; only speed depends on it."""
+    if not mapping.is_mapped(path):
+        return
+    try:
+        files = mapping.read_manifest(path).files_read_by_row()
+        residency.expect_single_pages(path / file for file in files)
+    except (SpikelessError, OSError) as error:
+        _log.warning("%s: mapped, but the kernel was not told how its files are read: %s", path, error)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless import directories, models_config, repository
+from spikeless import directories, models_config, repository, residency
 from spikeless.alone import alone
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.fleet import Fleet, FleetSettings
@@ -150,7 +150,7 @@ def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
     """
     prefixes = {f"{path.resolve()}/": version for version, path in versions.items()}
     inodes = {
-        _inode(file): version
+        residency.file_key(file): version
         for version, path in versions.items()
         for file in path.rglob("*")
         if file.is_file()
@@ -165,12 +165,6 @@ def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
         mapped = {(fields[3], fields[4]) for line in text.splitlines() if (fields := line.split())}
         found |= {inodes[inode] for inode in mapped & inodes.keys()}
     return found
-
-
-def _inode(file: Path) -> tuple[str, str]:
-    """Device and inode as in ``/proc/<pid>/maps``."""
-    status = file.stat()
-    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
 
 
 def size_of(path: Path) -> int:

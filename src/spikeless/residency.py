@@ -1,7 +1,7 @@
 """Files in the page cache: bring them in, see how much of them is there, keep them there.
 
-In: paths. Out: bytes. Linux's ``posix_fadvise``, ``mincore`` and ``mlock`` (see their manual pages, section
-2), the latter two through the C library.
+In: paths. Out: bytes. Linux's ``posix_fadvise``, ``mincore``, ``mlock`` and ``madvise`` (see their manual
+pages, section 2), all but the first through the C library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import mmap
 import os
 import resource
+from collections.abc import Iterable
 from ctypes import c_int, c_long, c_size_t, c_ubyte, c_void_p
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ def _libc() -> Any:
     libc.munmap.restype, libc.munmap.argtypes = c_int, [c_void_p, c_size_t]
     libc.mincore.restype, libc.mincore.argtypes = c_int, [c_void_p, c_size_t, ctypes.POINTER(c_ubyte)]
     libc.mlock.restype, libc.mlock.argtypes = c_int, [c_void_p, c_size_t]
+    libc.madvise.restype, libc.madvise.argtypes = c_int, [c_void_p, c_size_t, c_int]
     return libc
 
 
@@ -106,6 +108,34 @@ def prefetch(path: str | os.PathLike[str]) -> None:
         buffer = bytearray(_CHUNK_BYTES)
         while file.readinto(buffer):
             pass
+
+
+def expect_single_pages(paths: Iterable[str | os.PathLike[str]]) -> int:
+    """Tell the kernel that these files, where this process has them mapped, are read a page here and there.
+
+    A page that was dropped then comes back alone (``MADV_RANDOM``). Otherwise the kernel reads its
+    neighbourhood with it, as much as ``read_ahead_kb`` of the disk says (128 KiB to some MiB), and where
+    memory is short that pushes out the pages that the next request needs.
+
+    Returns:
+        How many mappings were found.
+    """
+    wanted = {file_key(path) for path in paths}
+    found = 0
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines() if wanted else ():
+        addresses, _, _, device, inode = line.split(maxsplit=5)[:5]  # proc_pid_maps(5)
+        if (device, inode) in wanted:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            if _libc().madvise(start, end - start, mmap.MADV_RANDOM):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), line)
+            found += 1
+    return found
+
+
+def file_key(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """A file's device and inode as in ``/proc/<pid>/maps``."""
+    status = os.stat(path)
+    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
 
 
 def lock_limit() -> str:

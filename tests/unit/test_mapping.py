@@ -77,6 +77,7 @@ EXPECTED = {
     "no_variables": Expected(0),
     "sharded": Expected(2, 1),
     "sharded_by_size": Expected(1, 2, {"kernel": "is not stored row by row"}),
+    "looked_up": Expected(6),
     "v1_references": Expected(2, 8),
     "v1_resources": Expected(2, 8),
     "v1_control_flow_in_functions": Expected(2, 8),
@@ -163,6 +164,26 @@ def test_sparse_reads_become_dense_reads(mapped: Path) -> None:
     assert "ResourceGather" not in operations
     assert "ResourceGatherNd" not in operations
     assert {"GatherV2", "GatherNd"} <= operations
+
+
+@pytest.mark.parametrize(
+    ("name", "looked_up"),
+    [
+        ("looked_up", {"one_way", "other_ways", "in_segments"}),
+        ("keras3", {"embedding/embeddings_1"}),
+        ("keras3_shared", set()),
+        ("module", set()),
+        ("v1_several_graphs", {"table"}),
+        ("estimator_like", {"linear/input_layer/embedding_weights"}),
+        ("tensorflow_2_15/keras2_export", {"embedding/embeddings"}),
+    ],
+)
+def test_what_is_only_looked_up_is_known(mapped: Path, name: str, looked_up: set[str]) -> None:
+    manifest = read_manifest(mapped / name)
+    variables = [variable for variable in manifest.variables if variable.state is State.MAPPED]
+    assert {variable.name for variable in variables if variable.by_row} == looked_up
+    files = {variable.file for variable in variables if variable.name in looked_up}
+    assert set(manifest.files_read_by_row()) == files
 
 
 def test_what_no_server_needs_is_gone(mapped: Path, originals: Path) -> None:
@@ -665,6 +686,53 @@ tf.saved_model.save(model, {str(tmp_path / "original")!r}, signatures=model.look
     shown = {line.split()[0]: line for line in _spikeless("inspect", out).stdout.splitlines()}
     assert "TensorFlow copies it" in shown["small"]
     assert "TensorFlow copies it" not in shown["large"]
+
+
+#: Loads a SavedModel as a server does and prints the mapped files that the kernel expects single pages of.
+_ADVISED = """
+import sys
+from pathlib import Path
+from spikeless.loader import ModelLoader
+
+model = ModelLoader()("model", 1, Path(sys.argv[1]))
+file = ""
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    if "-" in line.partition(" ")[0]:
+        file = Path(line).name if sys.argv[1] in line else ""
+    elif file and line.startswith("VmFlags:"):
+        print(file, "rr" in line.split())
+model.close()
+"""
+
+
+def test_the_kernel_is_told_what_is_looked_up(tmp_path: Path) -> None:
+    make = f"""
+import tensorflow as tf
+
+class Model(tf.Module):
+    def __init__(self):
+        for seed, name in enumerate(("table", "kernel")):
+            setattr(self, name, tf.Variable(tf.random.stateless_normal([256, 256], [0, seed]), name=name))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, "ids")])
+    def look(self, ids):
+        return {{"scores": tf.gather(self.table, ids) @ self.kernel}}
+
+model = Model()
+tf.saved_model.save(model, {str(tmp_path / "original")!r}, signatures=model.look)
+"""
+    subprocess.run([sys.executable, "-c", make], check=True, capture_output=True, timeout=120)
+    out = tmp_path / "größer als eine Seite"
+    map_saved_model(tmp_path / "original", out, SETTINGS)
+    files = {variable.name: Path(variable.file or "").name for variable in inspect(out)}
+    advised = [sys.executable, "-c", _ADVISED, str(out)]
+    done = subprocess.run(advised, check=True, capture_output=True, text=True, timeout=120)
+    assert sorted(done.stdout.splitlines()) == sorted([f"{files['table']} True", f"{files['kernel']} False"])
+    # A version whose manifest cannot be read is served all the same.
+    (out / "assets.extra" / MANIFEST_FILE).write_text("{")
+    done = subprocess.run(advised, check=True, capture_output=True, text=True, timeout=120)
+    assert sorted(done.stdout.splitlines()) == sorted([f"{files['table']} False", f"{files['kernel']} False"])
+    assert "the kernel was not told" in done.stderr
 
 
 _LARGE = """

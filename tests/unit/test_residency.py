@@ -59,6 +59,28 @@ def test_locked_pages_stay(file: Path) -> None:
     assert _locked_bytes() == 0
 
 
+def test_single_pages_are_expected_where_a_file_is_mapped(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "another"
+    other.write_bytes(os.urandom(SIZE))
+    with residency.Mapping(file), residency.Mapping(file), residency.Mapping(other):
+        assert residency.expect_single_pages([file]) == 2
+        assert _flags(file) == [True, True]
+        assert _flags(other) == [False]
+    assert residency.expect_single_pages([file]) == 0
+    assert residency.expect_single_pages([]) == 0
+
+
+def _flags(path: Path) -> list[bool]:
+    """For each mapping of a file, whether the kernel expects random reads."""
+    found, ours = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.partition(" ")[0]:
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("VmFlags:"):
+            found.append("rr" in line.split())
+    return found
+
+
 def _locked_bytes(pid: int | str = "self") -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmLck:"):

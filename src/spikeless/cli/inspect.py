@@ -80,4 +80,6 @@ def _why(variable: VariableRecord) -> str:
         return "no signature reaches it"
     if variable.state is State.MAPPED and (variable.bytes or 0) < COPIED_BYTES:
         return f"TensorFlow copies it: smaller than {COPIED_BYTES:,} bytes"
+    if variable.state is State.MAPPED and variable.by_row:
+        return "looked up row by row"
     return variable.reason

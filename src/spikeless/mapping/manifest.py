@@ -57,6 +57,8 @@ class VariableRecord:
     reason: str
     #: The mapped file, relative to the SavedModel.
     file: str | None = None
+    #: Whether nothing ever reads more of it than single rows, as of an embedding.
+    by_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Manifest:
 
     def mapped_files(self) -> list[FileRecord]:
         return [file for file in self.files if file.mapped]
+
+    def files_read_by_row(self) -> list[str]:
+        """The mapped files of which single rows are read, relative to the SavedModel."""
+        whole = {variable.file for variable in self.variables if not variable.by_row}
+        return [file.path for file in self.mapped_files() if file.path not in whole]
 
 
 def manifest_path(saved_model: str | os.PathLike[str]) -> Path:

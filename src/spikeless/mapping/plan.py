@@ -43,6 +43,13 @@ _READS = frozenset({"ReadVariableOp", "VariableShape", "VarIsInitializedOp", "Di
 #: Sparse reads. They may copy the whole variable and make later dense reads copy it each time
 #: (``EnsureSparseVariableAccess`` in training_op_helpers.h), so they are rewritten.
 GATHERS: Mapping[str, str] = {"ResourceGather": "GatherV2", "ResourceGatherNd": "GatherNd"}
+#: Operations that read, of their first input, single rows: axis 0 is given, or their only one.
+_ROW_READS = frozenset(
+    {"Gather", "GatherNd", *GATHERS}
+    | {f"SparseSegment{how}{more}" for how in ("Sum", "Mean", "SqrtN") for more in ("", "WithNumSegments")}
+)
+#: Operations that read none of it.
+_NO_READS = frozenset({"VariableShape", "VarIsInitializedOp", "DisableCopyOnRead", "Shape", "Size", "Rank"})
 #: Operations that write into the very tensor they are given, even where it is a variable's.
 _WRITES_IN_PLACE = frozenset({"InplaceUpdate", "InplaceAdd", "InplaceSub"})
 _ASSIGNS = frozenset({"AssignVariableOp", "Assign"})
@@ -74,6 +81,8 @@ class Variable:
     restores: list[Use] = field(default_factory=list)
     #: Where its handle is read sparsely.
     gathers: list[Use] = field(default_factory=list)
+    #: Whether nothing ever reads more of it than the rows it asks for, as of an embedding.
+    by_row: bool = False
 
     @property
     def is_reference(self) -> bool:
@@ -178,6 +187,7 @@ class _Planner:
         output = scope.output(variable.node, "resource", 0)
         uses = scope.uses(output) if variable.is_reference else self.program.follow(scope, output)
         problems = [problem for use in uses if (problem := self._problem(variable, use))]
+        variable.by_row = self._read_by_row(scope, output, variable)
         key_problem = self._find_entry(variable)
         if scope.name == MAIN and variable.name not in self.serving and not problems and alone:
             variable.state = State.DROPPED
@@ -215,6 +225,19 @@ class _Planner:
             return ""
         return "" if node.op in _READS else f"{node.op} {node.name} in {use.scope} may write to it"
 
+    def _read_by_row(self, scope: Scope, output: str, variable: Variable) -> bool:
+        """Whether all that reads a variable looks rows up in it, and something does."""
+        restores = {id(use.node) for use in variable.restores}
+        uses: list[Use] = []
+        for use in self.program.follow(scope, output):
+            if use.node.op == "ReadVariableOp":
+                value = use.scope.output(use.node, "value", 0)
+                uses += self.program.follow(use.scope, value)
+            elif id(use.node) not in restores:
+                uses.append(use)
+        reads = [use for use in uses if use.node.op not in _NO_READS]
+        return bool(reads) and all(map(_looks_up_rows, reads))
+
     def _find_entry(self, variable: Variable) -> str:
         """Find what is restored into a variable; returns why that cannot be done, if so."""
         if len(variable.restores) != 1:
@@ -237,6 +260,17 @@ class _Planner:
         if entries[0].dtype != variable.dtype:
             return f"the checkpoint holds {dtype_name(entries[0].dtype)} for it"
         return ""
+
+
+def _looks_up_rows(use: Use) -> bool:
+    if use.position:
+        return False
+    if use.node.op == "GatherV2":
+        axis = use.scope.producer(use.node.input[2])
+        if axis is None or axis[0].op != "Const":
+            return False
+        return not to_numpy(attribute(axis[0], "value").tensor).any()
+    return use.node.op in _ROW_READS
 
 
 def restored_from(use: Use) -> tuple[node_def_pb2.NodeDef, int] | None:

@@ -271,6 +271,7 @@ def _variable_records(
                 state=variable.state,
                 reason=variable.reason,
                 file=None if file is None else _relative(target, file),
+                by_row=variable.by_row,
             )
 
 
