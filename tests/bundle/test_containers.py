@@ -249,6 +249,7 @@ def test_the_server_is_process_1_with_jemalloc(up: Stack) -> None:
     environment = up.inside("cat", "/proc/1/environ").split("\0")
     assert "LD_PRELOAD=libjemalloc.so.2" in environment
     assert [entry for entry in environment if entry.startswith("MALLOC_CONF=background_thread:true")]
+    assert "TF_ONEDNN_USE_SYSTEM_ALLOCATOR=1" in environment
     assert "jemalloc" not in up.inside("cat", "/proc/self/maps"), "nothing else in the container has it"
 
 

@@ -54,9 +54,9 @@ def test_what_a_swap_takes(serve, saved_model: Path, tmp_path: Path, mapped: boo
         second = running.client.predict("m", inputs)
         taken = (faults(pid) - faults_before) * PAGE
         assert np.array_equal(first["rows"], second["rows"])
+        assert private(pid) < private_before + SIZE / 8, "the old version's memory is given back"
         if mapped:
             # Not even for a moment: what was freed again would have been given before.
             assert taken < SIZE / 4
-            assert private(pid) < private_before + SIZE / 8
         else:
             assert taken > SIZE
