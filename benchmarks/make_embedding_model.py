@@ -29,8 +29,8 @@ from spikeless.warmup.requests import predict
 KINDS = ("keras", "module", "sparse")
 WIDTH, IDS, HIDDEN = 64, 32, 256
 BLOCK_ROWS = 1 << 18
-#: The records of a warmup file, and those to replay.
-WARMUP_REQUESTS, REQUESTS = 20, 1000
+#: The records of a warmup file, and those to replay: enough that most of a table of 512 MiB is looked up.
+WARMUP_REQUESTS, REQUESTS = 20, 10_000
 
 
 def make(out: Path, size: int, kind: str = "keras", versions: int = 2) -> None:

@@ -85,6 +85,8 @@ POLL_SECONDS = 0.005
 TURNS, TURN_SECONDS = 40, 0.5
 #: The rate of the soak by that of the other parts, so that requests overlap.
 SOAK_FACTOR = 3
+#: How much longer squeezing takes, so that pages come back that were pushed out.
+SQUEEZE_FACTOR = 2
 #: What a squeezed server has beside half of its parameters.
 SQUEEZE_BYTES = 128 << 20
 
@@ -391,7 +393,7 @@ def squeeze(options: Options, scenario: str, subject: Subject) -> Path:
 
 
 def _squeezed(options: Options, scenario: str, subject: Subject, limit: int, notes: Sequence[str]) -> Path:
-    settings = _settings(options, subject, options.seconds)
+    settings = _settings(options, subject, SQUEEZE_FACTOR * options.seconds)
     with (
         _memory_limit(limit) as confine,
         _served(options, subject, confine=confine) as (server, _, _),

@@ -63,6 +63,7 @@ class Model:
             Serving (``--enable_signature_method_name_check``), because TensorFlow 2 exports know no method
             but Predict.
         on_run: told of each run of the session: ``Predict``, ``Classify``, ..., and the seconds that it took.
+        inter_op_thread_pool: where operations run, as in `Session.load`; None is the requests' pool.
     """
 
     session: Session
@@ -70,6 +71,7 @@ class Model:
     tensor_content: bool = False
     check_method_names: bool = False
     on_run: Callable[[str, float], None] | None = None
+    inter_op_thread_pool: int | None = None
 
     @property
     def signature_defs(self) -> dict[str, meta_graph_pb2.SignatureDef]:
@@ -128,9 +130,9 @@ class Model:
         self, api: str, feeds: dict[str, _Array], fetches: list[str], timeout: float | None
     ) -> list[_Array]:
         if self.on_run is None:
-            return self.session.run(feeds, fetches, timeout)
+            return self.session.run(feeds, fetches, timeout, self.inter_op_thread_pool)
         started = time.perf_counter()
-        outputs = self.session.run(feeds, fetches, timeout)
+        outputs = self.session.run(feeds, fetches, timeout, self.inter_op_thread_pool)
         self.on_run(api, time.perf_counter() - started)
         return outputs
 

@@ -6,6 +6,7 @@ optimised and has run.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -17,7 +18,7 @@ from spikeless import mapping, modelconfig, residency, warmup
 from spikeless.errors import SpikelessError
 from spikeless.inference import Model
 from spikeless.protos import config_pb2
-from spikeless.runtime import Session
+from spikeless.runtime import CALLING_THREAD, Session
 
 _log = logging.getLogger(__name__)
 
@@ -98,8 +99,10 @@ class ModelLoader:
     def _warm(self, model: Model, path: Path) -> int:
         if not self.enable_model_warmup:
             return 0
+        # On this thread, as the load: it may have yielded, and the others are the requests'.
+        here = dataclasses.replace(model, inter_op_thread_pool=CALLING_THREAD)
         iterations = self.num_request_iterations_for_warmup
-        return warmup.replay(model, warmup.warmup_file(path), request_iterations=iterations)
+        return warmup.replay(here, warmup.warmup_file(path), request_iterations=iterations)
 
 
 def _expect_look_ups(path: Path) -> None:

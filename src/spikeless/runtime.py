@@ -381,8 +381,11 @@ class Session:
         feeds: Mapping[str, np.ndarray[Any, Any]],
         fetches: Sequence[str],
         timeout: float | None = None,
+        inter_op_thread_pool: int | None = None,
     ) -> list[np.ndarray[Any, Any]]:
         """One call: values for ``feeds`` by tensor name, and the tensors ``fetches`` back, in their order.
+
+        ``inter_op_thread_pool`` is as in ``load``; None is the requests' pool.
 
         Raises:
             TensorFlowError: the kernels' error, or DEADLINE_EXCEEDED after ``timeout`` seconds.
@@ -398,8 +401,11 @@ class Session:
         try:
             for index, array in enumerate(feeds.values()):
                 values[index] = _to_tensor(tf, array)
-            if timeout is not None:
-                content = config_pb2.RunOptions(timeout_in_ms=max(1, int(timeout * 1000))).SerializeToString()
+            if timeout is not None or inter_op_thread_pool is not None:
+                options = config_pb2.RunOptions(inter_op_thread_pool=inter_op_thread_pool)
+                if timeout is not None:
+                    options.timeout_in_ms = max(1, int(timeout * 1000))
+                content = options.SerializeToString()
                 run_options = tf.NewBufferFromString(content, len(content))
             status = tf.NewStatus()
             session = self._enter()

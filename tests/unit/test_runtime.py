@@ -153,6 +153,16 @@ def test_where_a_load_runs_is_told_to_tensorflow(saved_models: Path) -> None:
         Session.load(saved_models / "times_two", config=pools, inter_op_thread_pool=pool).close()
 
 
+def test_where_a_run_runs_is_told_to_tensorflow(times: Session) -> None:
+    feeds = {tensor(times, "serving_default", "x"): np.float32([1, 2])}
+    fetches = [tensor(times, "serving_default", "y")]
+    for pool in (runtime.CALLING_THREAD, 0, None):
+        (result,) = times.run(feeds, fetches, inter_op_thread_pool=pool)
+        assert result.tolist() == [2, 4]
+    with pytest.raises(SpikelessError, match="Invalid inter_op_thread_pool: 7"):
+        times.run(feeds, fetches, inter_op_thread_pool=7)
+
+
 def test_closing_waits_for_the_last_run(saved_models: Path) -> None:
     session = Session.load(saved_models / "times_two")
     results: list[object] = []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -139,3 +143,34 @@ def test_files_that_are_no_warmup_records(model, tmp_path):
     tfrecord.write(path, [b"\xff\xff\xff"])
     with pytest.raises(InvalidArgument, match="Failed to parse warmup record 1 from"):
         replay(model, path)
+
+
+#: Prints how often other threads were scheduled for a load with warmup, then for as many requests.
+_THREADS = """
+import sys
+from pathlib import Path
+from spikeless.loader import ModelLoader
+from spikeless.warmup import replay, warmup_file
+
+def switches():
+    lines = [line for task in Path("/proc/self/task").iterdir() if task.name != main
+             for line in (task / "status").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+path, main = Path(sys.argv[1]), str(Path("/proc/self").resolve().name)
+model = ModelLoader()("model", 1, path)
+warmed = switches()
+replay(model, warmup_file(path))
+print(warmed, switches() - warmed)
+"""
+
+
+def test_a_version_is_warmed_on_the_thread_that_loads_it(saved_models, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(saved_models / "signatures", path)
+    warmup_file(path).parent.mkdir(exist_ok=True)
+    shutil.move(write(tmp_path, *[predict_log()] * 500), warmup_file(path))
+    command = [sys.executable, "-c", _THREADS, path]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    warming, requests = map(int, done.stdout.split())
+    assert warming < 250 < requests, "requests run on TensorFlow's threads, warmup does not"
