@@ -81,7 +81,8 @@ FLAGS = (*bench.SERVER_FLAGS, "--num_load_threads=1", "--num_unload_threads=1")
 CONNECTIONS = 4
 #: Between two versions: a reload has to be over in less than half of it.
 SWAP_SECONDS, SWAP_SECONDS_PER_GIB = 5.5, 5.0
-POLL_SECONDS = 0.005
+#: The resolution of how long a load takes: mapped, that is some 10 ms.
+POLL_SECONDS = 0.001
 TURNS, TURN_SECONDS = 40, 0.5
 #: The rate of the soak by that of the other parts, so that requests overlap.
 SOAK_FACTOR = 3
