@@ -240,11 +240,14 @@ def test_optimized(originals: Path, tmp_path: Path, name: str) -> None:
     assert modelconfig.path_in(tmp_path / "out").read_bytes() == bytes.fromhex("0a021801")
     config = modelconfig.session_config(tmp_path / "out")
     assert config.graph_options.rewrite_options.disable_meta_optimizer
-    # Calls are inlined; what restores is left alone.
+    # Calls are inlined, layers fused as a server would, without a word about its devices.
     before, after = (
         savedmodel.read(path).meta_graph().graph_def for path in (originals / name, tmp_path / "out")
     )
     assert len(after.library.function) < len(before.library.function)
+    if "keras" in name:
+        assert "_FusedMatMul" in {node.op for node in after.node}
+    assert {node.device for node in after.node} <= {node.device for node in before.node} | {""}
     assert sum(1 for _ in mapping_nodes(savedmodel.read(tmp_path / "out").proto)) == len(
         [variable for variable in manifest.variables if variable.state is State.MAPPED]
     )

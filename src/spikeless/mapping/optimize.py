@@ -24,6 +24,8 @@ from spikeless.mapping.plan import serving_roots
 from spikeless.protos import graph_pb2, meta_graph_pb2
 
 _FETCHES = "train_op"
+#: Where a server places operations before it optimises a graph. Those of unknown place are not fused.
+_DEVICE = "/job:localhost/replica:0/task:0/device:CPU:0"
 _MESSAGE_CHARACTERS = 2000
 
 
@@ -41,6 +43,8 @@ def optimize(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
     serving = ancestors(graph, roots)
     item = meta_graph_pb2.MetaGraphDef(graph_def=graph)
     replace(item.graph_def.node, [node for node in graph.node if node.name in serving])
+    for node in item.graph_def.node:
+        node.device = node.device or _DEVICE
     item.collection_def[_FETCHES].node_list.value.extend(roots)
     done = subprocess.run(
         [sys.executable, "-m", "spikeless.mapping.optimize"],
@@ -52,6 +56,9 @@ def optimize(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
         message = done.stderr.decode(errors="replace")[-_MESSAGE_CHARACTERS:]
         raise FailedPrecondition(f"the graph cannot be optimised, so leave --optimize out: {message}")
     optimized = graph_pb2.GraphDef.FromString(done.stdout)
+    for node in optimized.node:
+        if node.device == _DEVICE:
+            node.device = ""
     present = {node.name for node in optimized.node}
     restoring = ancestors(graph, [meta_graph.saver_def.restore_op_name]) - serving
     # The variables' handles are in both parts; an operation that the optimiser removed may still be needed.
