@@ -117,7 +117,7 @@ def _load_table(kinds: Mapping[str, list[Any]], label: str) -> list[str]:
         [
             ("publish to AVAILABLE, s (a look a second)", "{:.2f}", lambda one: one["available_seconds"]),
             ("of it loading, s", "{:.3f}", lambda one: one["load_seconds"]),
-            ("processor time of the swap, s", "{:.2f}", seconds),
+            ("processor time of the swap, with the looks at it, s", "{:.2f}", seconds),
             ("page faults of the swap", "{:,.0f}", change("minor_faults", "major_faults")),
             ("of them from disk", "{:,.0f}", change("major_faults")),
             ("private memory before, MiB", "{:,.0f}", lambda one: one["before"]["rss_anon"] / MIB),

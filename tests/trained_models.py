@@ -21,13 +21,13 @@ NEEDS_JAVA = pytest.mark.skipif(
 )
 
 
-def spikeless(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, from the root of the bundle."""
+def spikeless(*arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, where not said otherwise from the root of the bundle."""
     return subprocess.run(
         [sys.executable, "-m", "spikeless", *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=cwd,
         **options,
     )
 

@@ -241,9 +241,8 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     load = ("--rate", 100, "--seconds", 18, "--warm-seconds", 1, "--timeout", 60)
     load += ("--publishes", 3, "--publish-at", 3, "--publish-every", 5)
     place = ("--models", models, "--out", tmp_path / "raw")
-    done = spikeless(
-        "bench", "run", *load, *place, "--publish", source, "--scenario", "warm", "--no-floor", "--json"
-    )
+    options = (*load, *place, "--publish", source, "--scenario", "warm", "--no-floor", "--json")
+    done = spikeless("bench", "run", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["codes"] == {"OK": len(Schedule(100, 18).offsets())}
@@ -253,8 +252,9 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     run = bench.load(answer["result"])
     assert run.facts.server.engine in ("embedded", "tensorflow_model_server", "docker")
     assert run.facts.server.allocator == "glibc"
+    assert [publish.result for publish in run.facts.publishes] == [f"models/boston/{n}" for n in (2, 3, 4)]
+    assert str(tmp_path) not in repr(run.facts), "a result tells where it was made from the working directory"
     versions = [models / "boston" / str(version) for version in (2, 3, 4)]
-    assert [publish.result for publish in run.facts.publishes] == [str(version) for version in versions]
     for publish, planned in zip(run.facts.publishes, (3, 8, 13), strict=True):
         assert publish.begin >= planned
     variables = [version / "variables" / "variables.data-00000-of-00001" for version in versions]

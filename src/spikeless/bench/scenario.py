@@ -115,7 +115,12 @@ def result_path(directory: Path, result: Run) -> Path:
 def _portable(command: Sequence[str]) -> tuple[str, ...]:
     """A command line without the places of this machine's interpreter and of the working directory."""
     program = "python" if command[0] == sys.executable else command[0]
-    return (program, *(argument.replace(f"{Path.cwd()}/", "") for argument in command[1:]))
+    return (program, *map(_from_here, command[1:]))
+
+
+def _from_here(text: str) -> str:
+    """Paths in it as seen from the working directory."""
+    return text.replace(f"{Path.cwd()}/", "")
 
 
 def run(
@@ -151,7 +156,7 @@ def run(
     merged = record.merge(parts)
     facts = dataclasses.replace(
         merged.facts,
-        settings=settings,
+        settings=dataclasses.replace(settings, requests=_from_here(settings.requests)),
         server=server,
         generator=_portable(command),
         publishes=published,
@@ -326,7 +331,7 @@ class _Series:
                 begin = time.monotonic()
                 result = self._publish()
                 end = time.monotonic()
-                text = "" if result is None else str(result)
+                text = "" if result is None else _from_here(str(result))
                 self.published.append(Publish(begin - start, end - start, text))
         except Exception as error:
             self._error = error
