@@ -51,6 +51,7 @@ import click
 import grpc
 import mapping_summary
 import numpy as np
+from mapping_summary import BARE, MAPPED, STOCK, TUNED, YIELDING
 
 from spikeless import bench, launch, warmup
 from spikeless.bench.machine import describe_machine, source_commit
@@ -65,7 +66,6 @@ from spikeless.mapping import MapSettings, map_saved_model, repin
 
 SCHEMA = 1
 NAME = "model"
-STOCK, MAPPED, YIELDING, TUNED, BARE = "stock", "mapped", "yielding", "tuned", "bare"
 BARE_BYTES = 256 << 10
 KINDS_OF = {
     "load": (STOCK, MAPPED, TUNED, BARE),

@@ -21,7 +21,9 @@ from spikeless import bench, report
 from spikeless.bench.analysis import analyse
 from spikeless.bench.record import Run
 
-STOCK, MAPPED, YIELDING, TUNED, BARE = "stock", "mapped", "yielding", "tuned", "bare"
+STOCK, MAPPED, YIELDING, TUNED, BARE = KINDS = ("stock", "mapped", "yielding", "tuned", "bare")
+#: Those that serve the parameters.
+_WHOLE = (STOCK, MAPPED, YIELDING, TUNED)
 MIB = 1 << 20
 #: What mapping is held to.
 PRIVATE_SHARE, SIZE_FACTOR, P50_FACTOR, THROUGHPUT_SHARE, FIRST_FACTOR, RELOAD_FACTOR = (
@@ -90,7 +92,7 @@ def _order(item: tuple[tuple[str, str], Any]) -> tuple[int, int]:
 def _table(
     kinds: Mapping[str, list[Any]], rows: Sequence[tuple[str, str, Callable[[Any], float]]]
 ) -> list[str]:
-    present = _present(kinds, STOCK, MAPPED, YIELDING, TUNED, BARE)
+    present = _present(kinds, *KINDS)
     lines = ["| | " + " | ".join(present) + " |", "|---|" + "---:|" * len(present)]
     for name, form, get in rows:
         cells = [_spread([get(one) for one in kinds[kind]], form) for kind in present]
@@ -166,7 +168,7 @@ def _ratios(repeats: Sequence[Any], name: str, kind: str) -> Values:
 
 
 def _run_table(kinds: Mapping[str, list[Run]], label: str) -> list[str]:
-    runs = [run for kind in (STOCK, MAPPED, YIELDING, TUNED) for run in kinds.get(kind, [])]
+    runs = [run for kind in _WHOLE for run in kinds.get(kind, [])]
     named = [
         replace(run, facts=replace(run.facts, scenario=run.facts.scenario.rpartition("-")[2])) for run in runs
     ]
@@ -249,7 +251,7 @@ def _present(kinds: Mapping[str, Any], *wanted: str) -> list[str]:
 
 
 def _load_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds, STOCK, MAPPED, YIELDING, TUNED):
+    for kind in _present(kinds, *_WHOLE):
         peak = statistics.median(one["peak_rss_anon"] for one in kinds[kind])
         yield from _private_bars(f"through a load, {kind}", kind, peak, label, bare)
     if {STOCK, MAPPED} <= kinds.keys():
@@ -277,7 +279,7 @@ def _private_bars(what: str, kind: str, peak: float, label: str, bare: list[Any]
 
 
 def _swap_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds, STOCK, MAPPED, YIELDING, TUNED):
+    for kind in _present(kinds, *_WHOLE):
         runs = kinds[kind]
         peak = statistics.median(float(run.samples["rss_anon"].max()) for run in runs)
         yield from _private_bars(f"through reloads with warmup under load, {kind}", kind, peak, label, bare)
@@ -320,7 +322,7 @@ def _throughput_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]
 
 
 def _soak_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds, STOCK, MAPPED, YIELDING, TUNED):
+    for kind in _present(kinds, *_WHOLE):
         runs = kinds[kind]
         growth = statistics.median(_growth(run) for run in runs) / _bytes(label)
         seconds = min(run.facts.settings.seconds for run in runs)
@@ -339,7 +341,7 @@ def _growth(run: Run) -> float:
 
 
 def _squeeze_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds, STOCK, MAPPED, YIELDING, TUNED):
+    for kind in _present(kinds, *_WHOLE):
         runs = kinds[kind]
         values = [analyse(run).steady.p99_9 for run in runs]
         notes = dict.fromkeys(note for run in runs for note in run.facts.notes)
@@ -354,7 +356,7 @@ def _size_bars(measured: Measured) -> Iterator[_Bar]:
     if len(labels) < 2:
         return
     small, large = (measured["load", label] for label in (labels[0], labels[-1]))
-    for kind in (STOCK, MAPPED, YIELDING, TUNED):
+    for kind in _WHOLE:
         for name, what in (("available_seconds", "publish to AVAILABLE"), ("load_seconds", "of it loading")):
             if kind in small and kind in large:
                 few, many = (statistics.median(one[name] for one in kinds[kind]) for kinds in (small, large))

@@ -82,8 +82,8 @@ class ModelLoader:
         if observer is not None:
             observer.restored(name, version, path, loaded - started)
         _log.info("restored %s version %d in %.0f ms", name, version, 1000 * (loaded - started))
-        _expect_look_ups(path)
         try:
+            _expect_look_ups(path)
             records = self._warm(model, path)
         except BaseException:
             model.close()

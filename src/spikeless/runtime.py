@@ -130,9 +130,9 @@ class _Library:
     def __init__(self) -> None:
         # Errors come back as statuses; what TensorFlow logs besides is mostly about GPUs that are not there.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        # Otherwise tensors come from oneDNN's own pool (``mklcpu``). It never gives memory back: after a few
-        # reloads it holds three copies of the parameters; it refuses a second version of more than a third
-        # of the machine's memory; and a preloaded jemalloc never sees a parameter.
+        # Otherwise tensors come from oneDNN's own pool (``mklcpu``). It never gives memory back: after five
+        # reloads it held three copies of the parameters; it refused a second version of 8 GiB on a machine of
+        # 24; and a preloaded jemalloc never sees a parameter.
         os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
         directory = tensorflow_directory()
         suffix = "2.dylib" if os.uname().sysname == "Darwin" else "so.2"

@@ -662,24 +662,32 @@ with runtime.Session.load(sys.argv[1]), open("/proc/self/maps") as maps:
 """
 
 
-def test_a_small_mapped_variable_is_copied_and_inspect_says_so(tmp_path: Path) -> None:
-    sizes = {"small": COPIED_BYTES - 4096, "large": COPIED_BYTES}
+def _export(path: Path, variables: dict[str, str], outputs: str) -> None:
+    """A model with these variables that looks ``ids`` up; initial values and outputs are Python's words."""
+    made = "".join(
+        f"        self.{name} = tf.Variable({v}, name={name!r})\n" for name, v in variables.items()
+    )
     make = f"""
 import tensorflow as tf
 
 class Model(tf.Module):
     def __init__(self):
-        for name, size in {sizes}.items():
-            setattr(self, name, tf.Variable(tf.range(size // 4, dtype=tf.float32), name=name))
-
+{made}
     @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, "ids")])
     def look(self, ids):
-        return {{name: tf.gather(getattr(self, name), ids) for name in {list(sizes)}}}
+        return {outputs}
 
 model = Model()
-tf.saved_model.save(model, {str(tmp_path / "original")!r}, signatures=model.look)
+tf.saved_model.save(model, {str(path)!r}, signatures=model.look)
 """
     subprocess.run([sys.executable, "-c", make], check=True, capture_output=True, timeout=120)
+
+
+def test_a_small_mapped_variable_is_copied_and_inspect_says_so(tmp_path: Path) -> None:
+    sizes = {"small": COPIED_BYTES - 4096, "large": COPIED_BYTES}
+    variables = {name: f"tf.range({size // 4}, dtype=tf.float32)" for name, size in sizes.items()}
+    looks = ", ".join(f"'{name}': tf.gather(self.{name}, ids)" for name in sizes)
+    _export(tmp_path / "original", variables, f"{{{looks}}}")
     out = tmp_path / "mapped"
     map_saved_model(tmp_path / "original", out, SETTINGS)
     files = {variable.name: Path(variable.file or "").name for variable in inspect(out)}
@@ -709,22 +717,11 @@ model.close()
 
 
 def test_the_kernel_is_told_what_is_looked_up(tmp_path: Path) -> None:
-    make = f"""
-import tensorflow as tf
-
-class Model(tf.Module):
-    def __init__(self):
-        for seed, name in enumerate(("table", "kernel")):
-            setattr(self, name, tf.Variable(tf.random.stateless_normal([256, 256], [0, seed]), name=name))
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, "ids")])
-    def look(self, ids):
-        return {{"scores": tf.gather(self.table, ids) @ self.kernel}}
-
-model = Model()
-tf.saved_model.save(model, {str(tmp_path / "original")!r}, signatures=model.look)
-"""
-    subprocess.run([sys.executable, "-c", make], check=True, capture_output=True, timeout=120)
+    variables = {
+        name: f"tf.random.stateless_normal([256, 256], [0, {seed}])"
+        for seed, name in enumerate(("table", "kernel"))
+    }
+    _export(tmp_path / "original", variables, "{'scores': tf.gather(self.table, ids) @ self.kernel}")
     out = tmp_path / "größer als eine Seite"
     map_saved_model(tmp_path / "original", out, SETTINGS)
     files = {variable.name: Path(variable.file or "").name for variable in inspect(out)}

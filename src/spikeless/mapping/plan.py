@@ -49,7 +49,7 @@ _ROW_READS = frozenset(
     | {f"SparseSegment{how}{more}" for how in ("Sum", "Mean", "SqrtN") for more in ("", "WithNumSegments")}
 )
 #: Operations that read none of it.
-_NO_READS = frozenset({"VariableShape", "VarIsInitializedOp", "DisableCopyOnRead", "Shape", "Size", "Rank"})
+_NO_READS = _READS - {"ReadVariableOp"} | {"Shape", "Size", "Rank"}
 #: Operations that write into the very tensor they are given, even where it is a variable's.
 _WRITES_IN_PLACE = frozenset({"InplaceUpdate", "InplaceAdd", "InplaceSub"})
 _ASSIGNS = frozenset({"AssignVariableOp", "Assign"})
@@ -185,9 +185,10 @@ class _Planner:
     def _look(self, scope: Scope, variable: Variable, alone: bool) -> str:
         """Fill in what the uses of a variable tell; returns why it is not to be mapped, if so."""
         output = scope.output(variable.node, "resource", 0)
-        uses = scope.uses(output) if variable.is_reference else self.program.follow(scope, output)
+        reached = [*self.program.follow(scope, output)]
+        uses = scope.uses(output) if variable.is_reference else reached
         problems = [problem for use in uses if (problem := self._problem(variable, use))]
-        variable.by_row = self._read_by_row(scope, output, variable)
+        variable.by_row = self._read_by_row(variable, reached)
         key_problem = self._find_entry(variable)
         if scope.name == MAIN and variable.name not in self.serving and not problems and alone:
             variable.state = State.DROPPED
@@ -225,11 +226,11 @@ class _Planner:
             return ""
         return "" if node.op in _READS else f"{node.op} {node.name} in {use.scope} may write to it"
 
-    def _read_by_row(self, scope: Scope, output: str, variable: Variable) -> bool:
+    def _read_by_row(self, variable: Variable, reached: Iterable[Use]) -> bool:
         """Whether all that reads a variable looks rows up in it, and something does."""
         restores = {id(use.node) for use in variable.restores}
         uses: list[Use] = []
-        for use in self.program.follow(scope, output):
+        for use in reached:
             if use.node.op == "ReadVariableOp":
                 value = use.scope.output(use.node, "value", 0)
                 uses += self.program.follow(use.scope, value)
