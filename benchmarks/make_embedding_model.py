@@ -21,8 +21,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from spikeless import directories, tfrecord, warmup
+from spikeless import tfrecord, warmup
 from spikeless.cli.options import Size
+from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists
 from spikeless.warmup.requests import predict
 
@@ -47,7 +48,7 @@ def make(out: Path, size: int, kind: str = "keras", versions: int = 2) -> None:
         predict("serving_default", {"ids": generator.integers(0, rows, (1, IDS))}).SerializeToString()
         for _ in range(REQUESTS)
     ]
-    with directories.staging(out.absolute().parent / ".staging") as staging:
+    with atomic.staging(out.absolute().parent / ".staging") as staging:
         for version in range(1, versions + 1):
             model = staging / "models" / str(version)
             (_export_keras if kind == "keras" else _export_module)(model, rows, version, kind)
@@ -55,8 +56,8 @@ def make(out: Path, size: int, kind: str = "keras", versions: int = 2) -> None:
             own.parent.mkdir(exist_ok=True)
             tfrecord.write(own, records[:WARMUP_REQUESTS])
         tfrecord.write(staging / "models" / "requests", records)
-        directories.make_readable(staging / "models")
-        directories.sync_tree(staging / "models")
+        atomic.make_readable(staging / "models")
+        atomic.sync_tree(staging / "models")
         os.rename(staging / "models", out)
 
 

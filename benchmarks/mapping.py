@@ -59,8 +59,8 @@ from spikeless.bench.requests import read_requests
 from spikeless.bench.scenario import server_facts
 from spikeless.cli.options import Size
 from spikeless.client import Client
+from spikeless.disk.atomic import write_atomically
 from spikeless.errors import SpikelessError
-from spikeless.files import write_atomically
 from spikeless.manager import State
 from spikeless.mapping import MapSettings, map_saved_model, repin
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from spikeless import directories
+from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists
 
 INTEGERS = 13
@@ -105,7 +105,7 @@ def generate(directory: Path, settings: Settings) -> None:
     if directory.exists():
         raise AlreadyExists(f"{directory} exists; remove it or name another directory")
     world = Clicks(settings)
-    with directories.staging(directory.parent / ".staging") as staging:
+    with atomic.staging(directory.parent / ".staging") as staging:
         made = staging / "data"
         made.mkdir()
         world.write(made / "train.tsv", settings.train_rows)

@@ -53,7 +53,8 @@ from pyspark.sql.datasource import (
 )
 from pyspark.sql.types import StructType
 
-from spikeless import dataset, directories, tfrecord
+from spikeless import dataset, tfrecord
+from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SpikelessError
 
 if TYPE_CHECKING:
@@ -215,9 +216,9 @@ class TFRecordWriter(DataSourceArrowWriter):
         (self.staging / dataset.SCHEMA_FILE).write_text(json.dumps(self.schema, indent=1) + "\n")
         (self.staging / dataset.COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n")
         (self.staging / dataset.SUCCESS_FILE).touch()
-        directories.sync_tree(self.staging)
+        atomic.sync_tree(self.staging)
         self._replace_target()
-        directories.sync(self.target.parent)
+        atomic.sync(self.target.parent)
 
     def _replace_target(self) -> None:
         old = self.staging.with_suffix(".old")

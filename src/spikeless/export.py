@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import spikeless
-from spikeless import directories
+from spikeless.disk import atomic
 from spikeless.errors import InvalidArgument
 
 #: Methods that a signature may have, as TensorFlow Serving names them in ``signature_constants.h``.
@@ -116,7 +116,7 @@ def export(
     functions = {key: function.get_concrete_function() for key, function in signatures.items()}
     for key, method in methods.items():
         _check_method(key, method, functions[key])
-    with directories.staging(runs / ".staging") as staging:
+    with atomic.staging(runs / ".staging") as staging:
         run = staging / "run"
         saved_model = run / "saved_model"
         root = tf.Module()
@@ -132,8 +132,8 @@ def export(
             shutil.copytree(source, run / folder)
         (run / "metrics.json").write_text(json.dumps(record, indent=2, default=_plain) + "\n")
         (run / "README.md").write_text(_card(card, record))
-        directories.make_readable(run)
-        directories.sync_tree(run)
+        atomic.make_readable(run)
+        atomic.sync_tree(run)
         return _rename(run, runs, f"{name}-{moment:%Y%m%dT%H%M%SZ}")
 
 
@@ -241,7 +241,7 @@ def _rename(run: Path, runs: Path, name: str) -> Path:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-    directories.sync(runs)
+    atomic.sync(runs)
     return target
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from spikeless import files, tfrecord
+from spikeless import tfrecord
+from spikeless.disk import atomic
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.protos import (
     classification_pb2,
@@ -90,7 +91,7 @@ def write_to_version(golden: Golden, version: str | os.PathLike[str]) -> None:
     extra = Path(version, EXTRA_DIRECTORY)
     extra.mkdir(exist_ok=True)
     tfrecord.write(extra / REQUESTS_FILE, (record.log.SerializeToString() for record in golden.records))
-    files.write_atomically(extra / TOLERANCE_FILE, json.dumps(asdict(golden.tolerance)).encode() + b"\n")
+    atomic.write_atomically(extra / TOLERANCE_FILE, json.dumps(asdict(golden.tolerance)).encode() + b"\n")
 
 
 def _log(record: Record) -> Any:

@@ -18,10 +18,10 @@ from types import TracebackType
 
 from google.protobuf import text_format
 
+from spikeless.disk.pages import Mapping
 from spikeless.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from spikeless.mapping import is_mapped, read_manifest
 from spikeless.protos import model_server_config_pb2
-from spikeless.residency import Mapping
 from spikeless.versions import aspired_versions, list_versions
 
 _log = logging.getLogger(__name__)

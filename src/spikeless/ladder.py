@@ -17,9 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from spikeless import bench, launch, report
-from spikeless.directories import DIRECTORY_MODE
+from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
 from spikeless.errors import AlreadyExists, InvalidArgument
-from spikeless.files import write_atomically
 from spikeless.mapping import MapSettings, map_saved_model
 
 _MODEL = "model"

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from spikeless import mapping, modelconfig, residency, warmup
+from spikeless import mapping, modelconfig, warmup
+from spikeless.disk import pages
 from spikeless.errors import SpikelessError
 from spikeless.inference import Model
 from spikeless.protos import config_pb2
@@ -111,6 +112,6 @@ def _expect_look_ups(path: Path) -> None:
         return
     try:
         files = mapping.read_manifest(path).files_read_by_row()
-        residency.expect_single_pages(path / file for file in files)
+        pages.expect_single_pages(path / file for file in files)
     except (SpikelessError, OSError) as error:
         _log.warning("%s: mapped, but the kernel was not told how its files are read: %s", path, error)

@@ -18,8 +18,8 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from spikeless.disk.atomic import write_atomically
 from spikeless.errors import InvalidArgument
-from spikeless.files import write_atomically
 from spikeless.protos import config_pb2
 from spikeless.savedmodel import EXTRA_DIRECTORY
 

@@ -23,8 +23,8 @@ from typing import Any
 from google.protobuf import text_encoding, text_format
 
 from spikeless import textproto
+from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError
-from spikeless.files import atomic_writer
 from spikeless.protos import model_server_config_pb2
 
 FILE_NAME = "models.config"

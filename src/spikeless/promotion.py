@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from spikeless import models_config, plans, probes, repository
-from spikeless.alone import alone
 from spikeless.checks import check_files
+from spikeless.disk.locks import alone
 from spikeless.errors import Cancelled, FailedPrecondition, Internal, NotFound, SpikelessError
 from spikeless.fleet import Fleet, FleetSettings, Progress
 from spikeless.journal import Journal

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless import directories, models_config, repository, residency
-from spikeless.alone import alone
+from spikeless import models_config, repository
+from spikeless.disk import atomic, pages
+from spikeless.disk.locks import alone
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.fleet import Fleet, FleetSettings
 from spikeless.journal import Journal
@@ -82,7 +83,7 @@ def _remove(version: Path, state: Path) -> None:
     try:
         (state / _TRASH).mkdir(exist_ok=True)
         version.rename(state / _TRASH / version.name)
-        directories.sync(version.parent)
+        atomic.sync(version.parent)
     except OSError as error:
         raise FailedPrecondition(f"{version} cannot be removed: {error.strerror}") from None
 
@@ -150,7 +151,7 @@ def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
     """
     prefixes = {f"{path.resolve()}/": version for version, path in versions.items()}
     inodes = {
-        residency.file_key(file): version
+        pages.file_key(file): version
         for version, path in versions.items()
         for file in path.rglob("*")
         if file.is_file()

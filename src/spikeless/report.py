@@ -25,8 +25,8 @@ from spikeless.bench import record
 from spikeless.bench.analysis import RULES, Reload, Summary, Window, analyse, percentile
 from spikeless.bench.folding import CONFIDENCE, FIGURES, FOLD_RULES, Estimate, Fold, fold
 from spikeless.bench.record import Run
+from spikeless.disk.atomic import write_atomically
 from spikeless.errors import Code, InvalidArgument
-from spikeless.files import write_atomically
 
 NOTHING = "-"
 #: The timeline has about this many bins; in each, the median and the slowest request are drawn.

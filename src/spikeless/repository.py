@@ -19,9 +19,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless import directories, residency
 from spikeless.checkpoint import READ_ONLY
 from spikeless.checks import check_files, check_load, check_warmup
+from spikeless.disk import atomic, pages
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.mapping import MapSettings, is_mapped, map_in_place, read_manifest, repin
 from spikeless.mapping import check_files as check_mapped_files
@@ -48,7 +48,7 @@ class Candidate:
         Raises:
             AlreadyExists: something is in the way.
         """
-        with directories.errors_told(f"publish to {self.target.parent}"):
+        with atomic.errors_told(f"publish to {self.target.parent}"):
             return _rename(self.path, self.target)
 
 
@@ -121,7 +121,7 @@ def stage(
     """Do all of publishing but the rename, for those who must choose the moment: ``candidate.publish()``.
 
     A candidate that is not published is gone at the end of the block. The copy holds what links in the source
-    point at (`spikeless.directories.copy_tree`) and every user can read it, whatever the modes in the source.
+    point at (`spikeless.disk.atomic.copy_tree`) and every user can read it, whatever the modes in the source.
     The source is left as it is.
 
     Args:
@@ -154,11 +154,11 @@ def stage(
     for step in steps:
         step.early(source)
     with ExitStack() as stack:
-        with directories.errors_told(f"publish to {directory}"):
+        with atomic.errors_told(f"publish to {directory}"):
             number, staging = stack.enter_context(_reserved(directory, version))
             candidate = Candidate(staging / "version", name, number, directory / str(number))
             progress("copying")
-            directories.copy_tree(source, candidate.path, link=link)
+            atomic.copy_tree(source, candidate.path, link=link)
             if is_mapped(candidate.path):
                 progress("checking mapped files")
                 repin(candidate.path)  # its steps find the files of the copy
@@ -168,8 +168,8 @@ def stage(
             if is_mapped(candidate.path):
                 _prepare_mapped(candidate, serving_root or str(Path(models).absolute()))
             progress("writing to disk")
-            directories.make_readable(candidate.path)
-            directories.sync_tree(candidate.path)
+            atomic.make_readable(candidate.path)
+            atomic.sync_tree(candidate.path)
         yield candidate
 
 
@@ -179,7 +179,7 @@ def _prepare_mapped(candidate: Candidate, serving_root: str) -> None:
     for record in repin(candidate.path, root, digests=False).mapped_files():
         path = candidate.path / record.path
         path.chmod(READ_ONLY)  # a server that has it mapped would not survive a change
-        residency.prefetch(path)
+        pages.prefetch(path)
 
 
 def _model_directory(models: str | os.PathLike[str], name: str) -> Path:
@@ -197,9 +197,9 @@ def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]
     state = directory / STATE_DIRECTORY
     state.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        with directories.locked(state / "lock"):
+        with atomic.locked(state / "lock"):
             # In this order: a publisher renames its version before it gives up its reservation.
-            reserved = {int(path.name.partition("-")[0]) for path in directories.staged(state / "staging")}
+            reserved = {int(path.name.partition("-")[0]) for path in atomic.staged(state / "staging")}
             published = list_versions(directory)
             number = max([0, *published, *reserved]) + 1 if version is None else version
             if number in published:
@@ -208,7 +208,7 @@ def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]
                 raise AlreadyExists(f"{directory / str(number)} is being published by another process")
             if number > MAX_VERSION:
                 raise InvalidArgument(f"{directory} has the highest version there is; give a free one")
-            staging = stack.enter_context(directories.staging(state / "staging", prefix=f"{number}-"))
+            staging = stack.enter_context(atomic.staging(state / "staging", prefix=f"{number}-"))
         yield number, staging
 
 
@@ -218,8 +218,8 @@ def _make_directory(path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(exist_ok=True)
-    path.chmod(directories.DIRECTORY_MODE)
-    directories.sync(path.parent)
+    path.chmod(atomic.DIRECTORY_MODE)
+    atomic.sync(path.parent)
 
 
 def _rename(staged: Path, target: Path) -> Path:
@@ -230,5 +230,5 @@ def _rename(staged: Path, target: Path) -> Path:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
         raise AlreadyExists(f"{target} appeared meanwhile; versions are never overwritten") from None
-    directories.sync(target.parent)
+    atomic.sync(target.parent)
     return target

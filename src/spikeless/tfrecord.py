@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 import google_crc32c
 
+from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import DataLoss, NotFound
-from spikeless.files import atomic_writer
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -53,7 +53,7 @@ def frame(record: bytes) -> bytes:
 
 
 def write(path: str | os.PathLike[str], records: Iterable[bytes]) -> None:
-    """Write ``records`` to ``path``, whole or not at all (`spikeless.files.atomic_writer`)."""
+    """Write ``records`` to ``path``, whole or not at all (`spikeless.disk.atomic.atomic_writer`)."""
     with atomic_writer(path) as file:
         file.writelines(map(frame, records))
 

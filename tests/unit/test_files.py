@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from spikeless.files import atomic_writer, write_atomically
+from spikeless.disk.atomic import atomic_writer, write_atomically
 
 
 def test_writes_and_replaces(tmp_path):
@@ -71,7 +71,7 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path):
     write_atomically(path, b"old")
     script = """
         import os, signal, sys
-        from spikeless.files import atomic_writer
+        from spikeless.disk.atomic import atomic_writer
         with atomic_writer(sys.argv[1]) as file:
             file.write(b"half of it")
             file.flush()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from spikeless import modelconfig, repository, residency, savedmodel
+from spikeless import modelconfig, repository, savedmodel
+from spikeless.disk import pages
 from spikeless.errors import (
     AlreadyExists,
     DataLoss,
@@ -876,13 +877,13 @@ def test_publish_prefetches_before_the_version_is_visible(mapped: Path, tmp_path
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if any(map(residency.resident, files(candidate.path))):
+        if any(map(pages.resident, files(candidate.path))):
             pytest.skip("this file system keeps its pages")
 
     steps = [repository.Step("evicting", evict)]
     with repository.stage(mapped / "module", tmp_path, "m", steps=steps) as candidate:
         for path in files(candidate.path):
-            assert residency.resident(path) == path.stat().st_size > 0
+            assert pages.resident(path) == path.stat().st_size > 0
 
 
 def test_publish_maps_and_pins(originals: Path, tmp_path: Path) -> None:

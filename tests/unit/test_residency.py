@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from spikeless import keep, residency
+from spikeless import keep
+from spikeless.disk import pages
+from spikeless.disk.atomic import write_atomically
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.files import write_atomically
 from spikeless.keep import Keeper, served_versions
 from spikeless.mapping.manifest import FileRecord, Manifest, manifest_path
 
@@ -33,25 +34,25 @@ def _evict(path: Path) -> None:
 
 
 def test_resident_and_prefetch(file: Path) -> None:
-    assert residency.resident(file) == SIZE + 100
+    assert pages.resident(file) == SIZE + 100
     _evict(file)
-    if residency.resident(file):
+    if pages.resident(file):
         pytest.skip("this file system keeps its pages")
-    residency.prefetch(file)
-    assert residency.resident(file) == SIZE + 100
+    pages.prefetch(file)
+    assert pages.resident(file) == SIZE + 100
 
 
 def test_empty_files(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.touch()
-    assert residency.resident(path) == 0
-    residency.prefetch(path)
+    assert pages.resident(path) == 0
+    pages.prefetch(path)
     with pytest.raises(FailedPrecondition, match="empty"):
-        residency.Mapping(path)
+        pages.Mapping(path)
 
 
 def test_locked_pages_stay(file: Path) -> None:
-    with residency.Mapping(file) as mapping:
+    with pages.Mapping(file) as mapping:
         mapping.lock()
         assert _locked_bytes() >= SIZE
         _evict(file)
@@ -62,12 +63,12 @@ def test_locked_pages_stay(file: Path) -> None:
 def test_single_pages_are_expected_where_a_file_is_mapped(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "another"
     other.write_bytes(os.urandom(SIZE))
-    with residency.Mapping(file), residency.Mapping(file), residency.Mapping(other):
-        assert residency.expect_single_pages([file]) == 2
+    with pages.Mapping(file), pages.Mapping(file), pages.Mapping(other):
+        assert pages.expect_single_pages([file]) == 2
         assert _flags(file) == [True, True]
         assert _flags(other) == [False]
-    assert residency.expect_single_pages([file]) == 0
-    assert residency.expect_single_pages([]) == 0
+    assert pages.expect_single_pages([file]) == 0
+    assert pages.expect_single_pages([]) == 0
 
 
 def _flags(path: Path) -> list[bool]:

@@ -26,8 +26,8 @@ from spikeless.bench.machine import UNKNOWN, Machine
 from spikeless.bench.recorder import COLUMNS
 from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import SAMPLES, StateChange
+from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import DataLoss, InvalidArgument, NotFound
-from spikeless.files import atomic_writer
 
 SCHEMA = 2
 _SAMPLE_PREFIX = "sample_"

@@ -10,8 +10,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from spikeless import residency
 from spikeless.cli.options import Size
+from spikeless.disk import pages
 from spikeless.mapping import COPIED_BYTES, State, inspect, is_mapped
 from spikeless.mapping.manifest import VariableRecord
 from spikeless.tensors import shape_text
@@ -36,7 +36,7 @@ def command(saved_model: Path, min_bytes: int, as_json: bool) -> None:
     mapped = is_mapped(saved_model)
     variables = inspect(saved_model, min_bytes)
     shares = {
-        variable.file: residency.resident(file) / (variable.bytes or 1)
+        variable.file: pages.resident(file) / (variable.bytes or 1)
         for variable in variables
         if variable.file and (file := saved_model / variable.file).is_file()
     }

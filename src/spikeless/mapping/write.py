@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless import __version__, checkpoint, directories, files, modelconfig, savedmodel
+from spikeless import __version__, checkpoint, modelconfig, savedmodel
 from spikeless.checkpoint import Checkpoint, DataFile, Pieces
+from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from spikeless.mapping import manifest as manifests
 from spikeless.mapping import plan as planning
@@ -75,13 +76,13 @@ def map_saved_model(
     settings = settings or MapSettings()
     if settings.serving_root is None:
         settings = dataclasses.replace(settings, serving_root=str(out.absolute()))
-    with directories.errors_told(f"map {source} to {out}"):
+    with atomic.errors_told(f"map {source} to {out}"):
         # Not where publishers stage theirs: ``out`` may be beside versions.
-        with directories.staging(out.absolute().parent / ".spikeless" / "mapping") as staging:
+        with atomic.staging(out.absolute().parent / ".spikeless" / "mapping") as staging:
             manifest = write_mapped(source, staging / "model", settings)
-            directories.make_readable(staging / "model")
+            atomic.make_readable(staging / "model")
             os.rename(staging / "model", out)
-        directories.sync(out.absolute().parent)
+        atomic.sync(out.absolute().parent)
     return manifest
 
 
@@ -142,7 +143,7 @@ def write_mapped(
     extra = target / savedmodel.EXTRA_DIRECTORY
     extra.mkdir(exist_ok=True)
     (extra / manifests.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    directories.sync_tree(target)
+    atomic.sync_tree(target)
     return manifest
 
 
@@ -178,8 +179,8 @@ def repin(
     manifests.check_files(saved_model, manifest, digests=digests)
     proto = savedmodel.read(saved_model).proto
     _pin(proto, root)
-    with directories.errors_told(f"repin {saved_model}"):
-        files.write_atomically(saved_model / savedmodel.SAVED_MODEL_FILE, proto.SerializeToString())
+    with atomic.errors_told(f"repin {saved_model}"):
+        atomic.write_atomically(saved_model / savedmodel.SAVED_MODEL_FILE, proto.SerializeToString())
     return manifests.check(saved_model, root, digests=False)
 
 
@@ -231,7 +232,7 @@ def _copy_rest(source: Path, target: Path) -> None:
         if not child.is_dir():
             shutil.copyfile(child, target / child.name)
         elif any(child.iterdir()):
-            directories.copy_tree(child, target / child.name)
+            atomic.copy_tree(child, target / child.name)
 
 
 def _write_checkpoint(source: Path, target: Path, plans: Sequence[Plan]) -> Mapping[Pieces, DataFile]:

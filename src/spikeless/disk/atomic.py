@@ -1,7 +1,7 @@
-"""Directories that appear whole or not at all.
+"""Files and directories that appear whole or not at all.
 
-In: a directory that others read at any time. Out: private staging space beside it, copies that depend on
-nothing outside them, and data that is on the disk before its name shows.
+In: a path and what goes there. Out: the old content or the new, never half of it, and on the disk before its
+name shows; for directories, private staging space beside them and copies that depend on nothing outside.
 
 Only the standard library is used, so that training environments of their own can import this module.
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
@@ -27,6 +29,8 @@ _READABLE = 0o444
 
 _LOCK = "lock"
 _OWNER = "owner"
+#: Ends the name of every file that is still being written.
+UNFINISHED_SUFFIX = ".tmp"
 
 
 @contextmanager
@@ -46,6 +50,34 @@ def errors_told(what: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceExhausted(f"{message}; make room and try again") from error
         raise FailedPrecondition(message) from error
+
+
+@contextmanager
+def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file to write to that takes the place of ``path`` when the block ends well.
+
+    It is written beside ``path`` under a hidden name, fsynced, renamed, and its directory fsynced. When the
+    block raises, it is removed and what was at ``path`` stays. The directory must exist.
+    """
+    target = Path(path)
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}{UNFINISHED_SUFFIX}")
+    try:
+        # "x" never follows a planted link; the mode is the umask's, so that other users may read it.
+        with open(unfinished, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync(target.parent)
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write ``content`` to ``path`` as `atomic_writer` does."""
+    with atomic_writer(path) as file:
+        file.write(content)
 
 
 @contextmanager
