@@ -21,10 +21,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from spikeless import tfrecord, warmup
+from spikeless import warmup
 from spikeless.cli.options import Size
 from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists
+from spikeless.formats import tfrecord
 from spikeless.warmup.requests import predict
 
 KINDS = ("keras", "module", "sparse")

@@ -61,7 +61,7 @@ from spikeless.cli.options import Size
 from spikeless.client import Client
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import SpikelessError
-from spikeless.manager import State
+from spikeless.formats.states import State
 from spikeless.mapping import MapSettings, map_saved_model, repin
 
 SCHEMA = 1

@@ -36,11 +36,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from spikeless import launch, repository, runtime, savedmodel
+from spikeless import launch, repository, runtime
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.client import model_spec
-from spikeless.protos import predict_pb2
-from spikeless.tensors import numpy_dtype, to_proto
+from spikeless.formats import savedmodel
+from spikeless.formats.protos import predict_pb2
+from spikeless.formats.tensors import numpy_dtype, to_proto
 
 SCHEMA = 1
 HERE = Path(__file__).parent

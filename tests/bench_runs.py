@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from spikeless import tfrecord
 from spikeless.bench import Facts, Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.machine import Machine
 from spikeless.bench.recorder import COLUMNS
 from spikeless.bench.watch import StateChange
 from spikeless.errors import Code
-from spikeless.protos import prediction_log_pb2
-from spikeless.tensors import to_proto
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import prediction_log_pb2
+from spikeless.formats.tensors import to_proto
 
 SETTINGS = Settings(
     "boston", "requests", rate=200, seconds=20, arrivals="constant", publish_at=10, warm_seconds=2

@@ -53,9 +53,10 @@ from pyspark.sql.datasource import (
 )
 from pyspark.sql.types import StructType
 
-from spikeless import dataset, tfrecord
+from spikeless import dataset
 from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SpikelessError
+from spikeless.formats import tfrecord
 
 if TYPE_CHECKING:
     import pyarrow

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spikeless import savedmodel
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
-from spikeless.protos import meta_graph_pb2
+from spikeless.formats import savedmodel
+from spikeless.formats.protos import meta_graph_pb2
 from spikeless.warmup.records import LOG_FIELDS, MAX_RECORDS, read, warmup_file
 from spikeless.warmup.requests import Request, Servable
 from spikeless.warmup.validation import validate

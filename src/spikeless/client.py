@@ -16,8 +16,7 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spikeless.errors import Code, SpikelessError, Unavailable
-from spikeless.manager import State, VersionStatus
-from spikeless.protos import (
+from spikeless.formats.protos import (
     get_model_metadata_pb2,
     get_model_status_pb2,
     meta_graph_pb2,
@@ -28,7 +27,8 @@ from spikeless.protos import (
     predict_pb2,
     prediction_service_pb2_grpc,
 )
-from spikeless.tensors import to_numpy, to_proto
+from spikeless.formats.states import State, VersionStatus
+from spikeless.formats.tensors import to_numpy, to_proto
 
 # Knock again soon: a server that was restarted should be found at once. And never through a proxy.
 _CHANNEL_OPTIONS = [

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, SpikelessError
+from spikeless.formats.protos import model_pb2, model_server_config_pb2
+from spikeless.formats.states import VersionStatus
+from spikeless.formats.versions import aspired_versions
 from spikeless.inference import Model
-from spikeless.manager import Manager, ManagerSettings, VersionStatus
-from spikeless.protos import model_pb2, model_server_config_pb2
-from spikeless.versions import aspired_versions
+from spikeless.manager import Manager, ManagerSettings
 
 _log = logging.getLogger(__name__)
 _PLATFORM = "tensorflow"

@@ -24,9 +24,9 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from spikeless import tfrecord
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from spikeless.protos import example_pb2
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import example_pb2
 
 SCHEMA_FILE = "_schema.json"
 COUNTS_FILE = "_counts.json"

@@ -27,8 +27,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from spikeless.client import Client
 from spikeless.errors import Code, SpikelessError
-from spikeless.manager import State, VersionStatus
-from spikeless.versions import list_versions
+from spikeless.formats.states import State, VersionStatus
+from spikeless.formats.versions import list_versions
 
 _MEMORY = {"RssAnon": "private", "RssFile": "mapped"}
 #: A copy of a process's status that is older than this is of a process that is gone. Seconds.

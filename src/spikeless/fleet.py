@@ -32,7 +32,7 @@ from spikeless.errors import (
     SpikelessError,
     Unavailable,
 )
-from spikeless.manager import State, VersionStatus
+from spikeless.formats.states import State, VersionStatus
 from spikeless.models_config import model_in
 
 Progress = Callable[[str], None]

@@ -21,16 +21,17 @@ from typing import Any
 
 import psutil
 
-from spikeless import golden, models_config, repository, savedmodel, trial
+from spikeless import golden, models_config, repository, trial
 from spikeless.checks import check_warmup
 from spikeless.errors import SpikelessError
+from spikeless.formats import savedmodel
+from spikeless.formats.savedmodel import Signature, TensorSpec
+from spikeless.formats.tensors import dtype_name, shape_text
 from spikeless.golden import Tolerance
 from spikeless.journal import Journal
 from spikeless.plans import STABLE
 from spikeless.pruning import size_of
 from spikeless.repository import CHECK_FILES, Candidate, Step
-from spikeless.savedmodel import Signature, TensorSpec
-from spikeless.tensors import dtype_name, shape_text
 from spikeless.trial import Findings, GateError
 
 

@@ -16,17 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from spikeless import tfrecord
 from spikeless.disk import atomic
 from spikeless.errors import InvalidArgument, NotFound
-from spikeless.protos import (
-    classification_pb2,
-    inference_pb2,
-    predict_pb2,
-    regression_pb2,
-)
-from spikeless.savedmodel import EXTRA_DIRECTORY
-from spikeless.tensors import shape_text, to_numpy
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import classification_pb2, inference_pb2, predict_pb2, regression_pb2
+from spikeless.formats.savedmodel import EXTRA_DIRECTORY
+from spikeless.formats.tensors import shape_text, to_numpy
 from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS, Record, read
 from spikeless.warmup.replay import Inference
 

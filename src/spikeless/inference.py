@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError, Unimplemented
-from spikeless.protos import (
+from spikeless.formats.protos import (
     classification_pb2,
     inference_pb2,
     input_pb2,
@@ -27,8 +27,7 @@ from spikeless.protos import (
     regression_pb2,
     types_pb2,
 )
-from spikeless.runtime import Session
-from spikeless.savedmodel import (
+from spikeless.formats.savedmodel import (
     CLASSIFY_METHOD,
     DEFAULT_SIGNATURE,
     PREDICT_METHOD,
@@ -36,8 +35,9 @@ from spikeless.savedmodel import (
     Signature,
     signatures_of,
 )
-from spikeless.tensors import data_type as data_type_of
-from spikeless.tensors import dtype_name, shape_text, to_numpy, write_proto
+from spikeless.formats.tensors import data_type as data_type_of
+from spikeless.formats.tensors import dtype_name, shape_text, to_numpy, write_proto
+from spikeless.runtime import Session
 
 #: The aliases that Classify and Regress signatures use (``signature_constants.h``).
 EXAMPLES_INPUT = "inputs"

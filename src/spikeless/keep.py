@@ -20,9 +20,9 @@ from google.protobuf import text_format
 
 from spikeless.disk.pages import Mapping
 from spikeless.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from spikeless.formats.protos import model_server_config_pb2
+from spikeless.formats.versions import aspired_versions, list_versions
 from spikeless.mapping import is_mapped, read_manifest
-from spikeless.protos import model_server_config_pb2
-from spikeless.versions import aspired_versions, list_versions
 
 _log = logging.getLogger(__name__)
 #: Which models and versions a server serves (``--model_config_file``).

@@ -40,7 +40,7 @@ from spikeless.errors import (
     SpikelessError,
     Unavailable,
 )
-from spikeless.protos import get_model_status_pb2, model_service_pb2_grpc
+from spikeless.formats.protos import get_model_status_pb2, model_service_pb2_grpc
 
 ENGINE_VARIABLE = "SPIKELESS_SERVER"
 #: The engine that is part of this package, and the default.
@@ -120,9 +120,9 @@ def chosen_engine() -> str:
 def unoptimizing(settings: LaunchSettings, directory: Path) -> LaunchSettings:
     """The same server for graphs that were optimised beforehand: as one that does not optimise them again.
 
-    The embedded engine reads that from each model (`spikeless.modelconfig`). TensorFlow Serving is told so,
-    for all models, by a file, which is written into ``directory``, and which takes the place of its flags
-    about warmup, batching, parallelism and tags.
+    The embedded engine reads that from each model (`spikeless.formats.session_overrides`). TensorFlow
+    Serving is told so, for all models, by a file, which is written into ``directory`` and which takes the
+    place of its flags about warmup, batching, parallelism and tags.
     """
     engine = settings.engine or chosen_engine()
     if engine == EMBEDDED:

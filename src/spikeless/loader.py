@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from spikeless import mapping, modelconfig, warmup
+from spikeless import mapping, warmup
 from spikeless.disk import pages
 from spikeless.errors import SpikelessError
+from spikeless.formats import session_overrides
+from spikeless.formats.protos import config_pb2
 from spikeless.inference import Model
-from spikeless.protos import config_pb2
 from spikeless.runtime import CALLING_THREAD, Session
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class ModelLoader:
         Raises:
             SpikelessError: it could not be loaded, or a warmup record failed.
         """
-        config = modelconfig.session_config(path, self.session_config)
+        config = session_overrides.session_config(path, self.session_config)
         if self.inter_op_parallelism:
             config.inter_op_parallelism_threads = self.inter_op_parallelism
         if self.intra_op_parallelism:

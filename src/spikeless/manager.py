@@ -12,7 +12,6 @@ it has ended; nobody who looks it up later can find it.
 
 from __future__ import annotations
 
-import enum
 import logging
 import os
 import threading
@@ -26,31 +25,12 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from spikeless.errors import Internal, NotFound, SpikelessError, Unavailable
+from spikeless.formats.states import State, VersionStatus
 
 _log = logging.getLogger(__name__)
 
 #: States of versions that have ended are kept for status queries, this many for each model.
 MAX_ENDED = 1000
-
-
-class State(enum.IntEnum):
-    """Numbered as ``ModelVersionStatus.State`` in ``get_model_status.proto``."""
-
-    START = 10
-    LOADING = 20
-    AVAILABLE = 30
-    UNLOADING = 40
-    END = 50
-
-
-@dataclass(frozen=True)
-class VersionStatus:
-    """What ``GetModelStatus`` tells of one version."""
-
-    version: int
-    state: State
-    #: Why the version could not be loaded; None while it is healthy.
-    error: SpikelessError | None = None
 
 
 @dataclass(frozen=True)

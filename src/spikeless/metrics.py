@@ -76,8 +76,8 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from spikeless.errors import Code
-from spikeless.manager import State, VersionStatus
-from spikeless.protos import read_text_proto
+from spikeless.formats.protos import read_text_proto
+from spikeless.formats.states import State, VersionStatus
 
 DEFAULT_PATH = "/monitoring/prometheus/metrics"
 

@@ -25,7 +25,7 @@ from google.protobuf import text_encoding, text_format
 from spikeless import textproto
 from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError
-from spikeless.protos import model_server_config_pb2
+from spikeless.formats.protos import model_server_config_pb2
 
 FILE_NAME = "models.config"
 _LIST, _MODEL = "model_config_list", "config"

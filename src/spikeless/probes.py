@@ -19,8 +19,8 @@ from typing import Any
 from spikeless import golden
 from spikeless.client import Client, model_spec
 from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.formats.states import State
 from spikeless.golden import Golden
-from spikeless.manager import State
 from spikeless.warmup.records import LOG_FIELDS, Record, read, warmup_file
 
 #: Different requests that are kept of a warmup file: a probe needs variety, not all of a thousand.

@@ -25,8 +25,8 @@ from spikeless.checks import check_files
 from spikeless.disk.locks import alone
 from spikeless.errors import Cancelled, FailedPrecondition, Internal, NotFound, SpikelessError
 from spikeless.fleet import Fleet, FleetSettings, Progress
+from spikeless.formats.states import State
 from spikeless.journal import Journal
-from spikeless.manager import State
 from spikeless.models_config import ModelsConfig, model_in, new_block
 from spikeless.plans import CANARY_SUFFIX, STABLE, Blocks, Plan, Step
 from spikeless.probes import ComparisonSettings, Probes, Remote

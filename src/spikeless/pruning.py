@@ -18,8 +18,8 @@ from spikeless.disk import atomic, pages
 from spikeless.disk.locks import alone
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.fleet import Fleet, FleetSettings
+from spikeless.formats.states import State
 from spikeless.journal import Journal
-from spikeless.manager import State
 from spikeless.models_config import ModelsConfig
 from spikeless.plans import CANARY_SUFFIX
 

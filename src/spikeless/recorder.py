@@ -20,9 +20,9 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from spikeless import tfrecord
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument
-from spikeless.protos import input_pb2, prediction_log_pb2, tensor_pb2, types_pb2
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import input_pb2, prediction_log_pb2, tensor_pb2, types_pb2
 from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS, Record, read
 
 _log = logging.getLogger(__name__)

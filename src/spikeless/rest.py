@@ -26,17 +26,17 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import create_server
 from waitress.task import ErrorTask, WSGITask
 
-from spikeless import restjson
 from spikeless.calls import SIGNATURES, Call, Calls
 from spikeless.errors import Cancelled, Code, InvalidArgument, ResourceExhausted, SpikelessError, Unavailable
-from spikeless.protos import (
+from spikeless.formats import rest_json
+from spikeless.formats.protos import (
     classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
     model_pb2,
     regression_pb2,
 )
-from spikeless.savedmodel import DEFAULT_SIGNATURE
+from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 
 if TYPE_CHECKING:
     from spikeless.metrics import Metrics
@@ -124,18 +124,18 @@ class RestApi:
         headers = [_JSON, *(_CORS if self._settings.enable_cors_support else ())]
         if not path.lower().startswith("/v1/"):
             start_response("404 Not Found", headers)
-            return [restjson.error_body(f"Not found: {path}: paths begin with /v1/models/")]
+            return [rest_json.error_body(f"Not found: {path}: paths begin with /v1/models/")]
         code = Code.OK
         try:
             body = self._answer(environ, path)
         except SpikelessError as error:
-            code, body = error.code, restjson.error_body(str(error))
+            code, body = error.code, rest_json.error_body(str(error))
         except MemoryError:
             code = Code.RESOURCE_EXHAUSTED
-            body = restjson.error_body("not enough memory for this request")
+            body = rest_json.error_body("not enough memory for this request")
         except Exception as error:
             _log.exception("%s %s failed", environ["REQUEST_METHOD"], path)
-            code, body = Code.INTERNAL, restjson.error_body(f"{type(error).__name__}: {error}")
+            code, body = Code.INTERNAL, rest_json.error_body(f"{type(error).__name__}: {error}")
         start_response(_STATUSES.get(code, _INTERNAL_ERROR), headers)
         return [body]
 
@@ -157,8 +157,8 @@ class RestApi:
         with self._calls.counted(spec, method) as call:
             if environ["waitress.client_disconnected"]():
                 raise Cancelled("the client went away before its request was looked at")
-            document = restjson.parse(self._body(environ))
-            spec.signature_name = restjson.signature_name(document)
+            document = rest_json.parse(self._body(environ))
+            spec.signature_name = rest_json.signature_name(document)
             return answer[method](call, spec, document)
 
     def _predict(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
@@ -166,21 +166,21 @@ class RestApi:
         key = spec.signature_name or DEFAULT_SIGNATURE
         if key not in model.signatures:
             raise InvalidArgument(f'Serving signature name: "{key}" not found in signature def')
-        inputs = restjson.predict_inputs(document, model.signatures[key].inputs)
+        inputs = rest_json.predict_inputs(document, model.signatures[key].inputs)
         outputs = model.predict_arrays(key, inputs, self._timeout)
-        return restjson.predict_body(outputs, restjson.is_row_format(document))
+        return rest_json.predict_body(outputs, rest_json.is_row_format(document))
 
     def _classify(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
-        examples = restjson.examples_input(document)
+        examples = rest_json.examples_input(document)
         call.note_examples(examples)
         request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
-        return restjson.classify_body(call.model().classify(request, self._timeout).result)
+        return rest_json.classify_body(call.model().classify(request, self._timeout).result)
 
     def _regress(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
-        examples = restjson.examples_input(document)
+        examples = rest_json.examples_input(document)
         call.note_examples(examples)
         request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
-        return restjson.regress_body(call.model().regress(request, self._timeout).result)
+        return rest_json.regress_body(call.model().regress(request, self._timeout).result)
 
     def _body(self, environ: _Environ) -> bytes:
         """The body of a request, unpacked where it is packed."""
@@ -277,7 +277,7 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error = self.request.error
-        body = restjson.error_body(f"{error.reason}: {error.body}")
+        body = rest_json.error_body(f"{error.reason}: {error.body}")
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(_JSON)
         self.set_close_on_finish()

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from spikeless import wire
 from spikeless.errors import FailedPrecondition, InvalidArgument, TensorFlowError
-from spikeless.protos import config_pb2, meta_graph_pb2, tensorflow_directory, types_pb2
-from spikeless.tensors import as_bytes, data_type, numpy_dtype
+from spikeless.formats import wire
+from spikeless.formats.protos import config_pb2, meta_graph_pb2, tensorflow_directory, types_pb2
+from spikeless.formats.tensors import as_bytes, data_type, numpy_dtype
 
 #: Restore and initialise on the calling thread instead of the pool that requests run on
 #: (``RunOptions.inter_op_thread_pool``), so that a load does not take that pool's threads from them.

@@ -21,14 +21,14 @@ from spikeless import runtime
 from spikeless.calls import Calls
 from spikeless.core import CoreSettings, ServerCore
 from spikeless.errors import InvalidArgument, Unavailable
-from spikeless.loader import ModelLoader
-from spikeless.manager import VersionStatus
-from spikeless.protos import (
+from spikeless.formats.protos import (
     model_server_config_pb2,
     model_service_pb2_grpc,
     prediction_service_pb2_grpc,
     read_text_proto,
 )
+from spikeless.formats.states import VersionStatus
+from spikeless.loader import ModelLoader
 from spikeless.servicers import ModelServicer, PredictionServicer
 
 if TYPE_CHECKING:  # imported where they are used: a server without them saves the memory of their libraries

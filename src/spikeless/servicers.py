@@ -16,7 +16,7 @@ import grpc
 from spikeless.calls import Calls, require_spec
 from spikeless.core import ServerCore
 from spikeless.errors import Code, InvalidArgument, SpikelessError
-from spikeless.protos import (
+from spikeless.formats.protos import (
     classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,

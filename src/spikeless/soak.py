@@ -14,7 +14,7 @@ from typing import Any
 
 from spikeless import traffic
 from spikeless.errors import FailedPrecondition, InvalidArgument
-from spikeless.manager import State
+from spikeless.formats.states import State
 from spikeless.probes import Comparison, ComparisonSettings, Measured, Remote, measure
 from spikeless.traffic import Traffic
 from spikeless.warmup.records import Record

@@ -18,12 +18,12 @@ from spikeless import golden, models_config, repository
 from spikeless.client import Client
 from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
 from spikeless.fleet import states
+from spikeless.formats.savedmodel import EXTRA_DIRECTORY
+from spikeless.formats.states import State, VersionStatus
 from spikeless.journal import Journal
-from spikeless.manager import State, VersionStatus
 from spikeless.models_config import ModelsConfig
 from spikeless.plans import CANARY_SUFFIX
 from spikeless.pruning import configured, size_of
-from spikeless.savedmodel import EXTRA_DIRECTORY
 from spikeless.warmup.records import read, warmup_file
 
 #: Written beside mapped parameters.

@@ -35,9 +35,9 @@ from test_docker_files import dashboard_queries
 from spikeless import bench, repository
 from spikeless.client import Client
 from spikeless.errors import SpikelessError
-from spikeless.manager import State
-from spikeless.protos import predict_pb2
-from spikeless.tensors import to_proto
+from spikeless.formats.protos import predict_pb2
+from spikeless.formats.states import State
+from spikeless.formats.tensors import to_proto
 
 pytestmark = [
     pytest.mark.xdist_group("containers"),

@@ -17,17 +17,17 @@ import atheris
 import numpy as np
 
 with atheris.instrument_imports(include=["spikeless"]):
-    from spikeless import restjson, tensors, tfrecord, wire
-    from spikeless.checkpoint import Checkpoint, index_file
     from spikeless.errors import SpikelessError
-    from spikeless.savedmodel import TensorSpec
+    from spikeless.formats import rest_json, tensors, tfrecord, wire
+    from spikeless.formats.checkpoint import Checkpoint, index_file
+    from spikeless.formats.savedmodel import TensorSpec
     from spikeless.warmup import records
 
 import contextlib
 
 from google.protobuf.message import DecodeError
 
-from spikeless.protos import tensor_pb2, types_pb2
+from spikeless.formats.protos import tensor_pb2, types_pb2
 
 LIBFUZZER = ("-rss_limit_mb=2048", "-timeout=10", "-close_fd_mask=0")
 SPECS = {
@@ -54,9 +54,12 @@ _FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def read_json(content: bytes) -> None:
-    document = restjson.parse(content)
-    restjson.signature_name(document)
-    for read in (lambda: restjson.predict_inputs(document, SPECS), lambda: restjson.examples_input(document)):
+    document = rest_json.parse(content)
+    rest_json.signature_name(document)
+    for read in (
+        lambda: rest_json.predict_inputs(document, SPECS),
+        lambda: rest_json.examples_input(document),
+    ):
         with contextlib.suppress(SpikelessError):
             read()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from harness import IS_EMBEDDED, Running, ServerFactory, model_config, put_version, run_server
 
-from spikeless.manager import State
+from spikeless.formats.states import State
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import pytest
 from spikeless import launch
 from spikeless.client import Client
 from spikeless.errors import Code, SpikelessError
-from spikeless.manager import State
-from spikeless.protos import model_server_config_pb2
+from spikeless.formats.protos import model_server_config_pb2
+from spikeless.formats.states import State
 
 ENGINE = os.environ.get(launch.ENGINE_VARIABLE) or "embedded"
 IS_EMBEDDED = ENGINE == "embedded"

@@ -14,7 +14,7 @@ import sys
 
 from promotion_models import NAME, fleet_of, settings
 
-from spikeless.manager import State
+from spikeless.formats.states import State
 from spikeless.promotion import promote, rollback
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 
-from spikeless.protos import (
+from spikeless.formats.protos import (
     get_model_status_pb2,
     model_service_pb2_grpc,
     predict_pb2,

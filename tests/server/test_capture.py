@@ -22,9 +22,9 @@ from spikeless import golden, repository
 from spikeless.capture import Capture, CaptureSettings
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code, FailedPrecondition, InvalidArgument, SpikelessError
-from spikeless.protos import predict_pb2, prediction_log_pb2
+from spikeless.formats.protos import predict_pb2, prediction_log_pb2
+from spikeless.formats.tensors import to_numpy, to_proto
 from spikeless.recorder import MAX_PENDING_BYTES, Recorder, RecorderSettings
-from spikeless.tensors import to_numpy, to_proto
 from spikeless.warmup.records import read
 
 PREDICT_METHOD = "/tensorflow.serving.PredictionService/Predict"

@@ -15,7 +15,7 @@ from harness import Running
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spikeless.protos import predict_pb2, tensor_pb2, types_pb2
+from spikeless.formats.protos import predict_pb2, tensor_pb2, types_pb2
 
 EXAMPLES = settings(
     max_examples=150,

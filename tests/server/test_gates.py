@@ -9,11 +9,12 @@ import pytest
 from promotion_models import NAME, X, add_version, golden_file, prediction_log, write_config
 from trained_models import spikeless
 
-from spikeless import golden, repository, savedmodel, tfrecord
+from spikeless import golden, repository
 from spikeless.errors import InvalidArgument
+from spikeless.formats import savedmodel, tfrecord
+from spikeless.formats.protos import prediction_log_pb2
 from spikeless.gates import Gates, GateSettings, breaking_changes, stable_version
 from spikeless.golden import Tolerance
-from spikeless.protos import prediction_log_pb2
 from spikeless.trial import GateError
 
 

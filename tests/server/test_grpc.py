@@ -9,7 +9,7 @@ from harness import Running, refused
 
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code
-from spikeless.protos import (
+from spikeless.formats.protos import (
     classification_pb2,
     example_pb2,
     get_model_metadata_pb2,
@@ -20,7 +20,7 @@ from spikeless.protos import (
     tensor_pb2,
     types_pb2,
 )
-from spikeless.tensors import to_numpy, to_proto
+from spikeless.formats.tensors import to_numpy, to_proto
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 SCORES = X @ np.arange(8, dtype=np.float32).reshape(4, 2)

@@ -24,12 +24,12 @@ from harness import (
     states,
 )
 
-from spikeless import tfrecord
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code, SpikelessError
-from spikeless.manager import State
-from spikeless.protos import get_model_status_pb2, predict_pb2, prediction_log_pb2
-from spikeless.tensors import to_proto
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import get_model_status_pb2, predict_pb2, prediction_log_pb2
+from spikeless.formats.states import State
+from spikeless.formats.tensors import to_proto
 
 T = TypeVar("T")
 X = {"x": np.array([1.0, 2.0], np.float32)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spikeless import repository
-from spikeless.manager import State
+from spikeless.formats.states import State
 from spikeless.mapping import MapSettings
 
 MAKE = Path(__file__).parent.parent / "mapping_models.py"

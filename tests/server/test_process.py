@@ -21,9 +21,9 @@ from harness import IS_EMBEDDED, Running, ServerFactory, put_version, refused
 
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code, SpikelessError
-from spikeless.manager import State
-from spikeless.protos import predict_pb2, prediction_service_pb2_grpc
-from spikeless.tensors import to_proto
+from spikeless.formats.protos import predict_pb2, prediction_service_pb2_grpc
+from spikeless.formats.states import State
+from spikeless.formats.tensors import to_proto
 
 X = {"x": np.array([1.0], np.float32)}
 

@@ -27,7 +27,7 @@ from spikeless import launch, models_config
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, NotFound, SpikelessError
 from spikeless.fleet import states
-from spikeless.manager import State
+from spikeless.formats.states import State
 from spikeless.promotion import PromotionError, promote, rollback
 from spikeless.soak import SoakSettings
 

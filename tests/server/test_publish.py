@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from trained_models import ROOT, spikeless
 
-from spikeless import checks, tfrecord, warmup
+from spikeless import checks, warmup
 from spikeless.errors import DataLoss, FailedPrecondition, SpikelessError
+from spikeless.formats import tfrecord
+from spikeless.formats.tensors import to_proto
 from spikeless.repository import CHECK_FILES, CHECK_LOAD, CHECK_WARMUP, Step, publish, versions
-from spikeless.tensors import to_proto
 from spikeless.warmup import records
 
 SAMPLES = ROOT / "warmup" / "boston" / "samples.jsonl"

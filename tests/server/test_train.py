@@ -9,11 +9,12 @@ import pytest
 from sklearn.datasets import load_breast_cancer
 from trained_models import ROOT, spikeless
 
-from spikeless import savedmodel, warmup
+from spikeless import warmup
+from spikeless.formats import savedmodel
+from spikeless.formats.protos import classification_pb2, input_pb2, predict_pb2, regression_pb2
+from spikeless.formats.tensors import to_numpy, to_proto
 from spikeless.inference import Model
-from spikeless.protos import classification_pb2, input_pb2, predict_pb2, regression_pb2
 from spikeless.runtime import Session
-from spikeless.tensors import to_numpy, to_proto
 
 DATA = load_breast_cancer()
 NAMES = [str(name).replace(" ", "_") for name in DATA.feature_names]

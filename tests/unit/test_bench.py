@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bench_runs import SETTINGS, made_up_run, with_failures, write_requests
 
-from spikeless import bench, tfrecord
+from spikeless import bench
 from spikeless.bench.analysis import percentile
 from spikeless.bench.connection import parse_target
 from spikeless.bench.record import empty_samples
@@ -19,7 +19,8 @@ from spikeless.bench.requests import read_requests
 from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import StateChange
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from spikeless.protos import predict_pb2, prediction_log_pb2
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import predict_pb2, prediction_log_pb2
 
 # Schedule
 

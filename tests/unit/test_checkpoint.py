@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from spikeless import checkpoint
-from spikeless.checkpoint import Checkpoint, index_file, rewrite
 from spikeless.errors import DataLoss, NotFound, Unimplemented
+from spikeless.formats import checkpoint
+from spikeless.formats.checkpoint import Checkpoint, index_file, rewrite
 
 #: Writes checkpoints with TensorFlow: one with odd values, one with slices in two shards.
 _WRITE = """
@@ -181,7 +181,7 @@ def _flip(file: Path, position: int) -> None:
 
 
 def test_big_endian_checkpoints_are_refused(tmp_path: Path) -> None:
-    from spikeless.protos import tensor_bundle_pb2
+    from spikeless.formats.protos import tensor_bundle_pb2
 
     header = tensor_bundle_pb2.BundleHeaderProto(
         num_shards=1, endianness=tensor_bundle_pb2.BundleHeaderProto.BIG

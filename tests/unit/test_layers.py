@@ -59,7 +59,7 @@ def test_nothing_below_reaches_up(upper: str) -> None:
     "statement",
     [
         "from spikeless.cli import cli",
-        "import spikeless.protos",
+        "import spikeless.formats.protos",
         "import spikeless.server",
         "import spikeless.warmup",
         "import spikeless.client",
@@ -74,10 +74,10 @@ def test_tensorflow_is_not_imported(statement: str) -> None:
 
 def test_tensorflow_can_still_be_imported_afterwards() -> None:
     program = (
-        "import spikeless.protos, tensorflow as tf\n"
+        "import spikeless.formats.protos, tensorflow as tf\n"
         "assert tf.add(1, 1).numpy() == 2\n"
         "from tensorflow.core.framework import tensor_pb2\n"
-        "assert tensor_pb2 is spikeless.protos.tensor_pb2\n"
+        "assert tensor_pb2 is spikeless.formats.protos.tensor_pb2\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 

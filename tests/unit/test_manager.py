@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from spikeless.errors import DataLoss, NotFound
-from spikeless.manager import Manager, ManagerSettings, State, VersionStatus
+from spikeless.formats.states import State, VersionStatus
+from spikeless.manager import Manager, ManagerSettings
 
 TIMEOUT = 30.0
 PATH = Path("unused")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from spikeless import modelconfig, repository, savedmodel
+from spikeless import repository
 from spikeless.disk import pages
 from spikeless.errors import (
     AlreadyExists,
@@ -24,6 +24,8 @@ from spikeless.errors import (
     NotFound,
     SpikelessError,
 )
+from spikeless.formats import savedmodel, session_overrides
+from spikeless.formats.protos import meta_graph_pb2, node_def_pb2, types_pb2
 from spikeless.mapping import (
     COPIED_BYTES,
     MANIFEST_FILE,
@@ -39,7 +41,6 @@ from spikeless.mapping import (
 )
 from spikeless.mapping.manifest import mapping_nodes
 from spikeless.mapping.plan import Plan
-from spikeless.protos import meta_graph_pb2, node_def_pb2, types_pb2
 from spikeless.runtime import Session
 
 MetaGraphDef = meta_graph_pb2.MetaGraphDef
@@ -238,8 +239,8 @@ def test_optimized(originals: Path, tmp_path: Path, name: str) -> None:
     manifest = map_saved_model(originals / name, tmp_path / "out", settings)
     assert manifest.optimized
     assert len(manifest.mapped_files()) >= EXPECTED[name].mapped
-    assert modelconfig.path_in(tmp_path / "out").read_bytes() == bytes.fromhex("0a021801")
-    config = modelconfig.session_config(tmp_path / "out")
+    assert session_overrides.path_in(tmp_path / "out").read_bytes() == bytes.fromhex("0a021801")
+    config = session_overrides.session_config(tmp_path / "out")
     assert config.graph_options.rewrite_options.disable_meta_optimizer
     # Calls are inlined, layers fused as a server would, without a word about its devices.
     before, after = (
@@ -255,10 +256,10 @@ def test_optimized(originals: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_a_damaged_model_configuration_is_refused(tmp_path: Path) -> None:
-    modelconfig.disable_optimizer(tmp_path)
-    modelconfig.path_in(tmp_path).write_bytes(b"\x0a\x09")
+    session_overrides.disable_optimizer(tmp_path)
+    session_overrides.path_in(tmp_path).write_bytes(b"\x0a\x09")
     with pytest.raises(InvalidArgument, match="no SavedModelConfig"):
-        modelconfig.session_config(tmp_path)
+        session_overrides.session_config(tmp_path)
 
 
 def test_odd_paths(originals: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
+from spikeless.formats.states import State, VersionStatus
 from spikeless.loader import ModelLoader
-from spikeless.manager import State, VersionStatus
 from spikeless.metrics import DEFAULT_PATH, Metrics, read_monitoring_path
 
 

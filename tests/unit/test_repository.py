@@ -19,7 +19,7 @@ from spikeless.errors import (
     ResourceExhausted,
     SpikelessError,
 )
-from spikeless.protos import saved_model_pb2
+from spikeless.formats.protos import saved_model_pb2
 from spikeless.repository import CHECK_FILES, Step, publish, stage, versions
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikeless import restjson
 from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
-from spikeless.protos import types_pb2
-from spikeless.savedmodel import TensorSpec
-from spikeless.tensors import dtype_name, numpy_dtype
+from spikeless.formats import rest_json
+from spikeless.formats.protos import types_pb2
+from spikeless.formats.savedmodel import TensorSpec
+from spikeless.formats.tensors import dtype_name, numpy_dtype
 
 
 def specs(**dtypes):
@@ -28,7 +28,7 @@ def specs(**dtypes):
 
 def inputs(document, **dtypes):
     text = document if isinstance(document, str) else json.dumps(document)
-    return restjson.predict_inputs(restjson.parse(text), specs(**dtypes))
+    return rest_json.predict_inputs(rest_json.parse(text), specs(**dtypes))
 
 
 def only(document, dtype):
@@ -67,9 +67,9 @@ def test_columns():
 
 
 def test_strict_columns():
-    document = restjson.parse('{"inputs": {"x": 1, "y": 2}}')
+    document = rest_json.parse('{"inputs": {"x": 1, "y": 2}}')
     with pytest.raises(InvalidArgument, match='unknown input "y"; the signature has: x'):
-        restjson.predict_inputs(document, specs(x="float"), strict=True)
+        rest_json.predict_inputs(document, specs(x="float"), strict=True)
 
 
 def test_plain_columns_and_a_base64_scalar():
@@ -152,16 +152,16 @@ def test_empty_lists():
 def test_refusals(document, dtype, message):
     text = document if isinstance(document, str | bytes) else json.dumps(document)
     with pytest.raises(InvalidArgument, match=message):
-        restjson.predict_inputs(restjson.parse(text), specs(x=dtype))
+        rest_json.predict_inputs(rest_json.parse(text), specs(x=dtype))
 
 
 def test_signature_name():
-    assert restjson.signature_name({}) == ""
-    assert restjson.signature_name({"signature_name": "s"}) == "s"
+    assert rest_json.signature_name({}) == ""
+    assert rest_json.signature_name({"signature_name": "s"}) == "s"
     with pytest.raises(InvalidArgument, match="key must be a string"):
-        restjson.signature_name({"signature_name": 1})
+        rest_json.signature_name({"signature_name": 1})
     with pytest.raises(InvalidArgument, match="lone surrogate"):
-        restjson.signature_name({"signature_name": "\ud800"})
+        rest_json.signature_name({"signature_name": "\ud800"})
 
 
 def test_large_numbers_that_fit():
@@ -223,8 +223,8 @@ def test_round_trip(data, shape, dtype):
         return {"b64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
 
     spec = TensorSpec("x", "x:0", dtype, None)
-    document = restjson.parse(json.dumps({"inputs": {"x": encode(array.tolist())}}))
-    result = restjson.predict_inputs(document, {"x": spec})["x"]
+    document = rest_json.parse(json.dumps({"inputs": {"x": encode(array.tolist())}}))
+    result = rest_json.predict_inputs(document, {"x": spec})["x"]
     assert result.dtype == array.dtype, dtype_name(dtype)
     assert result.shape == tuple(visible)
     np.testing.assert_array_equal(result, array.reshape(visible))
@@ -244,17 +244,17 @@ _JSON = st.recursive(
     st.sampled_from(["float", "int8", "uint64", "bool", "string", "half"]),
 )
 def test_any_json_gives_tensors_or_a_spikeless_error(document, dtype):
-    for convert in (lambda: restjson.predict_inputs(document, specs(x=dtype)), lambda: examples(document)):
+    for convert in (lambda: rest_json.predict_inputs(document, specs(x=dtype)), lambda: examples(document)):
         with contextlib.suppress(SpikelessError):
             convert()
 
 
 def examples(document):
-    return restjson.examples_input(document)
+    return rest_json.examples_input(document)
 
 
 def test_examples():
-    document = restjson.parse(
+    document = rest_json.parse(
         '{"examples": [{"f": 1.5, "i": [1, true], "s": ["a", {"b64": "/w=="}], "none": []},'
         ' {"f": [2.0, 3.5]}]}'
     )

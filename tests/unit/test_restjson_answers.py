@@ -14,20 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikeless import restjson
 from spikeless.errors import InvalidArgument
-from spikeless.protos import classification_pb2, regression_pb2
+from spikeless.formats import rest_json
+from spikeless.formats.protos import classification_pb2, regression_pb2
 
 NUMBERS = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint32", "uint64", "bool")
 
 
 def predictions(**outputs: np.ndarray) -> Any:
-    (answer,) = json.loads(restjson.predict_body(outputs, rows=True)).values()
+    (answer,) = json.loads(rest_json.predict_body(outputs, rows=True)).values()
     return answer
 
 
 def columns(**outputs: np.ndarray) -> Any:
-    (answer,) = json.loads(restjson.predict_body(outputs, rows=False)).values()
+    (answer,) = json.loads(rest_json.predict_body(outputs, rows=False)).values()
     return answer
 
 
@@ -55,7 +55,7 @@ def test_numbers_come_back(dtype: str, data: st.DataObject) -> None:
 @given(st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 0.5]), min_size=1, max_size=9))
 def test_what_is_not_finite_keeps_its_place(values: list[float]) -> None:
     words = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity", "0.5": "0.5"}
-    text = restjson.predict_body({"y": np.array(values, np.float32)}, rows=False).decode()
+    text = rest_json.predict_body({"y": np.array(values, np.float32)}, rows=False).decode()
     assert "[" + ",".join(words[str(value)] for value in values) + "]" in text
 
 
@@ -66,7 +66,7 @@ def test_views_and_transposed_arrays() -> None:
 
 
 def test_floats_are_short_and_keep_a_fraction() -> None:
-    body = restjson.predict_body({"y": np.array([0.1, 3, -0.0], np.float32)}, rows=True)
+    body = rest_json.predict_body({"y": np.array([0.1, 3, -0.0], np.float32)}, rows=True)
     assert b"[0.1,3.0,-0.0]" in body
 
 
@@ -78,7 +78,7 @@ def test_strings() -> None:
     assert predictions(y=encoded, z=encoded[:, 0])[1] == {"y": ["毛刺", "\n"], "z": "毛刺"}
     wrapped = {"b64": base64.b64encode(b"\xff\x00").decode()}
     assert predictions(image_bytes=np.array([b"\xff\x00"], dtype=object)) == [wrapped]
-    body = restjson.predict_body({"y": np.array([b"\xff"], dtype=object)}, rows=True)
+    body = rest_json.predict_body({"y": np.array([b"\xff"], dtype=object)}, rows=True)
     assert b'"\xff"' in body, "what is no text goes through as it is"
 
 
@@ -105,7 +105,7 @@ def test_empty_columns() -> None:
 )
 def test_outputs_that_are_no_answer(outputs: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        restjson.predict_body({name: np.asarray(value) for name, value in outputs.items()}, rows=True)
+        rest_json.predict_body({name: np.asarray(value) for name, value in outputs.items()}, rows=True)
     assert str(caught.value) == message
 
 
@@ -115,20 +115,20 @@ def test_classifications_and_regressions() -> None:
     row.classes.add(label='a"b', score=0.1)
     row.classes.add(label="c", score=math.nan)
     result.classifications.add()
-    body = restjson.classify_body(result)
+    body = rest_json.classify_body(result)
     assert b"NaN" in body
     assert json.loads(body.replace(b"NaN", b"1")) == {"results": [[['a"b', 0.1], ["c", 1]], []]}
     regression = regression_pb2.RegressionResult()
     regression.regressions.add(value=0.1)
     regression.regressions.add(value=2)
-    assert json.loads(restjson.regress_body(regression)) == {"results": [0.1, 2.0]}
+    assert json.loads(rest_json.regress_body(regression)) == {"results": [0.1, 2.0]}
     for empty in (
-        lambda: restjson.classify_body(classification_pb2.ClassificationResult()),
-        lambda: restjson.regress_body(regression_pb2.RegressionResult()),
+        lambda: rest_json.classify_body(classification_pb2.ClassificationResult()),
+        lambda: rest_json.regress_body(regression_pb2.RegressionResult()),
     ):
         with pytest.raises(InvalidArgument, match="Cannot convert empty"):
             empty()
 
 
 def test_errors_are_quoted() -> None:
-    assert json.loads(restjson.error_body('a "b"\n\x00 毛')) == {"error": 'a "b"\n\x00 毛'}
+    assert json.loads(rest_json.error_body('a "b"\n\x00 毛')) == {"error": 'a "b"\n\x00 毛'}

@@ -15,7 +15,7 @@ import pytest
 
 from spikeless import runtime
 from spikeless.errors import Code, FailedPrecondition, InvalidArgument, SpikelessError
-from spikeless.protos import config_pb2
+from spikeless.formats.protos import config_pb2
 from spikeless.runtime import Session
 
 

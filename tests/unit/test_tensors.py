@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
-from spikeless.protos import tensor_pb2, types_pb2
-from spikeless.tensors import NUMPY_DTYPES, dtype_name, to_numpy, to_proto
+from spikeless.formats.protos import tensor_pb2, types_pb2
+from spikeless.formats.tensors import NUMPY_DTYPES, dtype_name, to_numpy, to_proto
 
 NUMERIC = {number: dtype for number, dtype in NUMPY_DTYPES.items() if dtype != np.dtype(object)}
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikeless.errors import SpikelessError
-from spikeless.protos import tensor_pb2
-from spikeless.tensors import NUMPY_DTYPES, dtype_name, numpy_dtype, to_numpy
+from spikeless.formats.protos import tensor_pb2
+from spikeless.formats.tensors import NUMPY_DTYPES, dtype_name, numpy_dtype, to_numpy
 
 BYTES = st.binary(max_size=24)
 INT32 = st.integers(-(2**31), 2**31 - 1)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikeless import tfrecord
 from spikeless.errors import DataLoss, NotFound
+from spikeless.formats import tfrecord
 
 RECORDS = [b"first", b"", b"third" * 100]
 

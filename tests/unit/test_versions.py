@@ -8,8 +8,8 @@ import pytest
 from google.protobuf import text_format
 
 from spikeless.errors import NotFound
-from spikeless.protos import model_server_config_pb2
-from spikeless.versions import aspired_versions, list_versions, parse_version
+from spikeless.formats.protos import model_server_config_pb2
+from spikeless.formats.versions import aspired_versions, list_versions, parse_version
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from saved_models import DTYPES
 
-from spikeless import tfrecord
 from spikeless.errors import (
     DataLoss,
     FailedPrecondition,
@@ -25,11 +24,12 @@ from spikeless.errors import (
     SpikelessError,
     Unimplemented,
 )
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import example_pb2, prediction_log_pb2
+from spikeless.formats.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD
+from spikeless.formats.tensors import to_numpy, to_proto
 from spikeless.inference import Model
-from spikeless.protos import example_pb2, prediction_log_pb2
 from spikeless.runtime import Session
-from spikeless.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD
-from spikeless.tensors import to_numpy, to_proto
 from spikeless.warmup import BuildSettings, SampleFile, build, make_requests, replay, warmup_file
 from spikeless.warmup.records import read
 from spikeless.warmup.requests import Servable

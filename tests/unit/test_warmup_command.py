@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
-from spikeless import tfrecord, warmup
+from spikeless import warmup
 from spikeless.cli import main
 from spikeless.errors import InvalidArgument, NotFound
-from spikeless.protos import prediction_log_pb2, tensor_pb2
-from spikeless.tensors import to_proto
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import prediction_log_pb2, tensor_pb2
+from spikeless.formats.tensors import to_proto
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-from spikeless import tfrecord
 from spikeless.errors import Code, DataLoss, InvalidArgument
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2
+from spikeless.formats.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD
+from spikeless.formats.tensors import to_proto
 from spikeless.inference import Model
-from spikeless.protos import example_pb2, input_pb2, prediction_log_pb2
 from spikeless.runtime import Session
-from spikeless.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD
-from spikeless.tensors import to_proto
 from spikeless.warmup import WarmupError, replay, warmup_file
 
 

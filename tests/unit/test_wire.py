@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikeless import wire
 from spikeless.errors import InvalidArgument
-from spikeless.protos import tensor_pb2
+from spikeless.formats import wire
+from spikeless.formats.protos import tensor_pb2
 
 
 @given(st.integers(0, 2**64 - 1))

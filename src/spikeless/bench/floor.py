@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from spikeless import tfrecord
 from spikeless.bench import analysis
 from spikeless.bench.record import Floor, ServerFacts, Settings
 from spikeless.bench.scenario import Progress, run
 from spikeless.errors import Unavailable
-from spikeless.protos import prediction_log_pb2
-from spikeless.tensors import to_proto
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import prediction_log_pb2
+from spikeless.formats.tensors import to_proto
 
 FLOOR_SECONDS = 5.0
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from spikeless import tfrecord
 from spikeless.errors import InvalidArgument
-from spikeless.protos import (
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import (
     classification_pb2,
     inference_pb2,
     predict_pb2,

@@ -15,7 +15,7 @@ import h2.config
 import h2.connection
 import h2.events
 
-from spikeless.protos import predict_pb2
+from spikeless.formats.protos import predict_pb2
 
 
 def serve(listener: socket.socket) -> None:

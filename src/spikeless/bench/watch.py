@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from spikeless.protos import get_model_status_pb2, model_service_pb2_grpc
+from spikeless.formats.protos import get_model_status_pb2, model_service_pb2_grpc
 
 STATE_POLL_SECONDS = 0.05
 SAMPLE_SECONDS = 0.1

@@ -17,7 +17,7 @@ from rich.console import Console
 from spikeless import bench, ladder, launch, report, repository
 from spikeless.bench.floor import built_in_requests
 from spikeless.errors import InvalidArgument, NotFound
-from spikeless.savedmodel import EXTRA_DIRECTORY
+from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
 _PATH = click.Path(path_type=Path)

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from spikeless.cli.options import Size
 from spikeless.disk import pages
+from spikeless.formats.tensors import shape_text
 from spikeless.mapping import COPIED_BYTES, State, inspect, is_mapped
 from spikeless.mapping.manifest import VariableRecord
-from spikeless.tensors import shape_text
 
 
 @click.command("inspect")

@@ -14,9 +14,9 @@ import click
 
 from spikeless import __version__, runtime
 from spikeless.core import CoreSettings
+from spikeless.formats.protos import config_pb2, read_text_proto
 from spikeless.loader import ModelLoader
 from spikeless.manager import ManagerSettings
-from spikeless.protos import config_pb2, read_text_proto
 from spikeless.server import Server, ServerSettings
 
 _log = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from spikeless import savedmodel
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from spikeless.mapping.graph import attribute
+from spikeless.formats import savedmodel
+from spikeless.formats.graph import attribute
+from spikeless.formats.protos import node_def_pb2, saved_model_pb2
 from spikeless.mapping.plan import State
 from spikeless.mapping.rewrite import FILE_ATTRIBUTE, MAPPED_OPERATION
-from spikeless.protos import node_def_pb2, saved_model_pb2
 
 MANIFEST_FILE = "spikeless.json"
 #: Changes when a reader of the old form would misread the new one.

@@ -2,7 +2,7 @@
 
 In: a meta graph. Out: the same, as TensorFlow's own optimiser (Grappler) leaves it: functions inlined,
 constants folded, everything that no signature needs gone. A server that is told so by the model
-(`spikeless.modelconfig`) need not optimise it again; any other finds little left to do.
+(`spikeless.formats.session_overrides`) need not optimise it again; any other finds little left to do.
 
 What is lost is what only Python sees, the exported object with its functions: an optimised model is for
 servers. The graph belongs to the version of TensorFlow that optimised it, or a later one.
@@ -19,9 +19,9 @@ import subprocess
 import sys
 
 from spikeless.errors import FailedPrecondition
-from spikeless.mapping.graph import ancestors, called, closure, library_of, operation_name, replace
+from spikeless.formats.graph import ancestors, called, closure, library_of, operation_name, replace
+from spikeless.formats.protos import graph_pb2, meta_graph_pb2
 from spikeless.mapping.plan import serving_roots
-from spikeless.protos import graph_pb2, meta_graph_pb2
 
 _FETCHES = "train_op"
 #: Where a server places operations before it optimises a graph. Those of unknown place are not fused.

@@ -17,8 +17,8 @@ import enum
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from spikeless.checkpoint import Checkpoint, Pieces
-from spikeless.mapping.graph import (
+from spikeless.formats.checkpoint import Checkpoint, Pieces
+from spikeless.formats.graph import (
     MAIN,
     Program,
     Scope,
@@ -30,9 +30,9 @@ from spikeless.mapping.graph import (
     operation_name,
     prune,
 )
-from spikeless.protos import meta_graph_pb2, node_def_pb2, op_def_pb2, types_pb2
-from spikeless.savedmodel import INIT_SIGNATURE
-from spikeless.tensors import NUMPY_DTYPES, dtype_name, to_numpy
+from spikeless.formats.protos import meta_graph_pb2, node_def_pb2, op_def_pb2, types_pb2
+from spikeless.formats.savedmodel import INIT_SIGNATURE
+from spikeless.formats.tensors import NUMPY_DTYPES, dtype_name, to_numpy
 
 #: Collections that name operations which run at load (``tensorflow/cc/saved_model/constants.h``).
 _INIT_COLLECTIONS = ("saved_model_main_op", "legacy_init_op")

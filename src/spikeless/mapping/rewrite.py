@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from spikeless.checkpoint import Pieces
-from spikeless.mapping.graph import Program, Scope, Use, attribute, replace
+from spikeless.formats.checkpoint import Pieces
+from spikeless.formats.graph import Program, Scope, Use, attribute, replace
+from spikeless.formats.protos import function_pb2, node_def_pb2, types_pb2
+from spikeless.formats.tensors import to_proto
 from spikeless.mapping.plan import GATHERS, Plan, State, Variable, restore_strings, restored_from, tidy
-from spikeless.protos import function_pb2, node_def_pb2, types_pb2
-from spikeless.tensors import to_proto
 
 #: The operation whose value is a file's memory, and its attribute that names the file
 #: (``tensorflow/core/kernels/immutable_constant_op.cc``).

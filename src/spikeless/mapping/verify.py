@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from spikeless import modelconfig, savedmodel
 from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.formats import savedmodel, session_overrides
+from spikeless.formats.protos import meta_graph_pb2, types_pb2
+from spikeless.formats.savedmodel import TensorSpec
+from spikeless.formats.tensors import numpy_dtype
 from spikeless.inference import Model
-from spikeless.protos import meta_graph_pb2, types_pb2
 from spikeless.runtime import Session
-from spikeless.savedmodel import TensorSpec
-from spikeless.tensors import numpy_dtype
 from spikeless.warmup import synthetic, warmup_file
 from spikeless.warmup.records import LOG_FIELDS, Record, read
 from spikeless.warmup.replay import run
@@ -85,7 +85,7 @@ def _requests(
 def _answers(
     path: str | os.PathLike[str], tags: Collection[str], requests: Iterable[Record]
 ) -> list[_Answer]:
-    with Session.load(path, tags, modelconfig.session_config(path)) as session:
+    with Session.load(path, tags, session_overrides.session_config(path)) as session:
         model = Model(session, tensor_content=True)
         return [_answer(model, request) for request in requests]
 

@@ -9,10 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless import __version__, checkpoint, modelconfig, savedmodel
-from spikeless.checkpoint import Checkpoint, DataFile, Pieces
+from spikeless import __version__
 from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from spikeless.formats import checkpoint, savedmodel, session_overrides
+from spikeless.formats.checkpoint import Checkpoint, DataFile, Pieces
+from spikeless.formats.protos import meta_graph_pb2, saved_model_pb2
+from spikeless.formats.savedmodel import SavedModel
+from spikeless.formats.tensors import dtype_name
 from spikeless.mapping import manifest as manifests
 from spikeless.mapping import plan as planning
 from spikeless.mapping import rewrite
@@ -21,9 +25,6 @@ from spikeless.mapping.optimize import optimize
 from spikeless.mapping.plan import Plan, State
 from spikeless.mapping.rewrite import FILE_ATTRIBUTE
 from spikeless.mapping.verify import verify
-from spikeless.protos import meta_graph_pb2, saved_model_pb2
-from spikeless.savedmodel import SavedModel
-from spikeless.tensors import dtype_name
 
 DEFAULT_MIN_BYTES = 1 << 20
 #: A constant of fewer bytes is evaluated by TensorFlow's graph optimiser when a model is loaded, so that its
@@ -123,7 +124,7 @@ def write_mapped(
     _pin(model.proto, str(target.absolute()))
     (target / savedmodel.SAVED_MODEL_FILE).write_bytes(model.proto.SerializeToString())
     if settings.optimize:
-        modelconfig.disable_optimizer(target)
+        session_overrides.disable_optimizer(target)
     compared = 0
     if settings.verify:
         for plan in plans:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from spikeless.errors import InvalidArgument, ResourceExhausted
-from spikeless.protos import prediction_log_pb2
-from spikeless.savedmodel import TensorSpec
-from spikeless.tensors import to_numpy, to_proto
-from spikeless.tfrecord import MAX_RECORD_BYTES
+from spikeless.formats.protos import prediction_log_pb2
+from spikeless.formats.savedmodel import TensorSpec
+from spikeless.formats.tensors import to_numpy, to_proto
+from spikeless.formats.tfrecord import MAX_RECORD_BYTES
 from spikeless.warmup.records import PREDICT
 from spikeless.warmup.requests import Request, Servable, example_messages
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spikeless import tfrecord
 from spikeless.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-from spikeless.savedmodel import DEFAULT_SIGNATURE
+from spikeless.formats import tfrecord
+from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 from spikeless.warmup import samples, synthetic
 from spikeless.warmup.batching import rebatch
 from spikeless.warmup.records import MAX_RECORDS, warmup_file

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from spikeless.errors import InvalidArgument
-from spikeless.protos import (
+from spikeless.formats.protos import (
     attr_value_pb2,
     example_pb2,
     feature_pb2,
@@ -22,8 +22,8 @@ from spikeless.protos import (
     node_def_pb2,
     types_pb2,
 )
-from spikeless.savedmodel import Signature
-from spikeless.tensors import dtype_name, shape_of, shape_text, to_numpy
+from spikeless.formats.savedmodel import Signature
+from spikeless.formats.tensors import dtype_name, shape_of, shape_text, to_numpy
 
 #: The list of a ``Feature`` that holds values of each type; other types cannot be parsed from examples.
 _LISTS = {

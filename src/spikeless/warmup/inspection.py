@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless.protos import tensor_pb2
-from spikeless.savedmodel import DEFAULT_SIGNATURE
-from spikeless.tensors import dtype_name, shape_of, shape_text
+from spikeless.formats.protos import tensor_pb2
+from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
+from spikeless.formats.tensors import dtype_name, shape_of, shape_text
 from spikeless.warmup.records import LOG_FIELDS, PREDICT, Record, read, warmup_file
 from spikeless.warmup.requests import Request, example_messages
 

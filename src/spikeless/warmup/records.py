@@ -13,10 +13,10 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from spikeless import tfrecord
 from spikeless.errors import DataLoss, InvalidArgument
-from spikeless.protos import prediction_log_pb2
-from spikeless.savedmodel import EXTRA_DIRECTORY
+from spikeless.formats import tfrecord
+from spikeless.formats.protos import prediction_log_pb2
+from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 
 #: TensorFlow Serving's ``WarmupConsts`` (``saved_model_warmup_util.h``).
 WARMUP_FILE = "tf_serving_warmup_requests"

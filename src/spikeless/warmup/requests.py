@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from spikeless import savedmodel
 from spikeless.errors import InvalidArgument, NotFound
+from spikeless.formats import savedmodel
+from spikeless.formats.protos import input_pb2, meta_graph_pb2, prediction_log_pb2, types_pb2
+from spikeless.formats.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD, Signature
+from spikeless.formats.tensors import to_proto
 from spikeless.inference import EXAMPLES_INPUT
-from spikeless.protos import input_pb2, meta_graph_pb2, prediction_log_pb2, types_pb2
-from spikeless.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD, Signature
-from spikeless.tensors import to_proto
 from spikeless.warmup.features import FeatureSpec, parsed_features
 from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS
 

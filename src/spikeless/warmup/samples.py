@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from spikeless import restjson, tfrecord
 from spikeless.errors import InvalidArgument, NotFound, SpikelessError, Unimplemented
-from spikeless.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
-from spikeless.savedmodel import DEFAULT_SIGNATURE, Signature, TensorSpec
-from spikeless.tensors import dtype_name, numpy_dtype
+from spikeless.formats import rest_json, tfrecord
+from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
+from spikeless.formats.savedmodel import DEFAULT_SIGNATURE, Signature, TensorSpec
+from spikeless.formats.tensors import dtype_name, numpy_dtype
 from spikeless.warmup.records import LOG_FIELDS
 from spikeless.warmup.requests import (
     TASK_METHODS,
@@ -112,14 +112,14 @@ def _at(source: str) -> Iterator[None]:
 def _read_json(file: SampleFile, router: Router) -> Iterator[Request]:
     for source, document in _documents(file.path):
         with _at(source):
-            key = restjson.signature_name(document) or file.signature
-            if restjson.EXAMPLES_KEY in document:
-                examples = restjson.examples_input(document)
+            key = rest_json.signature_name(document) or file.signature
+            if rest_json.EXAMPLES_KEY in document:
+                examples = rest_json.examples_input(document)
                 for target in router.for_examples(key):
                     yield Request(source, with_examples(router.servable, target, examples))
             else:
                 signature = router.for_tensors(key)
-                inputs = restjson.predict_inputs(document, signature.inputs, strict=True)
+                inputs = rest_json.predict_inputs(document, signature.inputs, strict=True)
                 yield Request(source, predict(signature.key, inputs))
 
 
@@ -135,13 +135,13 @@ def _documents(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         documents = [(str(path), content)]
     for source, text in documents:
         with _at(source):
-            document = restjson.parse(text)
+            document = rest_json.parse(text)
         yield source, document
 
 
 def _is_document(line: bytes) -> bool:
     try:
-        restjson.parse(line)
+        rest_json.parse(line)
     except InvalidArgument:
         return False
     return True

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from spikeless.errors import InvalidArgument, SpikelessError
-from spikeless.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
-from spikeless.savedmodel import Signature, TensorSpec
-from spikeless.tensors import numpy_dtype, shape_text
+from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
+from spikeless.formats.savedmodel import Signature, TensorSpec
+from spikeless.formats.tensors import numpy_dtype, shape_text
 from spikeless.warmup.features import FeatureSpec, to_feature
 from spikeless.warmup.records import PREDICT
 from spikeless.warmup.requests import Request, Servable, Target, predict, with_examples

@@ -11,11 +11,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from spikeless import savedmodel
 from spikeless.errors import NotFound, SpikelessError
+from spikeless.formats import savedmodel
+from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 from spikeless.inference import Model
 from spikeless.runtime import Session
-from spikeless.savedmodel import DEFAULT_SIGNATURE
 from spikeless.warmup.records import LOG_FIELDS, MAX_RECORDS, Record, read, warmup_file
 from spikeless.warmup.replay import replay, run
 from spikeless.warmup.requests import Request

@@ -29,7 +29,7 @@ import numpy as np
 import orjson
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
-from spikeless.protos import (
+from spikeless.formats.protos import (
     classification_pb2,
     example_pb2,
     feature_pb2,
@@ -37,8 +37,8 @@ from spikeless.protos import (
     regression_pb2,
     types_pb2,
 )
-from spikeless.savedmodel import TensorSpec
-from spikeless.tensors import MAX_RANK, data_type, dtype_name, numpy_dtype
+from spikeless.formats.savedmodel import TensorSpec
+from spikeless.formats.tensors import MAX_RANK, data_type, dtype_name, numpy_dtype
 
 SIGNATURE_KEY = "signature_name"
 INSTANCES_KEY = "instances"

@@ -30,7 +30,7 @@ import google_crc32c
 from google.protobuf.message import DecodeError
 
 from spikeless.errors import DataLoss, NotFound, Unimplemented
-from spikeless.protos import tensor_bundle_pb2, tensor_slice_pb2, types_pb2
+from spikeless.formats.protos import tensor_bundle_pb2, tensor_slice_pb2, types_pb2
 
 _HEADER_KEY = b""
 _MAGIC = 0xDB4775248B80FB57

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from spikeless.errors import NotFound
-from spikeless.protos import model_server_config_pb2
+from spikeless.formats.protos import model_server_config_pb2
 
 _log = logging.getLogger(__name__)
 _VERSION = re.compile(r"\d{1,19}", re.ASCII)

@@ -14,9 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from spikeless import wire
 from spikeless.errors import InvalidArgument, Unimplemented
-from spikeless.protos import tensor_pb2, tensor_shape_pb2, types_pb2
+from spikeless.formats import wire
+from spikeless.formats.protos import tensor_pb2, tensor_shape_pb2, types_pb2
 
 #: TensorFlow DataType number -> NumPy dtype (strings are object arrays of ``bytes``).
 NUMPY_DTYPES: dict[int, np.dtype[Any]] = {

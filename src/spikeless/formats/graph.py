@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spikeless.protos import attr_value_pb2, function_pb2, graph_pb2, node_def_pb2
+from spikeless.formats.protos import attr_value_pb2, function_pb2, graph_pb2, node_def_pb2
 
 #: The main graph's name as a scope.
 MAIN = ""

@@ -20,8 +20,8 @@ from google.protobuf.message import DecodeError
 
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import InvalidArgument
-from spikeless.protos import config_pb2
-from spikeless.savedmodel import EXTRA_DIRECTORY
+from spikeless.formats.protos import config_pb2
+from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 
 FILE_NAME = "saved_model_config.pb"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from spikeless.errors import InvalidArgument, NotFound
-from spikeless.protos import meta_graph_pb2, saved_model_pb2
-from spikeless.tensors import dtype_name, shape_of, shape_text
+from spikeless.formats.protos import meta_graph_pb2, saved_model_pb2
+from spikeless.formats.tensors import dtype_name, shape_of, shape_text
 
 SAVED_MODEL_FILE = "saved_model.pb"
 VARIABLES_DIRECTORY = "variables"
