@@ -42,6 +42,7 @@ from spikeless.client import model_spec
 from spikeless.formats import savedmodel
 from spikeless.formats.protos import predict_pb2
 from spikeless.formats.tensors import numpy_dtype, to_proto
+from spikeless.runtime import session as c_api
 
 SCHEMA = 1
 HERE = Path(__file__).parent
@@ -101,10 +102,10 @@ def bare(path: Path, seconds: float) -> list[int]:
     definition = signature(path)
     with runtime.Session.load(path) as session:
         tf = session._tf
-        inputs = (runtime._Output * 1)(session._output(definition.inputs[alias].tensor_name))
+        inputs = (c_api._Output * 1)(session._output(definition.inputs[alias].tensor_name))
         fetches = [session._output(spec.tensor_name) for spec in definition.outputs.values()]
-        outputs = (runtime._Output * len(fetches))(*fetches)
-        values = (c_void_p * 1)(runtime._to_tensor(tf, value))
+        outputs = (c_api._Output * len(fetches))(*fetches)
+        values = (c_void_p * 1)(c_api._to_tensor(tf, value))
         status = tf.NewStatus()
         handle = session._session
 

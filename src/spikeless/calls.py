@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spikeless.core import ServerCore
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.formats.protos import get_model_metadata_pb2, get_model_status_pb2, input_pb2, model_pb2
-from spikeless.inference import Model
+from spikeless.runtime.model import Model
 
 if TYPE_CHECKING:
     from spikeless.metrics import Metrics  # a server without metrics does without their library

@@ -22,8 +22,8 @@ from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, Spik
 from spikeless.formats.protos import model_pb2, model_server_config_pb2
 from spikeless.formats.states import VersionStatus
 from spikeless.formats.versions import aspired_versions
-from spikeless.inference import Model
 from spikeless.manager import Manager, ManagerSettings
+from spikeless.runtime.model import Model
 
 _log = logging.getLogger(__name__)
 _PLATFORM = "tensorflow"

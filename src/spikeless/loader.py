@@ -19,8 +19,8 @@ from spikeless.disk import pages
 from spikeless.errors import SpikelessError
 from spikeless.formats import session_overrides
 from spikeless.formats.protos import config_pb2
-from spikeless.inference import Model
 from spikeless.runtime import CALLING_THREAD, Session
+from spikeless.runtime.model import Model
 
 _log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from spikeless import golden
 from spikeless.errors import FailedPrecondition, SpikelessError
-from spikeless.inference import Model
 from spikeless.runtime import Session
+from spikeless.runtime.model import Model
 from spikeless.warmup.records import LOG_FIELDS, Record, read, warmup_file
 from spikeless.warmup.replay import replay
 

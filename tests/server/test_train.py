@@ -13,8 +13,8 @@ from spikeless import warmup
 from spikeless.formats import savedmodel
 from spikeless.formats.protos import classification_pb2, input_pb2, predict_pb2, regression_pb2
 from spikeless.formats.tensors import to_numpy, to_proto
-from spikeless.inference import Model
 from spikeless.runtime import Session
+from spikeless.runtime.model import Model
 
 DATA = load_breast_cancer()
 NAMES = [str(name).replace(" ", "_") for name in DATA.feature_names]

@@ -14,8 +14,8 @@ from spikeless.formats import tfrecord
 from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2
 from spikeless.formats.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD
 from spikeless.formats.tensors import to_proto
-from spikeless.inference import Model
 from spikeless.runtime import Session
+from spikeless.runtime.model import Model
 from spikeless.warmup import WarmupError, replay, warmup_file
 
 

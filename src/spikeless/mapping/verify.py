@@ -19,8 +19,8 @@ from spikeless.formats import savedmodel, session_overrides
 from spikeless.formats.protos import meta_graph_pb2, types_pb2
 from spikeless.formats.savedmodel import TensorSpec
 from spikeless.formats.tensors import numpy_dtype
-from spikeless.inference import Model
 from spikeless.runtime import Session
+from spikeless.runtime.model import Model
 from spikeless.warmup import synthetic, warmup_file
 from spikeless.warmup.records import LOG_FIELDS, Record, read
 from spikeless.warmup.replay import run

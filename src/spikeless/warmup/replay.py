@@ -24,7 +24,7 @@ from spikeless.warmup.records import (
 
 
 class Inference(Protocol):
-    """What a model must answer to be warmed; `spikeless.inference.Model` does."""
+    """What a model must answer to be warmed; `spikeless.runtime.model.Model` does."""
 
     def predict(self, request: Any) -> Any: ...
     def classify(self, request: Any) -> Any: ...

@@ -17,7 +17,7 @@ from spikeless.formats import savedmodel
 from spikeless.formats.protos import input_pb2, meta_graph_pb2, prediction_log_pb2, types_pb2
 from spikeless.formats.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD, Signature
 from spikeless.formats.tensors import to_proto
-from spikeless.inference import EXAMPLES_INPUT
+from spikeless.runtime.model import EXAMPLES_INPUT
 from spikeless.warmup.features import FeatureSpec, parsed_features
 from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS
 

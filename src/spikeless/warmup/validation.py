@@ -12,7 +12,7 @@ from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
 from spikeless.formats.protos import input_pb2, predict_pb2, tensor_pb2
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, shape_text, to_numpy
-from spikeless.inference import CLASSES_OUTPUT, REGRESS_OUTPUT, SCORES_OUTPUT
+from spikeless.runtime.model import CLASSES_OUTPUT, REGRESS_OUTPUT, SCORES_OUTPUT
 from spikeless.warmup.features import check_example
 from spikeless.warmup.records import CLASSIFY, MULTI_INFERENCE, PREDICT
 from spikeless.warmup.requests import (

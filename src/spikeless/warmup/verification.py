@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from spikeless.errors import NotFound, SpikelessError
 from spikeless.formats import savedmodel
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
-from spikeless.inference import Model
 from spikeless.runtime import Session
+from spikeless.runtime.model import Model
 from spikeless.warmup.records import LOG_FIELDS, MAX_RECORDS, Record, read, warmup_file
 from spikeless.warmup.replay import replay, run
 from spikeless.warmup.requests import Request

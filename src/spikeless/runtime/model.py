@@ -37,7 +37,7 @@ from spikeless.formats.savedmodel import (
 )
 from spikeless.formats.tensors import data_type as data_type_of
 from spikeless.formats.tensors import dtype_name, shape_text, to_numpy, write_proto
-from spikeless.runtime import Session
+from spikeless.runtime.session import Session
 
 #: The aliases that Classify and Regress signatures use (``signature_constants.h``).
 EXAMPLES_INPUT = "inputs"
