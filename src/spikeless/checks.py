@@ -111,7 +111,7 @@ _LOAD = """
 import sys
 from pathlib import Path
 from spikeless.errors import SpikelessError
-from spikeless.loader import ModelLoader
+from spikeless.engine.loader import ModelLoader
 try:
     ModelLoader()("candidate", 0, Path(sys.argv[1])).close()
 except SpikelessError as error:

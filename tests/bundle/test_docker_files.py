@@ -15,8 +15,8 @@ import pytest
 import yaml
 from google.protobuf import descriptor, descriptor_pb2, descriptor_pool, message_factory, text_format
 
+from spikeless.engine.server import read_model_config
 from spikeless.formats.protos import config_pb2
-from spikeless.server import read_model_config
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

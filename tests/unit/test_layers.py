@@ -60,7 +60,7 @@ def test_nothing_below_reaches_up(upper: str) -> None:
     [
         "from spikeless.cli import cli",
         "import spikeless.formats.protos",
-        "import spikeless.server",
+        "import spikeless.engine.server",
         "import spikeless.warmup",
         "import spikeless.client",
         "import spikeless.bench, spikeless.report",

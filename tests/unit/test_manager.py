@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from spikeless.engine.manager import Manager, ManagerSettings
 from spikeless.errors import DataLoss, NotFound
 from spikeless.formats.states import State, VersionStatus
-from spikeless.manager import Manager, ManagerSettings
 
 TIMEOUT = 30.0
 PATH = Path("unused")

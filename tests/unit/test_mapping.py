@@ -705,7 +705,7 @@ def test_a_small_mapped_variable_is_copied_and_inspect_says_so(tmp_path: Path) -
 _ADVISED = """
 import sys
 from pathlib import Path
-from spikeless.loader import ModelLoader
+from spikeless.engine.loader import ModelLoader
 
 model = ModelLoader()("model", 1, Path(sys.argv[1]))
 file = ""

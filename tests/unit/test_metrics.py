@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spikeless.engine.loader import ModelLoader
+from spikeless.engine.metrics import DEFAULT_PATH, Metrics, read_monitoring_path
 from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
 from spikeless.formats.states import State, VersionStatus
-from spikeless.loader import ModelLoader
-from spikeless.metrics import DEFAULT_PATH, Metrics, read_monitoring_path
 
 
 def test_the_path_comes_from_the_file(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from spikeless.engine.rest_api import RestServer, RestSettings
 from spikeless.errors import Unavailable
-from spikeless.rest import RestServer, RestSettings
 
 LARGE = b"x" * (64 << 20)
 

@@ -149,7 +149,7 @@ def test_files_that_are_no_warmup_records(model, tmp_path):
 _THREADS = """
 import sys
 from pathlib import Path
-from spikeless.loader import ModelLoader
+from spikeless.engine.loader import ModelLoader
 from spikeless.warmup import replay, warmup_file
 
 def switches():

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import click
 
 from spikeless import __version__, runtime
-from spikeless.core import CoreSettings
+from spikeless.engine.core import CoreSettings
+from spikeless.engine.loader import ModelLoader
+from spikeless.engine.manager import ManagerSettings
+from spikeless.engine.server import Server, ServerSettings
 from spikeless.formats.protos import config_pb2, read_text_proto
-from spikeless.loader import ModelLoader
-from spikeless.manager import ManagerSettings
-from spikeless.server import Server, ServerSettings
 
 _log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -20,11 +20,11 @@ from spikeless.formats.tensors import dtype_name
 from spikeless.mapping import manifest as manifests
 from spikeless.mapping import plan as planning
 from spikeless.mapping import rewrite
+from spikeless.mapping.compare import verify
 from spikeless.mapping.manifest import FileRecord, Manifest, VariableRecord
 from spikeless.mapping.optimize import optimize
 from spikeless.mapping.plan import Plan, State
 from spikeless.mapping.rewrite import FILE_ATTRIBUTE
-from spikeless.mapping.verify import verify
 
 DEFAULT_MIN_BYTES = 1 << 20
 #: A constant of fewer bytes is evaluated by TensorFlow's graph optimiser when a model is loaded, so that its

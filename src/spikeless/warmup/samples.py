@@ -33,14 +33,7 @@ from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2,
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE, Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, numpy_dtype
 from spikeless.warmup.records import LOG_FIELDS
-from spikeless.warmup.requests import (
-    TASK_METHODS,
-    Request,
-    Servable,
-    Target,
-    predict,
-    with_examples,
-)
+from spikeless.warmup.requests import TASK_METHODS, Request, Servable, Target, predict, with_examples
 
 _Array = np.ndarray[Any, Any]
 

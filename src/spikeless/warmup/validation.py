@@ -15,13 +15,7 @@ from spikeless.formats.tensors import dtype_name, shape_text, to_numpy
 from spikeless.runtime.model import CLASSES_OUTPUT, REGRESS_OUTPUT, SCORES_OUTPUT
 from spikeless.warmup.features import check_example
 from spikeless.warmup.records import CLASSIFY, MULTI_INFERENCE, PREDICT
-from spikeless.warmup.requests import (
-    TASK_METHODS,
-    Request,
-    Servable,
-    example_messages,
-    is_examples_signature,
-)
+from spikeless.warmup.requests import TASK_METHODS, Request, Servable, example_messages, is_examples_signature
 
 _METHOD_KINDS = {method: kind for kind, method in TASK_METHODS.items()}
 _OUTPUTS = {True: {CLASSES_OUTPUT, SCORES_OUTPUT}, False: {REGRESS_OUTPUT}}

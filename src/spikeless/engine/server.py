@@ -18,8 +18,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from spikeless import runtime
-from spikeless.calls import Calls
-from spikeless.core import CoreSettings, ServerCore
+from spikeless.engine.core import CoreSettings, ServerCore
+from spikeless.engine.grpc_api import ModelServicer, PredictionServicer
+from spikeless.engine.handlers import Calls
+from spikeless.engine.loader import ModelLoader
 from spikeless.errors import InvalidArgument, Unavailable
 from spikeless.formats.protos import (
     model_server_config_pb2,
@@ -28,12 +30,10 @@ from spikeless.formats.protos import (
     read_text_proto,
 )
 from spikeless.formats.states import VersionStatus
-from spikeless.loader import ModelLoader
-from spikeless.servicers import ModelServicer, PredictionServicer
 
 if TYPE_CHECKING:  # imported where they are used: a server without them saves the memory of their libraries
-    from spikeless.metrics import Metrics
-    from spikeless.rest import RestServer
+    from spikeless.engine.metrics import Metrics
+    from spikeless.engine.rest_api import RestServer
 
 _log = logging.getLogger(__name__)
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
@@ -107,7 +107,7 @@ class Server:
         self._metrics_path = ""
         loader = settings.loader
         if settings.monitoring_config_file:
-            from spikeless.metrics import Metrics, read_monitoring_path
+            from spikeless.engine.metrics import Metrics, read_monitoring_path
 
             self._metrics_path = read_monitoring_path(settings.monitoring_config_file)
             if self._metrics_path:
@@ -176,7 +176,7 @@ class Server:
         return port
 
     def _listen_rest(self, port: int) -> int:
-        from spikeless.rest import RestApi, RestServer, RestSettings
+        from spikeless.engine.rest_api import RestApi, RestServer, RestSettings
 
         settings = RestSettings(
             port=port,

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from spikeless.calls import Calls, require_spec
-from spikeless.core import ServerCore
+from spikeless.engine.core import ServerCore
+from spikeless.engine.handlers import Calls, require_spec
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.formats.protos import (
     classification_pb2,

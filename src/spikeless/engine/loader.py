@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Who wants to know what loading and running take, in seconds; ``spikeless.metrics.Metrics`` does."""
+    """Who wants to know what loading and running take, in seconds: ``spikeless.engine.metrics``."""
 
     def load_failed(self, path: Path) -> None: ...
     def restored(self, name: str, version: int, path: Path, seconds: float) -> None: ...

@@ -18,11 +18,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from spikeless.engine.manager import Manager, ManagerSettings
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, SpikelessError
 from spikeless.formats.protos import model_pb2, model_server_config_pb2
 from spikeless.formats.states import VersionStatus
 from spikeless.formats.versions import aspired_versions
-from spikeless.manager import Manager, ManagerSettings
 from spikeless.runtime.model import Model
 
 _log = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from spikeless.core import ServerCore
+from spikeless.engine.core import ServerCore
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.formats.protos import get_model_metadata_pb2, get_model_status_pb2, input_pb2, model_pb2
 from spikeless.runtime.model import Model
 
 if TYPE_CHECKING:
-    from spikeless.metrics import Metrics  # a server without metrics does without their library
+    from spikeless.engine.metrics import Metrics  # a server without metrics does without their library
 
 #: The only metadata field that there is.
 SIGNATURES = "signature_def"

@@ -26,7 +26,7 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import create_server
 from waitress.task import ErrorTask, WSGITask
 
-from spikeless.calls import SIGNATURES, Call, Calls
+from spikeless.engine.handlers import SIGNATURES, Call, Calls
 from spikeless.errors import Cancelled, Code, InvalidArgument, ResourceExhausted, SpikelessError, Unavailable
 from spikeless.formats import rest_json
 from spikeless.formats.protos import (
@@ -39,7 +39,7 @@ from spikeless.formats.protos import (
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 
 if TYPE_CHECKING:
-    from spikeless.metrics import Metrics
+    from spikeless.engine.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
