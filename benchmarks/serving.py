@@ -36,12 +36,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from spikeless import launch, repository, runtime
+from spikeless import launch, runtime
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.client import model_spec
 from spikeless.formats import savedmodel
 from spikeless.formats.protos import predict_pb2
 from spikeless.formats.tensors import numpy_dtype, to_proto
+from spikeless.repository import publishing
 from spikeless.runtime import session as c_api
 
 SCHEMA = 1
@@ -291,7 +292,7 @@ def measure(settings: argparse.Namespace) -> None:
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     with ExitStack() as stack:
         models = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        repository.publish(path, models, MODEL)
+        publishing.publish(path, models, MODEL)
         server = stack.enter_context(
             launch.start(
                 launch.LaunchSettings(

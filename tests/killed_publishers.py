@@ -8,7 +8,7 @@ from pathlib import Path
 
 from killed import at_every_touch
 
-from spikeless.repository import CHECK_FILES, publish
+from spikeless.repository.publishing import CHECK_FILES, publish
 
 source, directory = sys.argv[1:]
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from spikeless import bench, launch, report, repository, warmup
+from spikeless import bench, launch, report, warmup
 from spikeless.errors import FailedPrecondition, NotFound
+from spikeless.repository import publishing
 
 MODEL = "boston"
 SCENARIOS = ("no warmup", "warmup")
@@ -169,8 +170,8 @@ def _served(
     Version 2 is copied and checked beforehand: in production another machine does that.
     """
     first, second = saved_models
-    repository.publish(first, models, MODEL)
-    with repository.stage(second, models, MODEL) as candidate:
+    publishing.publish(first, models, MODEL)
+    with publishing.stage(second, models, MODEL) as candidate:
         settings = launch.LaunchSettings(
             MODEL,
             models / MODEL,

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from spikeless import models_config
 from spikeless.client import Client, RemoteError
 from spikeless.errors import (
     Cancelled,
@@ -33,7 +32,8 @@ from spikeless.errors import (
     Unavailable,
 )
 from spikeless.formats.states import State, VersionStatus
-from spikeless.models_config import model_in
+from spikeless.repository import models_config
+from spikeless.repository.models_config import model_in
 
 Progress = Callable[[str], None]
 #: The name of a model -> the text of its ``config { ... }``, None where it has none.

@@ -16,11 +16,11 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from spikeless import golden
 from spikeless.client import Client, model_spec
 from spikeless.errors import FailedPrecondition, SpikelessError
 from spikeless.formats.states import State
-from spikeless.golden import Golden
+from spikeless.repository import golden
+from spikeless.repository.golden import Golden
 from spikeless.warmup.records import LOG_FIELDS, Record, read, warmup_file
 
 #: Different requests that are kept of a warmup file: a probe needs variety, not all of a thousand.

@@ -1,7 +1,7 @@
 """Promotion: which version of a model its callers get, changed so that no caller notices.
 
-In: a repository (`spikeless.repository`), its ``models.config``, and the servers that serve it. Out: the same
-with another version behind a label, or everything as it was and an error.
+In: a repository (`spikeless.repository`), its ``models.config``, and the servers that serve it. Out: the
+same with another version behind a label, or everything as it was and an error.
 
 Each state of a plan (`spikeless.plans`) is written to ``models.config`` before servers are told, so that a
 server which restarts in between serves what was reached by then. The whole plan is in the journal before its
@@ -20,16 +20,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spikeless import models_config, plans, probes, repository
-from spikeless.checks import check_files
+from spikeless import plans, probes
 from spikeless.disk.locks import alone
 from spikeless.errors import Cancelled, FailedPrecondition, Internal, NotFound, SpikelessError
 from spikeless.fleet import Fleet, FleetSettings, Progress
 from spikeless.formats.states import State
-from spikeless.journal import Journal
-from spikeless.models_config import ModelsConfig, model_in, new_block
 from spikeless.plans import CANARY_SUFFIX, STABLE, Blocks, Plan, Step
 from spikeless.probes import ComparisonSettings, Probes, Remote
+from spikeless.repository import models_config, publishing
+from spikeless.repository.checks import check_files
+from spikeless.repository.journal import Journal
+from spikeless.repository.models_config import ModelsConfig, model_in, new_block
 from spikeless.soak import SoakSettings, Watched, soak
 
 
@@ -107,7 +108,7 @@ def promote(
         PromotionError: a step failed; everything was put back, or the message says what could not be.
     """
     settings = settings or PromotionSettings()
-    known = repository.versions(models, name)
+    known = publishing.versions(models, name)
     if version not in known:
         numbers = ", ".join(map(str, known)) or "none"
         raise NotFound(f"{Path(models, name)} has no version {version}; there is: {numbers}")
@@ -184,8 +185,8 @@ class _Change:
     ) -> None:
         self.models = models
         self.name = name
-        self.versions = repository.versions(models, name)
-        self._journal = Journal(models / name / repository.STATE_DIRECTORY)
+        self.versions = publishing.versions(models, name)
+        self._journal = Journal(models / name / publishing.STATE_DIRECTORY)
         self._fleet = fleet
         self._settings = settings
         self._progress = progress
@@ -214,9 +215,9 @@ class _Change:
     ) -> Iterator[_Change]:
         """Hold the model's lock, and connections to the servers, for as long as this lasts."""
         models = Path(models)
-        if not repository.versions(models, name):
+        if not publishing.versions(models, name):
             raise NotFound(f"{models / name} has no versions: publish one first")
-        state = models / name / repository.STATE_DIRECTORY
+        state = models / name / publishing.STATE_DIRECTORY
         lock = alone(state, name, wait=wait, progress=progress, interrupted=interrupted)
         with lock, Fleet(models, fleet, progress, interrupted) as servers:
             yield cls(models, name, servers, settings, progress, interrupted)

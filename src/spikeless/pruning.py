@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless import models_config, repository
 from spikeless.disk import atomic, pages
 from spikeless.disk.locks import alone
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.fleet import Fleet, FleetSettings
 from spikeless.formats.states import State
-from spikeless.journal import Journal
-from spikeless.models_config import ModelsConfig
 from spikeless.plans import CANARY_SUFFIX
+from spikeless.repository import models_config, publishing
+from spikeless.repository.journal import Journal
+from spikeless.repository.models_config import ModelsConfig
 
 _TRASH = "trash"
 #: Seconds for which a version counts as young.
@@ -57,12 +57,12 @@ def prune(
         Unavailable: a server does not answer: what it has loaded is not known. Nothing is removed.
     """
     models = Path(models)
-    versions = repository.versions(models, name)
+    versions = publishing.versions(models, name)
     if not versions:
         raise NotFound(f"{models / name} has no versions")
     if keep < 1:
         raise InvalidArgument(f"--keep {keep}: the newest version always stays, so 1 or more")
-    state = models / name / repository.STATE_DIRECTORY
+    state = models / name / publishing.STATE_DIRECTORY
     # No promotion chooses a version while this does.
     with alone(state, name, wait=True, progress=progress):
         _empty(state / _TRASH)
@@ -109,7 +109,7 @@ def _reasons(
         reasons[version] = f"loaded by {', '.join(where)}"
     for version, why in configured(models_config.read(models), name).items():
         reasons[version] = why
-    unfinished = Journal(models / name / repository.STATE_DIRECTORY).unfinished()
+    unfinished = Journal(models / name / publishing.STATE_DIRECTORY).unfinished()
     if unfinished is not None:
         for version in (unfinished["version"], unfinished["previous"]):
             reasons[version] = "part of a change that was cut short"

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spikeless import golden, models_config, repository
 from spikeless.client import Client
 from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
 from spikeless.fleet import states
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.formats.states import State, VersionStatus
-from spikeless.journal import Journal
-from spikeless.models_config import ModelsConfig
 from spikeless.plans import CANARY_SUFFIX
 from spikeless.pruning import configured, size_of
+from spikeless.repository import golden, models_config, publishing
+from spikeless.repository.journal import Journal
+from spikeless.repository.models_config import ModelsConfig
 from spikeless.warmup.records import read, warmup_file
 
 #: Written beside mapped parameters.
@@ -90,7 +90,7 @@ def _known(models: Path, config: ModelsConfig) -> list[str]:
 
 
 def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]) -> ModelReport:
-    on_disk = repository.versions(models, name)
+    on_disk = publishing.versions(models, name)
     wanted = configured(config, name)
     model = config.model(name)
     labels = dict(model.version_labels) if model is not None else {}
@@ -105,7 +105,7 @@ def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]
         for version, reason in wanted.items()
         if version not in on_disk
     ]
-    journal = Journal(models / name / repository.STATE_DIRECTORY)
+    journal = Journal(models / name / publishing.STATE_DIRECTORY)
     unfinished = journal.unfinished()
     if unfinished is not None:
         problems.append(

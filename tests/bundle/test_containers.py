@@ -32,12 +32,13 @@ from container_stack import Images, Stack
 from engine import STAND_IN, Engine
 from test_docker_files import dashboard_queries
 
-from spikeless import bench, repository
+from spikeless import bench
 from spikeless.client import Client
 from spikeless.errors import SpikelessError
 from spikeless.formats.protos import predict_pb2
 from spikeless.formats.states import State
 from spikeless.formats.tensors import to_proto
+from spikeless.repository import publishing
 
 pytestmark = [
     pytest.mark.xdist_group("containers"),
@@ -95,7 +96,7 @@ def available(client: Client, name: str) -> set[int]:
 
 
 def versions_on_disk(stack: Stack) -> set[int]:
-    return set(repository.versions(stack.folder / "models", "boston"))
+    return set(publishing.versions(stack.folder / "models", "boston"))
 
 
 def break_version(source: Path, version: Path) -> None:
@@ -531,7 +532,7 @@ def test_a_model_that_cannot_be_loaded_keeps_the_container_unhealthy(
     containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
 ) -> None:
     models = tmp_path / "models"
-    repository.publish(saved_models / "times_one", models, "fine")
+    publishing.publish(saved_models / "times_one", models, "fine")
     (models / "broken").mkdir()
     break_version(models / "fine" / "1", models / "broken" / "1")
     container = run(images.embedded, models)
@@ -563,7 +564,7 @@ def test_health_needs_every_model_that_is_configured(
     def healthy() -> bool:
         return health_of(containers, container)["Status"] == "healthy"
 
-    repository.publish(saved_models / "times_one", models, "first")
+    publishing.publish(saved_models / "times_one", models, "first")
     configure("first")
     # Threads that give way change their scheduling, which takes no privilege.
     flags = ("--model_config_file_poll_wait_seconds=0.2", "--load_threads_yield")
@@ -576,7 +577,7 @@ def test_health_needs_every_model_that_is_configured(
     wait_for(containers, container, lambda: not healthy(), "ill health")
     probe = health_of(containers, container)["Log"][-1]
     assert (probe["ExitCode"], "model second has no AVAILABLE version" in probe["Output"]) == (1, True), probe
-    repository.publish(saved_models / "times_one", models, "second")
+    publishing.publish(saved_models / "times_one", models, "second")
     let_read(models)
     wait_for(containers, container, healthy, "health")
     assert "available: first second" in health_of(containers, container)["Log"][-1]["Output"]
@@ -586,7 +587,7 @@ def test_sigterm_lets_requests_in_progress_end(
     containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
 ) -> None:
     models = tmp_path / "models"
-    repository.publish(saved_models / "times_one", models, "m")
+    publishing.publish(saved_models / "times_one", models, "m")
     container = run(images.embedded, models)
     wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
     metrics = f"http://{port_of(containers, container, 8501)}/monitoring/prometheus/metrics"
@@ -614,7 +615,7 @@ def test_the_serving_image_starts_a_server_as_the_base_would_not(
 ) -> None:
     """On a stand-in for its base (``serving_stand_in``): entrypoint, user, health and allocator."""
     models = tmp_path / "models"
-    repository.publish(saved_models / "times_one", models, "m")
+    publishing.publish(saved_models / "times_one", models, "m")
     container = run(images.serving, models, "--tensorflow_intra_op_parallelism=1")
     wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
 

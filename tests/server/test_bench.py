@@ -18,12 +18,13 @@ import pytest
 from bench_runs import write_requests
 from trained_models import ROOT, spikeless
 
-from spikeless import bench, launch, repository
+from spikeless import bench, launch
 from spikeless.bench.floor import trivial_server
 from spikeless.bench.openloop import OpenLoop
 from spikeless.bench.requests import read_requests
 from spikeless.bench.schedule import Schedule
 from spikeless.errors import Code, FailedPrecondition
+from spikeless.repository import publishing
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
@@ -212,9 +213,9 @@ def test_versions_are_staged_beforehand_and_take_turns(saved_models: Path, tmp_p
         shutil.copytree(saved_models / "signatures", source)
     models = tmp_path / "models"
     with bench.staged(sources, models, "boston", 4, link=True) as publish:
-        assert repository.versions(models, "boston") == {}
+        assert publishing.versions(models, "boston") == {}
         assert [publish().name for _ in range(3)] == ["1", "2", "3"]
-    graphs = [version / "saved_model.pb" for version in repository.versions(models, "boston").values()]
+    graphs = [version / "saved_model.pb" for version in publishing.versions(models, "boston").values()]
     assert len(graphs) == 3, "what was not published is gone"
     assert graphs[0].samefile(graphs[2])
     assert graphs[0].samefile(sources[0] / "saved_model.pb")

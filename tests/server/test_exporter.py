@@ -13,15 +13,16 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from spikeless import launch, repository
+from spikeless import launch
 from spikeless.exporter import MAX_STATUS_AGE, Exporter, ExporterSettings
+from spikeless.repository import publishing
 
 FAST = ("--file_system_poll_wait_seconds=0.1", "--max_num_load_retries=0")
 
 
 @pytest.fixture
 def models(saved_models: Path, tmp_path: Path) -> Path:
-    repository.publish(saved_models / "signatures", tmp_path / "models", "m")
+    publishing.publish(saved_models / "signatures", tmp_path / "models", "m")
     return tmp_path / "models"
 
 
@@ -70,7 +71,7 @@ def test_states_reloads_errors_and_memory(
     parts = value("spikeless_memory_private_bytes") + value("spikeless_memory_mapped_bytes")
     assert parts == pytest.approx(resident, rel=0.1)
 
-    repository.publish(saved_models / "signatures", models, "m")
+    publishing.publish(saved_models / "signatures", models, "m")
     available = ("spikeless_version_state", "m", "AVAILABLE")
     server.wait_for(lambda: value(*available, "2") == 1 and value(*available, "1") is None, "the swap")
     assert value("spikeless_reloads_total", "m") > 0

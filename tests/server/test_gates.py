@@ -9,18 +9,18 @@ import pytest
 from promotion_models import NAME, X, add_version, golden_file, prediction_log, write_config
 from trained_models import spikeless
 
-from spikeless import golden, repository
 from spikeless.errors import InvalidArgument
 from spikeless.formats import savedmodel, tfrecord
 from spikeless.formats.protos import prediction_log_pb2
-from spikeless.gates import Gates, GateSettings, breaking_changes, stable_version
-from spikeless.golden import Tolerance
-from spikeless.trial import GateError
+from spikeless.repository import golden, publishing
+from spikeless.repository.gates import Gates, GateSettings, breaking_changes, stable_version
+from spikeless.repository.golden import Tolerance
+from spikeless.repository.trial import GateError
 
 
 def publish(source, models, **options):
     gates = Gates(models, NAME, GateSettings(**options))
-    published = repository.publish(source, models, NAME, steps=gates.steps)
+    published = publishing.publish(source, models, NAME, steps=gates.steps)
     gates.record(published)
     return published, gates.findings
 
@@ -43,12 +43,12 @@ def test_a_good_version_passes_and_carries_its_golden_requests(scales, models, t
 
 
 def test_each_gate_names_itself_the_numbers_and_the_remedy(scales, models, tmp_path):
-    versions = set(repository.versions(models, NAME))
+    versions = set(publishing.versions(models, NAME))
 
     def refused(source, **options):
         with pytest.raises(GateError) as caught:
             publish(source, models, **options)
-        assert set(repository.versions(models, NAME)) == versions
+        assert set(publishing.versions(models, NAME)) == versions
         return caught.value.gate, str(caught.value)
 
     gate, message = refused(scales / "3", golden=golden_file(tmp_path / "golden", 4.0))

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spikeless import repository
 from spikeless.formats.states import State
 from spikeless.mapping import MapSettings
+from spikeless.repository import publishing
 
 MAKE = Path(__file__).parent.parent / "mapping_models.py"
 SIZE = (1 << 18) * 64 * 4
@@ -42,14 +42,14 @@ def faults(pid: int) -> int:
 @pytest.mark.parametrize("mapped", [False, True], ids=["stock", "mapped"])
 def test_what_a_swap_takes(serve, saved_model: Path, tmp_path: Path, mapped: bool) -> None:
     models = tmp_path / "models"
-    steps = [repository.map_step(MapSettings(verify=False))] if mapped else []
-    repository.publish(saved_model, models, "m", steps=steps)
+    steps = [publishing.map_step(MapSettings(verify=False))] if mapped else []
+    publishing.publish(saved_model, models, "m", steps=steps)
     inputs = {"ids": np.arange(40, dtype=np.int32).reshape(10, 4)}
     with serve(model_name="m", model_base_path=models / "m") as running:
         first = running.client.predict("m", inputs)
         pid = running.server.pid
         faults_before, private_before = faults(pid), private(pid)
-        repository.publish(saved_model, models, "m", steps=steps)
+        publishing.publish(saved_model, models, "m", steps=steps)
         running.wait("m", {1: State.END, 2: State.AVAILABLE})
         second = running.client.predict("m", inputs)
         taken = (faults(pid) - faults_before) * PAGE

@@ -23,12 +23,13 @@ from promotion_models import (
     start_server,
 )
 
-from spikeless import launch, models_config
+from spikeless import launch
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, NotFound, SpikelessError
 from spikeless.fleet import states
 from spikeless.formats.states import State
 from spikeless.promotion import PromotionError, promote, rollback
+from spikeless.repository import models_config
 from spikeless.soak import SoakSettings
 
 

@@ -25,11 +25,12 @@ from promotion_models import (
     write_config,
 )
 
-from spikeless import journal, launch, models_config
+from spikeless import launch
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, SpikelessError, Unavailable
 from spikeless.fleet import FleetSettings
 from spikeless.promotion import PromotionError, promote, rollback
+from spikeless.repository import journal, models_config
 
 
 def at_line(text, action):

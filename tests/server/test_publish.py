@@ -12,11 +12,19 @@ import numpy as np
 import pytest
 from trained_models import ROOT, spikeless
 
-from spikeless import checks, warmup
+from spikeless import warmup
 from spikeless.errors import DataLoss, FailedPrecondition, SpikelessError
 from spikeless.formats import tfrecord
 from spikeless.formats.tensors import to_proto
-from spikeless.repository import CHECK_FILES, CHECK_LOAD, CHECK_WARMUP, Step, publish, versions
+from spikeless.repository import checks
+from spikeless.repository.publishing import (
+    CHECK_FILES,
+    CHECK_LOAD,
+    CHECK_WARMUP,
+    Step,
+    publish,
+    versions,
+)
 from spikeless.warmup import records
 
 SAMPLES = ROOT / "warmup" / "boston" / "samples.jsonl"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from spikeless.errors import FailedPrecondition
-from spikeless.journal import Journal
+from spikeless.repository.journal import Journal
 
 
 def test_records_come_back_in_order_with_who_and_when(tmp_path):

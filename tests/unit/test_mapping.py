@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from spikeless import repository
 from spikeless.disk import pages
 from spikeless.errors import (
     AlreadyExists,
@@ -41,6 +40,7 @@ from spikeless.mapping import (
 )
 from spikeless.mapping.manifest import mapping_nodes
 from spikeless.mapping.plan import Plan
+from spikeless.repository import publishing
 from spikeless.runtime import Session
 
 MetaGraphDef = meta_graph_pb2.MetaGraphDef
@@ -463,10 +463,10 @@ def test_mapping_beside_versions_leaves_alone_what_is_being_published(
     originals: Path, tmp_path: Path
 ) -> None:
     settings = dataclasses.replace(SETTINGS, verify=False)
-    with repository.stage(originals / "module", tmp_path, "m", steps=()) as candidate:
+    with publishing.stage(originals / "module", tmp_path, "m", steps=()) as candidate:
         map_saved_model(originals / "module", tmp_path / "m" / "7", settings)
         assert candidate.publish() == tmp_path / "m" / "1"
-    assert set(repository.versions(tmp_path, "m")) == {1, 7}
+    assert set(publishing.versions(tmp_path, "m")) == {1, 7}
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(
@@ -873,7 +873,7 @@ def test_publish_prefetches_before_the_version_is_visible(mapped: Path, tmp_path
     def files(version: Path) -> list[Path]:
         return [version / record.path for record in read_manifest(version).mapped_files()]
 
-    def evict(candidate: repository.Candidate) -> None:
+    def evict(candidate: publishing.Candidate) -> None:
         for path in files(candidate.path):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -881,8 +881,8 @@ def test_publish_prefetches_before_the_version_is_visible(mapped: Path, tmp_path
         if any(map(pages.resident, files(candidate.path))):
             pytest.skip("this file system keeps its pages")
 
-    steps = [repository.Step("evicting", evict)]
-    with repository.stage(mapped / "module", tmp_path, "m", steps=steps) as candidate:
+    steps = [publishing.Step("evicting", evict)]
+    with publishing.stage(mapped / "module", tmp_path, "m", steps=steps) as candidate:
         for path in files(candidate.path):
             assert pages.resident(path) == path.stat().st_size > 0
 
@@ -900,7 +900,7 @@ def test_publish_maps_and_pins(originals: Path, tmp_path: Path) -> None:
     assert all((version / file.path).stat().st_mode & 0o222 == 0 for file in manifest.mapped_files())
     Session.load(version).close()
     # A version that is mapped is pinned anew, here to where a container sees it.
-    second = repository.publish(version, models, "m", serving_root="/models")
+    second = publishing.publish(version, models, "m", serving_root="/models")
     assert all((second / file.path).stat().st_mode & 0o222 == 0 for file in manifest.mapped_files())
     check(second, "/models/m/2")
     assert {file.name for file in (models / "m").iterdir()} == {"1", "2", ".spikeless"}
@@ -923,5 +923,5 @@ def test_publish_refuses_damaged_files(mapped: Path, tmp_path: Path, damage: Cal
     file.chmod(0o644)
     damage(file)
     with pytest.raises(SpikelessError, match=message):
-        repository.publish(source, tmp_path / "models", "m")
-    assert not repository.versions(tmp_path / "models", "m")
+        publishing.publish(source, tmp_path / "models", "m")
+    assert not publishing.versions(tmp_path / "models", "m")

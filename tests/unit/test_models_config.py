@@ -13,9 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikeless import models_config
 from spikeless.errors import FailedPrecondition, InvalidArgument
-from spikeless.models_config import ModelsConfig, edit, model_in, new_block, read, with_versions
+from spikeless.repository import models_config
+from spikeless.repository.models_config import (
+    ModelsConfig,
+    edit,
+    model_in,
+    new_block,
+    read,
+    with_versions,
+)
 
 FILE = """\
 # Who may change this: the platform team.
@@ -166,7 +173,7 @@ def test_concurrent_edits_of_different_models_are_all_kept(tmp_path):
     """Processes, not threads: the lock is the kernel's."""
     script = """
 import sys
-from spikeless.models_config import edit, new_block, with_versions
+from spikeless.repository.models_config import edit, new_block, with_versions
 models, name = sys.argv[1:]
 for version in range(1, 6):
     edit(models, {name: with_versions(new_block(name, "/m"), [version], {"stable": version})})

@@ -20,7 +20,7 @@ from spikeless.errors import (
     SpikelessError,
 )
 from spikeless.formats.protos import saved_model_pb2
-from spikeless.repository import CHECK_FILES, Step, publish, stage, versions
+from spikeless.repository.publishing import CHECK_FILES, Step, publish, stage, versions
 
 
 def write_saved_model(path: Path, *, variables: bool = False, asset: str | None = None) -> Path:

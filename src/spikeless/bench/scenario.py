@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import psutil
 
-from spikeless import launch, repository
+from spikeless import launch
 from spikeless.bench import record
 from spikeless.bench.openloop import LINE_PREFIX
 from spikeless.bench.record import Floor, Publish, Run, ServerFacts, Settings
@@ -35,6 +35,7 @@ from spikeless.bench.requests import read_requests
 from spikeless.bench.watch import Watcher
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, Internal, NotFound
+from spikeless.repository import publishing
 
 #: For every server that is measured: none of its calls shall be refused for lack of a thread. Threads come as
 #: they are needed: this many when nothing is answered for as long as 4 s at 1000 requests/s.
@@ -174,7 +175,7 @@ def staged(
     name: str,
     count: int,
     *,
-    steps: Sequence[repository.Step] = repository.STEPS,
+    steps: Sequence[publishing.Step] = publishing.STEPS,
     link: bool = False,
 ) -> Iterator[Callable[[], Path]]:
     """Stage the next `count` versions; gives a callable that makes the next of them visible by one rename.
@@ -186,16 +187,16 @@ def staged(
     SavedModels, which then must not be changed. What was not published is gone at the end of the block.
 
     Raises:
-        SpikelessError: what `spikeless.repository.stage` raises.
+        SpikelessError: what `spikeless.repository.publishing.stage` raises.
     """
     with ExitStack() as stack:
-        candidates: list[repository.Candidate] = []
+        candidates: list[publishing.Candidate] = []
         for number in range(count):
             twin = number - len(saved_models)
             candidate = (
-                repository.stage(saved_models[number], models, name, steps=steps, link=link)
+                publishing.stage(saved_models[number], models, name, steps=steps, link=link)
                 if twin < 0
-                else repository.stage(candidates[twin].path, models, name, steps=(), link=True)
+                else publishing.stage(candidates[twin].path, models, name, steps=(), link=True)
             )
             candidates.append(stack.enter_context(candidate))
         waiting = iter(candidates)

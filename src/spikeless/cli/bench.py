@@ -14,10 +14,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from spikeless import bench, ladder, launch, report, repository
+from spikeless import bench, ladder, launch, report
 from spikeless.bench.floor import built_in_requests
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
+from spikeless.repository import publishing
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
 _PATH = click.Path(path_type=Path)
@@ -265,7 +266,7 @@ def merge_command(merged: Path, parts: tuple[Path, ...]) -> None:
 
 def _own_requests(models: Path, name: str) -> Path:
     """The warmup file of the newest version that has one."""
-    for directory in reversed(repository.versions(models, name).values()):
+    for directory in reversed(publishing.versions(models, name).values()):
         if (file := warmup_file(directory)).is_file():
             return file
     raise NotFound(

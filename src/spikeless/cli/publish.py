@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from spikeless import repository
 from spikeless.cli.options import Duration, Size, models_option
-from spikeless.gates import Gates, GateSettings
-from spikeless.golden import Tolerance
 from spikeless.mapping import MapSettings
+from spikeless.repository import publishing
+from spikeless.repository.gates import Gates, GateSettings
+from spikeless.repository.golden import Tolerance
 
 
 @click.command()
@@ -76,10 +76,10 @@ def command(
     gates = Gates(models, name, settings)
     *steps, trial = gates.steps
     if mapped:
-        steps.append(repository.map_step(MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize)))
+        steps.append(publishing.map_step(MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize)))
     if load:
         steps.append(trial)
-    published = repository.publish(
+    published = publishing.publish(
         saved_model,
         models,
         name,

@@ -1,7 +1,7 @@
 """Gates: what a version has to pass before anything of it is visible.
 
-In: a staged version (`spikeless.repository.stage`) and the stable version that it is to follow. Out: nothing,
-or an error that names the gate, the numbers and the remedy; and what was found, for the journal.
+In: a staged version (`publishing.stage`) and the stable version that it is to follow. Out: nothing, or an
+error that names the gate, the numbers and the remedy; and what was found, for the journal.
 
 ``signatures``     callers of the stable version can go on: no signature, input or output is lost or changed
 ``load``           TensorFlow loads it
@@ -21,18 +21,18 @@ from typing import Any
 
 import psutil
 
-from spikeless import golden, models_config, repository, trial
-from spikeless.checks import check_warmup
 from spikeless.errors import SpikelessError
 from spikeless.formats import savedmodel
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, shape_text
-from spikeless.golden import Tolerance
-from spikeless.journal import Journal
 from spikeless.plans import STABLE
 from spikeless.pruning import size_of
-from spikeless.repository import CHECK_FILES, Candidate, Step
-from spikeless.trial import Findings, GateError
+from spikeless.repository import golden, models_config, publishing, trial
+from spikeless.repository.checks import check_warmup
+from spikeless.repository.golden import Tolerance
+from spikeless.repository.journal import Journal
+from spikeless.repository.publishing import CHECK_FILES, Candidate, Step
+from spikeless.repository.trial import Findings, GateError
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GateSettings:
 
 
 class Gates:
-    """The steps of publishing one version (`spikeless.repository.publish`), and what they found."""
+    """The steps of publishing one version (`publishing.publish`), and what they found."""
 
     def __init__(self, models: str | os.PathLike[str], name: str, settings: GateSettings) -> None:
         self._models = Path(models)
@@ -77,7 +77,7 @@ class Gates:
 
     def record(self, version: Path) -> None:
         """Write into the journal that ``version`` has passed."""
-        Journal(self._models / self._name / repository.STATE_DIRECTORY).append(
+        Journal(self._models / self._name / publishing.STATE_DIRECTORY).append(
             "publish",
             version=int(version.name),
             bytes=size_of(version),
@@ -136,7 +136,7 @@ def _check_warmup(version: Path) -> None:
 
 def stable_version(models: str | os.PathLike[str], name: str) -> Path | None:
     """The directory of the version that callers get now; of the latest one where nothing is configured."""
-    versions = repository.versions(models, name)
+    versions = publishing.versions(models, name)
     model = models_config.read(models).model(name) if Path(models).is_dir() else None
     if model is not None:
         served = model.model_version_policy.specific.versions

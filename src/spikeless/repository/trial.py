@@ -1,8 +1,8 @@
 """A trial: a SavedModel is loaded and asked in a process of its own, before any server sees it.
 
 In: the directory of a version, perhaps the stable version that it is to follow. Out: what it took, or the
-gate at which it failed. ``python -m spikeless.trial VERSION [STABLE]`` is the process: it may crash or run
-out of memory without harm, and prints its findings as one JSON object.
+gate at which it failed. ``python -m spikeless.repository.trial VERSION [STABLE]`` is the process: it may
+crash or run out of memory without harm, and prints its findings as one JSON object.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spikeless import golden
 from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.repository import golden
 from spikeless.runtime import Session
 from spikeless.runtime.model import Model
 from spikeless.warmup.records import LOG_FIELDS, Record, read, warmup_file
@@ -66,7 +66,7 @@ def run(version: Path, stable: Path | None = None) -> Findings:
     Raises:
         GateError: it cannot be loaded, or fails on a request, or answers a golden one wrongly.
     """
-    command = [sys.executable, "-m", "spikeless.trial", str(version)]
+    command = [sys.executable, "-m", "spikeless.repository.trial", str(version)]
     command += [] if stable is None else [str(stable)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     try:

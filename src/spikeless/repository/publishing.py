@@ -19,13 +19,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless.checks import check_files, check_load, check_warmup
 from spikeless.disk import atomic, pages
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.formats.checkpoint import READ_ONLY
 from spikeless.formats.versions import MAX_VERSION, list_versions
 from spikeless.mapping import MapSettings, is_mapped, map_in_place, read_manifest, repin
 from spikeless.mapping import check_files as check_mapped_files
+from spikeless.repository.checks import check_files, check_load, check_warmup
 
 #: What belongs to Spikeless inside a model's directory.
 STATE_DIRECTORY = ".spikeless"

@@ -22,10 +22,10 @@ from typing import Any
 
 from google.protobuf import text_encoding, text_format
 
-from spikeless import textproto
 from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError
 from spikeless.formats.protos import model_server_config_pb2
+from spikeless.repository import textproto
 
 FILE_NAME = "models.config"
 _LIST, _MODEL = "model_config_list", "config"
