@@ -8,7 +8,7 @@ import sys
 
 from killed import at_every_touch
 
-from spikeless.pruning import prune
+from spikeless.rollout.prune import prune
 
 source, directory = sys.argv[1:]
 at_every_touch(

@@ -21,14 +21,14 @@ import pytest
 from spikeless import launch
 from spikeless.client import Client
 from spikeless.errors import SpikelessError
-from spikeless.fleet import FleetSettings
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import prediction_log_pb2
 from spikeless.formats.tensors import to_proto
-from spikeless.probes import ComparisonSettings
-from spikeless.promotion import PromotionSettings
 from spikeless.repository import golden, models_config
 from spikeless.repository.models_config import new_block, with_versions
+from spikeless.rollout.fleet import FleetSettings
+from spikeless.rollout.probes import ComparisonSettings
+from spikeless.rollout.promotion import PromotionSettings
 
 NAME = "scale"
 #: Names of SavedModels -> the factor that their answers have.

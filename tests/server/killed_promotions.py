@@ -15,7 +15,7 @@ import sys
 from promotion_models import NAME, fleet_of, settings
 
 from spikeless.formats.states import State
-from spikeless.promotion import promote, rollback
+from spikeless.rollout.promotion import promote, rollback
 
 
 def main(action: str, models: str, target: str, kill_at: str) -> None:

@@ -26,11 +26,11 @@ from promotion_models import (
 from spikeless import launch
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, NotFound, SpikelessError
-from spikeless.fleet import states
 from spikeless.formats.states import State
-from spikeless.promotion import PromotionError, promote, rollback
 from spikeless.repository import models_config
-from spikeless.soak import SoakSettings
+from spikeless.rollout.fleet import states
+from spikeless.rollout.promotion import PromotionError, promote, rollback
+from spikeless.rollout.soak import SoakSettings
 
 
 @pytest.fixture

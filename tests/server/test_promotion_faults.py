@@ -28,9 +28,9 @@ from promotion_models import (
 from spikeless import launch
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, SpikelessError, Unavailable
-from spikeless.fleet import FleetSettings
-from spikeless.promotion import PromotionError, promote, rollback
 from spikeless.repository import journal, models_config
+from spikeless.rollout.fleet import FleetSettings
+from spikeless.rollout.promotion import PromotionError, promote, rollback
 
 
 def at_line(text, action):

@@ -15,12 +15,12 @@ from trained_models import spikeless
 
 from spikeless.client import Client
 from spikeless.errors import InvalidArgument, NotFound, Unavailable
-from spikeless.promotion import promote
-from spikeless.pruning import prune
 from spikeless.repository import models_config, publishing
 from spikeless.repository.journal import Journal
 from spikeless.repository.models_config import new_block, with_versions
-from spikeless.status import status
+from spikeless.rollout.promotion import promote
+from spikeless.rollout.prune import prune
+from spikeless.rollout.status import status
 
 OLD = time.time() - 10 * 86400
 

@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from spikeless import traffic
 from spikeless.errors import InvalidArgument, Unavailable
-from spikeless.probes import Comparison, ComparisonSettings, Measured
-from spikeless.soak import SoakSettings
-from spikeless.traffic import Traffic
+from spikeless.rollout import server_metrics
+from spikeless.rollout.probes import Comparison, ComparisonSettings, Measured
+from spikeless.rollout.server_metrics import Traffic
+from spikeless.rollout.soak import SoakSettings
 
 
 def measured(latencies, errors=0):
@@ -61,7 +61,7 @@ PAGE = """\
 
 
 def test_metrics_are_read_by_their_names():
-    found = traffic.parse(PAGE, "here")
+    found = server_metrics.parse(PAGE, "here")
     assert found == {"m": Traffic(100, 10, 9.0), "m-canary": Traffic(5, 0, 0.0)}
     assert found["m"].error_rate == 0.1
     assert found["m"].mean_latency == 0.09
@@ -70,7 +70,7 @@ def test_metrics_are_read_by_their_names():
     assert found["m"].since(later) == found["m"], "the server was restarted: all of it is new"
     assert Traffic().error_rate == 0.0
     with pytest.raises(InvalidArgument, match="here cannot be read as metrics"):
-        traffic.parse('a{b="c} 1', "here")
+        server_metrics.parse('a{b="c} 1', "here")
 
 
 def test_metrics_are_fetched_or_their_absence_explained():
@@ -85,11 +85,11 @@ def test_metrics_are_fetched_or_their_absence_explained():
 
     with HTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert traffic.read(f"http://127.0.0.1:{server.server_port}/")["m"].requests == 100
+        assert server_metrics.read(f"http://127.0.0.1:{server.server_port}/")["m"].requests == 100
         server.shutdown()
     with pytest.raises(Unavailable, match="--monitoring_config_file"):
-        traffic.read("http://127.0.0.1:1/")
+        server_metrics.read("http://127.0.0.1:1/")
     with pytest.raises(InvalidArgument, match="no http address"):
-        traffic.read("file:///etc/passwd")
+        server_metrics.read("file:///etc/passwd")
     with pytest.raises(InvalidArgument, match="--metrics"):
         SoakSettings(metrics="127.0.0.1:8501")

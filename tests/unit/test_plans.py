@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.plans import Model, end_canary, promotion, rollback, undo, version_before
 from spikeless.repository.models_config import model_in, new_block, with_versions
+from spikeless.rollout.plans import Model, end_canary, promotion, rollback, undo, version_before
 
 
 def model(served=(1,), labels=None, canary=None):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from spikeless.errors import InvalidArgument
-from spikeless.fleet import FleetSettings, parse_targets
+from spikeless.rollout.fleet import FleetSettings, parse_targets
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")

@@ -17,10 +17,10 @@ from spikeless.cli.options import (
     models_option,
     tell,
 )
-from spikeless.plans import STABLE
-from spikeless.probes import ComparisonSettings
-from spikeless.promotion import PromotionSettings, promote
-from spikeless.soak import SoakSettings
+from spikeless.rollout.plans import STABLE
+from spikeless.rollout.probes import ComparisonSettings
+from spikeless.rollout.promotion import PromotionSettings, promote
+from spikeless.rollout.soak import SoakSettings
 
 
 @click.command()

@@ -11,8 +11,8 @@ import click
 from rich.filesize import decimal
 
 from spikeless.cli.options import models_option, servers_option, tell
-from spikeless.fleet import FleetSettings
-from spikeless.pruning import prune
+from spikeless.rollout.fleet import FleetSettings
+from spikeless.rollout.prune import prune
 
 
 @click.command()

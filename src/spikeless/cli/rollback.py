@@ -16,8 +16,8 @@ from spikeless.cli.options import (
     models_option,
     tell,
 )
-from spikeless.plans import STABLE
-from spikeless.promotion import rollback
+from spikeless.rollout.plans import STABLE
+from spikeless.rollout.promotion import rollback
 
 
 @click.command()

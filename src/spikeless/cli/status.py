@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spikeless.cli.options import models_option, servers_option
-from spikeless.status import ModelReport, VersionReport, status
+from spikeless.rollout.status import ModelReport, VersionReport, status
 
 
 @click.command()

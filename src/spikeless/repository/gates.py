@@ -25,14 +25,14 @@ from spikeless.errors import SpikelessError
 from spikeless.formats import savedmodel
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, shape_text
-from spikeless.plans import STABLE
-from spikeless.pruning import size_of
 from spikeless.repository import golden, models_config, publishing, trial
 from spikeless.repository.checks import check_warmup
 from spikeless.repository.golden import Tolerance
 from spikeless.repository.journal import Journal
 from spikeless.repository.publishing import CHECK_FILES, Candidate, Step
 from spikeless.repository.trial import Findings, GateError
+from spikeless.rollout.plans import STABLE
+from spikeless.rollout.prune import size_of
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spikeless import traffic
 from spikeless.errors import FailedPrecondition, InvalidArgument
 from spikeless.formats.states import State
-from spikeless.probes import Comparison, ComparisonSettings, Measured, Remote, measure
-from spikeless.traffic import Traffic
+from spikeless.rollout import server_metrics
+from spikeless.rollout.probes import Comparison, ComparisonSettings, Measured, Remote, measure
+from spikeless.rollout.server_metrics import Traffic
 from spikeless.warmup.records import Record
 
 _PROGRESS_SECONDS = 10.0
@@ -68,7 +68,7 @@ class Watched:
         self._each = replace(comparison, requests=settings.requests)
         self._seen = Comparison(Measured(), Measured())
         self._metrics = settings.metrics.replace("{host}", candidate.host)
-        self._first = traffic.read(self._metrics) if self._metrics else {}
+        self._first = server_metrics.read(self._metrics) if self._metrics else {}
         self._traffic = Traffic()
 
     def look(self) -> None:
@@ -89,7 +89,7 @@ class Watched:
         return measure(self.candidate, stable, self._requests, self._each, self._interrupted)
 
     def _look_at_metrics(self, stable: Remote | None) -> None:
-        now = traffic.read(self._metrics)
+        now = server_metrics.read(self._metrics)
 
         def since(remote: Remote | None) -> Traffic:
             if remote is None:

@@ -3,7 +3,7 @@
 In: a repository (`spikeless.repository`), its ``models.config``, and the servers that serve it. Out: the
 same with another version behind a label, or everything as it was and an error.
 
-Each state of a plan (`spikeless.plans`) is written to ``models.config`` before servers are told, so that a
+Each state of a plan (`plans`) is written to ``models.config`` before servers are told, so that a
 server which restarts in between serves what was reached by then. The whole plan is in the journal before its
 first state is written. A promotion that was killed is therefore resumed by the same command, and undone by a
 rollback.
@@ -20,18 +20,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spikeless import plans, probes
 from spikeless.disk.locks import alone
 from spikeless.errors import Cancelled, FailedPrecondition, Internal, NotFound, SpikelessError
-from spikeless.fleet import Fleet, FleetSettings, Progress
 from spikeless.formats.states import State
-from spikeless.plans import CANARY_SUFFIX, STABLE, Blocks, Plan, Step
-from spikeless.probes import ComparisonSettings, Probes, Remote
 from spikeless.repository import models_config, publishing
 from spikeless.repository.checks import check_files
 from spikeless.repository.journal import Journal
 from spikeless.repository.models_config import ModelsConfig, model_in, new_block
-from spikeless.soak import SoakSettings, Watched, soak
+from spikeless.rollout import plans, probes
+from spikeless.rollout.fleet import Fleet, FleetSettings, Progress
+from spikeless.rollout.plans import CANARY_SUFFIX, STABLE, Blocks, Plan, Step
+from spikeless.rollout.probes import ComparisonSettings, Probes, Remote
+from spikeless.rollout.soak import SoakSettings, Watched, soak
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from typing import Any
 
 from spikeless.client import Client
 from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
-from spikeless.fleet import states
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.formats.states import State, VersionStatus
-from spikeless.plans import CANARY_SUFFIX
-from spikeless.pruning import configured, size_of
 from spikeless.repository import golden, models_config, publishing
 from spikeless.repository.journal import Journal
 from spikeless.repository.models_config import ModelsConfig
+from spikeless.rollout.fleet import states
+from spikeless.rollout.plans import CANARY_SUFFIX
+from spikeless.rollout.prune import configured, size_of
 from spikeless.warmup.records import read, warmup_file
 
 #: Written beside mapped parameters.

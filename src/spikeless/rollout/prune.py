@@ -16,12 +16,12 @@ from pathlib import Path
 from spikeless.disk import atomic, pages
 from spikeless.disk.locks import alone
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.fleet import Fleet, FleetSettings
 from spikeless.formats.states import State
-from spikeless.plans import CANARY_SUFFIX
 from spikeless.repository import models_config, publishing
 from spikeless.repository.journal import Journal
 from spikeless.repository.models_config import ModelsConfig
+from spikeless.rollout.fleet import Fleet, FleetSettings
+from spikeless.rollout.plans import CANARY_SUFFIX
 
 _TRASH = "trash"
 #: Seconds for which a version counts as young.
