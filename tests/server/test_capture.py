@@ -18,13 +18,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from promotion_models import NAME, X, start_server
 from trained_models import spikeless
 
-from spikeless.capture import Capture, CaptureSettings
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code, FailedPrecondition, InvalidArgument, SpikelessError
 from spikeless.formats.protos import predict_pb2, prediction_log_pb2
 from spikeless.formats.tensors import to_numpy, to_proto
-from spikeless.recorder import MAX_PENDING_BYTES, Recorder, RecorderSettings
 from spikeless.repository import golden, publishing
+from spikeless.sidecars.capture import Capture, CaptureSettings
+from spikeless.sidecars.recording import MAX_PENDING_BYTES, Recorder, RecorderSettings
 from spikeless.warmup.records import read
 
 PREDICT_METHOD = "/tensorflow.serving.PredictionService/Predict"

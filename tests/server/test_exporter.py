@@ -14,8 +14,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from spikeless import launch
-from spikeless.exporter import MAX_STATUS_AGE, Exporter, ExporterSettings
 from spikeless.repository import publishing
+from spikeless.sidecars.exporter import MAX_STATUS_AGE, Exporter, ExporterSettings
 
 FAST = ("--file_system_poll_wait_seconds=0.1", "--max_num_load_retries=0")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from spikeless import keep
 from spikeless.disk import pages
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.keep import Keeper, served_versions
 from spikeless.mapping.manifest import FileRecord, Manifest, manifest_path
+from spikeless.sidecars import keep
+from spikeless.sidecars.keep import Keeper, served_versions
 
 SIZE = 1 << 20
 

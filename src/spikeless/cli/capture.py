@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from spikeless.capture import Capture, CaptureSettings
 from spikeless.cli.options import Size, interruptible, tell
-from spikeless.recorder import RecorderSettings
+from spikeless.sidecars.capture import Capture, CaptureSettings
+from spikeless.sidecars.recording import RecorderSettings
 
 
 @click.command()

@@ -10,7 +10,7 @@ import click
 from prometheus_client import CollectorRegistry, start_http_server
 
 from spikeless.errors import Unavailable
-from spikeless.exporter import Exporter, ExporterSettings
+from spikeless.sidecars.exporter import Exporter, ExporterSettings
 
 
 @click.command()

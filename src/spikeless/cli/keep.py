@@ -10,7 +10,7 @@ import click
 
 from spikeless.cli.options import Size
 from spikeless.errors import SpikelessError
-from spikeless.keep import Keeper, Kept, served_versions
+from spikeless.sidecars.keep import Keeper, Kept, served_versions
 
 
 @click.command("keep")

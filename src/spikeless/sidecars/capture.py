@@ -1,7 +1,7 @@
 """Capture: a gRPC relay between callers and a server, which records a sample of the calls.
 
 In: calls of any method of a model server, as bytes. Out: the server's answers as they are, with their status
-and metadata, and a file of records (`spikeless.recorder`). Deadlines and cancellations are passed on. Nothing
+and metadata, and a file of records (`spikeless.sidecars.recording`). Deadlines and cancellations are passed on. Nothing
 is parsed on the way, and a call never waits for its record.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unavailable
-from spikeless.recorder import Recorder, RecorderSettings
+from spikeless.sidecars.recording import Recorder, RecorderSettings
 
 #: The one method of a model server that answers more than once; all others take one message and give one.
 _WATCH = "/grpc.health.v1.Health/Watch"
