@@ -33,8 +33,8 @@ import matplotlib
 import tensorflow as tf
 from input_pipeline import BLOCK, CYCLE, batches, feature_specification, select
 
-from spikeless import dataset
 from spikeless.bench.machine import describe_machine, source_commit
+from spikeless.training import dataset
 
 # Settings -------------------------------------------------------------------------------------------------
 

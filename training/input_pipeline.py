@@ -25,8 +25,8 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from spikeless import dataset
 from spikeless.errors import InvalidArgument, SpikelessError
+from spikeless.training import dataset
 
 #: Records that are read, parsed and cached together: enough that a block's overhead does not matter.
 BLOCK = 1024
@@ -54,7 +54,7 @@ def batches(
     """One epoch of a dataset, batched; iterate again for the next one, in another order.
 
     Args:
-        data: what `spikeless.dataset.read` returned.
+        data: what `spikeless.training.dataset.read` returned.
         batch_size: records a batch.
         columns: the columns wanted; all of them if None.
         required: columns in which a null is an error (see `naming_faults`). Elsewhere it becomes an empty

@@ -1,6 +1,6 @@
 """Write a Spark DataFrame as sharded TFRecords of tf.Example, and read them back.
 
-In: anything that Spark reads. Out: a directory that `spikeless.dataset` describes: shards, schema, counts
+In: anything that Spark reads. Out: a directory that `spikeless.training.dataset` describes: shards, schema, counts
 and a success marker. It appears whole or not at all; a job that fails or is interrupted leaves nothing
 behind. After a `kill -9` or a power cut one hidden directory beside it, .<name>.<job>.tmp, can be deleted.
 
@@ -53,10 +53,10 @@ from pyspark.sql.datasource import (
 )
 from pyspark.sql.types import StructType
 
-from spikeless import dataset
 from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SpikelessError
 from spikeless.formats import tfrecord
+from spikeless.training import dataset
 
 if TYPE_CHECKING:
     import pyarrow

@@ -32,9 +32,9 @@ from input_pipeline import batches, naming_faults, select
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from spikeless import dataset
 from spikeless.errors import InvalidArgument
-from spikeless.export import export
+from spikeless.training import dataset
+from spikeless.training.export import export
 
 # Settings -------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from spikeless.export import export
+from spikeless.training.export import export
 
 # Settings -------------------------------------------------------------------------------------------------
 

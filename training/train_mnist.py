@@ -25,7 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 from spikeless.errors import InvalidArgument, Unavailable
-from spikeless.export import export
+from spikeless.training.export import export
 
 # Settings -------------------------------------------------------------------------------------------------
 

@@ -142,7 +142,7 @@ import tensorflow as tf  # noqa: E402
 import tf2crf  # noqa: E402
 from seqeval.metrics import f1_score, precision_score, recall_score  # noqa: E402
 
-from spikeless.export import export  # noqa: E402
+from spikeless.training.export import export  # noqa: E402
 
 # Batches --------------------------------------------------------------------------------------------------
 

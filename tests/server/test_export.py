@@ -16,8 +16,8 @@ import tensorflow as tf
 from trained_models import ROOT
 
 from spikeless.errors import InvalidArgument
-from spikeless.export import export
 from spikeless.runtime import Session
+from spikeless.training.export import export
 from spikeless.warmup.records import read, warmup_file
 
 

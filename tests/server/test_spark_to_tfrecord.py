@@ -20,8 +20,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from trained_models import NEEDS_JAVA
 
-from spikeless import dataset
 from spikeless.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument
+from spikeless.training import dataset
 
 # One worker: Spark is started once.
 pytestmark = [pytest.mark.xdist_group("spark"), NEEDS_JAVA]

@@ -17,8 +17,9 @@ import tensorflow as tf
 from harness import Running, put_version, run_server
 from trained_models import NEEDS_JAVA, ROOT, spikeless
 
-from spikeless import dataset, warmup
+from spikeless import warmup
 from spikeless.formats import tfrecord
+from spikeless.training import dataset
 
 # One worker: the data and the model of the fixtures are made once.
 pytestmark = [pytest.mark.xdist_group("ctr"), NEEDS_JAVA]

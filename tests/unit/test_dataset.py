@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikeless import dataset
-from spikeless.dataset import Field
 from spikeless.errors import DataLoss, InvalidArgument
 from spikeless.formats import tfrecord
+from spikeless.training import dataset
+from spikeless.training.dataset import Field
 
 ELEMENTS: dict[str, st.SearchStrategy[Any]] = {
     "boolean": st.booleans(),

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from spikeless import dataset
-from spikeless.dataset import Field
 from spikeless.errors import DataLoss, InvalidArgument
 from spikeless.formats import tfrecord
+from spikeless.training import dataset
+from spikeless.training.dataset import Field
 
 FIELDS = (
     Field("id", "long"),

@@ -1,7 +1,7 @@
 """``spikeless train``: run one of the training scripts.
 
 In: the name of a script, ``training/train_<name>.py``, and its options. Out: what that script writes: a
-run directory (`spikeless.export`).
+run directory (`spikeless.training.export`).
 """
 
 from __future__ import annotations
