@@ -1,7 +1,7 @@
 """Write a Spark DataFrame as sharded TFRecords of tf.Example, and read them back.
 
-In: anything that Spark reads. Out: a directory that `spikeless.training.dataset` describes: shards, schema, counts
-and a success marker. It appears whole or not at all; a job that fails or is interrupted leaves nothing
+In: anything that Spark reads. Out: a directory that `spikeless.training.dataset` describes: shards, schema,
+counts and a success marker. It appears whole or not at all; a job that fails or is interrupted leaves nothing
 behind. After a `kill -9` or a power cut one hidden directory beside it, .<name>.<job>.tmp, can be deleted.
 
     python training/spark_to_tfrecord.py clicks.parquet clicks-tfrecord --shards 8

@@ -1,8 +1,8 @@
 """Capture: a gRPC relay between callers and a server, which records a sample of the calls.
 
 In: calls of any method of a model server, as bytes. Out: the server's answers as they are, with their status
-and metadata, and a file of records (`spikeless.sidecars.recording`). Deadlines and cancellations are passed on. Nothing
-is parsed on the way, and a call never waits for its record.
+and metadata, and a file of records (`recording`). Deadlines and cancellations are passed on. Nothing is
+parsed on the way, and a call never waits for its record.
 """
 
 from __future__ import annotations
