@@ -10,6 +10,6 @@ before each run. ``--processes 2`` divides the same schedule among two workers, 
 load, publishes a version in the middle of it and records what the server did.
 """
 
-from spikeless.bench.locustfile import OneUserPerProcess, OpenLoopUser
+from spikeless.bench.load.locustfile import OneUserPerProcess, OpenLoopUser
 
 __all__ = ["OneUserPerProcess", "OpenLoopUser"]

@@ -4,7 +4,7 @@
     python benchmarks/mapping.py --size 8GiB --part load --part swap  # 24 GiB of memory for the stock model
 
 In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out``, a file for each run:
-``.npz`` where there is open-loop load (see `spikeless.bench.record`; `spikeless report` draws them), else
+``.npz`` where there is open-loop load (see `spikeless.bench.run_file`; `spikeless report` draws them), else
 ``.json``. Both name machine, engine and commit.
 
 Every part runs the stock and the mapped model in turn, A B A B, some also more, each with all before it:
@@ -55,7 +55,7 @@ from mapping_summary import BARE, MAPPED, STOCK, TUNED, YIELDING
 
 from spikeless import bench, launch, warmup
 from spikeless.bench.machine import describe_machine, source_commit
-from spikeless.bench.requests import read_requests
+from spikeless.bench.replayed import read_requests
 from spikeless.bench.scenario import server_facts
 from spikeless.cli.options import Size
 from spikeless.client import Client

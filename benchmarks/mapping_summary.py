@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from spikeless import bench, report
+from spikeless import bench
+from spikeless.bench import report
 from spikeless.bench.analysis import analyse
-from spikeless.bench.record import Run
+from spikeless.bench.run_file import Run
 
 STOCK, MAPPED, YIELDING, TUNED, BARE = KINDS = ("stock", "mapped", "yielding", "tuned", "bare")
 #: Those that serve the parameters.
@@ -58,7 +59,7 @@ def _read(directory: Path) -> tuple[Measured, list[str]]:
     for path in sorted([*directory.glob("mapping-*.json"), *directory.glob("mapping-*.npz")]):
         content: Any
         if path.suffix == ".npz":
-            content = run = bench.load(path)
+            content = run = bench.read_run(path)
             scenario, machine, server = run.facts.scenario, run.facts.machine, run.facts.server
             machines.add(f"{machine.cpu}, {machine.cpus} CPUs, {machine.kernel}, {machine.system}")
             engines.add(f"{server.engine} {server.engine_version}, {server.allocator}")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from spikeless.bench import Facts, Floor, Publish, Run, ServerFacts, Settings
+from spikeless.bench.columns import COLUMNS
 from spikeless.bench.machine import Machine
-from spikeless.bench.recorder import COLUMNS
 from spikeless.bench.watch import StateChange
 from spikeless.errors import Code
 from spikeless.formats import tfrecord

@@ -22,7 +22,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from spikeless import bench, launch, report, warmup
+from spikeless import bench, launch, warmup
+from spikeless.bench import report
 from spikeless.errors import FailedPrecondition, NotFound
 from spikeless.repository import publishing
 
@@ -184,7 +185,7 @@ def _served(
 
 
 def _print_table(results: list[Path], console: Console) -> None:
-    scenarios = report.group([bench.load(path) for path in results])
+    scenarios = report.group([bench.read_run(path) for path in results])
     table = Table(title="Version 2 published under load", title_justify="left")
     table.add_column("")
     for scenario in scenarios:

@@ -329,7 +329,7 @@ def test_the_bench_profile_writes_a_report(up: Stack, client: Client) -> None:
     assert page.stat().st_uid == (up.folder / "models").stat().st_uid
     (result,) = page.parent.glob("raw/*.npz")
     assert result.stat().st_size > 0
-    run = bench.load(result)
+    run = bench.read_run(result)
     (published,) = run.facts.publishes
     assert published.result == f"/models/boston/{max(before) + 1}"
     assert set(run.requests["version"].tolist()) == {max(before), max(before) + 1}, "the swap was measured"

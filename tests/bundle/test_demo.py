@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spikeless import bench, demo, report
+from spikeless import bench, demo
+from spikeless.bench import report
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("demo")  # one demo serves all of these tests
@@ -34,7 +35,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_both_scenarios_swap_under_load_and_no_request_fails(done: tuple[Path, str]) -> None:
     page, _ = done
     for scenario in demo.SCENARIOS:
-        run = bench.load(page.parent / "results" / f"{scenario.replace(' ', '-')}-1.npz")
+        run = bench.read_run(page.parent / "results" / f"{scenario.replace(' ', '-')}-1.npz")
         summary = bench.analyse(run)
         assert run.facts.scenario == scenario
         assert summary.failed == 0

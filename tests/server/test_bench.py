@@ -19,9 +19,9 @@ from bench_runs import write_requests
 from trained_models import ROOT, spikeless
 
 from spikeless import bench, launch
-from spikeless.bench.floor import trivial_server
-from spikeless.bench.openloop import OpenLoop
-from spikeless.bench.requests import read_requests
+from spikeless.bench.load.generator_floor import trivial_server
+from spikeless.bench.load.openloop import OpenLoop
+from spikeless.bench.replayed import read_requests
 from spikeless.bench.schedule import Schedule
 from spikeless.errors import Code, FailedPrecondition
 from spikeless.repository import publishing
@@ -147,7 +147,7 @@ def test_locust_by_itself_and_with_workers(server: launch.Server, requests: Path
 
     done = spikeless("bench", "merge", tmp_path / "merged.npz", *sorted(tmp_path.glob("shared.worker-*.npz")))
     assert done.returncode == 0, done.stderr
-    one, two = bench.load(tmp_path / "alone.npz"), bench.load(tmp_path / "merged.npz")
+    one, two = bench.read_run(tmp_path / "alone.npz"), bench.read_run(tmp_path / "merged.npz")
     planned = Schedule(100, 2).offsets()
     for run in (one, two):
         assert np.array_equal(run.requests["intended"], planned)
@@ -193,7 +193,7 @@ def test_an_interrupted_run_keeps_what_it_has(server: launch.Server, requests: P
                 break
         process.send_signal(signal.SIGINT)
         process.stdout.read()
-    run = bench.load(record)
+    run = bench.read_run(record)
     assert 50 < len(run.requests["code"]) < 30_000
     assert set(run.requests["code"]) <= {Code.OK, Code.CANCELLED}
 
@@ -250,7 +250,7 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     assert len(answer["reloads"]) == 3
     assert (answer["reloads"][0]["old_version"], answer["reloads"][0]["new_version"]) == (1, 2)
     assert {"1", "2"} <= set(answer["served"]) <= {"1", "2", "3", "4"}
-    run = bench.load(answer["result"])
+    run = bench.read_run(answer["result"])
     assert run.facts.server.engine in ("embedded", "tensorflow_model_server", "docker")
     assert run.facts.server.allocator == "glibc"
     assert [publish.result for publish in run.facts.publishes] == [f"models/boston/{n}" for n in (2, 3, 4)]

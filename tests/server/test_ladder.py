@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from trained_models import ROOT, spikeless
 
-from spikeless import bench, ladder
+from spikeless import bench
+from spikeless.bench import ladder
 from spikeless.errors import AlreadyExists, InvalidArgument
 
 
@@ -43,7 +44,7 @@ def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
     assert summary.startswith("# results\n")
     assert "spikeless bench ladder" in summary
     assert "| | + load/unload threads |" in summary
-    run = bench.load(out / "threads-1.npz")
+    run = bench.read_run(out / "threads-1.npz")
     assert "--num_load_threads=1" in run.facts.server.command
     assert len(run.facts.publishes) == 2
     assert run.facts.floor is not None

@@ -12,10 +12,10 @@ from bench_runs import SETTINGS, made_up_run, with_failures, write_requests
 
 from spikeless import bench
 from spikeless.bench.analysis import percentile
-from spikeless.bench.connection import parse_target
-from spikeless.bench.record import empty_samples
-from spikeless.bench.recorder import Recorder
-from spikeless.bench.requests import read_requests
+from spikeless.bench.columns import Recorder
+from spikeless.bench.load.connection import parse_target
+from spikeless.bench.replayed import read_requests
+from spikeless.bench.run_file import empty_samples
 from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import StateChange
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
@@ -236,7 +236,7 @@ def test_a_run_without_steady_requests() -> None:
 def test_a_result_survives_its_file(tmp_path: Path) -> None:
     run = with_failures(made_up_run("warmup", 30, notes=("a note",)), 2)
     run.save(tmp_path / "run.npz")
-    again = bench.load(tmp_path / "run.npz")
+    again = bench.read_run(tmp_path / "run.npz")
     assert json.dumps(dataclasses.asdict(again.facts)) == json.dumps(dataclasses.asdict(run.facts))
     for name, values in run.requests.items():
         assert np.array_equal(again.requests[name], values), name
@@ -258,29 +258,29 @@ def test_a_result_describes_itself(tmp_path: Path) -> None:
 
 def test_unreadable_results(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="cannot be read"):
-        bench.load(tmp_path / "nowhere.npz")
+        bench.read_run(tmp_path / "nowhere.npz")
     garbage = tmp_path / "garbage.npz"
     garbage.write_bytes(b"no zip")
     with pytest.raises(DataLoss, match="no raw result"):
-        bench.load(garbage)
+        bench.read_run(garbage)
     made_up_run().save(tmp_path / "run.npz")
     whole = (tmp_path / "run.npz").read_bytes()
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataLoss, match="no raw result"):
-        bench.load(tmp_path / "half.npz")
+        bench.read_run(tmp_path / "half.npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(DataLoss, match="no raw result"):
-        bench.load(tmp_path / "other.npz")
+        bench.read_run(tmp_path / "other.npz")
     with np.load(tmp_path / "run.npz") as file:
         arrays = dict(file)
     newer = arrays["metadata"].tobytes().replace(b'"schema": 2', b'"schema": 9')
     np.savez(tmp_path / "newer.npz", **arrays | {"metadata": np.frombuffer(newer, np.uint8)})
     with pytest.raises(InvalidArgument, match="schema 9"):
-        bench.load(tmp_path / "newer.npz")
+        bench.read_run(tmp_path / "newer.npz")
     del arrays["latency"]
     np.savez(tmp_path / "incomplete.npz", **arrays)
     with pytest.raises(DataLoss, match="incomplete"):
-        bench.load(tmp_path / "incomplete.npz")
+        bench.read_run(tmp_path / "incomplete.npz")
 
 
 def test_workers_are_merged_by_intended_start() -> None:

@@ -63,8 +63,8 @@ def test_nothing_below_reaches_up(upper: str) -> None:
         "import spikeless.engine.server",
         "import spikeless.warmup",
         "import spikeless.client",
-        "import spikeless.bench, spikeless.report",
-        "import spikeless.bench.locustfile",
+        "import spikeless.bench, spikeless.bench.report",
+        "import spikeless.bench.load.locustfile",
     ],
 )
 def test_tensorflow_is_not_imported(statement: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bench_runs import MACHINE, made_up_run, with_failures
 
-from spikeless import report
+from spikeless.bench import report
 from spikeless.errors import InvalidArgument, NotFound
 
 

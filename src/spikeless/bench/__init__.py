@@ -1,18 +1,18 @@
 """Measure what a version swap does to the latency of requests: open loop, every request kept.
 
-In: a running server and the model's warmup requests. Out: a raw result per run (`record`), and its numbers
-(`analysis`); `spikeless.report` draws them.
+In: a running server and the model's warmup requests. Out: a raw result per run (`run_file`), its numbers
+(`analysis`, `folding`) and the page that shows them (`report`).
 
-schedule -> openloop (connection, requests, recorder)    the load, inside Locust (locustfile)
-scenario (watch, floor)                                   one run: load, publishing, states, memory
-record, analysis, folding, progress                       what comes out of it
+schedule -> load.openloop (load.connection, replayed, columns)    the load, inside Locust (load.locustfile)
+scenario (watch, load.generator_floor)                            one run: load, publishing, states, memory
+ladder                                                            one remedy after the other
 """
 
 from spikeless.bench.analysis import RULES, Reload, Summary, Window, analyse
-from spikeless.bench.floor import FLOOR_SECONDS, measure_floor
 from spikeless.bench.folding import FOLD_RULES, Estimate, Fold, fold
+from spikeless.bench.load.generator_floor import FLOOR_SECONDS, measure_floor
 from spikeless.bench.progress import progress_bar
-from spikeless.bench.record import Facts, Floor, Publish, Run, ServerFacts, Settings, load, merge
+from spikeless.bench.run_file import Facts, Floor, Publish, Run, ServerFacts, Settings, merge, read_run
 from spikeless.bench.scenario import (
     SERVER_FLAGS,
     Moment,
@@ -45,11 +45,11 @@ __all__ = [
     "Window",
     "analyse",
     "fold",
-    "load",
     "measure_floor",
     "merge",
     "progress_bar",
     "publisher",
+    "read_run",
     "result_path",
     "run",
     "running_server",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spikeless.bench.record import Run
+from spikeless.bench.run_file import Run
 from spikeless.bench.watch import GONE
 from spikeless.errors import Code, InvalidArgument
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikeless.bench.analysis import Reload, Summary, Window, latencies
-from spikeless.bench.record import Run
+from spikeless.bench.run_file import Run
 
 #: The share of the requests that a figure is not exceeded by -> its name.
 FIGURES = {0.5: "p50", 0.99: "p99", 0.999: "p99.9", 1.0: "max"}

@@ -1,7 +1,7 @@
 """Run one scenario: load on a running server, versions published meanwhile, everything recorded.
 
 In: settings, the server's facts, and what publishes. Out: a `Run`. The load runs in processes and a session
-of its own (`spikeless.bench.locustfile`); this process watches the server and publishes.
+of its own (`spikeless.bench.load.locustfile`); this process watches the server and publishes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import IO, Any
 import psutil
 
 from spikeless import launch
-from spikeless.bench import record
-from spikeless.bench.openloop import LINE_PREFIX
-from spikeless.bench.record import Floor, Publish, Run, ServerFacts, Settings
-from spikeless.bench.requests import read_requests
+from spikeless.bench import run_file
+from spikeless.bench.load.openloop import LINE_PREFIX
+from spikeless.bench.replayed import read_requests
+from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.watch import Watcher
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, Internal, NotFound
@@ -151,10 +151,10 @@ def run(
         command = _command(scenario, settings, server.target, Path(directory))
         with Watcher(server.target, settings.model_name, server.pid) as watcher:
             start, published = _drive(command, settings, publish, watcher, progress)
-        parts = [record.load(path) for path in sorted(Path(directory).glob("*.npz"))]
+        parts = [run_file.read_run(path) for path in sorted(Path(directory).glob("*.npz"))]
     if len(parts) != settings.processes:
         raise Internal(f"{len(parts)} of {settings.processes} load generator processes wrote their record")
-    merged = record.merge(parts)
+    merged = run_file.merge(parts)
     facts = dataclasses.replace(
         merged.facts,
         settings=dataclasses.replace(settings, requests=_from_here(settings.requests)),
@@ -220,7 +220,7 @@ def publisher(command: str) -> Callable[[], object]:
 
 
 def _command(scenario: str, settings: Settings, target: str, directory: Path) -> list[str]:
-    command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("locustfile.py"))]
+    command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parent / "load" / "locustfile.py")]
     command += ["--headless", "--only-summary", "--exit-code-on-error", "0", "--host", target]
     command += ["--scenario", scenario, "--record", str(directory / "load.npz")]
     for name in ("model_name", "requests", "rate", "seconds", "arrivals", "seed", "timeout"):

@@ -14,8 +14,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from spikeless import bench, ladder, launch, report
-from spikeless.bench.floor import built_in_requests
+from spikeless import bench, launch
+from spikeless.bench import ladder, report
+from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.repository import publishing
@@ -260,7 +261,7 @@ def merge_command(merged: Path, parts: tuple[Path, ...]) -> None:
     """Put the files that the workers of one run wrote together into MERGED."""
     if merged.exists():
         raise InvalidArgument(f"{merged} is there already and is not overwritten")
-    bench.merge([bench.load(part) for part in parts]).save(merged)
+    bench.merge([bench.read_run(part) for part in parts]).save(merged)
     click.echo(merged)
 
 

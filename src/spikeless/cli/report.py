@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from spikeless import report
+from spikeless.bench import report
 from spikeless.errors import NotFound
 
 _PATH = click.Path(path_type=Path)

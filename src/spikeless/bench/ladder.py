@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from spikeless import bench, launch, report
+from spikeless import bench, launch
+from spikeless.bench import report
 from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.mapping import MapSettings, map_saved_model
@@ -197,7 +198,7 @@ def _mapped(saved_models: Sequence[Path], work: Path, optimize: bool, console: C
 
 
 def _summary(settings: LadderSettings, results: Sequence[Path], notes: Sequence[str]) -> str:
-    scenarios = report.group([bench.load(path) for path in results])
+    scenarios = report.group([bench.read_run(path) for path in results])
     lines = [
         f"# {settings.out.name}",
         "",

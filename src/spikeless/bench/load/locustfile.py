@@ -1,11 +1,11 @@
 """The load, as Locust runs it: one user per process, and that user is one open-loop schedule.
 
 In: Locust's ``--host HOST:PORT`` and the options below. Out: Locust's statistics, and with ``--record`` a raw
-result with every request (`spikeless.bench.record`). With workers (``--processes 2``, or ``--master`` and
+result with every request (`spikeless.bench.run_file`). With workers (``--processes 2``, or ``--master`` and
 ``--worker``) the master gives all of them one start and each a share of the one schedule; each writes a file
 of its own, which `spikeless bench merge` puts together.
 
-The user's thread is a real one, outside gevent: see `spikeless.bench.openloop`. Locust's statistics are fed
+The user's thread is a real one, outside gevent: see `openloop`. Locust's statistics are fed
 from it a few milliseconds later, and only from the raw result should a percentile be read.
 """
 
@@ -29,11 +29,11 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 
-from spikeless.bench.connection import parse_target
+from spikeless.bench.load.connection import parse_target
+from spikeless.bench.load.openloop import LINE_PREFIX, OpenLoop
 from spikeless.bench.machine import describe_machine, source_commit
-from spikeless.bench.openloop import LINE_PREFIX, OpenLoop
-from spikeless.bench.record import Facts, Run, ServerFacts, Settings
-from spikeless.bench.requests import Request, read_requests
+from spikeless.bench.replayed import Request, read_requests
+from spikeless.bench.run_file import Facts, Run, ServerFacts, Settings
 from spikeless.bench.schedule import ARRIVALS
 from spikeless.errors import Code, SpikelessError
 

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikeless import __version__
-from spikeless.bench import record
+from spikeless.bench import run_file
 from spikeless.bench.analysis import RULES, Reload, Summary, Window, analyse, percentile
 from spikeless.bench.folding import CONFIDENCE, FIGURES, FOLD_RULES, Estimate, Fold, fold
-from spikeless.bench.record import Run
+from spikeless.bench.run_file import Run
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import Code, InvalidArgument
 
@@ -101,7 +101,7 @@ def write(results: Sequence[str | os.PathLike[str]], directory: str | os.PathLik
         InvalidArgument: there are no results, or a run has no steady window.
         NotFound, DataLoss: a result cannot be read.
     """
-    scenarios = group([record.load(path) for path in results])
+    scenarios = group([run_file.read_run(path) for path in results])
     out = Path(directory)
     html, markdown = render_html(scenarios), render_markdown(scenarios)
     out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def render_html(scenarios: Sequence[Scenario]) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spikeless"),
+        loader=jinja2.PackageLoader("spikeless.bench.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -185,7 +185,7 @@ def provenance(scenarios: Sequence[Scenario]) -> list[tuple[str, str]]:
     """What was measured where; a fact on which the runs differ is given with each of its values."""
     every = [run.facts for scenario in scenarios for run in scenario.runs]
 
-    def values(get: Callable[[record.Facts], str]) -> str:
+    def values(get: Callable[[run_file.Facts], str]) -> str:
         return "; ".join(dict.fromkeys(get(facts) for facts in every))
 
     return [
@@ -208,7 +208,7 @@ def provenance(scenarios: Sequence[Scenario]) -> list[tuple[str, str]]:
     ]
 
 
-def _server(server: record.ServerFacts) -> str:
+def _server(server: run_file.ServerFacts) -> str:
     return f"`{' '.join(server.command)}`, {server.allocator}" if server.command else "started elsewhere"
 
 
@@ -366,7 +366,7 @@ def _served(scenario: Scenario) -> str:
     return ", ".join(f"v{version}: {count:,}" for version, count in served.items()) or NOTHING
 
 
-def _load(settings: record.Settings) -> str:
+def _load(settings: run_file.Settings) -> str:
     swaps = settings.publish_moments
     published = (
         f"{len(swaps)} versions published, one every {settings.publish_every:g} s, " if len(swaps) > 1 else ""
@@ -379,7 +379,7 @@ def _load(settings: record.Settings) -> str:
     )
 
 
-def floor_text(floor: record.Floor | None) -> str:
+def floor_text(floor: run_file.Floor | None) -> str:
     """The generator's floor in words."""
     if floor is None:
         return "not measured"

@@ -3,7 +3,7 @@
 In and out: an ``.npz`` file (NumPy's zip of arrays, read without pickle) of
 
 ``metadata``                one JSON text in UTF-8 bytes: the fields of `Facts`
-a column per fact           as in `spikeless.bench.recorder.COLUMNS`, one row per request
+a column per fact           as in `spikeless.bench.columns.COLUMNS`, one row per request
 ``sample_`` + a column      as in `spikeless.bench.watch.SAMPLES`, one row per sample of the server's memory
 
 Times are seconds after the start of the run.
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spikeless.bench.columns import COLUMNS
 from spikeless.bench.machine import UNKNOWN, Machine
-from spikeless.bench.recorder import COLUMNS
 from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import SAMPLES, StateChange
 from spikeless.disk.atomic import atomic_writer
@@ -160,7 +160,7 @@ class Run:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
-def load(path: str | os.PathLike[str]) -> Run:
+def read_run(path: str | os.PathLike[str]) -> Run:
     """Read a file that `Run.save` wrote.
 
     Raises:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from spikeless.bench import analysis
-from spikeless.bench.record import Floor, ServerFacts, Settings
+from spikeless.bench.run_file import Floor, ServerFacts, Settings
 from spikeless.bench.scenario import Progress, run
 from spikeless.errors import Unavailable
 from spikeless.formats import tfrecord
@@ -29,9 +29,9 @@ FLOOR_SECONDS = 5.0
 
 @contextmanager
 def trivial_server() -> Iterator[str]:
-    """A running `spikeless.bench.trivial`; gives its address."""
+    """A running `spikeless.bench.load.instant_server`; gives its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "spikeless.bench.trivial"],
+        [sys.executable, "-m", "spikeless.bench.load.instant_server"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,

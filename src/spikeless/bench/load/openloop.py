@@ -18,9 +18,9 @@ import numpy as np
 from gevent.monkey import get_original
 from numpy.typing import NDArray
 
-from spikeless.bench.connection import Connection, Reply
-from spikeless.bench.recorder import Recorder
-from spikeless.bench.requests import Request
+from spikeless.bench.columns import Recorder
+from spikeless.bench.load.connection import Connection, Reply
+from spikeless.bench.replayed import Request
 from spikeless.errors import Code, Unavailable
 
 _select = get_original("select", "select")

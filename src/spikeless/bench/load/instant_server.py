@@ -1,8 +1,8 @@
-"""A server that answers every gRPC call at once with the same PredictResponse: what is left is the generator.
+"""A server that answers every gRPC call at once with the same PredictResponse.
 
-``python -m spikeless.bench.trivial`` prints its port and serves until it is terminated. The latency measured
-against it is the floor of the load generator: the client's own time plus this server's, which a real one adds
-to. It is an upper bound, therefore.
+``python -m spikeless.bench.load.instant_server`` prints its port and serves until it is terminated. The
+latency measured against it is the floor of the load generator: the client's own time, and this server's,
+which a real one adds to. So it is an upper bound.
 """
 
 from __future__ import annotations
