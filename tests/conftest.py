@@ -2,9 +2,15 @@
 
 import os
 import signal
+import sys
+
+from places import ROOT
 
 # Tests fork only to start other programs. What gRPC does for more than that breaks those that PySpark starts.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+#: Training scripts import each other by their bare names, as scripts do; tests import them the same way.
+sys.path.append(str(ROOT / "training"))
 
 pytest_plugins = ("saved_models", "trained_models", "promotion_models")
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import compatibility
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from places import ROOT
 
 
 def test_the_table_in_the_readme_is_up_to_date() -> None:
     text = (ROOT / "README.md").read_text()
     assert compatibility.BLOCK.search(text), "README.md has lost its compatibility markers"
-    assert compatibility.updated(text) == text, "run: python tests/server/compatibility.py README.md"
+    assert compatibility.updated(text) == text, "run: python tests/support/compatibility.py README.md"
 
 
 @pytest.mark.parametrize("entry", compatibility.differences(), ids=lambda entry: entry["behaviour"])

@@ -29,8 +29,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from container_stack import Images, Stack
+from dashboard import dashboard_queries
 from engine import STAND_IN, Engine
-from test_docker_files import dashboard_queries
+from places import ROOT
 
 from spikeless import bench
 from spikeless.client import Client
@@ -45,7 +46,6 @@ pytestmark = [
     pytest.mark.timeout(1500),
 ]
 
-HERE = Path(__file__).parent
 FEATURES = 30
 #: A block of commands in a document, and why it is not run.
 BLOCK = re.compile(r"(<!-- not run here: [^>]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
@@ -131,7 +131,7 @@ def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: En
 
 
 def test_the_images_are_as_large_as_the_readme_says(containers: Engine, images: Images) -> None:
-    text = (HERE.parents[1] / "docker" / "README.md").read_text()
+    text = (ROOT / "docker" / "README.md").read_text()
     said = dict(re.findall(r"^\| `spikeless/(\w+)` \|.*\| ([\d.]+) GB", text, re.MULTILINE))
     assert set(said) == {"embedded", "tools", "tagger"}
     for name, gigabytes in said.items():
@@ -401,7 +401,10 @@ def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) ->
     assert sum(answered) >= 6
     # The same rules against made-up series: when the alerts fire and when not.
     test = ["run", "--rm", "--workdir", "/rules", "--entrypoint", "promtool"]
-    for source in (up.folder / "docker" / "monitoring" / "rules.yml", HERE / "rules_test.yml"):
+    for source in (
+        up.folder / "docker" / "monitoring" / "rules.yml",
+        ROOT / "tests" / "bundle" / "rules_test.yml",
+    ):
         test += ["--volume", f"{source}:/rules/{source.name}:ro"]
     up.engine.docker(*test, images.prometheus, "test", "rules", "rules_test.yml")
 

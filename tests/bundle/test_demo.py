@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from spikeless import bench, demo
 from spikeless.bench import report
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("demo")  # one demo serves all of these tests
 
 

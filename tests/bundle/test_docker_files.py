@@ -13,12 +13,13 @@ from string import Template
 
 import pytest
 import yaml
+from dashboard import dashboard_queries
 from google.protobuf import descriptor, descriptor_pb2, descriptor_pool, message_factory, text_format
+from places import ROOT
 
 from spikeless.engine.server import read_model_config
 from spikeless.formats.protos import config_pb2
 
-ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 KUBERNETES = DOCKER / "kubernetes"
 TOOLS = Path(sys.executable).parent
@@ -371,12 +372,6 @@ def test_the_dashboard_shows_only_what_is_recorded_or_exported() -> None:
     for query in dashboard_queries():
         for name in re.findall(r"\bmodel:[\w:]+", query):
             assert name in recorded, query
-
-
-def dashboard_queries() -> list[str]:
-    dashboard = json.loads((DOCKER / "monitoring" / "grafana" / "dashboards" / "spikeless.json").read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    return queries + [annotation["expr"] for annotation in dashboard["annotations"]["list"]]
 
 
 # Kubernetes -----------------------------------------------------------------------------------------------

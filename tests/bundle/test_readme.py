@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from spikeless.cli import COMMANDS
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 #: What a block of commands may need of a clone.
 FOLDERS = ("training", "warmup", "benchmarks")

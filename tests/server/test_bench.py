@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_runs import write_requests
-from trained_models import ROOT, spikeless
+from places import ROOT, SUPPORT
+from trained_models import spikeless
 
 from spikeless import bench, launch
 from spikeless.bench.load.generator_floor import trivial_server
@@ -26,7 +27,7 @@ from spikeless.bench.schedule import Schedule
 from spikeless.errors import Code, FailedPrecondition
 from spikeless.repository import publishing
 
-STAND_IN = Path(__file__).with_name("stand_in.py")
+STAND_IN = SUPPORT / "stand_in.py"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from trained_models import ROOT
+from places import ROOT
 
 from spikeless.errors import InvalidArgument
 from spikeless.runtime import Session

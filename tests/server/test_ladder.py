@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from rich.console import Console
-from trained_models import ROOT, spikeless
+from trained_models import spikeless
 
 from spikeless import bench
 from spikeless.bench import ladder

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import SUPPORT
 
 from spikeless import launch
 from spikeless.errors import InvalidArgument, NotFound, Unavailable
 
-STAND_IN = Path(__file__).with_name("stand_in.py")
+STAND_IN = SUPPORT / "stand_in.py"
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import SUPPORT
 
 from spikeless.formats.states import State
 from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
 
-MAKE = Path(__file__).parent.parent / "mapping_models.py"
+MAKE = SUPPORT / "mapping_models.py"
 SIZE = (1 << 18) * 64 * 4
 PAGE = 4096
 

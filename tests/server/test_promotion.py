@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from places import SUPPORT
 from promotion_models import (
     NAME,
     X,
@@ -181,7 +181,7 @@ def test_killed_at_every_step_it_is_valid_and_repeating_finishes(models, server,
     kills = []
     with flawless(server.target) as load:
         for number in range(100):
-            script = Path(__file__).with_name("killed_promotions.py")
+            script = SUPPORT / "killed_promotions.py"
             done = subprocess.run(
                 [sys.executable, script, action, models, server.target, str(number)],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -212,7 +212,7 @@ def test_killed_at_every_step_it_is_valid_and_repeating_finishes(models, server,
 def test_a_rollback_undoes_a_promotion_that_was_killed(models, server, client):
     before = config_text(models)
     for moment in ("AVAILABLE", "comparing", "adding", "moving"):
-        script = Path(__file__).with_name("killed_promotions.py")
+        script = SUPPORT / "killed_promotions.py"
         done = subprocess.run(
             [sys.executable, script, "promote", models, server.target, moment],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

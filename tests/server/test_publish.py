@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trained_models import ROOT, spikeless
+from places import ROOT, SUPPORT
+from trained_models import spikeless
 
 from spikeless import warmup
 from spikeless.errors import DataLoss, FailedPrecondition, SpikelessError
@@ -65,7 +66,7 @@ def test_a_kill_at_any_point_leaves_every_visible_version_whole_and_the_next_pub
     boston_run, tmp_path
 ):
     source = boston_run / "saved_model"
-    script = Path(__file__).parents[1] / "killed_publishers.py"
+    script = SUPPORT / "killed_publishers.py"
     done = subprocess.run(
         [sys.executable, script, source, tmp_path], capture_output=True, text=True, cwd=script.parents[2]
     )

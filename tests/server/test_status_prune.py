@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from places import SUPPORT
 from promotion_models import NAME, add_version, flawless, fleet_of, served, settings, start_server
 from trained_models import spikeless
 
@@ -151,7 +152,7 @@ def test_killed_at_every_step_a_prune_leaves_whole_versions_and_repeating_finish
     age(models, 1, 2, 3)
     block = with_versions(new_block(NAME, str(models / NAME)), [3], {"stable": 3})
     models_config.edit(models, {NAME: block})
-    script = Path(__file__).parents[1] / "killed_prunes.py"
+    script = SUPPORT / "killed_prunes.py"
     done = subprocess.run(
         [sys.executable, script, models, tmp_path / "walk"], capture_output=True, text=True, timeout=200
     )

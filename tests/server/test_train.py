@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from places import ROOT
 from sklearn.datasets import load_breast_cancer
-from trained_models import ROOT, spikeless
+from trained_models import spikeless
 
 from spikeless import warmup
 from spikeless.formats import savedmodel

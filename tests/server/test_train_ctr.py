@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from harness import Running, put_version, run_server
-from trained_models import NEEDS_JAVA, ROOT, spikeless
+from places import ROOT
+from trained_models import NEEDS_JAVA, spikeless
 
 from spikeless import warmup
 from spikeless.formats import tfrecord

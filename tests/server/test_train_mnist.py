@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from harness import put_version, run_server
+from places import ROOT
 from sklearn.datasets import load_digits
-from trained_models import ROOT, spikeless
+from trained_models import spikeless
 
 from spikeless import warmup
 

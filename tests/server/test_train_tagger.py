@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import Running, put_version, run_server
-from trained_models import ROOT, spikeless
+from places import ROOT
+from trained_models import spikeless
 
 from spikeless import warmup
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from places import FIXTURES, SUPPORT
 
 from spikeless.disk import pages
 from spikeless.errors import (
@@ -48,8 +49,7 @@ NodeDef = node_def_pb2.NodeDef
 
 pytestmark = pytest.mark.xdist_group("mapping")
 
-TESTS = Path(__file__).parent.parent
-FIXTURES = TESTS / "fixtures" / "tensorflow_2_15"
+TENSORFLOW_2_15 = FIXTURES / "tensorflow_2_15"
 #: Between the small and the large variables of the models.
 MIN_BYTES = 4096
 SETTINGS = MapSettings(min_bytes=MIN_BYTES)
@@ -107,11 +107,11 @@ EXPECTED = {
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the models of mapping_models.py, and those that TensorFlow 2.15 exported."""
     directory = tmp_path_factory.mktemp("originals")
-    command = [sys.executable, TESTS / "mapping_models.py", directory]
+    command = [sys.executable, SUPPORT / "mapping_models.py", directory]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in directory.iterdir() if path.is_dir()} - REFUSED <= EXPECTED.keys()
-    shutil.copytree(FIXTURES, directory / FIXTURES.name)
+    shutil.copytree(TENSORFLOW_2_15, directory / TENSORFLOW_2_15.name)
     return directory
 
 
@@ -121,7 +121,7 @@ def mapped(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("mapped")
     for name in EXPECTED:
         (directory / name).parent.mkdir(exist_ok=True)
-        min_bytes = 1024 if name.startswith(FIXTURES.name) else MIN_BYTES
+        min_bytes = 1024 if name.startswith(TENSORFLOW_2_15.name) else MIN_BYTES
         map_saved_model(originals / name, directory / name, MapSettings(min_bytes=min_bytes))
     return directory
 
@@ -154,7 +154,7 @@ def test_each_kind(mapped: Path, originals: Path, name: str) -> None:
 def test_python_loads_the_mapped_models(originals: Path, mapped: Path) -> None:
     """``tf.saved_model.load`` and ``tf.compat.v1.saved_model.load``."""
     names = EXPECTED.keys() - NOT_IN_PYTHON
-    command = [sys.executable, TESTS / "load_in_python.py", originals, mapped, *sorted(names)]
+    command = [sys.executable, SUPPORT / "load_in_python.py", originals, mapped, *sorted(names)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-4000:]
 
@@ -633,7 +633,7 @@ def test_the_command(originals: Path, tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_nothing_is_half_there(originals: Path, tmp_path: Path) -> None:
-    command = [sys.executable, TESTS / "killed_mappers.py", originals / "module", tmp_path]
+    command = [sys.executable, SUPPORT / "killed_mappers.py", originals / "module", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     kills = done.stdout.splitlines()
@@ -851,7 +851,7 @@ print(mappings())
 def test_private_memory(tmp_path: Path, kind: str, optimize: bool) -> None:
     """No copy of the parameters is made, at load or later, with sparse and dense reads at once."""
     size = (1 << 18) * 64 * 4
-    command = [sys.executable, TESTS / "mapping_models.py", "--large", kind, tmp_path / "stock"]
+    command = [sys.executable, SUPPORT / "mapping_models.py", "--large", kind, tmp_path / "stock"]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     manifest = map_saved_model(tmp_path / "stock", tmp_path / "mapped", MapSettings(optimize=optimize))
     assert [v.bytes for v in manifest.variables if v.state is State.MAPPED] == [size]

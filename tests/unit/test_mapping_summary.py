@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from bench_runs import MACHINE, made_up_run
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 

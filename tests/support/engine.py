@@ -15,7 +15,7 @@ packages, image layers and build caches, 13 GB in all; a second run starts in se
 on leaving, and by the kernel when whoever started it is killed; containers that it had then are removed next
 time.
 
-    python tests/bundle/engine.py docker compose up      # any command, with an engine for as long as it runs
+    python tests/support/engine.py docker compose up      # any command, with an engine for as long as it runs
 """
 
 from __future__ import annotations

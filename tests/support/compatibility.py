@@ -1,7 +1,7 @@
 """The README's compatibility table, from ``differences.toml``.
 
 As a script it brings a file up to date between its two markers:
-``python tests/server/compatibility.py README.md``.
+``python tests/support/compatibility.py README.md``.
 """
 
 from __future__ import annotations

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pytest
 from engine import BASE, Engine, NoEngine, engine
+from places import ROOT, SUPPORT
 
 from spikeless import launch
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
 TAG = "test"
 #: Who owns the clone: not root, and not the user that images run as.
 OWNER = 1234
@@ -151,14 +150,14 @@ def images(containers: Engine, clone: Path) -> Images:
         embedded, base = target("embedded"), "tensorflow/serving:2.20.0"
         stands_in = not pulled(base)
         if stands_in:
-            base = build("stand-in-base", HERE / "serving_stand_in", f"--build-arg=EMBEDDED={embedded}")
+            base = build("stand-in-base", SUPPORT / "serving_stand_in", f"--build-arg=EMBEDDED={embedded}")
         return embedded, target("serving", f"--build-arg=TF_SERVING_IMAGE={base}"), stands_in
 
     def prometheus() -> str:
         image = "prom/prometheus:v3.5.0"
         if pulled(image):
             return image
-        return build("stand-in-prometheus", HERE / "prometheus_stand_in", f"--build-arg=BASE={BASE}")
+        return build("stand-in-prometheus", SUPPORT / "prometheus_stand_in", f"--build-arg=BASE={BASE}")
 
     # Side by side: while one downloads, another one computes. What they share is built once.
     with ThreadPoolExecutor() as pool:
