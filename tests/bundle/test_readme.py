@@ -65,3 +65,12 @@ def test_top_level_folders_are_explained() -> None:
             ["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert not tracked.stdout or f"{folder}/" in layout, folder
+
+
+def test_the_layers_are_those_that_are_checked() -> None:
+    layout = README.partition("## Layout")[2]
+    quoted = re.search(r"^layers = \[\n.*?^\]\n", layout, re.MULTILINE | re.DOTALL)
+    assert quoted is not None
+    assert quoted[0] in (ROOT / "pyproject.toml").read_text()
+    explained = re.findall(r"^\| `(\w+)` \|", layout, re.MULTILINE)
+    assert explained == re.findall(r"\w+", quoted[0].partition("[")[2])

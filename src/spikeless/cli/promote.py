@@ -17,7 +17,7 @@ from spikeless.cli.options import (
     models_option,
     tell,
 )
-from spikeless.rollout.plans import STABLE
+from spikeless.repository.models_config import STABLE
 from spikeless.rollout.probes import ComparisonSettings
 from spikeless.rollout.promotion import PromotionSettings, promote
 from spikeless.rollout.soak import SoakSettings

@@ -16,7 +16,7 @@ from spikeless.cli.options import (
     models_option,
     tell,
 )
-from spikeless.rollout.plans import STABLE
+from spikeless.repository.models_config import STABLE
 from spikeless.rollout.promotion import rollback
 
 

@@ -194,6 +194,13 @@ def _link_file(source: Path, target: Path) -> None:
     _copy_file(source, target)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(
+        os.path.getsize(os.path.join(folder, file)) for folder, _, files in os.walk(path) for file in files
+    )
+
+
 def make_readable(root: Path) -> None:
     """Let every user read a directory and everything in it, and nobody but its owner write."""
     for directory, _, names in os.walk(root):

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from spikeless.disk import atomic
 from spikeless.errors import SpikelessError
 from spikeless.formats import savedmodel
 from spikeless.formats.savedmodel import Signature, TensorSpec
@@ -31,8 +32,6 @@ from spikeless.repository.golden import Tolerance
 from spikeless.repository.journal import Journal
 from spikeless.repository.publishing import CHECK_FILES, Candidate, Step
 from spikeless.repository.trial import Findings, GateError
-from spikeless.rollout.plans import STABLE
-from spikeless.rollout.prune import size_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Gates:
         Journal(self._models / self._name / publishing.STATE_DIRECTORY).append(
             "publish",
             version=int(version.name),
-            bytes=size_of(version),
+            bytes=atomic.size_of(version),
             stable=None if self.stable is None else int(self.stable.name),
             allow_breaking=self._settings.allow_breaking,
             findings=asdict(self.findings),
@@ -140,7 +139,7 @@ def stable_version(models: str | os.PathLike[str], name: str) -> Path | None:
     model = models_config.read(models).model(name) if Path(models).is_dir() else None
     if model is not None:
         served = model.model_version_policy.specific.versions
-        number = model.version_labels.get(STABLE, max(served, default=None))
+        number = model.version_labels.get(models_config.STABLE, max(served, default=None))
         if number in versions:
             return versions[number]
     return versions[max(versions)] if versions else None

@@ -28,6 +28,8 @@ from spikeless.formats.protos import model_server_config_pb2
 from spikeless.repository import textproto
 
 FILE_NAME = "models.config"
+#: The label of the version that callers get.
+STABLE = "stable"
 _LIST, _MODEL = "model_config_list", "config"
 _POLICY, _LABELS = "model_version_policy", "version_labels"
 

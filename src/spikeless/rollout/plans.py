@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.repository.models_config import ModelsConfig, model_in, new_block, with_versions
+from spikeless.repository.models_config import STABLE, ModelsConfig, model_in, new_block, with_versions
 
-STABLE = "stable"
 CANARY_SUFFIX = "-canary"
 
 PROMOTE, ROLLBACK = "promote", "rollback"

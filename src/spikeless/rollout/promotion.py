@@ -26,10 +26,10 @@ from spikeless.formats.states import State
 from spikeless.repository import models_config, publishing
 from spikeless.repository.checks import check_files
 from spikeless.repository.journal import Journal
-from spikeless.repository.models_config import ModelsConfig, model_in, new_block
+from spikeless.repository.models_config import STABLE, ModelsConfig, model_in, new_block
 from spikeless.rollout import plans, probes
 from spikeless.rollout.fleet import Fleet, FleetSettings, Progress
-from spikeless.rollout.plans import CANARY_SUFFIX, STABLE, Blocks, Plan, Step
+from spikeless.rollout.plans import CANARY_SUFFIX, Blocks, Plan, Step
 from spikeless.rollout.probes import ComparisonSettings, Probes, Remote
 from spikeless.rollout.soak import SoakSettings, Watched, soak
 

@@ -68,7 +68,7 @@ def prune(
         _empty(state / _TRASH)
         reasons = _reasons(models, name, versions, keep, fleet, force)
         removed = {version: path for version, path in versions.items() if version not in reasons}
-        sizes = {version: size_of(path) for version, path in removed.items()}
+        sizes = {version: atomic.size_of(path) for version, path in removed.items()}
         for version, path in removed.items():
             progress(f"removing version {version}")
             _remove(path, state)
@@ -166,13 +166,6 @@ def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
         mapped = {(fields[3], fields[4]) for line in text.splitlines() if (fields := line.split())}
         found |= {inodes[inode] for inode in mapped & inodes.keys()}
     return found
-
-
-def size_of(path: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(
-        os.path.getsize(os.path.join(folder, file)) for folder, _, files in os.walk(path) for file in files
-    )
 
 
 def _empty(trash: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spikeless.client import Client
+from spikeless.disk import atomic
 from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.formats.states import State, VersionStatus
@@ -23,7 +24,7 @@ from spikeless.repository.journal import Journal
 from spikeless.repository.models_config import ModelsConfig
 from spikeless.rollout.fleet import states
 from spikeless.rollout.plans import CANARY_SUFFIX
-from spikeless.rollout.prune import configured, size_of
+from spikeless.rollout.prune import configured
 from spikeless.warmup.records import read, warmup_file
 
 #: Written beside mapped parameters.
@@ -188,7 +189,7 @@ def _on_disk(path: Path) -> dict[str, Any]:
         records = None
     extra = path / EXTRA_DIRECTORY
     return {
-        "size": size_of(path),
+        "size": atomic.size_of(path),
         "age": max(0.0, time.time() - path.stat().st_mtime),
         "mapped": (extra / _MAPPING_FILE).exists(),
         "warmup": records,
