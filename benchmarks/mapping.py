@@ -7,27 +7,31 @@ In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out`
 ``.npz`` where there is open-loop load (see `spikeless.bench.run_file`; `spikeless report` draws them), else
 ``.json``. Both name machine, engine and commit.
 
-Every part runs the stock and the mapped model in turn, A B A B, some also more, each with all before it:
+Every part runs the kinds of model in turn, A B A B. They are rungs of the ladder
+(`spikeless.bench.rungs`), with glibc's allocator throughout:
 
-yielding    the mapped model on a server whose loads give way to requests (``--load_threads_yield``, of the
+stock       the model as exported
+mapped      its parameters mapped (``spikeless map``)
+yielding    mapped, on a server whose loads yield to requests (``--load_threads_yield``, of the
             embedded engine; left out with another)
-tuned       the graph optimised beforehand (``spikeless map --optimize``), and by the server no more
+tuned       the graph optimised beforehand as well (``spikeless map --optimize``), and no more by
+            the server
+bare        a model of a few rows, for the memory of a server without parameters
 
-Nothing else may run meanwhile. ``--show DIRECTORY`` draws up the table of the results in a directory, with
-what mapping is held to.
+Nothing else may run meanwhile. ``--show DIRECTORY`` prints the tables of the results in a directory
+and how they compare with the goals.
 
-load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and private
-            memory, and the first requests to the new version, with nothing warmed; also with the same model
-            of a few rows ("bare"), to tell the server's own memory from the parameters'
-swap        open-loop load, versions published one after the other: latency and private memory, all reloads
-            folded into one
-steady      the servers of all kinds at once, asked by one client in turns of half a second: the medians
+load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and
+            private memory, and the first requests to the new version, without warmup; also bare
+swap        open-loop load, versions published one after the other: latency and private memory, all
+            reloads folded into one; the only part with yielding
+steady      all servers at once, one client that asks them in turns of half a second: the medians
 throughput  the same with as many requests as four connections can make: their rate
 soak        minutes of load, several requests at once, on a model that looks rows up sparsely
-            (``ResourceGather``): is a copy made?
-squeeze     open-loop load with random rows in a memory cgroup that leaves the page cache room for half of the
-            parameters (needs root); where the stock model, whose parameters are heap, does not fit into it,
-            the result says so and its cgroup gets room for them
+            (``ResourceGather``): is a copy made? Without tuned.
+squeeze     open-loop load with random rows in a memory cgroup whose page cache has room for half of
+            the parameters (needs root). Where the stock model, whose parameters are heap, does not
+            fit into it, the result says so, and its cgroup gets room for them. Without tuned.
 """
 
 from __future__ import annotations
@@ -51,33 +55,32 @@ import click
 import grpc
 import mapping_summary
 import numpy as np
-from mapping_summary import BARE, MAPPED, STOCK, TUNED, YIELDING
+from mapping_summary import BARE, STOCK
 
 from spikeless import bench, launch, warmup
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.bench.replayed import read_requests
+from spikeless.bench.rungs import Rung, kinds
 from spikeless.bench.scenario import server_facts
 from spikeless.cli.options import Size
 from spikeless.client import Client
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import SpikelessError
 from spikeless.formats.states import State
-from spikeless.mapping import MapSettings, map_saved_model, repin
+from spikeless.mapping import map_saved_model, repin
 
 SCHEMA = 1
 NAME = "model"
 BARE_BYTES = 256 << 10
-KINDS_OF = {
-    "load": (STOCK, MAPPED, TUNED, BARE),
-    "swap": (STOCK, MAPPED, YIELDING, TUNED),
-    "steady": (STOCK, MAPPED, TUNED),
-    "throughput": (STOCK, MAPPED, TUNED),
-    "soak": (STOCK, MAPPED),
-    "squeeze": (STOCK, MAPPED),
-}
-PARTS = tuple(KINDS_OF)
+#: Larger models are not loaded a second time to compare their outputs.
+VERIFIED_BYTES = 2 << 30
+#: Parts that depend on the model and not on how the server loads it: each form of the model is run once.
+MODEL_PARTS = ("load", "steady", "throughput", "soak", "squeeze")
+#: Of these, the parts that optimising cannot change.
+MEMORY_PARTS = ("soak", "squeeze")
+PARTS = ("load", "swap", *MODEL_PARTS[1:])
 _MAKE = Path(__file__).with_name("make_embedding_model.py")
-FLAGS = (*bench.SERVER_FLAGS, "--num_load_threads=1", "--num_unload_threads=1")
+READY_SECONDS = 600
 CONNECTIONS = 4
 #: Between two versions: a reload has to be over in less than half of it.
 SWAP_SECONDS, SWAP_SECONDS_PER_GIB = 5.5, 5.0
@@ -112,9 +115,11 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is measured: a kind, and its SavedModel."""
+    """What is measured."""
 
+    #: Its name in results.
     kind: str
+    rung: Rung
     model: Path
 
     @property
@@ -152,9 +157,10 @@ def main(sizes: tuple[int, ...], parts: tuple[str, ...], show: Path | None, **se
         options = Options(size=size, **settings)
         options.out.mkdir(parents=True, exist_ok=True)
         for part in (part for part in PARTS if part in parts):
-            embedded = launch.chosen_engine() == launch.EMBEDDED
-            kinds = [kind for kind in KINDS_OF[part] if embedded or kind != YIELDING]
-            subjects = [Subject(kind, _model(options, kind, sparse=part == "soak")) for kind in kinds]
+            subjects = [
+                Subject(kind, rung, _model(options, kind, rung, sparse=part == "soak"))
+                for kind, rung in rungs_of(part).items()
+            ]
             for repeat in range(options.repeats):
                 if part in _IN_TURNS:
                     click.echo(f"{part} {options.label} {repeat + 1}/{options.repeats}", err=True)
@@ -172,18 +178,32 @@ def main(sizes: tuple[int, ...], parts: tuple[str, ...], show: Path | None, **se
 # Models.
 
 
-def _model(options: Options, kind: str, sparse: bool) -> Path:
+def rungs_of(part: str) -> dict[str, Rung]:
+    """The kinds that a part compares, and how each is served."""
+    if part not in MODEL_PARTS:
+        return kinds()
+    found: dict[str, Rung] = {}
+    for kind, rung in kinds().items():
+        known = [other.mapping for other in found.values()]
+        if rung.mapping not in known and not (rung.optimized and part in MEMORY_PARTS):
+            found[kind] = rung
+    return {**found, BARE: found[STOCK]} if part == "load" else found
+
+
+def _model(options: Options, kind: str, rung: Rung, sparse: bool) -> Path:
     """The SavedModel of this kind, made once, with warmup records in it and requests to replay beside it."""
     if kind == BARE:
         return _exported(options, BARE, BARE_BYTES, sparse)
     label = f"{options.label}{'-sparse' if sparse else ''}"
     stock = _exported(options, f"{label}-{STOCK}", options.size, sparse)
-    if kind == STOCK:
+    if rung.mapping is None:
         return stock
-    mapped = stock.with_name(f"{label}-{TUNED if kind == TUNED else MAPPED}")
+    first = next(name for name, other in kinds().items() if other.mapping == rung.mapping)
+    mapped = stock.with_name(f"{label}-{first}")
     if not mapped.exists():
-        settings = MapSettings(verify=options.size <= 2 << 30, optimize=kind == TUNED)
-        map_saved_model(stock, mapped, settings)
+        map_saved_model(
+            stock, mapped, dataclasses.replace(rung.mapping, verify=options.size <= VERIFIED_BYTES)
+        )
     return mapped
 
 
@@ -224,18 +244,17 @@ def _served(
         models = options.work.absolute() / f"served-{model.name}"
         shutil.rmtree(models, ignore_errors=True)
         stack.callback(shutil.rmtree, models, ignore_errors=True)
-        source = model if warm else _cold(options, model)
+        source = model if warm else _cold(options, subject)
         # Named twice, so that two versions that follow each other have no file in common.
         staged = bench.staged([source, source], models, NAME, 1 + swaps, steps=())
         publish = stack.enter_context(staged)
         first = publish()
         if confine is not None:
             _evict(first)  # pages are charged to the cgroup that brings them in
-        settings = launch.LaunchSettings(NAME, models / NAME, flags=FLAGS, ready_timeout=600)
-        if subject.kind == TUNED:
-            settings = launch.unoptimizing(settings, models)
-        if subject.kind in (YIELDING, TUNED) and launch.chosen_engine() == launch.EMBEDDED:
-            settings = dataclasses.replace(settings, flags=(*FLAGS, "--load_threads_yield"))
+        settings = launch.LaunchSettings(
+            NAME, models / NAME, flags=bench.SERVER_FLAGS, ready_timeout=READY_SECONDS
+        )
+        settings = subject.rung.serving(settings, models)
         server = stack.enter_context(launch.Server(settings))
         if confine is not None:
             confine(server.pid)
@@ -245,14 +264,15 @@ def _served(
         yield server, client, publish
 
 
-def _cold(options: Options, model: Path) -> Path:
+def _cold(options: Options, subject: Subject) -> Path:
     """The same model without warmup records."""
+    model = subject.model
     cold = options.work.absolute() / f"{model.name}-cold"
     if not cold.exists():
-        # Links will do: whatever is written is written anew.
+        # Links suffice: `repin` and publishing write new files.
         without = shutil.ignore_patterns(warmup.warmup_file(model).name)
         shutil.copytree(model, cold, ignore=without, copy_function=os.link)
-        if model.name.endswith((MAPPED, TUNED)):
+        if subject.rung.mapping is not None:
             repin(cold)
     return cold
 

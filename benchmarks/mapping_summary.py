@@ -21,10 +21,12 @@ from spikeless import bench
 from spikeless.bench import report
 from spikeless.bench.analysis import analyse
 from spikeless.bench.run_file import Run
+from spikeless.bench.rungs import KINDS
 
-STOCK, MAPPED, YIELDING, TUNED, BARE = KINDS = ("stock", "mapped", "yielding", "tuned", "bare")
-#: Those that serve the parameters.
-_WHOLE = (STOCK, MAPPED, YIELDING, TUNED)
+#: What the others are compared with, and the model without parameters.
+STOCK, BARE = "stock", "bare"
+#: Kinds that change what a model serves from.
+_CHANGED = tuple(kind for kind in KINDS if kind != STOCK)
 MIB = 1 << 20
 #: What mapping is held to.
 PRIVATE_SHARE, SIZE_FACTOR, P50_FACTOR, THROUGHPUT_SHARE, FIRST_FACTOR, RELOAD_FACTOR = (
@@ -93,7 +95,7 @@ def _order(item: tuple[tuple[str, str], Any]) -> tuple[int, int]:
 def _table(
     kinds: Mapping[str, list[Any]], rows: Sequence[tuple[str, str, Callable[[Any], float]]]
 ) -> list[str]:
-    present = _present(kinds, *KINDS)
+    present = _present(kinds, *KINDS, BARE)
     lines = ["| | " + " | ".join(present) + " |", "|---|" + "---:|" * len(present)]
     for name, form, get in rows:
         cells = [_spread([get(one) for one in kinds[kind]], form) for kind in present]
@@ -169,7 +171,7 @@ def _ratios(repeats: Sequence[Any], name: str, kind: str) -> Values:
 
 
 def _run_table(kinds: Mapping[str, list[Run]], label: str) -> list[str]:
-    runs = [run for kind in _WHOLE for run in kinds.get(kind, [])]
+    runs = [run for kind in KINDS for run in kinds.get(kind, [])]
     named = [
         replace(run, facts=replace(run.facts, scenario=run.facts.scenario.rpartition("-")[2])) for run in runs
     ]
@@ -252,12 +254,12 @@ def _present(kinds: Mapping[str, Any], *wanted: str) -> list[str]:
 
 
 def _load_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds, *_WHOLE):
+    for kind in _present(kinds, *KINDS):
         peak = statistics.median(one["peak_rss_anon"] for one in kinds[kind])
         yield from _private_bars(f"through a load, {kind}", kind, peak, label, bare)
-    if {STOCK, MAPPED} <= kinds.keys():
+    if STOCK in kinds:
         stock = statistics.median(map(_first, kinds[STOCK]))
-        for kind in _present(kinds, MAPPED, TUNED):
+        for kind in _present(kinds, *_CHANGED):
             times = statistics.median(map(_first, kinds[kind])) / stock
             yield _Bar(
                 f"first request after a load without warmup, {kind}",
@@ -280,7 +282,7 @@ def _private_bars(what: str, kind: str, peak: float, label: str, bare: list[Any]
 
 
 def _swap_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds, *_WHOLE):
+    for kind in _present(kinds, *KINDS):
         runs = kinds[kind]
         peak = statistics.median(float(run.samples["rss_anon"].max()) for run in runs)
         yield from _private_bars(f"through reloads with warmup under load, {kind}", kind, peak, label, bare)
@@ -300,7 +302,7 @@ def _swap_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> I
 
 
 def _steady_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds["all"][0]["p50_ms"], MAPPED, TUNED):
+    for kind in _present(kinds["all"][0]["p50_ms"], *_CHANGED):
         times = statistics.median(_ratios(kinds["all"], "p50_ms", kind))
         yield _Bar(
             f"steady p50, {kind}",
@@ -312,7 +314,7 @@ def _steady_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) ->
 
 def _throughput_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
     least = 1 - THROUGHPUT_SHARE
-    for kind in _present(kinds["all"][0]["requests_per_second"], MAPPED, TUNED):
+    for kind in _present(kinds["all"][0]["requests_per_second"], *_CHANGED):
         times = statistics.median(_ratios(kinds["all"], "requests_per_second", kind))
         yield _Bar(
             f"throughput, {kind}",
@@ -323,7 +325,7 @@ def _throughput_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]
 
 
 def _soak_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds, *_WHOLE):
+    for kind in _present(kinds, *KINDS):
         runs = kinds[kind]
         growth = statistics.median(_growth(run) for run in runs) / _bytes(label)
         seconds = min(run.facts.settings.seconds for run in runs)
@@ -342,7 +344,7 @@ def _growth(run: Run) -> float:
 
 
 def _squeeze_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds, *_WHOLE):
+    for kind in _present(kinds, *KINDS):
         runs = kinds[kind]
         values = [analyse(run).steady.p99_9 for run in runs]
         notes = dict.fromkeys(note for run in runs for note in run.facts.notes)
@@ -357,7 +359,7 @@ def _size_bars(measured: Measured) -> Iterator[_Bar]:
     if len(labels) < 2:
         return
     small, large = (measured["load", label] for label in (labels[0], labels[-1]))
-    for kind in _WHOLE:
+    for kind in KINDS:
         for name, what in (("available_seconds", "publish to AVAILABLE"), ("load_seconds", "of it loading")):
             if kind in small and kind in large:
                 few, many = (statistics.median(one[name] for one in kinds[kind]) for kinds in (small, large))

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from spikeless import bench, launch, warmup
 from spikeless.bench import report
+from spikeless.bench.rungs import LOAD_THREADS
 from spikeless.errors import FailedPrecondition, NotFound
 from spikeless.repository import publishing
 
@@ -176,7 +177,7 @@ def _served(
         settings = launch.LaunchSettings(
             MODEL,
             models / MODEL,
-            flags=(*bench.SERVER_FLAGS, "--num_load_threads=1", "--num_unload_threads=1"),
+            flags=(*bench.SERVER_FLAGS, *LOAD_THREADS),
             allocator=allocator,
             log=directory / "logs" / f"{models.name}.log",
         )

@@ -13,6 +13,7 @@ from trained_models import spikeless
 
 from spikeless import bench
 from spikeless.bench import ladder
+from spikeless.bench.rungs import LADDER
 from spikeless.errors import AlreadyExists, InvalidArgument
 
 
@@ -73,7 +74,7 @@ def test_results_are_not_overwritten_and_rungs_that_cannot_be_run_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spikeless.launch.jemalloc_installed", lambda: False)
-    jemalloc = next(rung for rung in ladder.RUNGS if rung.key == "jemalloc")
+    jemalloc = next(rung for rung in LADDER if rung.key == "jemalloc")
     settings = ladder.LadderSettings(
         [Path("model")], Path("requests"), tmp_path / "out", "command", rungs=(jemalloc,)
     )

@@ -1,9 +1,9 @@
-"""What each remedy against the reload spike is worth: one more on each rung of a ladder.
+"""What each remedy against the reload spike is worth: each rung of a ladder adds one.
 
-In: SavedModels with warmup files. Out: a result directory with the raw result of each run, and ``summary.md``
-with the table and the command that made it; `spikeless report` draws the page. The rungs are run in turns
-(A B C, A B C, ...), each time on a new server with a new repository, in which the SavedModels are published
-in turn, one version after the other, while the load runs.
+In: SavedModels with warmup files. Out: a result directory with the raw result of each
+run, and ``summary.md`` with the table and the command that made it; `spikeless report`
+draws the page. The rungs take turns (A B C, A B C, ...). Each run has a new server and
+a new repository, in which the SavedModels are published in turn while the load runs.
 """
 
 from __future__ import annotations
@@ -18,81 +18,39 @@ from rich.console import Console
 
 from spikeless import bench, launch
 from spikeless.bench import report
+from spikeless.bench.rungs import LADDER, Rung
 from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.mapping import MapSettings, map_saved_model
 
 _MODEL = "model"
-#: Gigabytes take their time to load when the disk has to be read.
+#: Enough for gigabytes that have to be read from disk.
 _READY_SECONDS = 900.0
-_THREADS = ("--num_load_threads=1", "--num_unload_threads=1")
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A way to serve. key: its name on the command line. flags: of the server, in TensorFlow Serving's words.
-
-    mapped: the parameters are mapped from files (``spikeless map``) and not restored. optimized: and the
-    graph is optimised beforehand (``spikeless map --optimize``). engine: the only one that knows the flags.
-    """
-
-    key: str
-    name: str
-    flags: Sequence[str] = ()
-    allocator: str = "glibc"
-    mapped: bool = False
-    optimized: bool = False
-    engine: str | None = None
-
-    @property
-    def lacking(self) -> str | None:
-        """What keeps it from being run here, or None."""
-        if self.allocator == "jemalloc" and not launch.jemalloc_installed():
-            return launch.JEMALLOC_REMEDY
-        if self.engine not in (None, launch.chosen_engine()):
-            return f"its flags are those of the {self.engine} engine"
-        return None
-
-
-#: The models always have their warmup files; switched off, it is as if they had none.
-RUNGS = (
-    Rung("stock", "stock", ("--enable_model_warmup=false",)),
-    Rung("warmup", "+ warmup"),
-    Rung("threads", "+ load/unload threads", _THREADS),
-    Rung("jemalloc", "+ jemalloc", _THREADS, "jemalloc"),
-    Rung("mapped", "+ mapped", _THREADS, "jemalloc", mapped=True),
-    Rung("optimized", "+ optimised", _THREADS, "jemalloc", mapped=True, optimized=True),
-    Rung(
-        "yielding",
-        "+ loads yield",
-        (*_THREADS, "--load_threads_yield"),
-        "jemalloc",
-        mapped=True,
-        optimized=True,
-        engine=launch.EMBEDDED,
-    ),
-)
 
 
 @dataclass(frozen=True)
 class LadderSettings:
-    """What `run` does.
+    """What `run` does."""
 
-    saved_models: are published in turn; give two (`spikeless.bench.staged`). requests: the file whose
-    requests are replayed. out: the result directory, which must not exist. command: goes into the summary.
-    rungs: from the lowest. rounds: how often all of them are run. publishes: versions published in each run,
-    one every publish_every seconds. rate: requests per second. warm_seconds: left out of the steady window.
-    """
-
+    #: Published in turn; give two (see `spikeless.bench.staged`).
     saved_models: Sequence[Path]
+    #: The file whose requests are replayed.
     requests: Path
+    #: The result directory, which must not exist.
     out: Path
+    #: The command line that the summary names.
     command: str
-    rungs: Sequence[Rung] = RUNGS
+    #: From the lowest.
+    rungs: Sequence[Rung] = LADDER
+    #: How often all rungs are run.
     rounds: int = 2
+    #: Versions published in each run.
     publishes: int = 5
+    #: Seconds between two versions.
     publish_every: float = 10.0
+    #: Requests per second.
     rate: float = 200.0
+    #: Seconds at the start that are left out of the steady window.
     warm_seconds: float = 3.0
 
     def __post_init__(self) -> None:
@@ -100,13 +58,14 @@ class LadderSettings:
             raise InvalidArgument("a ladder needs a SavedModel, a rung and a round")
 
     def load(self, round: int) -> bench.Settings:
-        """The load of a round: the same for all rungs, another one in the next round."""
+        """The load of a round, the same for all rungs; the seed is the round's number."""
         share = self.publish_every
         return bench.Settings(
             model_name=_MODEL,
             requests=str(self.requests),
             rate=self.rate,
-            # In each share publishing comes after 60 %, so that it is quiet before, and over at the end.
+            # Publishing comes after 60 % of each share: quiet time before, time to end
+            # after.
             seconds=self.warm_seconds + self.publishes * share,
             seed=round,
             publish_at=self.warm_seconds + 0.6 * share,
@@ -117,18 +76,20 @@ class LadderSettings:
 
 
 def run(settings: LadderSettings, console: Console) -> Path:
-    """Run the ladder and return the path of the summary. Results that are there stay when a run fails.
+    """Run the ladder and return the path of the summary.
 
-    Rungs that cannot be run on this machine are left out, which the summary says.
+    When a run fails, the results of the earlier ones stay. Rungs that cannot be run on
+    this machine are left out, and the summary names them.
 
     Raises:
         AlreadyExists: there is something at ``settings.out``.
-        SpikelessError: a model cannot be staged or served, the load generator failed.
+        SpikelessError: a model cannot be staged or served, or the load generator
+            failed.
     """
     if settings.out.exists():
         raise AlreadyExists(f"{settings.out} is there already and is not overwritten; give another --out")
     rungs = [rung for rung in settings.rungs if rung.lacking is None]
-    notes = [f"Left out: {rung.name}, because {rung.lacking}." for rung in settings.rungs if rung.lacking]
+    notes = [f"Left out: {rung.title}, because {rung.lacking}." for rung in settings.rungs if rung.lacking]
     for note in notes:
         console.print(f"[yellow]{note}[/yellow]")
     if not rungs:
@@ -140,24 +101,26 @@ def run(settings: LadderSettings, console: Console) -> Path:
     with tempfile.TemporaryDirectory(prefix=".ladder-", dir=settings.saved_models[0].parent) as directory:
         work = Path(directory)
         work.chmod(DIRECTORY_MODE)
-        models_of: dict[tuple[bool, bool], Sequence[Path]] = {(False, False): settings.saved_models}
-        for form in {(rung.mapped, rung.optimized) for rung in rungs if rung.mapped}:
-            models_of[form] = _mapped(settings.saved_models, work, form[1], console)
+        prepared = {
+            mapping: _prepared(settings.saved_models, work, mapping, console)
+            for mapping in dict.fromkeys(rung.mapping for rung in rungs)
+        }
         for round in range(1, settings.rounds + 1):
             for rung in rungs:
                 load = settings.load(round)
-                saved_models = models_of[rung.mapped, rung.optimized]
                 with (
                     _repository(work) as models,
-                    bench.staged(saved_models, models, _MODEL, 1 + load.publishes, link=True) as publish,
+                    bench.staged(
+                        prepared[rung.mapping], models, _MODEL, 1 + load.publishes, link=True
+                    ) as publish,
                 ):
                     publish()
                     with (
                         launch.start(_server(rung, models)) as server,
-                        bench.progress_bar(f"{rung.name} ({round})", load.seconds, console) as progress,
+                        bench.progress_bar(f"{rung.title} ({round})", load.seconds, console) as progress,
                     ):
                         facts = bench.server_facts(server)
-                        result = bench.run(rung.name, load, facts, publish, floor, progress)
+                        result = bench.run(rung.title, load, facts, publish, floor, progress)
                 results.append(settings.out / f"{rung.key}-{round}.npz")
                 settings.out.mkdir(parents=True, exist_ok=True)
                 result.save(results[-1])
@@ -179,21 +142,25 @@ def _server(rung: Rung, models: Path) -> launch.LaunchSettings:
     settings = launch.LaunchSettings(
         _MODEL,
         models / _MODEL,
-        flags=(*bench.SERVER_FLAGS, *rung.flags),
+        flags=bench.SERVER_FLAGS,
         allocator=rung.allocator,
         log=models / "server.log",
         ready_timeout=_READY_SECONDS,
     )
-    return launch.unoptimizing(settings, models) if rung.optimized else settings
+    return rung.serving(settings, models)
 
 
-def _mapped(saved_models: Sequence[Path], work: Path, optimize: bool, console: Console) -> list[Path]:
-    """Mapped copies of the models."""
-    copies = []
-    for number, saved_model in enumerate(saved_models, start=1):
-        copies.append(work / f"{'optimized' if optimize else 'mapped'}-{number}")
+def _prepared(
+    saved_models: Sequence[Path], work: Path, mapping: MapSettings | None, console: Console
+) -> Sequence[Path]:
+    """The models as they are, or copies in `work` that are mapped."""
+    if mapping is None:
+        return saved_models
+    directory = Path(tempfile.mkdtemp(prefix="mapped-", dir=work))
+    copies = [directory / str(number) for number, _ in enumerate(saved_models, start=1)]
+    for saved_model, copy in zip(saved_models, copies, strict=True):
         with console.status(f"mapping {saved_model}"):
-            map_saved_model(saved_model, copies[-1], MapSettings(optimize=optimize))
+            map_saved_model(saved_model, copy, mapping)
     return copies
 
 

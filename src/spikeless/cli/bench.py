@@ -17,6 +17,7 @@ from rich.console import Console
 from spikeless import bench, launch
 from spikeless.bench import ladder, report
 from spikeless.bench.load.generator_floor import built_in_requests
+from spikeless.bench.rungs import LADDER
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.repository import publishing
@@ -210,7 +211,7 @@ def floor_command(
 @click.option(
     "--rung",
     "rungs",
-    type=click.Choice([rung.key for rung in ladder.RUNGS]),
+    type=click.Choice([rung.key for rung in LADDER]),
     multiple=True,
     help="Only this rung; repeatable.  [default: all]",
 )
@@ -244,7 +245,7 @@ def ladder_command(
         requests=requests or warmup_file(saved_models[0]),
         out=out or Path("benchmarks/results") / f"{now:%Y-%m-%d}-{Path(launch.chosen_engine()).name}-{name}",
         command=shlex.join(["spikeless", *sys.argv[1:]]),
-        rungs=tuple(rung for rung in ladder.RUNGS if not rungs or rung.key in rungs),
+        rungs=tuple(rung for rung in LADDER if not rungs or rung.key in rungs),
         rounds=rounds,
         publishes=publishes,
         publish_every=publish_every,
