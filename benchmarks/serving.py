@@ -43,7 +43,6 @@ from spikeless.formats import savedmodel
 from spikeless.formats.protos import predict_pb2
 from spikeless.formats.tensors import numpy_dtype, to_proto
 from spikeless.repository import publishing
-from spikeless.runtime import session as c_api
 
 SCHEMA = 1
 HERE = Path(__file__).parent
@@ -97,27 +96,11 @@ def row(path: Path) -> tuple[str, np.ndarray[Any, Any]]:
 
 def bare(path: Path, seconds: float) -> list[int]:
     """Nanoseconds of each ``TF_SessionRun``, with nothing but the call inside the loop."""
-    from ctypes import c_void_p
-
     alias, value = row(path)
     definition = signature(path)
-    with runtime.Session.load(path) as session:
-        tf = session._tf
-        inputs = (c_api._Output * 1)(session._output(definition.inputs[alias].tensor_name))
-        fetches = [session._output(spec.tensor_name) for spec in definition.outputs.values()]
-        outputs = (c_api._Output * len(fetches))(*fetches)
-        values = (c_void_p * 1)(c_api._to_tensor(tf, value))
-        status = tf.NewStatus()
-        handle = session._session
-
-        def ask() -> None:
-            results = (c_void_p * len(fetches))()
-            tf.SessionRun(
-                handle, None, inputs, values, 1, outputs, results, len(fetches), None, 0, None, status
-            )
-            for result in results:
-                tf.DeleteTensor(result)
-
+    feeds = {definition.inputs[alias].tensor_name: value}
+    fetches = [spec.tensor_name for spec in definition.outputs.values()]
+    with runtime.Session.load(path) as session, session.bare_call(feeds, fetches) as ask:
         for _ in range(1000):
             ask()
         return closed_loop(ask, time.monotonic() + seconds)

@@ -91,6 +91,19 @@ def test_memory_is_given_back(times: Session) -> None:
     assert psutil.Process().memory_info().rss - before < 100e6, "800 MB went through"
 
 
+def test_a_bare_call_is_repeated(times: Session) -> None:
+    feeds = {tensor(times, "serving_default", "x"): np.ones(1_000_000, np.float32)}
+    fetches = [tensor(times, "serving_default", "y")]
+    before = psutil.Process().memory_info().rss
+    with times.bare_call(feeds, fetches) as call:
+        for _ in range(100):
+            call()
+    assert psutil.Process().memory_info().rss - before < 100e6, "400 MB came back"
+    with times.bare_call({}, fetches) as call, pytest.raises(SpikelessError) as caught:
+        call()
+    assert caught.value.code is Code.INVALID_ARGUMENT
+
+
 #: Frees 64 MiB in small pieces, all but the last, which keeps the heap from shrinking by itself. Prints the
 #: private memory before and after what was freed is given back.
 _FREED = """

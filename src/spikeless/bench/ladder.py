@@ -58,7 +58,7 @@ class LadderSettings:
             raise InvalidArgument("a ladder needs a SavedModel, a rung and a round")
 
     def load(self, round: int) -> bench.Settings:
-        """The load of a round, the same for all rungs; the seed is the round's number."""
+        """The load of a round, the same for all rungs; the seed is its number."""
         share = self.publish_every
         return bench.Settings(
             model_name=_MODEL,
