@@ -7,7 +7,7 @@ import re
 import pytest
 
 from spikeless.cli import main
-from spikeless.cli.serve import IGNORED_FLAGS, REFUSED_FLAGS
+from spikeless.engine.flags import FLAGS, Flag
 
 
 def run(*arguments: str) -> int:
@@ -32,19 +32,19 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize("name", IGNORED_FLAGS)
-def test_flags_that_change_nothing_are_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("ignored", [flag for flag in FLAGS if flag.ignored], ids=lambda flag: flag.name)
+def test_flags_that_change_nothing_are_named(ignored: Flag, capsys: pytest.CaptureFixture[str]) -> None:
     # With a value, as TensorFlow Serving's documentation writes them, and as a bare switch.
-    for flag in (f"--{name}=true", f"--{name}"):
+    for flag in (f"--{ignored.name}=true", f"--{ignored.name}"):
         assert run(flag) == 1
-        assert f"--{name} is ignored: {IGNORED_FLAGS[name]}\n" in capsys.readouterr().err
+        assert f"--{ignored.name} is ignored: {ignored.ignored}\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", REFUSED_FLAGS)
-def test_flags_that_promise_secrecy_are_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(f"--{name}=true") == 2
-    assert REFUSED_FLAGS[name] in capsys.readouterr().err
-    assert run(f"--{name}=false") == 1, "off is what it is"
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.refused], ids=lambda flag: flag.name)
+def test_flags_that_promise_secrecy_are_refused(flag: Flag, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"--{flag.name}=true") == 2
+    assert flag.refused in capsys.readouterr().err
+    assert run(f"--{flag.name}=false") == 1, "off is what it is"
 
 
 @pytest.mark.parametrize(

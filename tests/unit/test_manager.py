@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spikeless.engine.manager import Manager, ManagerSettings
+from spikeless.engine.flags import ServerFlags
+from spikeless.engine.manager import Manager
 from spikeless.errors import DataLoss, NotFound
 from spikeless.formats.states import State, VersionStatus
 
@@ -30,13 +31,13 @@ class Loaded:
 class Harness:
     """A manager, a gate for each version's load, and a record of every state that was announced."""
 
-    def __init__(self, settings: ManagerSettings) -> None:
+    def __init__(self, flags: ServerFlags) -> None:
         self.gates: dict[int, threading.Event] = {}
         self.failures: dict[int, list[Exception]] = {}
         self.models: list[Loaded] = []
         self.seen: list[VersionStatus] = []
         self._changed = threading.Condition()
-        self.manager: Manager[Loaded] = Manager(self._load, settings)
+        self.manager: Manager[Loaded] = Manager(self._load, flags)
         self.manager.add_listener(self._note)
 
     def _load(self, name: str, version: int, path: Path) -> Loaded:
@@ -69,13 +70,13 @@ class Harness:
 
 @pytest.fixture(params=[0, 2], ids=["own-thread", "pools"])
 def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
-    settings = ManagerSettings(
+    flags = ServerFlags(
         num_load_threads=request.param,
         num_unload_threads=request.param,
         max_num_load_retries=1,
-        load_retry_interval=0.01,
+        load_retry_interval_micros=10_000,
     )
-    made = Harness(settings)
+    made = Harness(flags)
     yield made
     for gate in made.gates.values():
         gate.set()
@@ -178,7 +179,7 @@ def test_an_unforeseen_error_of_a_load_is_reported_as_internal(harness: Harness)
 
 
 def test_a_version_that_is_no_longer_wanted_is_not_tried_again() -> None:
-    harness = Harness(ManagerSettings(num_load_threads=1, load_retry_interval=3600.0))
+    harness = Harness(ServerFlags(num_load_threads=1, load_retry_interval_micros=3_600_000_000))
     harness.failures[1] = [DataLoss("half a file")]
     harness.aspire(1)
     harness.wait(1, State.LOADING)
@@ -195,7 +196,7 @@ def test_waiting_for_a_model_tells_why_it_is_not_there(harness: Harness) -> None
 
 
 def test_closing_waits_for_requests_and_closes_everything() -> None:
-    harness = Harness(ManagerSettings(num_load_threads=1, num_unload_threads=1))
+    harness = Harness(ServerFlags(num_load_threads=1, num_unload_threads=1))
     harness.aspire(1)
     harness.wait(1, State.AVAILABLE)
     closer = threading.Thread(target=harness.manager.close)
@@ -209,7 +210,7 @@ def test_closing_waits_for_requests_and_closes_everything() -> None:
 
 
 def test_many_swaps_under_concurrent_use_never_lend_a_closed_model() -> None:
-    harness = Harness(ManagerSettings(num_load_threads=1, num_unload_threads=1))
+    harness = Harness(ServerFlags(num_load_threads=1, num_unload_threads=1))
     harness.aspire(1)
     harness.wait(1, State.AVAILABLE)
     stop = threading.Event()

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from spikeless.engine.rest_api import RestServer, RestSettings
+from spikeless.engine.flags import ServerFlags
+from spikeless.engine.rest_api import RestLimits, RestServer
 from spikeless.errors import Unavailable
 
 LARGE = b"x" * (64 << 20)
@@ -34,8 +35,8 @@ class Application:
 
 
 @contextmanager
-def running(application: Application, **settings: Any) -> Iterator[tuple[RestServer, int]]:
-    server = RestServer(application, RestSettings(port=0, host="127.0.0.1", num_threads=1, **settings))  # type: ignore[arg-type]
+def running(application: Application, **limits: Any) -> Iterator[tuple[RestServer, int]]:
+    server = RestServer(application, ServerFlags(rest_api_num_threads=1), RestLimits(**limits))
     try:
         yield server, server.start()
     finally:
@@ -152,7 +153,7 @@ def test_stopping_lets_a_request_end_and_takes_no_other() -> None:
 
 def test_stopping_does_not_wait_longer_than_the_grace() -> None:
     application = Application()
-    server = RestServer(application, RestSettings(port=0, host="127.0.0.1", num_threads=1))  # type: ignore[arg-type]
+    server = RestServer(application, ServerFlags(rest_api_num_threads=1))
     port = server.start()
     with connect(port) as connection:
         connection.sendall(b"GET /gate HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -163,7 +164,8 @@ def test_stopping_does_not_wait_longer_than_the_grace() -> None:
 
 
 def test_a_port_that_is_taken() -> None:
-    with running(Application()) as (_, port):
-        settings = RestSettings(port=port, host="127.0.0.1", num_threads=1)
-        with pytest.raises(Unavailable, match=f"cannot listen on 127.0.0.1:{port}"):
-            RestServer(Application(), settings).start()  # type: ignore[arg-type]
+    with (
+        running(Application()) as (_, port),
+        pytest.raises(Unavailable, match=f"cannot listen on 127.0.0.1:{port}"),
+    ):
+        RestServer(Application(), ServerFlags(rest_api_port=port)).start()

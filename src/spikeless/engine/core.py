@@ -15,10 +15,10 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from spikeless.engine.manager import Manager, ManagerSettings
+from spikeless.engine.flags import DEFAULTS, ServerFlags
+from spikeless.engine.manager import Manager
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, SpikelessError
 from spikeless.formats.protos import model_pb2, model_server_config_pb2
 from spikeless.formats.states import VersionStatus
@@ -30,25 +30,12 @@ _PLATFORM = "tensorflow"
 _Labels = dict[str, dict[str, int]]
 
 
-@dataclass(frozen=True)
-class CoreSettings:
-    """The flags of TensorFlow Serving that have to do with models."""
-
-    manager: ManagerSettings = field(default_factory=ManagerSettings)
-    #: Seconds between two looks at the file system; 0 looks once for each configuration.
-    file_system_poll_wait_seconds: float = 1.0
-    #: Let a label that is not in use yet point at a version that is not available.
-    allow_version_labels_for_unavailable_models: bool = False
-
-
 class ServerCore:
     """Keeps the models of one configuration loaded and lends them to requests."""
 
-    def __init__(
-        self, loader: Callable[[str, int, Path], Model], settings: CoreSettings | None = None
-    ) -> None:
-        self.settings = settings or CoreSettings()
-        self.manager: Manager[Model] = Manager(loader, self.settings.manager)
+    def __init__(self, loader: Callable[[str, int, Path], Model], flags: ServerFlags = DEFAULTS) -> None:
+        self._flags = flags
+        self.manager: Manager[Model] = Manager(loader, flags)
         self._config = model_server_config_pb2.ModelServerConfig()
         self._labels: _Labels = {}
         self._reloading = threading.Lock()
@@ -106,7 +93,7 @@ class ServerCore:
             available = self.manager.available(model.name)
             for label, version in model.version_labels.items():
                 excused = (
-                    self.settings.allow_version_labels_for_unavailable_models
+                    self._flags.allow_version_labels_for_unavailable_models
                     and in_use.get(label, version) == version
                 )
                 if version not in available and not excused:
@@ -132,12 +119,12 @@ class ServerCore:
                 self.manager.set_aspired(config.name, versions)
 
     def _start_polling(self) -> None:
-        if self._poller is None and self.settings.file_system_poll_wait_seconds > 0:
+        if self._poller is None and self._flags.file_system_poll_wait_seconds > 0:
             self._poller = threading.Thread(target=self._poll_forever, name="poll", daemon=True)
             self._poller.start()
 
     def _poll_forever(self) -> None:
-        while not self._stop.wait(self.settings.file_system_poll_wait_seconds):
+        while not self._stop.wait(self._flags.file_system_poll_wait_seconds):
             try:
                 self.poll()
             except Exception:

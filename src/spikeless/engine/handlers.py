@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: The only metadata field that there is.
 SIGNATURES = "signature_def"
+#: Bytes that one request may have at most, packed or not.
+MAX_REQUEST_BYTES = 256 << 20
 
 
 class Call:

@@ -10,15 +10,15 @@ import dataclasses
 import functools
 import logging
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from spikeless import mapping, warmup
 from spikeless.disk import pages
+from spikeless.engine.flags import DEFAULTS, ServerFlags
 from spikeless.errors import SpikelessError
 from spikeless.formats import session_overrides
-from spikeless.formats.protos import config_pb2
+from spikeless.formats.protos import config_pb2, read_text_proto
 from spikeless.runtime import CALLING_THREAD, Session
 from spikeless.runtime.model import Model
 
@@ -34,25 +34,25 @@ class Observer(Protocol):
     def ran(self, name: str, api: str, seconds: float) -> None: ...
 
 
-@dataclass(frozen=True)
 class ModelLoader:
-    """How every version is loaded; the fields are TensorFlow Serving's flags of the same meaning."""
+    """Loads every version as the flags say; an observer is told of every load and run.
 
-    #: The meta graph to load is the one with these tags.
-    saved_model_tags: tuple[str, ...] = ("serve",)
-    #: Threads for independent operations of one session; 0 lets TensorFlow choose, -1 is the caller's thread,
-    #: which saves small models the waking of another one, but which deadlines do not interrupt.
-    inter_op_parallelism: int = 0
-    #: Threads inside one operation, shared by all sessions; 0 lets TensorFlow choose.
-    intra_op_parallelism: int = 0
-    enable_model_warmup: bool = True
-    num_request_iterations_for_warmup: int = 1
-    enable_serialization_as_tensor_content: bool = False
-    enable_signature_method_name_check: bool = False
-    #: Told of every load and run.
-    observer: Observer | None = None
-    #: Further settings of every session, as in a platform configuration file.
-    session_config: config_pb2.ConfigProto = field(default_factory=config_pb2.ConfigProto)
+    Raises:
+        SpikelessError: ``--tensorflow_session_config_file`` cannot be read.
+    """
+
+    def __init__(self, flags: ServerFlags = DEFAULTS, observer: Observer | None = None) -> None:
+        self._flags = flags
+        self._observer = observer
+        self._tags = tuple(filter(None, flags.saved_model_tags.split(",")))
+        self._session_config = config_pb2.ConfigProto()
+        if flags.tensorflow_session_config_file:
+            read_text_proto(flags.tensorflow_session_config_file, self._session_config)
+        both = flags.tensorflow_session_parallelism
+        if threads := flags.tensorflow_inter_op_parallelism or both:
+            self._session_config.inter_op_parallelism_threads = threads
+        if threads := flags.tensorflow_intra_op_parallelism or both:
+            self._session_config.intra_op_parallelism_threads = threads
 
     def __call__(self, name: str, version: int, path: Path) -> Model:
         """Load and warm up one version.
@@ -60,15 +60,11 @@ class ModelLoader:
         Raises:
             SpikelessError: it could not be loaded, or a warmup record failed.
         """
-        config = session_overrides.session_config(path, self.session_config)
-        if self.inter_op_parallelism:
-            config.inter_op_parallelism_threads = self.inter_op_parallelism
-        if self.intra_op_parallelism:
-            config.intra_op_parallelism_threads = self.intra_op_parallelism
-        observer = self.observer
+        config = session_overrides.session_config(path, self._session_config)
+        observer = self._observer
         started = time.monotonic()
         try:
-            session = Session.load(path, self.saved_model_tags, config)
+            session = Session.load(path, self._tags, config)
         except SpikelessError:
             if observer is not None:
                 observer.load_failed(path)
@@ -76,8 +72,8 @@ class ModelLoader:
         model = Model(
             session,
             version,
-            tensor_content=self.enable_serialization_as_tensor_content,
-            check_method_names=self.enable_signature_method_name_check,
+            tensor_content=self._flags.enable_serialization_as_tensor_content,
+            check_method_names=self._flags.enable_signature_method_name_check,
             on_run=None if observer is None else functools.partial(observer.ran, name),
         )
         loaded = time.monotonic()
@@ -91,7 +87,7 @@ class ModelLoader:
             model.close()
             raise
         warmed = time.monotonic()
-        if self.enable_model_warmup:
+        if self._flags.enable_model_warmup:
             elapsed = 1000 * (warmed - loaded)
             _log.info("warmed %s version %d with %d records in %.0f ms", name, version, records, elapsed)
         if observer is not None:
@@ -99,11 +95,11 @@ class ModelLoader:
         return model
 
     def _warm(self, model: Model, path: Path) -> int:
-        if not self.enable_model_warmup:
+        if not self._flags.enable_model_warmup:
             return 0
         # On this thread, as the load: it may have yielded, and the others are the requests'.
         here = dataclasses.replace(model, inter_op_thread_pool=CALLING_THREAD)
-        iterations = self.num_request_iterations_for_warmup
+        iterations = self._flags.num_request_iterations_for_warmup
         return warmup.replay(here, warmup.warmup_file(path), request_iterations=iterations)
 
 

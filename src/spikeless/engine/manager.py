@@ -20,10 +20,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from spikeless.engine.flags import DEFAULTS, ServerFlags
 from spikeless.errors import Internal, NotFound, SpikelessError, Unavailable
 from spikeless.formats.states import State, VersionStatus
 
@@ -31,23 +31,6 @@ _log = logging.getLogger(__name__)
 
 #: States of versions that have ended are kept for status queries, this many for each model.
 MAX_ENDED = 1000
-
-
-@dataclass(frozen=True)
-class ManagerSettings:
-    """The flags of TensorFlow Serving that have to do with loading."""
-
-    #: Threads that load; with 0 the deciding thread loads, and nothing else happens meanwhile.
-    num_load_threads: int = 0
-    #: Threads that unload; with 0 the deciding thread does.
-    num_unload_threads: int = 0
-    #: How often a failed load is tried again.
-    max_num_load_retries: int = 5
-    #: Seconds between two tries.
-    load_retry_interval: float = 60.0
-    #: Once something is served, those threads run only while nothing else in the server wants the processor.
-    #: Not one of TensorFlow Serving's flags; see ``_give_way`` for what it costs.
-    load_threads_yield: bool = False
 
 
 class Closable(Protocol):
@@ -119,17 +102,17 @@ class _Version(Generic[T]):
 class Manager(Generic[T]):
     """Loads and unloads versions in the background and lends them to requests."""
 
-    def __init__(self, loader: Loader[T], settings: ManagerSettings | None = None) -> None:
+    def __init__(self, loader: Loader[T], flags: ServerFlags = DEFAULTS) -> None:
         self._loader = loader
-        self._settings = settings or ManagerSettings()
+        self._flags = flags
         self._versions: dict[str, dict[int, _Version[T]]] = defaultdict(dict)
         # What requests see: replaced as a whole, never changed, so that a look-up needs no lock.
         self._available: Mapping[str, Mapping[int, _Loaded[T]]] = {}
         self._changed = threading.Condition()
         self._stopping = False
         self._listeners: list[Callable[[str, VersionStatus], None]] = []
-        self._load_pool = _pool(self._settings.num_load_threads, "load")
-        self._unload_pool = _pool(self._settings.num_unload_threads, "unload")
+        self._load_pool = _pool(flags.num_load_threads, "load")
+        self._unload_pool = _pool(flags.num_unload_threads, "unload")
         self._thread = threading.Thread(target=self._decide_forever, name="manager", daemon=True)
         self._thread.start()
 
@@ -290,7 +273,7 @@ class Manager(Generic[T]):
         return loads, unloads
 
     def _load(self, entry: _Version[T]) -> None:
-        if self._settings.load_threads_yield and self._load_pool and any(self._available.values()):
+        if self._flags.load_threads_yield and self._load_pool and any(self._available.values()):
             _give_way()
         try:
             model = self._loader(entry.name, entry.version, entry.path)
@@ -311,17 +294,17 @@ class Manager(Generic[T]):
         with self._changed:
             entry.attempts += 1
             entry.error = error
-            if self._stopping or entry.attempts > self._settings.max_num_load_retries:
+            if self._stopping or entry.attempts > self._flags.max_num_load_retries:
                 self._enter(entry, State.END, error)
                 return
             _log.error(
                 "loading %s failed (attempt %d of %d): %s",
                 entry,
                 entry.attempts,
-                self._settings.max_num_load_retries + 1,
+                self._flags.max_num_load_retries + 1,
                 error,
             )
-            entry.retry_at = time.monotonic() + self._settings.load_retry_interval
+            entry.retry_at = time.monotonic() + self._flags.load_retry_interval_micros / 1e6
             self._changed.notify_all()
 
     def _withdraw(self, entry: _Version[T]) -> None:
@@ -331,7 +314,7 @@ class Manager(Generic[T]):
         self._available = {**self._available, entry.name: rest}
 
     def _unload(self, entry: _Version[T]) -> None:
-        if self._settings.load_threads_yield and self._unload_pool:
+        if self._flags.load_threads_yield and self._unload_pool:
             _give_way()
         loaded = entry.loaded
         assert loaded is not None

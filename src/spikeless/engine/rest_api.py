@@ -26,7 +26,8 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import create_server
 from waitress.task import ErrorTask, WSGITask
 
-from spikeless.engine.handlers import SIGNATURES, Call, Calls
+from spikeless.engine.flags import ServerFlags
+from spikeless.engine.handlers import MAX_REQUEST_BYTES, SIGNATURES, Call, Calls
 from spikeless.errors import Cancelled, Code, InvalidArgument, ResourceExhausted, SpikelessError, Unavailable
 from spikeless.formats import rest_json
 from spikeless.formats.protos import (
@@ -78,22 +79,15 @@ _CORS = [
 
 _Environ = dict[str, Any]
 _StartResponse = Callable[[str, list[tuple[str, str]]], Any]
+_Application = Callable[[_Environ, _StartResponse], Iterable[bytes]]
 
 
 @dataclass(frozen=True)
-class RestSettings:
-    """What the REST server needs to know; the first are TensorFlow Serving's ``--rest_api_...`` flags."""
+class RestLimits:
+    """What clients may take up."""
 
-    #: 0 picks a free port.
-    port: int
-    host: str
-    #: Workers, which is to say requests that are answered at once; more wait in line.
-    num_threads: int
-    #: A call that runs longer ends with 504.
-    timeout_in_ms: int = 30_000
-    enable_cors_support: bool = False
-    #: Bytes that the body of a request may have at most, packed or not.
-    max_request_bytes: int = 256 << 20
+    #: Bytes that the body of a request may have at most.
+    max_request_bytes: int = MAX_REQUEST_BYTES
     #: Connections that may be open at once; more wait to be accepted.
     max_connections: int = 1024
     #: Seconds after which a connection on which nothing happens is closed.
@@ -102,17 +96,21 @@ class RestSettings:
     receive_timeout: float = 60.0
 
 
+_LIMITS = RestLimits()
+
+
 class RestApi:
     """The WSGI application."""
 
     def __init__(
-        self, calls: Calls, settings: RestSettings, metrics: Metrics | None = None, metrics_path: str = ""
+        self, calls: Calls, flags: ServerFlags, metrics: Metrics | None = None, metrics_path: str = ""
     ) -> None:
         self._calls = calls
-        self._settings = settings
+        self._has_cors = flags.rest_api_enable_cors_support
         self._metrics = metrics
         self._metrics_path = metrics_path
-        self._timeout = settings.timeout_in_ms / 1000 if settings.timeout_in_ms > 0 else None
+        timeout = flags.rest_api_timeout_in_ms
+        self._timeout = timeout / 1000 if timeout > 0 else None
 
     def __call__(self, environ: _Environ, start_response: _StartResponse) -> Iterable[bytes]:
         parts = urlsplit(environ["REQUEST_URI"])
@@ -121,7 +119,7 @@ class RestApi:
             return [self._metrics.page()]
         # As for TensorFlow Serving, a query is part of the path, where it fits nothing.
         path = urlunsplit(("", "", *parts[2:])) if parts.query or parts.fragment else parts.path
-        headers = [_JSON, *(_CORS if self._settings.enable_cors_support else ())]
+        headers = [_JSON, *(_CORS if self._has_cors else ())]
         if not path.lower().startswith("/v1/"):
             start_response("404 Not Found", headers)
             return [rest_json.error_body(f"Not found: {path}: paths begin with /v1/models/")]
@@ -148,7 +146,7 @@ class RestApi:
                 raise InvalidArgument("Missing model name in request.")
             spec = _model_spec(match)
             return self._metadata(spec) if match[4] else self._status(spec)
-        if method == "OPTIONS" and self._settings.enable_cors_support:
+        if method == "OPTIONS" and self._has_cors:
             return b""
         raise InvalidArgument(f"Malformed request: {method} {path}")
 
@@ -190,14 +188,13 @@ class RestApi:
             return body
         if encoding not in ("gzip", "x-gzip"):
             raise InvalidArgument(f"Content-Encoding {encoding} is not supported, only gzip is")
-        limit = self._settings.max_request_bytes
         unpacker = zlib.decompressobj(wbits=31)
         try:
-            unpacked = unpacker.decompress(body, limit)
+            unpacked = unpacker.decompress(body, MAX_REQUEST_BYTES)
         except zlib.error as error:
             raise InvalidArgument(f"the body cannot be unpacked: {error}") from None
         if unpacker.unconsumed_tail:
-            raise ResourceExhausted(f"the body unpacks to more than {limit} bytes")
+            raise ResourceExhausted(f"the body unpacks to more than {MAX_REQUEST_BYTES} bytes")
         return unpacked
 
     def _status(self, spec: model_pb2.ModelSpec) -> bytes:
@@ -327,9 +324,10 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 class RestServer:
     """Runs the application: start (returns the bound port), stop with a grace."""
 
-    def __init__(self, application: RestApi, settings: RestSettings) -> None:
-        self._settings = settings
+    def __init__(self, application: _Application, flags: ServerFlags, limits: RestLimits = _LIMITS) -> None:
         self._application = application
+        self._flags = flags
+        self._limits = limits
         self._connections: dict[int, Any] = {}
         self._server: Any = None
         self._thread = threading.Thread(target=self._run, name="rest", daemon=True)
@@ -340,16 +338,16 @@ class RestServer:
         Raises:
             Unavailable: the port is taken.
         """
-        settings = self._settings
+        flags, limits = self._flags, self._limits
         # Full queues are a matter of load, which the metrics show; and clients may go away.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         try:
             server = create_server(
                 self._application,
                 map=self._connections,
-                host=settings.host,
-                port=settings.port,
-                threads=settings.num_threads,
+                host=flags.host,
+                port=flags.rest_api_port,
+                threads=flags.rest_api_num_threads,
                 ident=None,
                 clear_untrusted_proxy_headers=False,
                 log_socket_errors=False,
@@ -357,19 +355,19 @@ class RestServer:
                 recv_bytes=1 << 16,
                 # One more than is being answered: that is how a client that goes away is noticed.
                 channel_request_lookahead=1,
-                max_request_body_size=settings.max_request_bytes,
-                connection_limit=settings.max_connections,
-                channel_timeout=settings.idle_timeout,
-                cleanup_interval=min(30, settings.idle_timeout),
+                max_request_body_size=limits.max_request_bytes,
+                connection_limit=limits.max_connections,
+                channel_timeout=limits.idle_timeout,
+                cleanup_interval=min(30, limits.idle_timeout),
                 # An answer is kept, in a file where it is long, so that no worker waits for a slow reader.
                 outbuf_high_watermark=1 << 62,
             )
         except OSError as error:
-            address = f"{settings.host}:{settings.port}"
+            address = f"{flags.host}:{flags.rest_api_port}"
             raise Unavailable(f"cannot listen on {address}: {error.strerror}") from None
         server.channel_class = _Channel
         server.draining = False
-        server.receive_timeout = settings.receive_timeout
+        server.receive_timeout = limits.receive_timeout
         self._server = server
         self._thread.start()
         return int(server.effective_port)

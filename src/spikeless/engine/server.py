@@ -1,6 +1,6 @@
 """The embedded engine: a TensorFlow-Serving-compatible server over TensorFlow's own C runtime.
 
-In: settings, named as TensorFlow Serving's flags. Out: listening ports. The life of a server is three calls:
+In: the values of flags. Out: listening ports. The life of a server is three calls:
 ``start`` (returns the bound ports), ``wait``, ``stop`` with a grace.
 """
 
@@ -11,16 +11,16 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from spikeless import runtime
-from spikeless.engine.core import CoreSettings, ServerCore
+from spikeless.engine.core import ServerCore
+from spikeless.engine.flags import ServerFlags, channel_arguments
 from spikeless.engine.grpc_api import ModelServicer, PredictionServicer
-from spikeless.engine.handlers import Calls
+from spikeless.engine.handlers import MAX_REQUEST_BYTES, Calls
 from spikeless.engine.loader import ModelLoader
 from spikeless.errors import InvalidArgument, Unavailable
 from spikeless.formats.protos import (
@@ -37,39 +37,6 @@ if TYPE_CHECKING:  # imported where they are used: a server without them saves t
 
 _log = logging.getLogger(__name__)
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What a server needs to know; fields without a note are TensorFlow Serving's flags of that name."""
-
-    #: The gRPC port; 0 picks a free one.
-    port: int = 8500
-    #: A UNIX socket that the gRPC API listens on as well.
-    grpc_socket_path: str = ""
-    #: The address to listen on. TensorFlow Serving listens on all; this one has to be told to.
-    host: str = "127.0.0.1"
-    model_name: str = "default"
-    model_base_path: str = ""
-    #: A ``ModelServerConfig`` in protocol buffer text format; then name and base path above are ignored.
-    model_config_file: str = ""
-    #: Seconds between two looks at that file; 0 reads it once.
-    model_config_file_poll_wait_seconds: float = 0.0
-    #: Calls that may be in progress at once; more are refused with RESOURCE_EXHAUSTED.
-    grpc_max_threads: int = 4 * (os.cpu_count() or 1)
-    #: Further channel arguments of the gRPC server, such as ``grpc.max_receive_message_length``.
-    grpc_channel_arguments: tuple[tuple[str, int | str], ...] = ()
-    #: Bytes that one request may have at most.
-    max_request_bytes: int = 256 << 20
-    #: The port of the REST API; None keeps it closed, 0 picks a free one.
-    rest_api_port: int | None = None
-    rest_api_num_threads: int = 4 * (os.cpu_count() or 1)
-    rest_api_timeout_in_ms: int = 30_000
-    rest_api_enable_cors_support: bool = False
-    #: A ``MonitoringConfig`` in text format: where below the REST port Prometheus finds the metrics.
-    monitoring_config_file: str = ""
-    core: CoreSettings = field(default_factory=CoreSettings)
-    loader: ModelLoader = field(default_factory=ModelLoader)
 
 
 def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
@@ -95,25 +62,23 @@ def _bind(server: grpc.Server, address: str) -> int:
 class Server:
     """One server process's worth of state."""
 
-    def __init__(self, settings: ServerSettings) -> None:
-        if not settings.model_config_file and not settings.model_base_path:
+    def __init__(self, flags: ServerFlags) -> None:
+        if not flags.model_config_file and not flags.model_base_path:
             raise InvalidArgument(
                 "--model_base_path is needed, or --model_config_file: what should be served?"
             )
-        self.settings = settings
+        self._flags = flags
         #: The port of the REST API once the server has started; None without one.
         self.rest_port: int | None = None
         self._metrics: Metrics | None = None
         self._metrics_path = ""
-        loader = settings.loader
-        if settings.monitoring_config_file:
+        if flags.monitoring_config_file:
             from spikeless.engine.metrics import Metrics, read_monitoring_path
 
-            self._metrics_path = read_monitoring_path(settings.monitoring_config_file)
+            self._metrics_path = read_monitoring_path(flags.monitoring_config_file)
             if self._metrics_path:
                 self._metrics = Metrics()
-                loader = replace(loader, observer=self._metrics)
-        self.core = ServerCore(loader, settings.core)
+        self.core = ServerCore(ModelLoader(flags, self._metrics), flags)
         if self._metrics is not None:
             self.core.manager.add_listener(self._metrics.version_changed)
         self._rest: RestServer | None = None
@@ -141,19 +106,19 @@ class Server:
             raise
 
     def _read_config(self) -> model_server_config_pb2.ModelServerConfig:
-        if self.settings.model_config_file:
-            return read_model_config(self.settings.model_config_file)
-        return _single_model_config(self.settings.model_name, self.settings.model_base_path)
+        if self._flags.model_config_file:
+            return read_model_config(self._flags.model_config_file)
+        return _single_model_config(self._flags.model_name, self._flags.model_base_path)
 
     def _listen(self) -> int:
-        if self.settings.rest_api_port is not None:  # first: who finds the gRPC port open finds both
-            self.rest_port = self._listen_rest(self.settings.rest_api_port)
-        threads = self.settings.grpc_max_threads
+        if self._flags.rest_api_port:  # first: who finds the gRPC port open finds both
+            self.rest_port = self._listen_rest()
+        threads = self._flags.grpc_max_threads
         options: dict[str, int | str] = {
             "grpc.so_reuseport": 0,
-            "grpc.max_receive_message_length": self.settings.max_request_bytes,
+            "grpc.max_receive_message_length": MAX_REQUEST_BYTES,
             "grpc.max_send_message_length": -1,
-            **dict(self.settings.grpc_channel_arguments),
+            **dict(channel_arguments(self._flags.grpc_channel_arguments)),
         }
         server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
@@ -164,32 +129,24 @@ class Server:
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionServicer(calls), server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core, calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        port = _bind(server, f"{self.settings.host}:{self.settings.port}")
-        if self.settings.grpc_socket_path:
-            _bind(server, f"unix:{self.settings.grpc_socket_path}")
+        port = _bind(server, f"{self._flags.host}:{self._flags.port}")
+        if self._flags.grpc_socket_path:
+            _bind(server, f"unix:{self._flags.grpc_socket_path}")
         self._update_health()
         server.start()
         self._grpc = server
-        if self.settings.model_config_file and self.settings.model_config_file_poll_wait_seconds > 0:
+        if self._flags.model_config_file and self._flags.model_config_file_poll_wait_seconds > 0:
             threading.Thread(target=self._watch_config_file, name="config", daemon=True).start()
-        _log.info("Running gRPC ModelServer at %s:%d ...", self.settings.host, port)
+        _log.info("Running gRPC ModelServer at %s:%d ...", self._flags.host, port)
         return port
 
-    def _listen_rest(self, port: int) -> int:
-        from spikeless.engine.rest_api import RestApi, RestServer, RestSettings
+    def _listen_rest(self) -> int:
+        from spikeless.engine.rest_api import RestApi, RestServer
 
-        settings = RestSettings(
-            port=port,
-            host=self.settings.host,
-            num_threads=self.settings.rest_api_num_threads,
-            timeout_in_ms=self.settings.rest_api_timeout_in_ms,
-            enable_cors_support=self.settings.rest_api_enable_cors_support,
-            max_request_bytes=self.settings.max_request_bytes,
-        )
         calls = Calls(self.core, "REST", self._metrics)
-        self._rest = RestServer(RestApi(calls, settings, self._metrics, self._metrics_path), settings)
+        self._rest = RestServer(RestApi(calls, self._flags, self._metrics, self._metrics_path), self._flags)
         port = self._rest.start()
-        _log.info("Exporting HTTP/REST API at:%s:%d ...", settings.host, port)
+        _log.info("Exporting HTTP/REST API at:%s:%d ...", self._flags.host, port)
         return port
 
     def _version_changed(self, name: str, status: VersionStatus) -> None:
@@ -206,10 +163,10 @@ class Server:
             self._health.set(service, status)
 
     def _watch_config_file(self) -> None:
-        path = self.settings.model_config_file
+        path = self._flags.model_config_file
         complaint = ""
         refused: model_server_config_pb2.ModelServerConfig | None = None
-        while not self._stopping.wait(self.settings.model_config_file_poll_wait_seconds):
+        while not self._stopping.wait(self._flags.model_config_file_poll_wait_seconds):
             config = None
             try:
                 config = read_model_config(path)
