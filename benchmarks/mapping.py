@@ -366,7 +366,7 @@ def _turns(
                 grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1)])
                 for _ in range(CONNECTIONS)
             ]
-            path = requests[0].path
+            path = requests[0].kind.path
             calls[subject.kind] = [stack.enter_context(channel).unary_unary(path) for channel in channels]
         messages = [request.message for request in requests]
         values: dict[str, list[float]] = {kind: [] for kind in calls}

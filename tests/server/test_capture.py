@@ -69,7 +69,7 @@ def test_records_become_warmup_and_golden_requests(target, scales, tmp_path):
     assert f"relayed 6 calls; recorded 3 in {out}, 2 more were alike, 0 did not fit" in errors
 
     records = list(read(out))
-    assert [record.kind for record in records] == ["Predict"] * 3
+    assert [record.kind.name for record in records] == ["Predict"] * 3
     assert [record.request.inputs["x"].tensor_shape.dim[0].size for record in records] == [1, 2, 4]
     response = records[1].log.predict_log.response
     np.testing.assert_array_equal(to_numpy(response.outputs["y"]), np.full((2, 2), 4, np.float32))

@@ -310,14 +310,14 @@ def test_result_paths_are_file_names() -> None:
 
 def test_requests_are_addressed_to_the_model_and_follow_its_versions(tmp_path: Path) -> None:
     requests = read_requests(write_requests(tmp_path / "w", 1, 8), "boston")
-    assert [request.method for request in requests] == ["Predict", "Predict"]
+    assert [request.kind.name for request in requests] == ["Predict", "Predict"]
     message = predict_pb2.PredictRequest.FromString(requests[1].message)
     assert message.model_spec.name == "boston"
     assert message.model_spec.WhichOneof("version_choice") is None
     assert [dim.size for dim in message.inputs["x"].tensor_shape.dim] == [8, 4]
     answer = predict_pb2.PredictResponse()
     answer.model_spec.version.value = 12
-    assert requests[0].served_version(answer.SerializeToString()) == 12
+    assert requests[0].kind.served_version(answer.SerializeToString()) == 12
 
 
 def test_every_kind_of_request_is_replayed(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_every_kind_of_request_is_replayed(tmp_path: Path) -> None:
         getattr(log, kind).request.SetInParent()
         records.append(log.SerializeToString())
     tfrecord.write(tmp_path / "w", records)
-    methods = [request.method for request in read_requests(tmp_path / "w", "boston")]
+    methods = [request.kind.name for request in read_requests(tmp_path / "w", "boston")]
     assert methods == ["Classify", "Regress", "MultiInference"]
 
 

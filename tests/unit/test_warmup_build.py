@@ -68,9 +68,9 @@ def tensors(record):
 
 def kinds(records):
     return [
-        (record.kind, *(task.model_spec.signature_name for task in record.request.tasks))
-        if record.kind == "MultiInference"
-        else (record.kind, record.request.model_spec.signature_name)
+        (record.kind.name, *(task.model_spec.signature_name for task in record.request.tasks))
+        if record.kind.name == "MultiInference"
+        else (record.kind.name, record.request.model_spec.signature_name)
         for record in records
     ]
 
@@ -113,7 +113,7 @@ def test_json_document(signatures, tmp_path):
     path = tmp_path / "pretty.json"
     path.write_text(json.dumps({"instances": [X, X]}, indent=2))
     (record,) = built(signatures, settings(path))
-    assert record.kind == "Predict"
+    assert record.kind.name == "Predict"
     assert record.request.model_spec.name == "default"
     assert record.request.model_spec.signature_name == "serving_default"
     np.testing.assert_array_equal(tensors(record)["x"], [X, X])
@@ -223,7 +223,7 @@ def test_examples_go_to_every_signature_that_takes_them(examples, tmp_path, zipp
 def test_json_examples_with_context(examples, tmp_path):
     document = {"signature_name": "regress", "context": {"bias": 2.0}, "examples": [{"x": X}]}
     (record,) = built(examples, settings(write_json(tmp_path, document)))
-    assert record.kind == "Regress"
+    assert record.kind.name == "Regress"
     assert record.request.input.example_list_with_context.context == example(bias=[2.0])
 
 
@@ -232,7 +232,7 @@ def test_examples_for_a_predict_signature_go_serialized(signatures, tmp_path):
     message = example(x=X, tag=[b"t"], ids=[1, 2])
     tfrecord.write(path, [message.SerializeToString()])
     (record,) = built(signatures, settings(SampleFile(path, "parsed")))
-    assert record.kind == "Predict"
+    assert record.kind.name == "Predict"
     assert example_pb2.Example.FromString(tensors(record)["examples"][0]) == message
 
 
@@ -308,7 +308,7 @@ def test_named_signatures_that_no_sample_is_for_are_made_up(signatures, tmp_path
 
 def test_a_kind_that_the_method_name_does_not_tell(signatures):
     chosen = settings(signatures=("classes",), kinds={"classes": "Classify"})
-    assert [request.kind for request in make_requests(signatures, chosen)] == ["Classify"]
+    assert [request.kind.name for request in make_requests(signatures, chosen)] == ["Classify"]
 
 
 # Batches

@@ -7,37 +7,23 @@ messages. TensorFlow is not imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from spikeless.errors import InvalidArgument
 from spikeless.formats import tfrecord
-from spikeless.formats.protos import (
-    classification_pb2,
-    inference_pb2,
-    predict_pb2,
-    prediction_log_pb2,
-    regression_pb2,
-)
-
-_SERVICE = "/tensorflow.serving.PredictionService/"
+from spikeless.formats.kinds import BY_LOG_FIELD, Kind
+from spikeless.formats.protos import prediction_log_pb2
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: the gRPC method's path, the serialised message, and how to read an answer's version."""
+    """One request."""
 
-    path: str
+    kind: Kind
+    #: Serialized.
     message: bytes
-    served_version: Callable[[bytes], int]
-
-    @property
-    def method(self) -> str:
-        """The method's name, for example ``Predict``."""
-        return self.path.rpartition("/")[2]
 
 
 def read_requests(path: str | os.PathLike[str], model_name: str) -> list[Request]:
@@ -63,35 +49,14 @@ def _request(record: bytes, model_name: str, where: str) -> Request:
         log = prediction_log_pb2.PredictionLog.FromString(record)
     except DecodeError:
         raise InvalidArgument(f"{where} is no PredictionLog") from None
-    kind = log.WhichOneof("log_type")
-    if kind not in _KINDS:
+    field = log.WhichOneof("log_type")
+    if field not in BY_LOG_FIELD:
         raise InvalidArgument(
-            f"{where} is of kind {kind or 'none'}: only {', '.join(_KINDS)} can be replayed"
+            f"{where} is of kind {field or 'none'}: only {', '.join(BY_LOG_FIELD)} can be replayed"
         )
-    method, served_version = _KINDS[kind]
-    request = getattr(log, kind).request
-    specs = (
-        [task.model_spec for task in request.tasks] if kind == "multi_inference_log" else [request.model_spec]
-    )
-    for spec in specs:
+    kind = BY_LOG_FIELD[field]
+    request = getattr(log, field).request
+    for spec in kind.request_specs(request):
         spec.name = model_name
         spec.ClearField("version_choice")
-    return Request(_SERVICE + method, request.SerializeToString(), served_version)
-
-
-def _first_result_version(message: bytes) -> int:
-    results = inference_pb2.MultiInferenceResponse.FromString(message).results
-    return int(results[0].model_spec.version.value) if results else 0
-
-
-def _version_reader(response: Any) -> Callable[[bytes], int]:
-    return lambda message: int(response.FromString(message).model_spec.version.value)
-
-
-#: Field of PredictionLog -> method of PredictionService, and the reader of the version in its answers.
-_KINDS: dict[str, tuple[str, Callable[[bytes], int]]] = {
-    "predict_log": ("Predict", _version_reader(predict_pb2.PredictResponse)),
-    "classify_log": ("Classify", _version_reader(classification_pb2.ClassificationResponse)),
-    "regress_log": ("Regress", _version_reader(regression_pb2.RegressionResponse)),
-    "multi_inference_log": ("MultiInference", _first_result_version),
-}
+    return Request(kind, request.SerializeToString())

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from spikeless import warmup
+from spikeless.formats.kinds import KINDS
 from spikeless.warmup import BuildSettings, SampleFile
-from spikeless.warmup.records import CLASSIFY, PREDICT, REGRESS
 
-_KINDS = {kind.lower(): kind for kind in (PREDICT, CLASSIFY, REGRESS)}
+_KINDS = {kind.name.lower(): kind.name for kind in KINDS if kind.signature_method}
 
 _Dims = dict[str | None, tuple[int, ...]]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikeless.engine.core import ServerCore
 from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.formats.kinds import examples
 from spikeless.formats.protos import get_model_metadata_pb2, get_model_status_pb2, input_pb2, model_pb2
 from spikeless.runtime.model import Model
 
@@ -44,8 +45,7 @@ class Call:
 
     def note_examples(self, given: input_pb2.Input) -> None:
         """Remember for the metrics how many examples the call brings."""
-        kind = given.WhichOneof("kind")
-        self.examples = len(getattr(given, kind).examples) if kind else 0
+        self.examples = len(examples(given))
 
     def model(self) -> Model:
         """The model that the call asks for, lent until its end, once; raises as ``ServerCore.use`` does."""

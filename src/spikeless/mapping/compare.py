@@ -22,8 +22,8 @@ from spikeless.formats.tensors import numpy_dtype
 from spikeless.runtime import Session
 from spikeless.runtime.model import Model
 from spikeless.warmup import synthetic, warmup_file
-from spikeless.warmup.records import LOG_FIELDS, Record, read
-from spikeless.warmup.replay import run
+from spikeless.warmup.records import Record, read
+from spikeless.warmup.replay import answer
 from spikeless.warmup.requests import Servable, predict
 
 #: Of unknown dimensions in generated requests.
@@ -78,7 +78,7 @@ def _requests(
 ) -> Iterator[Record]:
     file = records or warmup_file(original)
     if records or file.is_file():
-        return (record for record in read(file) if record.kind in LOG_FIELDS)
+        return (record for record in read(file) if record.kind)
     return _generated(savedmodel.read(original).meta_graph(tags))
 
 
@@ -92,7 +92,7 @@ def _answers(
 
 def _answer(model: Model, request: Record) -> _Answer:
     try:
-        response = run(model, request)
+        response = answer(model, request)
     except SpikelessError as error:
         return int(error.code)
     return hashlib.sha256(response.SerializeToString(deterministic=True)).digest()

@@ -14,7 +14,7 @@ from pathlib import Path
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from spikeless.formats import savedmodel
 from spikeless.formats.protos import meta_graph_pb2
-from spikeless.warmup.records import LOG_FIELDS, MAX_RECORDS, read, warmup_file
+from spikeless.warmup.records import MAX_RECORDS, read, warmup_file
 from spikeless.warmup.requests import Request, Servable
 from spikeless.warmup.validation import validate
 
@@ -75,11 +75,11 @@ def check_warmup(path: Path) -> None:
             raise InvalidArgument(
                 f"{source}: a server refuses a warmup file of more than {MAX_RECORDS} records"
             )
-        if record.kind is None:
+        if record.log_field is None:
             continue  # holds no request: a server skips it
-        if record.kind not in LOG_FIELDS:
+        if record.kind is None:
             raise Unimplemented(
-                f"{source}: servers do not replay {record.kind}; build the file again without it"
+                f"{source}: servers do not replay {record.log_field}; build the file again without it"
             )
         request = Request(source, record.log)
         for spec in request.model_specs:

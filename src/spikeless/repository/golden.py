@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,14 @@ import numpy as np
 from spikeless.disk import atomic
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats import tfrecord
-from spikeless.formats.protos import classification_pb2, inference_pb2, predict_pb2, regression_pb2
+from spikeless.formats.kinds import outputs
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
-from spikeless.formats.tensors import shape_text, to_numpy
-from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS, Record, read
-from spikeless.warmup.replay import Inference
+from spikeless.formats.tensors import shape_text
+from spikeless.warmup.records import Record, read
+from spikeless.warmup.replay import Inference, answer
 
 REQUESTS_FILE = "spikeless_golden_requests"
 TOLERANCE_FILE = "spikeless_golden.json"
-
-_Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,11 @@ def read_file(path: str | os.PathLike[str], tolerance: Tolerance) -> Golden:
     """
     records = tuple(read(path, gzipped=None))
     for record in records:
-        if record.kind not in LOG_FIELDS:
-            raise InvalidArgument(f"{path}: record {record.number} holds {record.kind}, which has no answer")
-        if not _log(record).HasField("response"):
+        if record.kind is None:
+            raise InvalidArgument(
+                f"{path}: record {record.number} holds {record.log_field}, which has no answer"
+            )
+        if not record.entry.HasField("response"):
             raise InvalidArgument(
                 f"{path}: record {record.number} has no response; golden requests need their right answers, "
                 "as `spikeless capture` writes them"
@@ -89,21 +88,6 @@ def write_to_version(golden: Golden, version: str | os.PathLike[str]) -> None:
     atomic.write_atomically(extra / TOLERANCE_FILE, json.dumps(asdict(golden.tolerance)).encode() + b"\n")
 
 
-def _log(record: Record) -> Any:
-    return getattr(record.log, LOG_FIELDS[record.kind or ""])
-
-
-def answer(model: Inference, record: Record) -> Any:
-    """What ``model`` answers to a record's request."""
-    ask = {
-        PREDICT: model.predict,
-        CLASSIFY: model.classify,
-        REGRESS: model.regress,
-        MULTI_INFERENCE: model.multi_inference,
-    }[record.kind or ""]
-    return ask(record.request)
-
-
 def check(model: Inference, golden: Golden) -> None:
     """Send every golden request to ``model``.
 
@@ -112,7 +96,7 @@ def check(model: Inference, golden: Golden) -> None:
         SpikelessError: a request failed.
     """
     for record in golden.records:
-        problem = difference(_log(record).response, answer(model, record), golden.tolerance)
+        problem = difference(record.entry.response, answer(model, record), golden.tolerance)
         if problem:
             raise InvalidArgument(f"golden request {record.number} of {len(golden.records)}: {problem}")
 
@@ -154,35 +138,6 @@ def _array_difference(expected: Any, actual: Any, tolerance: Tolerance) -> str |
 
 def _text(value: Any) -> str:
     return f"{value:.7g}" if isinstance(value, (np.floating, np.complexfloating)) else repr(value)
-
-
-def outputs(response: Any) -> _Arrays:
-    """The values of any response, by the name of the output."""
-    if isinstance(response, predict_pb2.PredictResponse):
-        return {alias: to_numpy(tensor) for alias, tensor in response.outputs.items()}
-    if isinstance(response, classification_pb2.ClassificationResponse):
-        return _classes(response.result)
-    if isinstance(response, regression_pb2.RegressionResponse):
-        return _values(response.result)
-    assert isinstance(response, inference_pb2.MultiInferenceResponse)
-    found: _Arrays = {}
-    for result in response.results:
-        one = _classes if result.HasField("classification_result") else _values
-        arrays: Mapping[str, Any] = one(getattr(result, result.WhichOneof("result")))
-        found |= {f"{result.model_spec.signature_name}.{key}": array for key, array in arrays.items()}
-    return found
-
-
-def _classes(result: classification_pb2.ClassificationResult) -> _Arrays:
-    rows = [list(row.classes) for row in result.classifications]
-    return {
-        "classes": np.array([[one.label for one in row] for row in rows], dtype=object),
-        "scores": np.array([[one.score for one in row] for row in rows], dtype=np.float32),
-    }
-
-
-def _values(result: regression_pb2.RegressionResult) -> _Arrays:
-    return {"values": np.array([one.value for one in result.regressions], dtype=np.float32)}
 
 
 def not_finite(response: Any) -> str | None:

@@ -22,8 +22,8 @@ from spikeless.errors import FailedPrecondition, SpikelessError
 from spikeless.repository import golden
 from spikeless.runtime import Session
 from spikeless.runtime.model import Model
-from spikeless.warmup.records import LOG_FIELDS, Record, read, warmup_file
-from spikeless.warmup.replay import replay
+from spikeless.warmup.records import Record, read, warmup_file
+from spikeless.warmup.replay import answer, replay
 
 #: Requests whose median is the steady latency.
 _STEADY_REQUESTS = 30
@@ -109,7 +109,7 @@ def _try(version: Path, stable: Path | None) -> Findings:
                     f"callers of {stable} send such requests (its warmup record {record.number}); keep "
                     "answering them, or say --allow-breaking",
                 ):
-                    golden.answer(model, record)
+                    answer(model, record)
                 findings.stable_requests += 1
     return findings
 
@@ -124,14 +124,14 @@ def _gate(name: str, remedy: str) -> Iterator[None]:
 
 def _requests(version: Path) -> Iterator[Record]:
     if warmup_file(version).exists():
-        yield from (record for record in read(warmup_file(version)) if record.kind in LOG_FIELDS)
+        yield from (record for record in read(warmup_file(version)) if record.kind)
 
 
 def _latencies(model: Model, record: Record) -> tuple[float, float]:
     latencies = []
     for _ in range(1 + _STEADY_REQUESTS):
         started = time.monotonic()
-        golden.answer(model, record)
+        answer(model, record)
         latencies.append(time.monotonic() - started)
     return latencies[0], statistics.median(latencies[1:])
 

@@ -18,10 +18,12 @@ from typing import Any
 
 from spikeless.client import Client, model_spec
 from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.formats.kinds import Kind
 from spikeless.formats.states import State
 from spikeless.repository import golden
 from spikeless.repository.golden import Golden
-from spikeless.warmup.records import LOG_FIELDS, Record, read, warmup_file
+from spikeless.warmup.records import Record, read, warmup_file
+from spikeless.warmup.replay import answer
 
 #: Different requests that are kept of a warmup file: a probe needs variety, not all of a thousand.
 MAX_REQUESTS = 100
@@ -47,30 +49,13 @@ class Remote:
         """The version's state."""
         return self._client.statuses(self.name, self.version)[0].state
 
-    def predict(self, request: Any) -> Any:
-        return self._call(self._client.prediction.Predict, request)
-
-    def classify(self, request: Any) -> Any:
-        return self._call(self._client.prediction.Classify, request)
-
-    def regress(self, request: Any) -> Any:
-        return self._call(self._client.prediction.Regress, request)
-
-    def multi_inference(self, request: Any) -> Any:
-        own = type(request)()
+    def answer(self, kind: Kind, request: Any) -> Any:
+        """What the version answers to a request, whichever model and version that names."""
+        own = kind.request()
         own.CopyFrom(request)
-        for task in own.tasks:
-            self._address(task.model_spec)
-        return self._client.call(self._client.prediction.MultiInference, own)
-
-    def _call(self, method: Any, request: Any) -> Any:
-        own = type(request)()
-        own.CopyFrom(request)
-        self._address(own.model_spec)
-        return self._client.call(method, own)
-
-    def _address(self, spec: Any) -> None:
-        spec.CopyFrom(model_spec(self.name, self.version, signature=spec.signature_name))
+        for spec in kind.request_specs(own):
+            spec.CopyFrom(model_spec(self.name, self.version, signature=spec.signature_name))
+        return self._client.call(getattr(self._client.prediction, kind.name), own)
 
 
 @dataclass(frozen=True)
@@ -94,7 +79,7 @@ def of_version(version: Path) -> Probes:
     records = []
     if warmup_file(version).exists():
         for record in read(warmup_file(version)):
-            if record.kind in LOG_FIELDS:
+            if record.kind:
                 records.append(record)
             if len(records) == MAX_REQUESTS:
                 break
@@ -109,7 +94,7 @@ def check(remote: Remote, probes: Probes) -> None:
     """
     for record in probes.warmup:
         try:
-            response = golden.answer(remote, record)
+            response = answer(remote, record)
         except SpikelessError as error:
             raise FailedPrecondition(f"{remote} fails on warmup record {record.number}: {error}") from None
         if output := golden.not_finite(response):
@@ -237,7 +222,7 @@ def _ask(remote: Remote, record: Record, measured: Measured) -> None:
     measured.requests += 1
     started = time.monotonic()
     try:
-        golden.answer(remote, record)
+        answer(remote, record)
     except SpikelessError as error:
         measured.errors += 1
         measured.first_error = measured.first_error or str(error)
@@ -250,7 +235,7 @@ def suited(remote: Remote, requests: Sequence[Record]) -> list[Record]:
     found = []
     for record in requests:
         with suppress(SpikelessError):
-            golden.answer(remote, record)
+            answer(remote, record)
             found.append(record)
     return found
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError, Unimplemented
+from spikeless.formats.kinds import Kind, serialized_examples
 from spikeless.formats.protos import (
     classification_pb2,
     inference_pb2,
@@ -87,6 +88,10 @@ class Model:
     def close(self) -> None:
         """Free the session, after the calls that are running."""
         self.session.close()
+
+    def answer(self, kind: Kind, request: Any, timeout: float | None = None) -> Any:
+        """A request of any kind; ``DEADLINE_EXCEEDED`` after ``timeout`` seconds."""
+        return getattr(self, kind.method)(request, timeout)
 
     def predict(
         self, request: predict_pb2.PredictRequest, timeout: float | None = None
@@ -297,17 +302,8 @@ def _braces(names: Iterable[str]) -> str:
 
 
 def _serialized_examples(examples: input_pb2.Input) -> _Array:
-    """Shape ``[examples]``: each serialized, with the shared context put before it where there is one."""
-    kind = examples.WhichOneof("kind")
-    prefix = b""
-    listed: Iterable[Any] = ()
-    if kind == "example_list":
-        listed = examples.example_list.examples
-    elif kind == "example_list_with_context":
-        # Concatenated messages merge, which is how the context reaches every example.
-        prefix = examples.example_list_with_context.context.SerializeToString()
-        listed = examples.example_list_with_context.examples
-    serialized = [prefix + example.SerializeToString() for example in listed]
+    """Shape ``[examples]``."""
+    serialized = serialized_examples(examples)
     if not serialized:
         raise InvalidArgument("Input is empty.")
     return np.array(serialized, dtype=object)

@@ -22,16 +22,14 @@ from google.protobuf.message import DecodeError, Message
 
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument
 from spikeless.formats import tfrecord
+from spikeless.formats.kinds import KINDS, Kind, examples
 from spikeless.formats.protos import input_pb2, prediction_log_pb2, tensor_pb2, types_pb2
-from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS, Record, read
+from spikeless.warmup.records import Record, read
 
 _log = logging.getLogger(__name__)
 
 #: Methods whose calls can be recorded -> the kind of record.
-METHODS = {
-    f"/tensorflow.serving.PredictionService/{kind}": kind
-    for kind in (PREDICT, CLASSIFY, REGRESS, MULTI_INFERENCE)
-}
+METHODS = {kind.path: kind for kind in KINDS}
 #: Bytes of calls that may wait for the writer.
 MAX_PENDING_BYTES = 64 << 20
 
@@ -72,7 +70,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Call:
-    kind: str
+    kind: Kind
     request: bytes
     response: bytes
 
@@ -173,7 +171,7 @@ class Recorder:
             self.counts.alike += 1
             return
         if self.settings.redact and _redact(record.request, self.settings.redact):
-            getattr(record.log, LOG_FIELDS[call.kind]).ClearField("response")
+            record.entry.ClearField("response")
         framed = tfrecord.frame(record.log.SerializeToString())
         if self._end + len(framed) > self.settings.max_bytes:
             self.counts.dropped += 1
@@ -196,41 +194,35 @@ class Recorder:
 
 def _prediction_log(call: _Call) -> prediction_log_pb2.PredictionLog:
     log = prediction_log_pb2.PredictionLog()
-    entry = getattr(log, LOG_FIELDS[call.kind])
+    entry = getattr(log, call.kind.log_field)
     entry.request.ParseFromString(call.request)
     entry.response.ParseFromString(call.response)
     return log
 
 
 def _shape(record: Record) -> Shape:
-    request = record.request
-    if record.kind == PREDICT:
-        inputs = tuple(
-            (alias, tensor.dtype, tuple(dim.size for dim in tensor.tensor_shape.dim))
-            for alias, tensor in sorted(request.inputs.items())
-        )
-        return (record.kind, *_target(request.model_spec), tuple(sorted(request.output_filter)), inputs)
-    if record.kind == MULTI_INFERENCE:
-        tasks = tuple((task.method_name, *_target(task.model_spec)) for task in request.tasks)
-        return (record.kind, tasks, _examples_shape(request.input))
-    return (record.kind, *_target(request.model_spec), _examples_shape(request.input))
-
-
-def _target(spec: Any) -> tuple[str, str]:
-    return spec.name, spec.signature_name
-
-
-def _examples_shape(given: input_pb2.Input) -> Shape:
-    examples = _examples(given)
-    return len(examples), tuple(sorted({name for one in examples for name in one.features.feature}))
+    kind, request = record.kind, record.request
+    if kind is None:
+        return (record.log_field,)
+    targets = tuple(
+        (getattr(part, "method_name", ""), part.model_spec.name, part.model_spec.signature_name)
+        for part in kind.request_parts(request)
+    )
+    if kind.takes_examples:
+        given = _examples(request.input)
+        features = tuple(sorted({name for example in given for name in example.features.feature}))
+        return (kind.name, targets, len(given), features)
+    inputs = tuple(
+        (alias, tensor.dtype, tuple(dim.size for dim in tensor.tensor_shape.dim))
+        for alias, tensor in sorted(request.inputs.items())
+    )
+    return (kind.name, targets, tuple(sorted(request.output_filter)), inputs)
 
 
 def _examples(given: input_pb2.Input) -> list[Any]:
     """All examples of an input, the context that they share included."""
-    if given.WhichOneof("kind") == "example_list_with_context":
-        listed = given.example_list_with_context
-        return [listed.context, *listed.examples]
-    return list(given.example_list.examples)
+    shared = [given.example_list_with_context.context] if given.HasField("example_list_with_context") else []
+    return [*shared, *examples(given)]
 
 
 def _redact(request: Message, names: Collection[str]) -> bool:
@@ -242,7 +234,7 @@ def _redact(request: Message, names: Collection[str]) -> bool:
                 _empty_tensor(request.inputs[alias])
                 found = True
         return found
-    for example in _examples(request.input):  # type: ignore[attr-defined]
+    for example in _examples(getattr(request, "input", input_pb2.Input())):
         for name in names:
             if name in example.features.feature:
                 _empty_feature(example.features.feature[name])

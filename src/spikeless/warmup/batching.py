@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from spikeless.errors import InvalidArgument, ResourceExhausted
+from spikeless.formats.kinds import PREDICT, examples
 from spikeless.formats.protos import prediction_log_pb2
 from spikeless.formats.savedmodel import TensorSpec
 from spikeless.formats.tensors import to_numpy, to_proto
 from spikeless.formats.tfrecord import MAX_RECORD_BYTES
-from spikeless.warmup.records import PREDICT
-from spikeless.warmup.requests import Request, Servable, example_messages
+from spikeless.warmup.requests import Request, Servable
 
 
 def rebatch(servable: Servable, requests: Sequence[Request], sizes: Sequence[int]) -> list[Request]:
@@ -50,7 +50,7 @@ def _group(servable: Servable, request: Request) -> tuple[Any, ...]:
             shapes.append((alias, to_numpy(rest.message.inputs[alias]).shape[1:]))
             del rest.message.inputs[alias]
     else:
-        del example_messages(rest.message.input)[:]
+        del examples(rest.message.input)[:]
     return (*shapes, rest.log.SerializeToString(deterministic=True))
 
 
@@ -111,13 +111,13 @@ def _predict_batches(servable: Servable, group: list[Request], sizes: Sequence[i
 
 
 def _example_batches(servable: Servable, group: list[Request], sizes: Sequence[int]) -> list[Request]:
-    rows = [example for request in group for example in example_messages(request.message.input)]
+    rows = [example for request in group for example in examples(request.message.input)]
     batches = []
     for size in sizes:
         for chosen in _indices(group, len(rows), size):
             batch = _copy(group[0])
-            examples = example_messages(batch.message.input)
-            del examples[:]
-            examples.extend(rows[index] for index in chosen)
+            own = examples(batch.message.input)
+            del own[:]
+            own.extend(rows[index] for index in chosen)
             batches.append(batch)
     return batches

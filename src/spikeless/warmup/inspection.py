@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from spikeless.formats.kinds import examples
 from spikeless.formats.protos import tensor_pb2
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 from spikeless.formats.tensors import dtype_name, shape_of, shape_text
-from spikeless.warmup.records import LOG_FIELDS, PREDICT, Record, read, warmup_file
-from spikeless.warmup.requests import Request, example_messages
+from spikeless.warmup.records import Record, read, warmup_file
+from spikeless.warmup.requests import Request
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ def find(path: str | os.PathLike[str]) -> Path:
 
 
 def _summary(record: Record) -> RecordSummary:
-    if record.kind not in LOG_FIELDS:
-        return RecordSummary(record.number, record.kind, "", (), (), record.size)
+    if record.kind is None:
+        return RecordSummary(record.number, record.log_field, "", (), (), record.size)
     request = Request(f"record {record.number}", record.log)
     specs = request.model_specs
     return RecordSummary(
         number=record.number,
-        kind=request.kind,
+        kind=request.kind.name,
         model=specs[0].name if specs else "",
         signatures=tuple(spec.signature_name or DEFAULT_SIGNATURE for spec in specs),
         inputs=tuple(_inputs(request)),
@@ -78,10 +79,9 @@ def _summary(record: Record) -> RecordSummary:
 
 
 def _inputs(request: Request) -> Iterator[InputSummary]:
-    if request.kind == PREDICT:
-        tensors: dict[str, tensor_pb2.TensorProto] = request.message.inputs
-        for alias, tensor in sorted(tensors.items()):
-            yield InputSummary(alias, dtype_name(tensor.dtype), shape_of(tensor.tensor_shape))
-    else:
-        count = len(example_messages(request.message.input))
-        yield InputSummary("examples", "tf.Example", (count,))
+    if request.kind.takes_examples:
+        yield InputSummary("examples", "tf.Example", (len(examples(request.message.input)),))
+        return
+    tensors: dict[str, tensor_pb2.TensorProto] = getattr(request.message, "inputs", {})
+    for alias, tensor in sorted(tensors.items()):
+        yield InputSummary(alias, dtype_name(tensor.dtype), shape_of(tensor.tensor_shape))

@@ -14,26 +14,14 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from spikeless.errors import DataLoss, InvalidArgument
-from spikeless.formats import tfrecord
+from spikeless.formats import kinds, tfrecord
+from spikeless.formats.kinds import Kind
 from spikeless.formats.protos import prediction_log_pb2
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 
 #: TensorFlow Serving's ``WarmupConsts`` (``saved_model_warmup_util.h``).
 WARMUP_FILE = "tf_serving_warmup_requests"
 MAX_RECORDS = 1000
-
-PREDICT = "Predict"
-CLASSIFY = "Classify"
-REGRESS = "Regress"
-MULTI_INFERENCE = "MultiInference"
-#: The kinds of request that a server replays -> their field in ``PredictionLog``.
-LOG_FIELDS = {
-    PREDICT: "predict_log",
-    CLASSIFY: "classify_log",
-    REGRESS: "regress_log",
-    MULTI_INFERENCE: "multi_inference_log",
-}
-_KINDS = {field: kind for kind, field in LOG_FIELDS.items()}
 
 
 def warmup_file(saved_model: str | os.PathLike[str]) -> Path:
@@ -52,15 +40,25 @@ class Record:
     size: int
 
     @property
-    def kind(self) -> str | None:
-        """One of the keys of ``LOG_FIELDS``, or the name of a field that no server replays, or None."""
+    def log_field(self) -> str | None:
+        """The field of ``PredictionLog`` that it has; None for a record without a request."""
         field: str | None = self.log.WhichOneof("log_type")
-        return _KINDS.get(field, field) if field else None
+        return field
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind of its request; None for no request, and for one that no server replays."""
+        return kinds.of_log(self.log)
+
+    @property
+    def entry(self) -> Any:
+        """The message with ``request`` and ``response``."""
+        return getattr(self.log, self.log_field or "")
 
     @property
     def request(self) -> Any:
-        """The request message of a record of a replayed kind."""
-        return getattr(self.log, LOG_FIELDS[self.kind or ""]).request
+        """The request message."""
+        return self.entry.request
 
 
 def read(path: str | os.PathLike[str], *, gzipped: bool | None = False) -> Iterator[Record]:

@@ -11,25 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
-from spikeless.warmup.records import (
-    CLASSIFY,
-    LOG_FIELDS,
-    MAX_RECORDS,
-    MULTI_INFERENCE,
-    PREDICT,
-    REGRESS,
-    Record,
-    read,
-)
+from spikeless.formats.kinds import Kind
+from spikeless.warmup.records import MAX_RECORDS, Record, read
 
 
 class Inference(Protocol):
-    """What a model must answer to be warmed; `spikeless.runtime.model.Model` does."""
+    """Whatever answers requests: a `spikeless.runtime.model.Model`, or a version on a server."""
 
-    def predict(self, request: Any) -> Any: ...
-    def classify(self, request: Any) -> Any: ...
-    def regress(self, request: Any) -> Any: ...
-    def multi_inference(self, request: Any) -> Any: ...
+    def answer(self, kind: Kind, request: Any) -> Any: ...
 
 
 class WarmupError(SpikelessError):
@@ -71,23 +60,20 @@ def replay(model: Inference, path: str | os.PathLike[str], *, request_iterations
             if count > MAX_RECORDS:
                 raise InvalidArgument(f"Number of warmup records exceeds the maximum ({MAX_RECORDS})")
             for _ in range(request_iterations):
-                run(model, record)
+                answer(model, record)
         except SpikelessError as error:
             raise WarmupError(path, count, error) from error
     return count
 
 
-def run(model: Inference, record: Record) -> Any:
-    """Run one record through ``model``; returns its response, or None for a record without a request."""
-    kind = record.kind
-    if kind is None:
-        return None
-    if kind not in LOG_FIELDS:
-        raise Unimplemented(f"Unsupported log_type for warmup: {kind}")
-    answer = {
-        PREDICT: model.predict,
-        CLASSIFY: model.classify,
-        REGRESS: model.regress,
-        MULTI_INFERENCE: model.multi_inference,
-    }[kind]
-    return answer(record.request)
+def answer(model: Inference, record: Record) -> Any:
+    """What ``model`` answers to a record; None for a record without a request.
+
+    Raises:
+        Unimplemented: no server replays the record's kind.
+    """
+    if record.kind is not None:
+        return model.answer(record.kind, record.request)
+    if record.log_field is not None:
+        raise Unimplemented(f"Unsupported log_type for warmup: {record.log_field}")
+    return None

@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 
 from spikeless.errors import InvalidArgument, NotFound
-from spikeless.formats import savedmodel
+from spikeless.formats import kinds, savedmodel
+from spikeless.formats.kinds import KINDS, MULTI_INFERENCE, PREDICT, Kind, serialized_examples
 from spikeless.formats.protos import input_pb2, meta_graph_pb2, prediction_log_pb2, types_pb2
-from spikeless.formats.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD, Signature
+from spikeless.formats.savedmodel import Signature
 from spikeless.formats.tensors import to_proto
 from spikeless.runtime.model import EXAMPLES_INPUT
 from spikeless.warmup.features import FeatureSpec, parsed_features
-from spikeless.warmup.records import CLASSIFY, LOG_FIELDS, MULTI_INFERENCE, PREDICT, REGRESS
 
-_METHOD_KINDS = {CLASSIFY_METHOD: CLASSIFY, REGRESS_METHOD: REGRESS}
-#: The kinds that a MultiInference request can ask for -> the method name that it gives them.
-TASK_METHODS = {kind: method for method, kind in _METHOD_KINDS.items()}
+#: Method name of a signature -> the kind of request that it is for.
+_METHOD_KINDS = {kind.signature_method: kind for kind in KINDS if kind.signature_method}
+#: Method name of a MultiInference task -> its kind.
+TASK_KINDS = {method: kind for method, kind in _METHOD_KINDS.items() if kind.takes_examples}
 
 
 @dataclass(frozen=True)
@@ -35,29 +36,25 @@ class Request:
     log: prediction_log_pb2.PredictionLog
 
     @property
-    def kind(self) -> str:
-        """One of the keys of ``LOG_FIELDS``."""
-        field = self.log.WhichOneof("log_type")
-        return next(kind for kind, name in LOG_FIELDS.items() if name == field)
+    def kind(self) -> Kind:
+        return kinds.BY_LOG_FIELD[self.log.WhichOneof("log_type")]
 
     @property
     def message(self) -> Any:
         """The request message inside the log."""
-        return getattr(self.log, LOG_FIELDS[self.kind]).request
+        return getattr(self.log, self.kind.log_field).request
 
     @property
     def model_specs(self) -> list[Any]:
         """Every ModelSpec in the request; changing them changes it."""
-        if self.kind == MULTI_INFERENCE:
-            return [task.model_spec for task in self.message.tasks]
-        return [self.message.model_spec]
+        return self.kind.request_specs(self.message)
 
 
 @dataclass(frozen=True)
 class Target:
     """What requests are sent to: a signature, or for MultiInference several."""
 
-    kind: str
+    kind: Kind
     keys: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -88,8 +85,8 @@ class Servable:
 
     def target(self, key: str) -> Target:
         """The signature ``key`` with its own kind of request."""
-        method = self.signature(key).method_name
-        return Target(self.kinds.get(key) or _METHOD_KINDS.get(method, PREDICT), (key,))
+        own = _METHOD_KINDS.get(self.signature(key).method_name, PREDICT)
+        return Target(kinds.BY_NAME[self.kinds[key]] if key in self.kinds else own, (key,))
 
     def multi_inference(self, keys: Sequence[str]) -> Target:
         """Several Classify and Regress signatures in one request.
@@ -98,7 +95,7 @@ class Servable:
             InvalidArgument: one of them is of another kind.
         """
         for key in keys:
-            if (kind := self.target(key).kind) not in TASK_METHODS:
+            if (kind := self.target(key).kind) not in TASK_KINDS.values():
                 raise InvalidArgument(
                     f"MultiInference joins Classify and Regress signatures, but {key!r} is {kind}"
                 )
@@ -138,7 +135,7 @@ def with_examples(
         multi = log.multi_inference_log.request
         multi.input.CopyFrom(examples)
         for key in target.keys:
-            task = multi.tasks.add(method_name=TASK_METHODS[servable.target(key).kind])
+            task = multi.tasks.add(method_name=servable.target(key).kind.signature_method)
             task.model_spec.signature_name = key
         return log
     (key,) = target.keys
@@ -151,22 +148,10 @@ def with_examples(
             )
         serialized = np.array(serialized_examples(examples), dtype=object)
         return predict(key, {specs[0].alias: serialized})
-    request = getattr(log, LOG_FIELDS[target.kind]).request
+    request = getattr(log, target.kind.log_field).request
     request.model_spec.signature_name = key
     request.input.CopyFrom(examples)
     return log
-
-
-def example_messages(examples: input_pb2.Input) -> Any:
-    """The list of examples in an ``Input`` of either form."""
-    kind = examples.WhichOneof("kind") or "example_list"
-    return getattr(examples, kind).examples
-
-
-def serialized_examples(examples: input_pb2.Input) -> list[bytes]:
-    """Each example with the shared context merged into it, as the server parses it."""
-    context = examples.example_list_with_context.context.SerializeToString()
-    return [context + example.SerializeToString() for example in example_messages(examples)]
 
 
 def is_examples_signature(signature: Signature) -> bool:

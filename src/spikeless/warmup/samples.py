@@ -28,12 +28,11 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from spikeless.errors import InvalidArgument, NotFound, SpikelessError, Unimplemented
-from spikeless.formats import rest_json, tfrecord
+from spikeless.formats import kinds, rest_json, tfrecord
 from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE, Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, numpy_dtype
-from spikeless.warmup.records import LOG_FIELDS
-from spikeless.warmup.requests import TASK_METHODS, Request, Servable, Target, predict, with_examples
+from spikeless.warmup.requests import TASK_KINDS, Request, Servable, Target, predict, with_examples
 
 _Array = np.ndarray[Any, Any]
 
@@ -71,7 +70,7 @@ class Router:
         if len(self.named) == 1:
             return [*self.named, *self.joined]
         targets = self.named or [self.servable.target(key) for key in self.servable.signatures]
-        chosen = [target for target in targets if target.kind in TASK_METHODS]
+        chosen = [target for target in targets if target.kind in TASK_KINDS.values()]
         return [*chosen, *self.joined] or [self.servable.target(DEFAULT_SIGNATURE)]
 
 
@@ -295,8 +294,8 @@ def _parse(message: Any, content: bytes) -> Any:
 def _request_only(log: prediction_log_pb2.PredictionLog) -> prediction_log_pb2.PredictionLog:
     """The log without its response and metadata, which no server looks at."""
     field = log.WhichOneof("log_type")
-    if field not in LOG_FIELDS.values():
-        raise Unimplemented(f"no server replays a {field}, only {', '.join(LOG_FIELDS)} requests")
+    if field not in kinds.BY_LOG_FIELD:
+        raise Unimplemented(f"no server replays a {field}, only {', '.join(kinds.BY_NAME)} requests")
     bare = prediction_log_pb2.PredictionLog()
     getattr(bare, field).request.CopyFrom(getattr(log, field).request)
     return bare

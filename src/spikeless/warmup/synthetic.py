@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from spikeless.errors import InvalidArgument, SpikelessError
+from spikeless.formats.kinds import PREDICT
 from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import numpy_dtype, shape_text
 from spikeless.warmup.features import FeatureSpec, to_feature
-from spikeless.warmup.records import PREDICT
 from spikeless.warmup.requests import Request, Servable, Target, predict, with_examples
 
 #: Input alias -> sizes of its unknown dimensions behind the batch, in order. None is for all other inputs,

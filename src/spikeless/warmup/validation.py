@@ -9,15 +9,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
-from spikeless.formats.protos import input_pb2, predict_pb2, tensor_pb2
+from spikeless.formats.kinds import CLASSIFY, MULTI_INFERENCE, PREDICT, Kind, serialized_examples
+from spikeless.formats.protos import example_pb2, input_pb2, predict_pb2, tensor_pb2
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, shape_text, to_numpy
 from spikeless.runtime.model import CLASSES_OUTPUT, REGRESS_OUTPUT, SCORES_OUTPUT
 from spikeless.warmup.features import check_example
-from spikeless.warmup.records import CLASSIFY, MULTI_INFERENCE, PREDICT
-from spikeless.warmup.requests import TASK_METHODS, Request, Servable, example_messages, is_examples_signature
+from spikeless.warmup.requests import TASK_KINDS, Request, Servable, is_examples_signature
 
-_METHOD_KINDS = {method: kind for kind, method in TASK_METHODS.items()}
 _OUTPUTS = {True: {CLASSES_OUTPUT, SCORES_OUTPUT}, False: {REGRESS_OUTPUT}}
 
 
@@ -42,7 +41,7 @@ def _validate(servable: Servable, request: Request) -> None:
         _check_predict(servable, message)
     elif kind == MULTI_INFERENCE:
         _check_multi_inference(servable, message)
-    else:
+    elif kind.takes_examples:
         _check_examples(servable, servable.signature(message.model_spec.signature_name), kind, message.input)
 
 
@@ -80,23 +79,19 @@ def _check_tensor(spec: TensorSpec, tensor: tensor_pb2.TensorProto) -> None:
         )
 
 
-def _check_examples(servable: Servable, signature: Signature, kind: str, examples: input_pb2.Input) -> None:
+def _check_examples(servable: Servable, signature: Signature, kind: Kind, examples: input_pb2.Input) -> None:
     wanted = _OUTPUTS[kind == CLASSIFY]
     if not is_examples_signature(signature) or not wanted & set(signature.outputs):
         raise InvalidArgument(
             f"signature {signature.key!r} cannot answer {kind}: that takes one string input 'inputs' and "
             f"output {_names(wanted)}; it has: {_specs(signature)} -> {_names(signature.outputs)}"
         )
-    messages = example_messages(examples)
-    if not messages:
+    serialized = serialized_examples(examples)
+    if not serialized:
         raise InvalidArgument("the request holds no example")
     features = servable.features(signature.key)
-    context = examples.example_list_with_context.context
-    for message in messages:
-        merged = type(message)()
-        merged.CopyFrom(context)
-        merged.MergeFrom(message)
-        check_example(merged, features)
+    for example in serialized:
+        check_example(example_pb2.Example.FromString(example), features)
 
 
 def _check_multi_inference(servable: Servable, message: Any) -> None:
@@ -106,9 +101,9 @@ def _check_multi_inference(servable: Servable, message: Any) -> None:
     if len(set(keys)) < len(keys):
         raise InvalidArgument(f"the MultiInference request asks twice for the same signature: {_names(keys)}")
     for key, task in zip(keys, message.tasks, strict=True):
-        if task.method_name not in _METHOD_KINDS:
+        if task.method_name not in TASK_KINDS:
             raise Unimplemented(f"MultiInference cannot ask for method {task.method_name!r}")
-        _check_examples(servable, servable.signature(key), _METHOD_KINDS[task.method_name], message.input)
+        _check_examples(servable, servable.signature(key), TASK_KINDS[task.method_name], message.input)
     tensors = {key: next(iter(servable.signature(key).inputs.values())).tensor_name for key in keys}
     if len(set(tensors.values())) > 1:
         raise InvalidArgument(

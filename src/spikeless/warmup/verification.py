@@ -16,8 +16,8 @@ from spikeless.formats import savedmodel
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 from spikeless.runtime import Session
 from spikeless.runtime.model import Model
-from spikeless.warmup.records import LOG_FIELDS, MAX_RECORDS, Record, read, warmup_file
-from spikeless.warmup.replay import replay, run
+from spikeless.warmup.records import MAX_RECORDS, Record, read, warmup_file
+from spikeless.warmup.replay import answer, replay
 from spikeless.warmup.requests import Request
 
 
@@ -90,10 +90,10 @@ def _first_records(path: os.PathLike[str]) -> dict[tuple[str, ...], Record]:
     """The first record of each kind and signature, by both."""
     firsts: dict[tuple[str, ...], Record] = {}
     for record in read(path):
-        if record.kind in LOG_FIELDS and record.number <= MAX_RECORDS:
+        if record.kind is not None and record.number <= MAX_RECORDS:
             request = Request(f"record {record.number}", record.log)
             keys = (spec.signature_name or DEFAULT_SIGNATURE for spec in request.model_specs)
-            firsts.setdefault((request.kind, *keys), record)
+            firsts.setdefault((request.kind.name, *keys), record)
     return firsts
 
 
@@ -101,5 +101,5 @@ def _attempt_ms(model: Model, record: Record) -> float:
     """Milliseconds for one request. An error is left for the replay, which finds the first bad record."""
     started = time.perf_counter()
     with suppress(SpikelessError):
-        run(model, record)
+        answer(model, record)
     return 1000 * (time.perf_counter() - started)

@@ -175,7 +175,7 @@ class OpenLoopUser(User):
     def _follow(self, load: OpenLoop, thread: Any, start: float, worker: int) -> None:
         fire = self.environment.events.request.fire
         recorder = load.recorder
-        methods = [request.method for request in load.requests]
+        methods = [request.kind.name for request in load.requests]
         next_line = start
         failed, slowest = 0, 0.0
         while not thread.ready() or load.finished:

@@ -89,7 +89,7 @@ class OpenLoop:
         self._in_flight[index] = None
         if connection.is_open:
             request = self.requests[self.recorder.request[index]]
-            connection.send(index, request.path, request.message)
+            connection.send(index, request.kind.path, request.message)
             self._flush()
         self.recorder.sent(index, time.monotonic() - self._start)
         if not connection.is_open and index in self._in_flight:
@@ -147,6 +147,6 @@ class OpenLoop:
         del self._in_flight[index]
         version = 0
         if reply.code == Code.OK:
-            version = self.requests[self.recorder.request[index]].served_version(reply.message)
+            version = self.requests[self.recorder.request[index]].kind.served_version(reply.message)
         self.recorder.answered(index, moment - self._start, reply.code, version)
         self.finished.append(index)

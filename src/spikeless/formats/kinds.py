@@ -1,0 +1,176 @@
+"""The kinds of request that a server answers: one table, one row a kind.
+
+In: a ``PredictionLog`` or a response. Out: its kind, which says where to find what is
+in it and who answers it. Whatever treats all kinds alike reads this table: warmup,
+golden requests, probes, capture, the benchmark and the servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from spikeless.formats.protos import (
+    classification_pb2,
+    inference_pb2,
+    input_pb2,
+    predict_pb2,
+    prediction_log_pb2,
+    regression_pb2,
+)
+from spikeless.formats.savedmodel import CLASSIFY_METHOD, PREDICT_METHOD, REGRESS_METHOD
+from spikeless.formats.tensors import to_numpy
+
+_SERVICE = "/tensorflow.serving.PredictionService/"
+_Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def _whole(message: Any) -> Sequence[Any]:
+    return [message]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of request."""
+
+    #: Its method of ``PredictionService``, such as ``Predict``.
+    name: str
+    #: Its field of ``PredictionLog``.
+    log_field: str
+    request: type[Any]
+    response: type[Any]
+    #: The method of `spikeless.runtime.model.Model` that answers it.
+    method: str
+    #: The values in a response, by the name of the output.
+    outputs: Callable[[Any], _Arrays]
+    #: The method name of the signatures that it is for; None for one that asks
+    #: signatures of other kinds.
+    signature_method: str | None = None
+    #: What follows the colon in a REST path; None where there is no REST call.
+    rest_verb: str | None = None
+    #: The parts of a request that have a ``model_spec`` each.
+    request_parts: Callable[[Any], Sequence[Any]] = _whole
+    #: The parts of a response that have a ``model_spec`` each.
+    response_parts: Callable[[Any], Sequence[Any]] = _whole
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def path(self) -> str:
+        """The path of its gRPC method."""
+        return _SERVICE + self.name
+
+    @property
+    def takes_examples(self) -> bool:
+        """Whether its requests have an ``input`` with examples."""
+        return "input" in self.request.DESCRIPTOR.fields_by_name
+
+    def request_specs(self, request: Any) -> list[Any]:
+        """Every ``ModelSpec`` in a request; changing them changes it."""
+        return [part.model_spec for part in self.request_parts(request)]
+
+    def served_version(self, response: bytes) -> int:
+        """The version that a serialized response names; 0 where it names none."""
+        parts = self.response_parts(self.response.FromString(response))
+        return int(parts[0].model_spec.version.value) if parts else 0
+
+
+def _tensors(response: predict_pb2.PredictResponse) -> _Arrays:
+    return {alias: to_numpy(tensor) for alias, tensor in response.outputs.items()}
+
+
+def _classes(response: Any) -> _Arrays:
+    rows = [list(row.classes) for row in response.result.classifications]
+    return {
+        "classes": np.array([[one.label for one in row] for row in rows], dtype=object),
+        "scores": np.array([[one.score for one in row] for row in rows], dtype=np.float32),
+    }
+
+
+def _values(response: Any) -> _Arrays:
+    return {"values": np.array([one.value for one in response.result.regressions], dtype=np.float32)}
+
+
+def _results(response: inference_pb2.MultiInferenceResponse) -> _Arrays:
+    found: _Arrays = {}
+    for result in response.results:
+        if result.HasField("classification_result"):
+            arrays = _classes(classification_pb2.ClassificationResponse(result=result.classification_result))
+        else:
+            arrays = _values(regression_pb2.RegressionResponse(result=result.regression_result))
+        found |= {f"{result.model_spec.signature_name}.{name}": array for name, array in arrays.items()}
+    return found
+
+
+KINDS = (
+    Kind(
+        name="Predict",
+        log_field="predict_log",
+        request=predict_pb2.PredictRequest,
+        response=predict_pb2.PredictResponse,
+        method="predict",
+        outputs=_tensors,
+        signature_method=PREDICT_METHOD,
+        rest_verb="predict",
+    ),
+    Kind(
+        name="Classify",
+        log_field="classify_log",
+        request=classification_pb2.ClassificationRequest,
+        response=classification_pb2.ClassificationResponse,
+        method="classify",
+        outputs=_classes,
+        signature_method=CLASSIFY_METHOD,
+        rest_verb="classify",
+    ),
+    Kind(
+        name="Regress",
+        log_field="regress_log",
+        request=regression_pb2.RegressionRequest,
+        response=regression_pb2.RegressionResponse,
+        method="regress",
+        outputs=_values,
+        signature_method=REGRESS_METHOD,
+        rest_verb="regress",
+    ),
+    Kind(
+        name="MultiInference",
+        log_field="multi_inference_log",
+        request=inference_pb2.MultiInferenceRequest,
+        response=inference_pb2.MultiInferenceResponse,
+        method="multi_inference",
+        outputs=_results,
+        request_parts=attrgetter("tasks"),
+        response_parts=attrgetter("results"),
+    ),
+)
+PREDICT, CLASSIFY, REGRESS, MULTI_INFERENCE, *_ = KINDS
+BY_NAME = {kind.name: kind for kind in KINDS}
+BY_LOG_FIELD = {kind.log_field: kind for kind in KINDS}
+
+
+def of_log(log: prediction_log_pb2.PredictionLog) -> Kind | None:
+    """The kind of the request in a log; None where no server answers it."""
+    return BY_LOG_FIELD.get(log.WhichOneof("log_type"))
+
+
+def outputs(response: Any) -> _Arrays:
+    """The values in a response of any kind, by the name of the output."""
+    return next(kind for kind in KINDS if isinstance(response, kind.response)).outputs(response)
+
+
+def examples(given: input_pb2.Input) -> Any:
+    """The list of examples in an ``Input`` of either form."""
+    return getattr(given, given.WhichOneof("kind") or "example_list").examples
+
+
+def serialized_examples(given: input_pb2.Input) -> list[bytes]:
+    """Each example, with the shared context merged into it, as a server parses it."""
+    # Concatenated messages merge.
+    context = given.example_list_with_context.context.SerializeToString()
+    return [context + example.SerializeToString() for example in examples(given)]
