@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spikeless.engine.flags import ServerFlags
-from spikeless.engine.rest_api import RestLimits, RestServer
+from spikeless.engine.rest_server import RestLimits, RestServer
 from spikeless.errors import Unavailable
 
 LARGE = b"x" * (64 << 20)

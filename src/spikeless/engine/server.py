@@ -33,7 +33,7 @@ from spikeless.formats.states import VersionStatus
 
 if TYPE_CHECKING:  # imported where they are used: a server without them saves the memory of their libraries
     from spikeless.engine.metrics import Metrics
-    from spikeless.engine.rest_api import RestServer
+    from spikeless.engine.rest_server import RestServer
 
 _log = logging.getLogger(__name__)
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
@@ -141,7 +141,8 @@ class Server:
         return port
 
     def _listen_rest(self) -> int:
-        from spikeless.engine.rest_api import RestApi, RestServer
+        from spikeless.engine.rest_api import RestApi
+        from spikeless.engine.rest_server import RestServer
 
         calls = Calls(self.core, "REST", self._metrics)
         self._rest = RestServer(RestApi(calls, self._flags, self._metrics, self._metrics_path), self._flags)

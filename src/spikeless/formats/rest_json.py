@@ -50,6 +50,8 @@ PREDICTIONS_KEY = "predictions"
 OUTPUTS_KEY = "outputs"
 RESULTS_KEY = "results"
 ERROR_KEY = "error"
+#: The header of every body in JSON.
+HEADER = ("Content-Type", "application/json")
 #: Outputs with such a name hold bytes, not text.
 BYTES_SUFFIX = "_bytes"
 
