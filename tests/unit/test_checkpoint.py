@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spikeless.errors import DataLoss, NotFound, Unimplemented
-from spikeless.formats import checkpoint
+from spikeless.formats import checkpoint, string_table
 from spikeless.formats.checkpoint import Checkpoint, index_file, rewrite
 
 #: Writes checkpoints with TensorFlow: one with odd values, one with slices in two shards.
@@ -186,6 +186,6 @@ def test_big_endian_checkpoints_are_refused(tmp_path: Path) -> None:
     header = tensor_bundle_pb2.BundleHeaderProto(
         num_shards=1, endianness=tensor_bundle_pb2.BundleHeaderProto.BIG
     )
-    index_file(tmp_path / "big").write_bytes(checkpoint._table({b"": header.SerializeToString()}))
+    index_file(tmp_path / "big").write_bytes(string_table.write({b"": header.SerializeToString()}))
     with pytest.raises(Unimplemented, match="little-endian"):
         Checkpoint.read(tmp_path / "big")

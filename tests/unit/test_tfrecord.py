@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikeless.errors import DataLoss, NotFound
-from spikeless.formats import tfrecord
+from spikeless.formats import checksum, tfrecord
 
 RECORDS = [b"first", b"", b"third" * 100]
 
@@ -34,7 +34,7 @@ def test_masked_checksum_of_a_known_value():
     # crc32c("123456789") is the algorithm's published check value, 0xE3069283.
     crc = 0xE3069283
     expected = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    assert tfrecord.masked_crc32c(b"123456789") == expected
+    assert checksum.masked_crc32c(b"123456789") == expected
 
 
 def test_reads_what_tensorflow_writes_and_the_other_way_round(tmp_path, path):
@@ -97,7 +97,7 @@ def test_every_flipped_byte_is_found_in_its_record(tmp_path, path):
 def test_an_absurd_length_is_refused_before_it_is_read(tmp_path):
     for length, text in ((1 << 62, "claims to have"), (1 << 30, "is truncated: 0 of")):
         header = struct.pack("<Q", length)
-        content = header + struct.pack("<I", tfrecord.masked_crc32c(header))
+        content = header + struct.pack("<I", checksum.masked_crc32c(header))
         (tmp_path / "f").write_bytes(content)
         with pytest.raises(DataLoss, match=text):
             list(tfrecord.read(tmp_path / "f"))

@@ -7,7 +7,7 @@ A checkpoint ("tensor bundle", ``tensorflow/core/util/tensor_bundle``) is ``<pre
 table from tensor name to ``BundleEntryProto``, and data shards ``<prefix>.data-00000-of-00002`` with the raw
 little-endian bytes. An entry says which shard, offset, size and masked CRC-32C; the empty key holds the
 ``BundleHeaderProto``. A tensor that was saved in slices has an entry that lists them, and each slice one of
-its own under an encoded key. The table's format is LevelDB's (``doc/table_format.md`` there).
+its own under an encoded key.
 
 The layout is free: any tensor may be at any offset of any shard. ``rewrite`` uses that to put a tensor at
 offset 0 of a shard of its own, where it can be memory-mapped, and what it writes is still a checkpoint like
@@ -20,7 +20,6 @@ import errno
 import hashlib
 import os
 import stat
-import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +29,11 @@ import google_crc32c
 from google.protobuf.message import DecodeError
 
 from spikeless.errors import DataLoss, NotFound, Unimplemented
+from spikeless.formats import string_table
+from spikeless.formats.checksum import masked
 from spikeless.formats.protos import tensor_bundle_pb2, tensor_slice_pb2, types_pb2
 
 _HEADER_KEY = b""
-_MAGIC = 0xDB4775248B80FB57
-_FOOTER_BYTES = 48
-_BLOCK_TRAILER_BYTES = 5  # compression type, masked CRC-32C
-_BLOCK_BYTES = 256 * 1024
-_RESTART_INTERVAL = 16
-_CRC_MASK_DELTA = 0xA282EAD8
 _CHUNK_BYTES = 4 << 20
 _ENCODED_TYPES = frozenset({types_pb2.DT_STRING, types_pb2.DT_VARIANT})
 #: What ``TensorSlice`` stores as the length of a dimension that is taken whole.
@@ -103,12 +98,12 @@ class Checkpoint:
         except FileNotFoundError:
             raise NotFound(f"{index} is missing: export the model again, with its variables") from None
         try:
-            table = dict(_read_table(content))
+            table = dict(string_table.read(content))
             header = tensor_bundle_pb2.BundleHeaderProto.FromString(table.pop(_HEADER_KEY))
             entries = {
                 key: tensor_bundle_pb2.BundleEntryProto.FromString(value) for key, value in table.items()
             }
-        except (ValueError, KeyError, IndexError, struct.error, DecodeError) as error:
+        except (DataLoss, KeyError, DecodeError) as error:
             raise DataLoss(
                 f"{index} is no readable checkpoint index ({error}): copy or export it again"
             ) from error
@@ -212,6 +207,17 @@ def rewrite(source: Checkpoint, prefix: Path, apart: Collection[Pieces]) -> Rewr
     )
 
 
+def _write_index(checkpoint: Checkpoint) -> None:
+    header = tensor_bundle_pb2.BundleHeaderProto(num_shards=checkpoint.num_shards)
+    header.version.producer = 1
+    table = {_HEADER_KEY: header.SerializeToString()}
+    table.update((key, entry.SerializeToString()) for key, entry in sorted(checkpoint.entries.items()))
+    with index_file(checkpoint.prefix).open("xb") as file:
+        file.write(string_table.write(table))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _originals(
     source: Checkpoint, stored: dict[bytes, tensor_bundle_pb2.BundleEntryProto]
 ) -> dict[bytes, bytes]:
@@ -296,7 +302,7 @@ def _checked(path: Path, entries: Sequence[tuple[bytes, tensor_bundle_pb2.Bundle
             for chunk in _chunks(data, entry.size):
                 crc = google_crc32c.extend(crc, chunk)
                 digest.update(chunk)
-            if entry.dtype not in _ENCODED_TYPES and _mask(crc) != entry.crc32c:
+            if entry.dtype not in _ENCODED_TYPES and masked(crc) != entry.crc32c:
                 raise DataLoss(
                     f"tensor {key.decode(errors='replace')!r} does not match its checksum in the checkpoint: "
                     "copy or export it again"
@@ -353,115 +359,3 @@ def _ordered_signed(value: int) -> bytes:
     size = (value ^ (value >> 63)).bit_length() // 7 + 1
     leading_ones = ((1 << size) - 1) << (7 * size)
     return ((leading_ones ^ value) & ((1 << (8 * size)) - 1)).to_bytes(size, "big")
-
-
-# The sorted string table.
-
-
-def _mask(crc: int) -> int:
-    """LevelDB stores checksums rotated and shifted, since a checksum of data that holds checksums is weak."""
-    return (((crc >> 15) | (crc << 17)) + _CRC_MASK_DELTA) & 0xFFFFFFFF
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
-
-
-def _read_table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs of a table; ``ValueError`` or ``IndexError`` where it is damaged."""
-    if len(content) < _FOOTER_BYTES or struct.unpack("<Q", content[-8:])[0] != _MAGIC:
-        raise ValueError("it does not end as a table does")
-    footer = content[-_FOOTER_BYTES:]
-    _, position = _read_handle(footer, 0)  # the metaindex, which checkpoints do not use
-    index, _ = _read_handle(footer, position)
-    for _, handle in _read_block(content, *index):
-        block, _ = _read_handle(handle, 0)
-        yield from _read_block(content, *block)
-
-
-def _read_handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
-    offset, position = _read_varint(data, position)
-    size, position = _read_varint(data, position)
-    return (offset, size), position
-
-
-def _read_block(content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    checked = content[offset : offset + size + 1]
-    (checksum,) = struct.unpack("<I", content[offset + size + 1 : offset + size + _BLOCK_TRAILER_BYTES])
-    if _mask(google_crc32c.value(checked)) != checksum:
-        raise ValueError("a block fails its checksum")
-    if checked[-1]:
-        raise ValueError("it is compressed, which checkpoints are not")
-    block = checked[:-1]
-    (restarts,) = struct.unpack("<I", block[-4:])
-    end = len(block) - 4 * (restarts + 1)
-    key, position = b"", 0
-    while position < end:
-        shared, position = _read_varint(block, position)
-        unshared, position = _read_varint(block, position)
-        length, position = _read_varint(block, position)
-        key = key[:shared] + block[position : position + unshared]
-        position += unshared
-        yield key, block[position : position + length]
-        position += length
-
-
-def _write_index(checkpoint: Checkpoint) -> None:
-    header = tensor_bundle_pb2.BundleHeaderProto(num_shards=checkpoint.num_shards)
-    header.version.producer = 1
-    table = {_HEADER_KEY: header.SerializeToString()}
-    table.update((key, entry.SerializeToString()) for key, entry in sorted(checkpoint.entries.items()))
-    with index_file(checkpoint.prefix).open("xb") as file:
-        file.write(_table(table))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _table(pairs: dict[bytes, bytes]) -> bytes:
-    """A table of these pairs, which are in key order."""
-    content = bytearray()
-
-    def append(block: bytes) -> bytes:
-        """Add a block and its trailer; returns its handle."""
-        handle = _varint(len(content)) + _varint(len(block))
-        content.extend(block + b"\x00" + struct.pack("<I", _mask(google_crc32c.value(block + b"\x00"))))
-        return handle
-
-    index: list[tuple[bytes, bytes]] = []
-    pending: list[tuple[bytes, bytes]] = []
-    size = 0
-    for key, value in pairs.items():
-        pending.append((key, value))
-        size += len(key) + len(value)
-        if size >= _BLOCK_BYTES:
-            index.append((key, append(_block(pending))))
-            pending, size = [], 0
-    if pending:
-        index.append((pending[-1][0], append(_block(pending))))
-    handles = append(_block([])) + append(_block(index))
-    return bytes(content + handles.ljust(_FOOTER_BYTES - 8, b"\x00") + struct.pack("<Q", _MAGIC))
-
-
-def _block(pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """A block that stores every key in full: an index is small, and sharing prefixes is optional."""
-    content, restarts = bytearray(), [0]
-    for position, (key, value) in enumerate(pairs):
-        if position and position % _RESTART_INTERVAL == 0:
-            restarts.append(len(content))
-        content += _varint(0) + _varint(len(key)) + _varint(len(value)) + key + value
-    return bytes(content) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))

@@ -4,8 +4,7 @@ In: bytes per record. Out: a file of records, each framed as (``tensorflow/core/
 
     uint64 length, uint32 masked crc32c of the length, the bytes, uint32 masked crc32c of the bytes
 
-all little-endian. The mask turns a checksum by 15 bits to the right and adds a constant, so that checksums of
-data that holds checksums stay good ones.
+all little-endian.
 """
 
 from __future__ import annotations
@@ -17,26 +16,18 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-import google_crc32c
-
 from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import DataLoss, NotFound
+from spikeless.formats.checksum import masked_crc32c
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
-_MASK_DELTA = 0xA282EAD8
 _GZIP_MAGIC = b"\x1f\x8b"
 
 #: A record longer than this is taken for corruption: no protocol message is longer.
 MAX_RECORD_BYTES = (1 << 31) - 1
 #: Long records are read in pieces of this size, so that a wrong length takes no memory that the file lacks.
 _PIECE_BYTES = 1 << 24
-
-
-def masked_crc32c(content: bytes) -> int:
-    """The checksum as TFRecord files store it."""
-    crc: int = google_crc32c.value(content)
-    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 def frame(record: bytes) -> bytes:
