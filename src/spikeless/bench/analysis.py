@@ -1,14 +1,15 @@
-"""From raw results to numbers: the windows of a run and what its requests felt in them.
+"""From raw results to numbers: the windows of a run, and the latencies in them.
 
-In: a `Run`. Out: a `Summary`. Every percentile is taken from all latencies of its window and is one of them
-(the smallest that at least that share of the requests did not exceed); failed requests count with the rest.
+In: a `Run`. Out: a `Summary`. A percentile is one of the latencies of its window: the
+smallest that at least that share of the requests do not exceed. Failed requests count.
 
 Windows, by the intended start of a request:
 
-steady   after the warm seconds, before publishing began (or until the end where nothing was published)
-reload   from the beginning of publishing until one second after the old version was first seen at its end
-control  for each reload as long a stretch in which nothing was reloaded: the middle of the quiet time before
-         it, which begins with the end of the reload before, or of the warm seconds
+steady   after the warm seconds, until publishing began (or to the end without any)
+reload   from the beginning of publishing until one second after the old version
+         was first seen to have ended
+control  for each reload, a window of the same length without a reload: the middle of the
+         quiet time before it, which begins after the last reload or the warm seconds
 """
 
 from __future__ import annotations
@@ -27,42 +28,43 @@ from spikeless.bench.watch import GONE
 from spikeless.errors import Code, InvalidArgument
 
 AFTER_END_SECONDS = 1.0
-#: A window in which the hypervisor took more than this share of the processors' time is contaminated.
+#: A window is contaminated when the hypervisor took more than this share of the
+#: processors' time,
 STEAL_LIMIT = 0.02
-#: So is one in which more than this share of requests left later than `LATE_SECONDS`: the generator was
-#: behind.
+#: or when more than this share of the requests left later than `LATE_SECONDS`.
 LATE_LIMIT = 0.01
 LATE_SECONDS = 0.005
 
 RULES = (
     f"A window counts as contaminated when the hypervisor took more than {STEAL_LIMIT:.0%} of the "
     f"processors' time in it (steal, /proc/stat), or when more than {LATE_LIMIT:.0%} of its requests left "
-    f"the generator more than {LATE_SECONDS * 1e3:g} ms late. A reload that was not seen to be over when the "
-    "next version was published does not count either. These rules were fixed before any run; contaminated "
-    "windows are marked, the reload figures of a run are those of its clean reloads where there are any, and "
-    "medians over repeats leave contaminated runs out where a clean one exists."
+    f"the generator more than {LATE_SECONDS * 1e3:g} ms late. A reload that was not seen to end before the "
+    "next version was published does not count either. Where a run has clean reloads, its reload figures "
+    "come from these alone; where a scenario has clean runs, its medians do. These rules were fixed before "
+    "any run."
 )
 
 
 @dataclass(frozen=True)
 class Window:
-    """The requests of a stretch of time, or of several: then `begin` is the first one's and `end` the last's.
+    """The requests of one or more spans of time. Latencies are in milliseconds."""
 
-    Times are in seconds after the run's start, latencies in milliseconds.
-    codes: gRPC status -> count. steal: share of processor time, None when unknown. late: share of requests
-    that left late. contaminated: the rules that it broke, in words.
-    """
-
+    #: Of the first span, in seconds after the start of the run.
     begin: float
+    #: Of the last span.
     end: float
     requests: int
     p50: float
     p99: float
     p99_9: float
     max: float
+    #: gRPC status -> requests.
     codes: dict[str, int]
+    #: Share of the processors' time that the hypervisor took; None: unknown.
     steal: float | None
+    #: Share of the requests that left late.
     late: float
+    #: The rules that it breaks, in words.
     contaminated: Sequence[str]
 
     @property
@@ -72,25 +74,24 @@ class Window:
 
 @dataclass(frozen=True)
 class Reload:
-    """One swap of a run.
-
-    incomplete: what of it was not seen until the next publishing or the end of the load, in words.
-    control: the window to hold against this one; None where the quiet time before it is too short. width_ms:
-    from the first to the last request over the SLO within the reload. over_slo: how many those were.
-    first_ms: latency of the first request that the new version answered. swap_seconds: from publishing until
-    the new version was first seen AVAILABLE. ended: when the old version was first seen at its end, in
-    seconds after publishing. Versions and times are None when they were not seen.
-    """
+    """One swap of a run. Versions and times are None when they were not seen."""
 
     window: Window
+    #: The window to compare with; None where the quiet time before is too short.
     control: Window | None
+    #: What was not seen before the next publishing or the end of the load, in words.
     incomplete: Sequence[str]
     old_version: int | None
     new_version: int | None
+    #: From publishing until the new version was first seen AVAILABLE.
     swap_seconds: float | None
+    #: When the old version was first seen to have ended, in seconds after publishing.
     ended: float | None
+    #: Latency of the first request that the new version answered.
     first_ms: float | None
+    #: How many requests were over the SLO,
     over_slo: int
+    #: and the time from the first to the last of them.
     width_ms: float
 
     @property
@@ -100,31 +101,36 @@ class Reload:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run shows.
-
-    reloads: every swap, in order. reload: the requests of all clean ones (of all where none is clean), None
-    when nothing was published. height_ms and ratio: their maximum, and their p99.9 by that of the steady
-    window. width_ms, over_slo, first_ms, swap_seconds: medians over the same reloads. old_version and
-    new_version: before the first swap and after the last. served: version -> requests. codes: gRPC status ->
-    requests of the whole run. memory_*: private (anon) bytes just before the first publishing, the largest
-    during the reloads, and at the end.
-    """
+    """What a run shows."""
 
     steady: Window
+    #: Every swap, in order.
     reloads: Sequence[Reload]
+    #: All clean reloads together, or all reloads where none is clean; None without any.
+    #: The figures below come from the same reloads.
     reload: Window | None
+    #: Its p99.9 relative to the steady one.
     ratio: float | None
+    #: Its maximum.
     height_ms: float | None
+    #: Median of the reloads; so are over_slo, first_ms and swap_seconds.
     width_ms: float | None
     over_slo: float
     first_ms: float | None
+    #: Before the first swap.
     old_version: int | None
+    #: After the last.
     new_version: int | None
+    #: Version -> requests of the whole run.
     served: dict[int, int]
+    #: gRPC status -> requests of the whole run.
     codes: dict[str, int]
     swap_seconds: float | None
+    #: Private (anonymous) memory in bytes just before the first publishing,
     memory_before: int | None
+    #: the largest during the reloads,
     memory_peak: int | None
+    #: and at the end.
     memory_after: int | None
     notes: Sequence[str]
 
@@ -134,7 +140,7 @@ class Summary:
 
 
 def percentile(values: NDArray[np.float64], share: float) -> float:
-    """The smallest value that at least `share` (0 to 1) of all values do not exceed; NaN without values."""
+    """The smallest value that a `share` of all do not exceed; NaN without any."""
     if not len(values):
         return float("nan")
     return float(np.quantile(values, share, method="inverted_cdf"))
@@ -148,7 +154,7 @@ def analyse(run: Run) -> Summary:
     """
     settings, published = run.facts.settings, run.facts.publishes
     intended, versions = run.requests["intended"], run.requests["version"]
-    # A machine that stands still can publish after the end of the load.
+    # On a machine that stalls, publishing can begin after the end of the load.
     end = max(settings.seconds, *intended[-1:].tolist(), *(publish.begin for publish in published))
     steady = _window(run, [(settings.warm_seconds, published[0].begin if published else end)])
     if not steady.requests:
@@ -194,7 +200,7 @@ def analyse(run: Run) -> Summary:
 
 
 def latencies(run: Run, window: Window) -> NDArray[np.float64]:
-    """The latencies of a window's requests in milliseconds, by intended start."""
+    """The latencies of a window's requests, in milliseconds."""
     inside = _inside(run.requests["intended"], [(window.begin, window.end)])
     milliseconds: NDArray[np.float64] = run.requests["latency"][inside] * 1e3
     return milliseconds
@@ -212,8 +218,10 @@ def _reloads(run: Run, end: float) -> list[Reload]:
 
 
 def _reload(run: Run, quiet: float, begin: float, limit: float) -> Reload:
-    """The swap whose publishing began at `begin`, after quiet time from `quiet` on; all of it is over by
-    `limit`."""
+    """The swap whose publishing began at `begin`, after quiet time from `quiet` on.
+
+    What happens after `limit` is not part of it.
+    """
     settings = run.facts.settings
     old, new, available, ended = _swap(run, begin, limit)
     until = limit if ended is None else min(limit, ended + AFTER_END_SECONDS)
@@ -245,8 +253,10 @@ def _reload(run: Run, quiet: float, begin: float, limit: float) -> Reload:
 
 
 def _swap(run: Run, begin: float, limit: float) -> tuple[int | None, int | None, float | None, float | None]:
-    """Old and new version, and when the new one was first seen AVAILABLE and the old one at its end, from
-    `begin` to `limit`."""
+    """What happened from `begin` to `limit`: old and new version, and two times.
+
+    These are when the new one was first seen AVAILABLE, and when the old one had ended.
+    """
     last = {change.version: change.state for change in run.facts.states if change.t < begin}
     after = [change for change in run.facts.states if begin <= change.t < limit]
     old = max((version for version, state in last.items() if state == "AVAILABLE"), default=None)

@@ -1,11 +1,12 @@
-"""Many reloads seen as one: folded on the moment of publishing, and held against windows without a reload.
+"""Many reloads folded into one and compared with windows without a reload.
 
-In: the runs of one scenario and their summaries. Out: a `Fold`. A spike of a few milliseconds touches so few
-requests that a single reload says little, and one of a whole run nothing. So the requests of all reloads are
-put together, and so are those of as many control windows of the same lengths. What differs from reload to
-reload, and not from request to request, decides how sure a figure is: intervals come from drawing whole
-reloads, each with its control, at random with replacement (the cluster bootstrap; Davison and Hinkley,
-Bootstrap Methods and their Application, 1997, section 3.8; percentile intervals).
+In: the runs of one scenario and their summaries. Out: a `Fold`. A spike of a few
+milliseconds touches so few requests that a single reload says little. So the requests
+of all reloads are put together, and so are those of as many control windows of the same
+lengths. Requests of one reload are not independent, so intervals come from drawing
+whole reloads, each with its control, at random with replacement (the cluster bootstrap
+with percentile intervals; Davison and Hinkley, Bootstrap Methods and their Application,
+1997, section 3.8).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 from spikeless.bench.analysis import Reload, Summary, Window, latencies
 from spikeless.bench.run_file import Run
 
-#: The share of the requests that a figure is not exceeded by -> its name.
+#: The share of the requests that do not exceed a figure -> its name.
 FIGURES = {0.5: "p50", 0.99: "p99", 0.999: "p99.9", 1.0: "max"}
-#: One reload cannot be drawn at random.
+#: From a single reload nothing can be drawn.
 FEWEST_RELOADS = 2
 DRAWS = 2000
 CONFIDENCE = 0.95
@@ -30,11 +31,11 @@ SEED = 1
 FOLD_RULES = (
     "Folded figures: the requests of all reloads together, counted from the moment of publishing, and those "
     "of as many control windows of the same lengths, each from the middle of the quiet time before its "
-    "reload. A reload that was not seen to be over, or whose window or control is contaminated, empty or "
-    "missing, is left out with its control and named; so it is also where the generator was late because the "
-    "server took the processors: see how many reloads are left before comparing. The excess is reload less "
+    "reload. A reload is left out, with its control, when it was not seen to end, or when its window or "
+    "control is contaminated, empty or missing. A server that takes the processors makes the generator late "
+    "and so contaminates windows: see how many reloads are left before comparing. The excess is reload minus "
     f"control. In brackets: {CONFIDENCE:.0%} intervals from {DRAWS:,} draws of whole reloads with their "
-    f"controls (bootstrap, seed {SEED}); that of a maximum cannot reach beyond what was measured."
+    f"controls (bootstrap, seed {SEED}); that of a maximum cannot exceed what was measured."
 )
 
 
@@ -51,13 +52,15 @@ class Estimate:
 class Fold:
     """The reloads of a scenario together.
 
-    pairs: for each reload that counts, the number of its run and the reload. left_out: why each of the others
-    does not count. reload, control, excess: name of a figure, as in `FIGURES`, -> its value, in milliseconds;
-    empty when fewer than `FEWEST_RELOADS` count.
+    The figures have the names in `FIGURES`. There are none when fewer than
+    `FEWEST_RELOADS` reloads can be used.
     """
 
+    #: The reloads that are used, each with the index of its run.
     pairs: Sequence[tuple[int, Reload]]
+    #: Why each of the others is not.
     left_out: Sequence[str]
+    #: Name of a figure -> its value in milliseconds.
     reload: dict[str, Estimate]
     control: dict[str, Estimate]
     excess: dict[str, Estimate]
@@ -100,7 +103,7 @@ def fold(runs: Sequence[Run], summaries: Sequence[Summary]) -> Fold:
 
 
 def _unfit(swap: Reload) -> str | None:
-    """Why a reload does not count, or None when it does."""
+    """Why a reload cannot be used, or None."""
     if swap.incomplete:
         return "; ".join(swap.incomplete)
     if swap.control is None:
@@ -119,7 +122,10 @@ def _unfit_window(window: Window) -> str | None:
 
 
 def _draws(reloads: int) -> NDArray[np.int64]:
-    """How often each reload is drawn, of shape ``[1 + DRAWS, reloads]``; the first draw is all of them."""
+    """How often each reload is drawn, of shape ``[1 + DRAWS, reloads]``.
+
+    The first draw has each reload once.
+    """
     random = np.random.default_rng(SEED)
     drawn = random.multinomial(reloads, np.full(reloads, 1 / reloads), size=DRAWS)
     return np.vstack([np.ones((1, reloads), np.int64), drawn])
@@ -128,8 +134,7 @@ def _draws(reloads: int) -> NDArray[np.int64]:
 def _quantiles(windows: Sequence[NDArray[np.float64]], counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """The figures of `FIGURES` for each draw, of shape ``[draws, figures]``.
 
-    Each is the smallest latency that at least its share of the drawn requests do not exceed, as in
-    `spikeless.bench.analysis.percentile`.
+    They are defined as in `spikeless.bench.analysis.percentile`.
     """
     owner = np.repeat(np.arange(len(windows)), [len(window) for window in windows])
     values = np.concatenate(windows)
@@ -138,7 +143,7 @@ def _quantiles(windows: Sequence[NDArray[np.float64]], counts: NDArray[np.int64]
     figures = np.empty((len(counts), len(FIGURES)))
     for number, count in enumerate(counts):
         reached = np.cumsum(count[owner])
-        # Whole requests: without rounding up, the errors of a product could ask for one too many.
+        # Less a little, so that a rounding error does not ask for one request too many.
         needed = np.ceil(np.array(list(FIGURES)) * reached[-1] - 1e-6)
         figures[number] = values[np.searchsorted(reached, needed)]
     return figures
