@@ -16,16 +16,14 @@ import grpc
 from spikeless.engine.core import ServerCore
 from spikeless.engine.handlers import Calls, require_spec
 from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.formats.kinds import KINDS, Kind
 from spikeless.formats.protos import (
-    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
-    inference_pb2,
     model_management_pb2,
+    model_pb2,
     model_service_pb2_grpc,
-    predict_pb2,
     prediction_service_pb2_grpc,
-    regression_pb2,
 )
 
 _log = logging.getLogger(__name__)
@@ -46,9 +44,9 @@ def _answering(method: _Method) -> _Method:
     """
 
     @functools.wraps(method)
-    def answer(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+    def answer(self: Any, *arguments: Any) -> Any:
         try:
-            return method(self, request, context)
+            return method(self, *arguments)
         except SpikelessError as error:
             code, message = error.code, str(error)
         except MemoryError:
@@ -57,53 +55,34 @@ def _answering(method: _Method) -> _Method:
             _log.exception("%s failed", method.__name__)
             code, message = Code.INTERNAL, f"{type(error).__name__}: {error}"
         # The status goes into trailing metadata, which has a size limit of its own.
+        *_, context = arguments
         context.abort(_STATUS_CODES[code], message[:4096])
 
     return cast(_Method, answer)
 
 
+def _model_spec(kind: Kind, request: Any) -> model_pb2.ModelSpec:
+    """The model that a request asks; the parts of one request may not ask several."""
+    parts = kind.request_parts(request)
+    if not parts:
+        raise InvalidArgument(f"{kind.name}Request must have at least one task.")
+    if parts[0] is request:
+        require_spec(request)
+    return parts[0].model_spec
+
+
 class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
-    """Inference."""
+    """Inference, with a method for each kind of request, and the signatures of models."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
+        for kind in KINDS:
+            setattr(self, kind.name, functools.partial(self._infer, kind))
 
     @_answering
-    def Predict(
-        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
-    ) -> predict_pb2.PredictResponse:
-        require_spec(request)
-        with self._calls.counted(request.model_spec, "Predict") as call:
-            return call.model().predict(request, _timeout(context))
-
-    @_answering
-    def Classify(
-        self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext
-    ) -> classification_pb2.ClassificationResponse:
-        require_spec(request)
-        with self._calls.counted(request.model_spec, "Classify") as call:
-            call.note_examples(request.input)
-            return call.model().classify(request, _timeout(context))
-
-    @_answering
-    def Regress(
-        self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext
-    ) -> regression_pb2.RegressionResponse:
-        require_spec(request)
-        with self._calls.counted(request.model_spec, "Regress") as call:
-            call.note_examples(request.input)
-            return call.model().regress(request, _timeout(context))
-
-    @_answering
-    def MultiInference(
-        self, request: inference_pb2.MultiInferenceRequest, context: grpc.ServicerContext
-    ) -> inference_pb2.MultiInferenceResponse:
-        if not request.tasks:
-            raise InvalidArgument("MultiInferenceRequest must have at least one task.")
-        spec = request.tasks[0].model_spec
-        with self._calls.counted(spec, "MultiInference") as call:
-            call.note_examples(request.input)
-            return call.model().multi_inference(request, _timeout(context))
+    def _infer(self, kind: Kind, request: Any, context: grpc.ServicerContext) -> Any:
+        with self._calls.counted(_model_spec(kind, request), kind.name) as call:
+            return call.answer(kind, request, _timeout(context))
 
     @_answering
     def GetModelMetadata(

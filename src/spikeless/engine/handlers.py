@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from spikeless.engine.core import ServerCore
 from spikeless.errors import Code, InvalidArgument, SpikelessError
-from spikeless.formats.kinds import examples
-from spikeless.formats.protos import get_model_metadata_pb2, get_model_status_pb2, input_pb2, model_pb2
+from spikeless.formats import kinds
+from spikeless.formats.kinds import Kind
+from spikeless.formats.protos import get_model_metadata_pb2, get_model_status_pb2, model_pb2
 from spikeless.runtime.model import Model
 
 if TYPE_CHECKING:
@@ -43,16 +44,18 @@ class Call:
         #: Examples in its input; None for calls that have none.
         self.examples: int | None = None
 
-    def note_examples(self, given: input_pb2.Input) -> None:
-        """Remember for the metrics how many examples the call brings."""
-        self.examples = len(examples(given))
-
     def model(self) -> Model:
         """The model that the call asks for, lent until its end, once; raises as ``ServerCore.use`` does."""
         self._lent = self._core.use(self._spec)
         model = self._lent.__enter__()
         self.version = model.version
         return model
+
+    def answer(self, kind: Kind, request: Any, timeout: float | None) -> Any:
+        """The response of that model to a request message, within ``timeout`` seconds."""
+        if kind.takes_examples:
+            self.examples = len(kinds.examples(request.input))
+        return self.model().answer(kind, request, timeout)
 
     def __enter__(self) -> Call:
         if self._metrics is not None:

@@ -21,12 +21,11 @@ from spikeless.engine.flags import ServerFlags
 from spikeless.engine.handlers import MAX_REQUEST_BYTES, SIGNATURES, Call, Calls
 from spikeless.errors import Cancelled, Code, InvalidArgument, ResourceExhausted, SpikelessError
 from spikeless.formats import rest_json
+from spikeless.formats.kinds import KINDS
 from spikeless.formats.protos import (
-    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
     model_pb2,
-    regression_pb2,
 )
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 
@@ -36,10 +35,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _VERSION = r"(?:/versions/(\d+)|/labels/([^/:]+))?"
-_CALL_PATH = re.compile(rf"(?i:/v1/models/([^/:]+){_VERSION}):(classify|regress|predict)", re.ASCII)
+_KINDS = {kind.rest_verb: kind for kind in KINDS if kind.rest_verb}
+_CALL_PATH = re.compile(rf"(?i:/v1/models/([^/:]+){_VERSION}):({'|'.join(_KINDS)})", re.ASCII)
 #: Without a name it is a path too, which is refused with a message of its own.
 _MODEL_PATH = re.compile(rf"(?i:/v1/models(?:/([^/:]+))?{_VERSION})(?:/(metadata))?", re.ASCII)
 _MAX_VERSION = (1 << 63) - 1
+#: What an answer to each verb that takes examples looks like.
+_BODIES: dict[str, Callable[[Any], bytes]] = {
+    "classify": rest_json.classify_body,
+    "regress": rest_json.regress_body,
+}
 
 #: ``ToHTTPStatusCode`` in ``http_server.cc``; whatever is missing here is 500.
 _STATUSES = {
@@ -120,14 +125,17 @@ class RestApi:
             return b""
         raise InvalidArgument(f"Malformed request: {method} {path}")
 
-    def _call(self, method: str, spec: model_pb2.ModelSpec, environ: _Environ) -> bytes:
-        answer = {"predict": self._predict, "classify": self._classify, "regress": self._regress}
-        with self._calls.counted(spec, method) as call:
+    def _call(self, verb: str, spec: model_pb2.ModelSpec, environ: _Environ) -> bytes:
+        with self._calls.counted(spec, verb) as call:
             if environ["waitress.client_disconnected"]():
                 raise Cancelled("the client went away before its request was looked at")
             document = rest_json.parse(self._body(environ))
             spec.signature_name = rest_json.signature_name(document)
-            return answer[method](call, spec, document)
+            kind = _KINDS[verb]
+            if not kind.takes_examples:
+                return self._predict(call, spec, document)
+            request = kind.request(model_spec=spec, input=rest_json.examples_input(document))
+            return _BODIES[verb](call.answer(kind, request, self._timeout).result)
 
     def _predict(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
         model = call.model()
@@ -137,18 +145,6 @@ class RestApi:
         inputs = rest_json.predict_inputs(document, model.signatures[key].inputs)
         outputs = model.predict_arrays(key, inputs, self._timeout)
         return rest_json.predict_body(outputs, rest_json.is_row_format(document))
-
-    def _classify(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
-        examples = rest_json.examples_input(document)
-        call.note_examples(examples)
-        request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
-        return rest_json.classify_body(call.model().classify(request, self._timeout).result)
-
-    def _regress(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
-        examples = rest_json.examples_input(document)
-        call.note_examples(examples)
-        request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
-        return rest_json.regress_body(call.model().regress(request, self._timeout).result)
 
     def _body(self, environ: _Environ) -> bytes:
         """The body of a request, unpacked where it is packed."""

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError, Unimplemented
-from spikeless.formats.kinds import Kind, serialized_examples
+from spikeless.formats import kinds
+from spikeless.formats.kinds import Kind
 from spikeless.formats.protos import (
     classification_pb2,
     inference_pb2,
@@ -129,7 +130,7 @@ class Model:
         feeds = _feeds(signature, inputs, convert)
         aliases = _requested_outputs(signature, output_filter)
         fetches = [signature.outputs[alias].name for alias in aliases]
-        return dict(zip(aliases, self._run_session("Predict", feeds, fetches, timeout), strict=True))
+        return dict(zip(aliases, self._run_session(kinds.PREDICT.name, feeds, fetches, timeout), strict=True))
 
     def _run_session(
         self, api: str, feeds: dict[str, _Array], fetches: list[str], timeout: float | None
@@ -145,24 +146,26 @@ class Model:
         self, request: classification_pb2.ClassificationRequest, timeout: float | None = None
     ) -> classification_pb2.ClassificationResponse:
         """Examples in, classes with scores out."""
-        key, signature = self._examples_signature(request.model_spec, CLASSIFY_METHOD)
-        feed, fetches = _classify_tensors(signature)
-        count, outputs = self._run_examples("Classify", request.input, feed, fetches, timeout)
-        return classification_pb2.ClassificationResponse(
-            model_spec=self._model_spec(request.model_spec.name, key),
-            result=_classification_result(signature, count, outputs),
-        )
+        return self._run_head(kinds.CLASSIFY, request, timeout)
 
     def regress(
         self, request: regression_pb2.RegressionRequest, timeout: float | None = None
     ) -> regression_pb2.RegressionResponse:
         """Examples in, one number each out."""
-        key, signature = self._examples_signature(request.model_spec, REGRESS_METHOD)
-        feed, fetches = _regress_tensors(signature)
-        count, outputs = self._run_examples("Regress", request.input, feed, fetches, timeout)
-        return regression_pb2.RegressionResponse(
+        return self._run_head(kinds.REGRESS, request, timeout)
+
+    def _run_head(self, kind: Kind, request: Any, timeout: float | None) -> Any:
+        head = _HEADS[kind.signature_method]
+        key = request.model_spec.signature_name or DEFAULT_SIGNATURE
+        signature = self.signature_defs.get(key)
+        if signature is None:
+            raise InvalidArgument(f"No signature was found with the name: {key}")
+        self._check_method(signature, head)
+        feed, fetches = head.tensors(signature)
+        count, outputs = self._run_examples(kind.name, request.input, feed, fetches, timeout)
+        return kind.response(
             model_spec=self._model_spec(request.model_spec.name, key),
-            result=_regression_result(signature, count, outputs),
+            result=head.result(signature, count, outputs),
         )
 
     def multi_inference(
@@ -180,13 +183,12 @@ class Model:
         feeds: set[str] = set()
         fetches: set[str] = set()
         seen: set[str] = set()
-        for task, key, signature in tasks:
+        for _, key, signature, head in tasks:
             if key in seen:
                 raise InvalidArgument(f"Duplicate evaluation of signature: {key}")
             seen.add(key)
-            self._check_method(signature, task.method_name)
-            tensors = _classify_tensors if task.method_name == CLASSIFY_METHOD else _regress_tensors
-            feed, outputs = tensors(signature)
+            self._check_method(signature, head)
+            feed, outputs = head.tensors(signature)
             feeds.add(feed)
             fetches.update(outputs)
         if len(feeds) > 1:
@@ -194,46 +196,39 @@ class Model:
         if not feeds:
             raise InvalidArgument("MultiInferenceRequest has no tasks.")
         count, values = self._run_examples(
-            "MultiInference", request.input, feeds.pop(), sorted(fetches), timeout
+            kinds.MULTI_INFERENCE.name, request.input, feeds.pop(), sorted(fetches), timeout
         )
         response = inference_pb2.MultiInferenceResponse()
-        for task, key, signature in tasks:
+        for task, key, signature, head in tasks:
             result = response.results.add(model_spec=self._model_spec(task.model_spec.name, key))
-            if task.method_name == CLASSIFY_METHOD:
-                result.classification_result.CopyFrom(_classification_result(signature, count, values))
-            else:
-                result.regression_result.CopyFrom(_regression_result(signature, count, values))
+            getattr(result, head.field).CopyFrom(head.result(signature, count, values))
         return response
 
-    def _task_signature(self, task: inference_pb2.InferenceTask) -> tuple[str, meta_graph_pb2.SignatureDef]:
+    def _task_signature(
+        self, task: inference_pb2.InferenceTask
+    ) -> tuple[str, meta_graph_pb2.SignatureDef, _Head]:
         key = task.model_spec.signature_name or DEFAULT_SIGNATURE
         if key not in self.signature_defs:
             raise InvalidArgument(f"Requested signature not found in model graph: {key}")
-        if task.method_name not in (CLASSIFY_METHOD, REGRESS_METHOD):
+        if task.method_name not in _HEADS:
             raise Unimplemented(f"Unsupported signature method_name: {task.method_name}")
-        return key, self.signature_defs[key]
+        return key, self.signature_defs[key], _HEADS[task.method_name]
 
-    def _examples_signature(
-        self, spec: model_pb2.ModelSpec, method: str
-    ) -> tuple[str, meta_graph_pb2.SignatureDef]:
-        key = spec.signature_name or DEFAULT_SIGNATURE
-        if key not in self.signature_defs:
-            raise InvalidArgument(f"No signature was found with the name: {key}")
-        self._check_method(self.signature_defs[key], method)
-        return key, self.signature_defs[key]
-
-    def _check_method(self, signature: meta_graph_pb2.SignatureDef, method: str) -> None:
-        if self.check_method_names and signature.method_name != method:
-            kind = "classification" if method == CLASSIFY_METHOD else "regression"
+    def _check_method(self, signature: meta_graph_pb2.SignatureDef, head: _Head) -> None:
+        if self.check_method_names and signature.method_name != head.method:
             raise InvalidArgument(
-                f"Expected {kind} signature method_name to be {method}. Was: {signature.method_name}"
+                f"Expected {head.name} signature method_name to be {head.method}. "
+                f"Was: {signature.method_name}"
             )
 
     def _run_examples(
         self, api: str, examples: input_pb2.Input, feed: str, fetches: list[str], timeout: float | None
     ) -> tuple[int, dict[str, _Array]]:
-        serialized = _serialized_examples(examples)
-        outputs = self._run_session(api, {feed: serialized}, fetches, timeout)
+        serialized = kinds.serialized_examples(examples)
+        if not serialized:
+            raise InvalidArgument("Input is empty.")
+        feeds = {feed: np.array(serialized, dtype=object)}
+        outputs = self._run_session(api, feeds, fetches, timeout)
         return len(serialized), dict(zip(fetches, outputs, strict=True))
 
     def _model_spec(self, name: str, signature: str) -> model_pb2.ModelSpec:
@@ -299,14 +294,6 @@ def _requested_outputs(signature: meta_graph_pb2.SignatureDef, output_filter: It
 
 def _braces(names: Iterable[str]) -> str:
     return "{" + ",".join(sorted(names)) + "}"
-
-
-def _serialized_examples(examples: input_pb2.Input) -> _Array:
-    """Shape ``[examples]``."""
-    serialized = serialized_examples(examples)
-    if not serialized:
-        raise InvalidArgument("Input is empty.")
-    return np.array(serialized, dtype=object)
 
 
 def _examples_feed(signature: meta_graph_pb2.SignatureDef, kind: str) -> str:
@@ -413,3 +400,33 @@ def _regression_result(
     for value in values.reshape(-1).tolist():
         result.regressions.add(value=value)
     return result
+
+
+@dataclass(frozen=True)
+class _Head:
+    """How signatures of one method are read, and what their outputs become."""
+
+    #: The method name of its signatures.
+    method: str
+    name: str
+    #: The tensor to feed and the tensors to fetch.
+    tensors: Callable[[meta_graph_pb2.SignatureDef], tuple[str, list[str]]]
+    #: From the number of examples and the fetched values.
+    result: Callable[[meta_graph_pb2.SignatureDef, int, dict[str, _Array]], Any]
+    #: Where the result of one task of a MultiInference call goes.
+    field: str
+
+
+_HEADS: dict[str | None, _Head] = {
+    head.method: head
+    for head in (
+        _Head(
+            CLASSIFY_METHOD,
+            "classification",
+            _classify_tensors,
+            _classification_result,
+            "classification_result",
+        ),
+        _Head(REGRESS_METHOD, "regression", _regress_tensors, _regression_result, "regression_result"),
+    )
+}
