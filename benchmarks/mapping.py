@@ -64,6 +64,7 @@ from spikeless.bench.rungs import Rung, kinds
 from spikeless.bench.scenario import server_facts
 from spikeless.cli.options import Size
 from spikeless.client import Client
+from spikeless.disk import proc
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import SpikelessError
 from spikeless.formats.states import State
@@ -459,21 +460,12 @@ def _evict(directory: Path) -> None:
 
 
 def _process(pid: int) -> dict[str, int]:
-    """Memory in bytes, processor time in clock ticks, page faults: proc_pid_status(5), proc_pid_stat(5)."""
-    status = {
-        name: int(value.split()[0]) * 1024
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-        for name, _, value in [line.partition(":")]
-        if name in ("RssAnon", "RssFile")
-    }
-    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    """Memory in bytes, page faults, processor time in clock ticks."""
+    memory = proc.memory(pid)
     return {
-        "rss_anon": status["RssAnon"],
-        "rss_file": status["RssFile"],
-        "minor_faults": int(stat[7]),
-        "major_faults": int(stat[9]),
-        "user_ticks": int(stat[11]),
-        "system_ticks": int(stat[12]),
+        "rss_anon": memory["RssAnon"],
+        "rss_file": memory["RssFile"],
+        **proc.counters(pid)._asdict(),
         "ticks_per_second": os.sysconf("SC_CLK_TCK"),
     }
 
@@ -485,7 +477,7 @@ def _sampling(pid: int, values: list[int]) -> Iterator[None]:
 
     def sample() -> None:
         while not stop.wait(POLL_SECONDS):
-            values.append(_process(pid)["rss_anon"])
+            values.append(proc.private_memory(pid))
 
     thread = threading.Thread(target=sample)
     thread.start()

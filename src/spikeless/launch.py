@@ -32,6 +32,7 @@ import grpc
 import psutil
 
 from spikeless import __version__
+from spikeless.disk import proc
 from spikeless.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -326,13 +327,11 @@ class Allocator:
 
 
 def allocator_of(pid: int) -> Allocator:
-    """The allocator of a running process, from ``/proc/<pid>/maps`` (``unknown`` where there is none)."""
+    """The allocator of a running process, by the libraries in its memory."""
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        paths = [file.path for file in proc.mapped_files(pid)]
     except OSError as error:
         return Allocator("unknown", f"no memory maps: {error.strerror}")
-    # address, permissions, offset, device, inode, then the path: proc_pid_maps(5).
-    paths = [parts[5] for line in lines if len(parts := line.split(maxsplit=5)) == 6]
     for path in paths:
         if Path(path).name.startswith("libjemalloc"):
             return Allocator("jemalloc", path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from places import SUPPORT
 
+from spikeless.disk import proc
 from spikeless.formats.states import State
 from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
@@ -28,17 +28,6 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def private(pid: int) -> int:
-    """Bytes of memory that are the process's own."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
-
-
-def faults(pid: int) -> int:
-    """Pages that the process has been given so far."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
-
-
 @pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize("mapped", [False, True], ids=["stock", "mapped"])
 def test_what_a_swap_takes(serve, saved_model: Path, tmp_path: Path, mapped: bool) -> None:
@@ -49,13 +38,13 @@ def test_what_a_swap_takes(serve, saved_model: Path, tmp_path: Path, mapped: boo
     with serve(model_name="m", model_base_path=models / "m") as running:
         first = running.client.predict("m", inputs)
         pid = running.server.pid
-        faults_before, private_before = faults(pid), private(pid)
+        faults_before, private_before = proc.counters(pid).minor_faults, proc.private_memory(pid)
         publishing.publish(saved_model, models, "m", steps=steps)
         running.wait("m", {1: State.END, 2: State.AVAILABLE})
         second = running.client.predict("m", inputs)
-        taken = (faults(pid) - faults_before) * PAGE
+        taken = (proc.counters(pid).minor_faults - faults_before) * PAGE
         assert np.array_equal(first["rows"], second["rows"])
-        assert private(pid) < private_before + SIZE / 8, "the old version's memory is given back"
+        assert proc.private_memory(pid) < private_before + SIZE / 8, "the old version's memory is given back"
         if mapped:
             # Not even for a moment: what was freed again would have been given before.
             assert taken < SIZE / 4

@@ -119,8 +119,8 @@ def test_loading_threads_can_give_way(
     idle: int,
 ) -> None:
     def threads(policy: int) -> int:
-        tasks = Path(f"/proc/{running.server.pid}/task").iterdir()
-        return sum(os.sched_getscheduler(int(task.name)) == policy for task in tasks)
+        found = psutil.Process(running.server.pid).threads()
+        return sum(os.sched_getscheduler(thread.id) == policy for thread in found)
 
     models = tmp_path / "times"
     put_version(saved_models / "times_one", models, 1)

@@ -657,10 +657,12 @@ def test_killed_at_any_moment_nothing_is_half_there(originals: Path, tmp_path: P
 #: Prints which mapped files a loaded model has in its memory.
 _MAPS = """
 import sys
+from pathlib import Path
 from spikeless import runtime
+from spikeless.disk import proc
 
-with runtime.Session.load(sys.argv[1]), open("/proc/self/maps") as maps:
-    print(*sorted({line.split("variables/")[1].strip() for line in maps if "variables.data" in line}))
+with runtime.Session.load(sys.argv[1]):
+    print(*sorted({Path(f.path).name for f in proc.mapped_files() if "variables.data" in f.path}))
 """
 
 
@@ -761,18 +763,15 @@ _LOOK = """
 import sys
 import numpy as np
 from spikeless import runtime
-
-def private():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+from spikeless.disk import proc
 
 runtime.version()
-before = private()
+before = proc.private_memory()
 with runtime.Session.load(sys.argv[1]) as session:
     signature = session.meta_graph.signature_def["serving_default"]
     ids = np.array([0, 1, 2**25 - 1, 2**25, 2**25 + 62, 2**25 + 63])
     (rows,) = session.run({signature.inputs["ids"].name: ids}, [signature.outputs["rows"].name])
-    print(*rows[:, 63], private() - before)
+    print(*rows[:, 63], proc.private_memory() - before)
 """
 
 
@@ -819,18 +818,15 @@ def tf_loads(model: Path, ids: list[int]) -> list[int]:
 #: and how often its parameters' file is mapped, then and after it is closed.
 _MEMORY = """
 import sys, threading
+import numpy as np
 from spikeless import runtime
-
-def private():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+from spikeless.disk import proc
 
 def mappings():
-    with open("/proc/self/maps") as maps:
-        return sum("variables.data-00001" in line for line in maps)
+    return sum("variables.data-00001" in file.path for file in proc.mapped_files())
 
 runtime.version()
-before = private()
+before = proc.private_memory()
 with runtime.Session.load(sys.argv[1]) as session:
     signature = session.meta_graph.signature_def["serving_default"]
     fetches = [info.name for info in signature.outputs.values()]
@@ -842,7 +838,7 @@ with runtime.Session.load(sys.argv[1]) as session:
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    print(private() - before, mappings())
+    print(proc.private_memory() - before, mappings())
 print(mappings())
 """
 

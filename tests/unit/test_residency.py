@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spikeless.disk import pages
+from spikeless.disk import pages, proc
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.mapping.manifest import FileRecord, Manifest, manifest_path
@@ -83,23 +83,20 @@ def _flags(path: Path) -> list[bool]:
 
 
 def _locked_bytes(pid: int | str = "self") -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmLck:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no VmLck")
+    return proc.memory(pid)["VmLck"]
 
 
 #: Gives up the right to lock beyond the limit, which takes hold with the next program, and tries to lock.
 _LIMITED = """
 import ctypes, os, resource, sys
-from spikeless import residency
+from spikeless.disk import pages
 
 PR_CAPBSET_DROP, CAP_IPC_LOCK = 24, 14
 if sys.argv[2] == "first":
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
     ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0)
     os.execv(sys.executable, [sys.executable, "-c", sys.orig_argv[2], sys.argv[1], "second"])
-residency.Mapping(sys.argv[1]).lock()
+pages.Mapping(sys.argv[1]).lock()
 """
 
 

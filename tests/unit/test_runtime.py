@@ -109,10 +109,7 @@ def test_a_bare_call_is_repeated(times: Session) -> None:
 _FREED = """
 import ctypes
 from spikeless import runtime
-
-def private():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+from spikeless.disk.proc import private_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -122,9 +119,9 @@ for piece in pieces:
 for piece in pieces[:-1]:
     libc.free(piece)
 del pieces
-before = private()
+before = private_memory()
 runtime.return_free_memory()
-print(before, private())
+print(before, private_memory())
 """
 
 

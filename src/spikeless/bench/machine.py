@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from spikeless.disk import proc
+
 UNKNOWN = "unknown"
 
 
@@ -60,16 +62,12 @@ def _git(directory: Path, *arguments: str) -> str:
 
 
 def _cpu_model() -> str:
-    """``model name`` of /proc/cpuinfo; machines whose cpuinfo has none say at least their architecture."""
+    """The processors' name; machines that do not tell it say at least their architecture."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = proc.processor_model()
     except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine() or UNKNOWN
+        model = None
+    return model or platform.processor() or platform.machine() or UNKNOWN
 
 
 def _distribution() -> str:

@@ -1,5 +1,4 @@
-"""Watch the server beside the load: version states over a connection of its own, memory and processor from
-/proc.
+"""Watch the server beside the load: version states over a connection of its own, memory, processor.
 
 In: an address, a model name, a process id. Out: the changes of state, and samples. Moments are those of
 ``time.monotonic`` until `offsets` are taken from the start of the run.
@@ -8,11 +7,11 @@ In: an address, a model name, a process id. Out: the changes of state, and sampl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +19,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from spikeless.disk import proc
 from spikeless.formats.protos import get_model_status_pb2, model_service_pb2_grpc
 
 STATE_POLL_SECONDS = 0.05
@@ -59,7 +59,6 @@ class Watcher:
     def __init__(self, target: str, model_name: str, pid: int | None) -> None:
         self.changes: list[StateChange] = []
         self._samples: list[tuple[float, int, int, int, int]] = []
-        self._pid = pid
         self._request = get_model_status_pb2.GetModelStatusRequest()
         self._request.model_spec.name = model_name
         self._known: dict[int, str] = {}
@@ -71,9 +70,10 @@ class Watcher:
         self._threads = [
             threading.Thread(target=self._every, args=(STATE_POLL_SECONDS, self._poll), daemon=True)
         ]
-        if pid is not None and Path(f"/proc/{pid}/status").exists():
+        if pid is not None:
+            sample = functools.partial(self._sample, pid)
             self._threads.append(
-                threading.Thread(target=self._every, args=(SAMPLE_SECONDS, self._sample), daemon=True)
+                threading.Thread(target=self._every, args=(SAMPLE_SECONDS, sample), daemon=True)
             )
 
     def __enter__(self) -> Watcher:
@@ -117,19 +117,13 @@ class Watcher:
             self.changes.append(StateChange(now, number, GONE))
             del self._known[number]
 
-    def _sample(self) -> None:
+    def _sample(self, pid: int) -> None:
         try:
-            status = Path(f"/proc/{self._pid}/status").read_text()
-            processors = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
+            memory, (ticks, stolen) = proc.memory(pid), proc.processor_ticks()
         except OSError:
             return  # The server is gone.
-        # proc_pid_status(5) counts in kB. proc_stat(5): user nice system idle iowait irq softirq steal; guest
-        # time, which follows, is in user already.
-        memory = {name: int(value.split()[0]) for name, value in _fields(status) if name.startswith("Rss")}
-        ticks = [int(value) for value in processors[:8]]
-        now = time.monotonic()
-        anon, file = memory.get("RssAnon", 0), memory.get("RssFile", 0) + memory.get("RssShmem", 0)
-        self._samples.append((now, anon * 1024, file * 1024, sum(ticks), ticks[7]))
+        file_backed = memory.get("RssFile", 0) + memory.get("RssShmem", 0)
+        self._samples.append((time.monotonic(), memory.get("RssAnon", 0), file_backed, ticks, stolen))
 
     def state_changes(self, start: float) -> list[StateChange]:
         """The changes, in seconds after `start`; those from before it stand at their (negative) time."""
@@ -144,7 +138,3 @@ class Watcher:
         }
         table["t"] -= start
         return table
-
-
-def _fields(status: str) -> list[tuple[str, str]]:
-    return [(name, value) for name, _, value in (line.partition(":") for line in status.splitlines())]

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from spikeless.disk import proc
 from spikeless.errors import FailedPrecondition, ResourceExhausted
 
 _CHUNK_BYTES = 8 << 20
@@ -120,22 +121,12 @@ def expect_single_pages(paths: Iterable[str | os.PathLike[str]]) -> int:
     Returns:
         How many mappings were found.
     """
-    wanted = {file_key(path) for path in paths}
-    found = 0
-    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines() if wanted else ():
-        addresses, _, _, device, inode = line.split(maxsplit=5)[:5]  # proc_pid_maps(5)
-        if (device, inode) in wanted:
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            if _libc().madvise(start, end - start, mmap.MADV_RANDOM):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), line)
-            found += 1
-    return found
-
-
-def file_key(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """A file's device and inode as in ``/proc/<pid>/maps``."""
-    status = os.stat(path)
-    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
+    wanted = {proc.file_key(path) for path in paths}
+    found = [file for file in proc.mapped_files() if file.key in wanted] if wanted else []
+    for file in found:
+        if _libc().madvise(file.start, file.end - file.start, mmap.MADV_RANDOM):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), file.path)
+    return len(found)
 
 
 def lock_limit() -> str:

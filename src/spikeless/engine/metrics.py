@@ -75,6 +75,7 @@ from prometheus_client import (
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from spikeless.disk import proc
 from spikeless.errors import Code
 from spikeless.formats.protos import read_text_proto
 from spikeless.formats.states import State, VersionStatus
@@ -360,7 +361,7 @@ class _Histogram(_Series[list[float]]):
 
 
 class _Memory(Collector):
-    """The memory of this process, from ``/proc/self/status``; nothing where there is none."""
+    """The memory of this process; nothing where there is no ``/proc``."""
 
     _FIELDS = (
         ("RssAnon", "spikeless_memory_private_bytes", "Memory that is this process's own."),
@@ -369,12 +370,11 @@ class _Memory(Collector):
 
     def collect(self) -> Iterator[Metric]:
         try:
-            lines = Path("/proc/self/status").read_text().splitlines()
+            memory = proc.memory()
         except OSError:
             return
-        values = {field: rest.split() for field, _, rest in (line.partition(":") for line in lines)}
         for field, name, text in self._FIELDS:
-            if field in values:
+            if field in memory:
                 metric = Metric(name, text, "gauge")
-                metric.add_sample(name, {}, int(values[field][0]) * 1024)
+                metric.add_sample(name, {}, memory[field])
                 yield metric

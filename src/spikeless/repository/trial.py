@@ -18,6 +18,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from spikeless.disk.proc import private_memory
 from spikeless.errors import FailedPrecondition, SpikelessError
 from spikeless.repository import golden
 from spikeless.runtime import Session
@@ -82,7 +83,7 @@ def run(version: Path, stable: Path | None = None) -> Findings:
 
 def _try(version: Path, stable: Path | None) -> Findings:
     findings = Findings()
-    before, started = _private_memory(), time.monotonic()
+    before, started = private_memory(), time.monotonic()
     try:
         session = Session.load(version)
     except SpikelessError as error:
@@ -92,7 +93,7 @@ def _try(version: Path, stable: Path | None) -> Findings:
         model = Model(session)
         with _gate("warmup", "build the warmup file again with `spikeless warmup build`"):
             findings.warmup = replay(model, warmup_file(version))
-        findings.memory = max(0, _private_memory() - before)
+        findings.memory = max(0, private_memory() - before)
         with _gate("golden", "the golden requests or their tolerance are wrong, or the model is"):
             given = golden.of_version(version)
         asked = given.records[:1] or tuple(_requests(version))[:1]
@@ -134,13 +135,6 @@ def _latencies(model: Model, record: Record) -> tuple[float, float]:
         answer(model, record)
         latencies.append(time.monotonic() - started)
     return latencies[0], statistics.median(latencies[1:])
-
-
-def _private_memory() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def main() -> None:

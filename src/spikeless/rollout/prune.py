@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless.disk import atomic, pages
+import psutil
+
+from spikeless.disk import atomic, proc
 from spikeless.disk.locks import alone
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.formats.states import State
@@ -145,26 +147,28 @@ def loaded(models: Path, name: str, fleet: FleetSettings | None) -> dict[int, li
 
 
 def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
-    """Versions of which a process on this machine has a file mapped (``/proc/<pid>/maps``).
+    """Versions of which a process on this machine has a file mapped.
 
     A container may see a version at another path, so a file is also known by its device and inode.
     """
     prefixes = {f"{path.resolve()}/": version for version, path in versions.items()}
     inodes = {
-        pages.file_key(file): version
+        proc.file_key(file): version
         for version, path in versions.items()
         for file in path.rglob("*")
         if file.is_file()
     }
     found: set[int] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
+    for pid in psutil.pids():
         try:
-            text = maps.read_text(errors="replace")
+            files = proc.mapped_files(pid)
         except OSError:
             continue  # It has ended, or is another user's.
-        found |= {version for prefix, version in prefixes.items() if prefix in text}
-        mapped = {(fields[3], fields[4]) for line in text.splitlines() if (fields := line.split())}
-        found |= {inodes[inode] for inode in mapped & inodes.keys()}
+        mapped, paths = {file.key for file in files}, {file.path for file in files}
+        found |= {inodes[key] for key in mapped & inodes.keys()}
+        found |= {
+            version for prefix, version in prefixes.items() if any(path.startswith(prefix) for path in paths)
+        }
     return found
 
 

@@ -26,10 +26,12 @@ from pathlib import Path
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from spikeless.client import Client
+from spikeless.disk import proc
 from spikeless.errors import Code, SpikelessError
 from spikeless.formats.states import State, VersionStatus
 from spikeless.formats.versions import list_versions
 
+#: The kernel's name of a kind of memory -> the metric's.
 _MEMORY = {"RssAnon": "private", "RssFile": "mapped"}
 #: A copy of a process's status that is older than this is of a process that is gone. Seconds.
 MAX_STATUS_AGE = 10.0
@@ -144,31 +146,18 @@ class Exporter:
             )
 
     def _memory(self) -> dict[str, int]:
-        if self.settings.pid is not None:
-            return memory_in(Path(f"/proc/{self.settings.pid}/status"))
-        copy = self.settings.status_file
-        return memory_in(copy) if copy is not None and _is_fresh(copy) else {}
-
-
-def memory_in(status: Path) -> dict[str, int]:
-    """Resident bytes of a process by kind, from its ``/proc/<pid>/status``; none when it is gone."""
-    try:
-        lines = status.read_text().splitlines()
-    except OSError:
-        return {}
-    fields = (line.split() for line in lines)
-    return {
-        _MEMORY[parts[0].rstrip(":")]: int(parts[1]) * 1024
-        for parts in fields
-        if len(parts) == 3 and parts[0].rstrip(":") in _MEMORY
-    }
-
-
-def _is_fresh(copy: Path) -> bool:
-    try:
-        return time.time() - copy.stat().st_mtime <= MAX_STATUS_AGE
-    except OSError:
-        return False
+        """Resident bytes of the server's process by kind; none when it is gone."""
+        pid, copy = self.settings.pid, self.settings.status_file
+        try:
+            if pid is not None:
+                memory = proc.memory(pid)
+            elif copy is not None and time.time() - copy.stat().st_mtime <= MAX_STATUS_AGE:
+                memory = proc.memory_in(copy)
+            else:
+                return {}
+        except OSError:
+            return {}
+        return {kind: memory[field] for field, kind in _MEMORY.items() if field in memory}
 
 
 def _names(models: Path) -> list[str]:
