@@ -1,37 +1,40 @@
-"""On what a result was measured: machine, kernel, processor, and the state of the source.
+"""What a result was measured on: system, processor, and the commit of the source.
 
-In: nothing. Out: facts for the record. What a system does not tell is ``unknown``.
+What a system does not tell is ``unknown``.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from spikeless.disk import proc
+from spikeless.disk.git import commit
 
 UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`cpus` are those that this process may use, `memory` is in bytes."""
+    """The machine of a measurement."""
 
     system: str
     kernel: str
     architecture: str
     cpu: str
+    #: Those that this process may use.
     cpus: int
+    #: In bytes.
     memory: int
     python: str
 
 
 def describe_machine() -> Machine:
+    """The machine that this process runs on."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         system=_distribution(),
@@ -45,24 +48,12 @@ def describe_machine() -> Machine:
 
 
 def source_commit() -> str:
-    """The commit that this package is at, with ``+changes`` when files differ from it."""
-    here = Path(__file__).parent
-    try:
-        commit = _git(here, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return UNKNOWN
-
-
-def _git(directory: Path, *arguments: str) -> str:
-    answer = subprocess.run(
-        ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
-    )
-    return answer.stdout.strip()
+    """The commit that this package is at (see `spikeless.disk.git.commit`)."""
+    return commit(Path(__file__).parent, digits=12) or UNKNOWN
 
 
 def _cpu_model() -> str:
-    """The processors' name; machines that do not tell it say at least their architecture."""
+    """The processors' name; where it is not told, the architecture."""
     try:
         model = proc.processor_model()
     except OSError:

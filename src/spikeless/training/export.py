@@ -30,6 +30,7 @@ from typing import Any
 
 import spikeless
 from spikeless.disk import atomic
+from spikeless.disk.git import commit
 from spikeless.errors import InvalidArgument
 
 #: Methods that a signature may have, as TensorFlow Serving names them in ``signature_constants.h``.
@@ -110,7 +111,7 @@ def export(
             **_package_versions(),
             "spikeless": spikeless.__version__,
         },
-        "commit": _commit(),
+        "commit": commit(Path.cwd()),
     }
     runs = Path(runs)
     functions = {key: function.get_concrete_function() for key, function in signatures.items()}
@@ -257,16 +258,6 @@ def _package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _commit() -> str | None:
-    """The commit of the working directory, with ``-dirty`` when files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _card(text: str, record: Mapping[str, Any]) -> str:
