@@ -100,3 +100,22 @@ class TensorFlowError(SpikelessError):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = Code(code) if code in Code._value2member_map_ else Code.UNKNOWN
+
+
+#: What each extra of the package installs, by the names that it is imported by.
+EXTRAS = {
+    "serve": ("waitress",),
+    "bench": ("gevent", "h2", "jinja2", "locust", "plotly"),
+    "train": ("keras", "scipy", "sklearn", "tensorflow_datasets"),
+    "spark": ("py4j", "pyarrow", "pyspark"),
+    "docker": ("docker",),
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> NotFound | None:
+    """The error for callers when a library of an extra is missing, or None for any other module."""
+    library = (error.name or "").partition(".")[0]
+    for extra, libraries in EXTRAS.items():
+        if library in libraries:
+            return NotFound(f"{library} is not installed: run `pip install 'spikeless[{extra}]'`")
+    return None

@@ -97,13 +97,6 @@ def test_nothing_is_copied_into_images_that_is_not_named() -> None:
     assert not {"!models/", "!.git/", "!.venv/", "!runs/", "!reports/"} & set(rules)
 
 
-def test_images_install_what_is_pinned() -> None:
-    pinned = {_canonical(line) for line in (ROOT / "requirements.txt").read_text().splitlines()}
-    for file in (DOCKER / "embedded.txt", DOCKER / "tools.txt"):
-        names = {_canonical(line) for line in file.read_text().splitlines() if not line.startswith("#")}
-        assert names <= pinned, f"{file.name} names what requirements.txt does not pin: {names - pinned}"
-
-
 def test_build_arguments_choose_the_base_of_the_serving_image() -> None:
     assert serving_base() == "tensorflow/serving:2.20.0"
     assert serving_base(TF_SERVING_VARIANT="-gpu") == "tensorflow/serving:2.20.0-gpu"
@@ -129,11 +122,6 @@ def test_the_server_drains_before_it_is_ended() -> None:
     period = re.fullmatch(r"\$\{STOP_GRACE_PERIOD:-(\d+)s\}", service["stop_grace_period"])[1]
     grace = re.search(r"default grace (\d+)", (DOCKER / "entrypoint").read_text())[1]
     assert int(grace) < int(period)
-
-
-def _canonical(requirement: str) -> str:
-    name = re.split(r"[=<>;\s]", requirement, maxsplit=1)[0]
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 # The entrypoint -------------------------------------------------------------------------------------------

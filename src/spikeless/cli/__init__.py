@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from spikeless import __version__
-from spikeless.errors import SpikelessError
+from spikeless.errors import SpikelessError, missing_extra
 
 #: Sub-command -> the module of this package that defines a click command ``command``, and its short help.
 COMMANDS: dict[str, str] = {
@@ -60,15 +60,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         result: Any = cli.main(args=arguments, prog_name="spikeless", standalone_mode=False)
     except SpikelessError as error:
-        print(f"spikeless: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        _fail(missing)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"spikeless: error: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"{where}{error.strerror or error}")
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -76,3 +79,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print("spikeless: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _fail(error: object) -> NoReturn:
+    print(f"spikeless: error: {error}", file=sys.stderr)
+    sys.exit(1)

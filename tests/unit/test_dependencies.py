@@ -1,0 +1,122 @@
+"""The package declares what it imports, and says which extra is missing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from places import ROOT
+
+from spikeless.errors import EXTRAS
+from spikeless.launch import free_port
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BASE = [Requirement(line) for line in PROJECT["dependencies"]]
+OPTIONAL = {
+    extra: [Requirement(line) for line in lines] for extra, lines in PROJECT["optional-dependencies"].items()
+}
+DECLARED = [*BASE, *(requirement for extra in EXTRAS for requirement in OPTIONAL[extra])]
+PACKAGES = packages_distributions()
+
+
+def names(requirements: list[Requirement]) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def distributions(module: str) -> set[str]:
+    """What installs a module, or what is named like it where it is not installed."""
+    return {canonicalize_name(name) for name in PACKAGES.get(module, [module])}
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The modules of other packages that a file imports anywhere, by their first names."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        found: list[str] = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found = [node.module]
+        for name in found:
+            yield name.partition(".")[0]
+
+
+def test_what_is_imported_is_declared() -> None:
+    own = {"spikeless", *(path.stem for path in (ROOT / "training").glob("*.py"))}
+    files = {*(ROOT / "src").rglob("*.py"), *(ROOT / "training").glob("*.py")}
+    files.remove(ROOT / "training" / "train_tagger.py")  # It has an environment of its own.
+    modules = {module for file in files for module in imported(file)} - own - sys.stdlib_module_names
+    assert modules > {"google", "gevent", "ml_dtypes"}
+    assert {module for module in modules if not distributions(module) & names(DECLARED)} == set()
+    # Nothing that is declared is there for nothing.
+    used = {name for module in modules for name in distributions(module)}
+    assert names(DECLARED) <= used
+
+
+def test_pins_are_in_the_ranges() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, lines)}
+    for requirement in DECLARED:
+        (pinned,) = pins[canonicalize_name(requirement.name)].specifier
+        assert requirement.specifier.contains(pinned.version), requirement
+
+
+def test_extras_install_what_they_say() -> None:
+    assert {extra: names(requirements) for extra, requirements in OPTIONAL.items() if extra != "all"} == {
+        extra: {name for module in modules for name in distributions(module)}
+        for extra, modules in EXTRAS.items()
+    }
+    (everything,) = OPTIONAL["all"]
+    assert everything.extras == set(EXTRAS)
+    layout = (ROOT / "README.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", layout, re.MULTILINE) == [*EXTRAS, "all"]
+
+
+def run_without(modules: tuple[str, ...], program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    block = f"import sys; sys.modules.update(dict.fromkeys({modules!r}))\n"
+    return subprocess.run(
+        [sys.executable, "-c", block + program], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_base_does_without_extras(tmp_path: Path) -> None:
+    commands = "train warmup publish map keep inspect capture promote rollback status prune serve exporter"
+    program = "\n".join(f"import spikeless.cli.{command}" for command in commands.split())
+    every = tuple(module for modules in EXTRAS.values() for module in modules)
+    done = run_without(every, program, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "arguments"),
+    [
+        (
+            "serve",
+            ["serve", "--model_config_file=models.config", "--port=0", f"--rest_api_port={free_port()}"],
+        ),
+        ("bench", ["report", "raw"]),
+        ("bench", ["bench", "run", "--requests=none"]),
+        ("train", ["train", "one"]),
+    ],
+)
+def test_a_missing_extra_is_named(extra: str, arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "models.config").write_text("model_config_list {}")
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "train_one.py").write_text("import sklearn.datasets\n")
+    program = f"from spikeless.cli import main; main({arguments!r})"
+    done = run_without(EXTRAS[extra], program, tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("spikeless: error: ")
+    assert done.stderr.endswith(f" is not installed: run `pip install 'spikeless[{extra}]'`\n")
