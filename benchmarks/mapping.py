@@ -235,7 +235,7 @@ def _served(
     warm: bool = True,
     confine: Callable[[int], Any] | None = None,
     swaps: int = 1,
-) -> Iterator[tuple[launch.Server, Client, Callable[[], Path]]]:
+) -> Iterator[tuple[launch.ServerProcess, Client, Callable[[], Path]]]:
     """A server with version 1 available, and what publishes the next versions, staged up to the rename.
 
     ``confine`` is given the process as soon as there is one.
@@ -256,7 +256,8 @@ def _served(
             NAME, models / NAME, flags=bench.SERVER_FLAGS, ready_timeout=READY_SECONDS
         )
         settings = subject.rung.serving(settings, models)
-        server = stack.enter_context(launch.Server(settings))
+        server = stack.enter_context(launch.ServerProcess(settings))
+        server.start()
         if confine is not None:
             confine(server.pid)
         server.wait_ready()
@@ -515,7 +516,7 @@ def _save_run(options: Options, result: bench.Run) -> Path:
     return path
 
 
-def _save(options: Options, scenario: str, server: launch.Server, measured: dict[str, Any]) -> Path:
+def _save(options: Options, scenario: str, server: launch.ServerProcess, measured: dict[str, Any]) -> Path:
     now = datetime.datetime.now(datetime.timezone.utc)
     content = {
         "schema": SCHEMA,

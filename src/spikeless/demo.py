@@ -166,7 +166,7 @@ def _train(root: Path, runs: Path, seed: int) -> Path:
 @contextmanager
 def _served(
     models: Path, saved_models: list[Path], directory: Path, allocator: str
-) -> Iterator[tuple[launch.Server, Callable[[], Path]]]:
+) -> Iterator[tuple[launch.ServerProcess, Callable[[], Path]]]:
     """A server on version 1, and what makes version 2 visible.
 
     Version 2 is copied and checked beforehand: in production another machine does that.

@@ -1,18 +1,20 @@
 """Start a model server as a child process, whichever engine it is, and stop it again.
 
-In: what to serve, as TensorFlow Serving's own flags. Out: a `Server` with its address, process id, log file
-and the proof of its allocator. The engine is one setting, the environment variable ``SPIKELESS_SERVER``:
+In: what to serve, as TensorFlow Serving's own flags. Out: a `ServerProcess` with its address,
+process id, log file and allocator. The environment variable ``SPIKELESS_SERVER`` chooses the
+engine:
 
-``embedded``  (the default) this package's own server, run by the Python that runs now
+``embedded``  (the default) this package's own server, run by the current Python
 a path        a ``tensorflow_model_server`` binary
-``docker``    the serving image (``SPIKELESS_IMAGE``, default ``spikeless/serving``) through ``docker run``
+``docker``    a container of the image ``SPIKELESS_IMAGE`` (default ``spikeless/serving``)
 
-The server gets a session of its own: it can be signalled as a group, a Ctrl-C meant for the caller does not
-reach it, and the kernel's autogroups schedule it against its load generator as one group against another.
+A child process gets its own session: it can be signalled as a group, a Ctrl-C meant for the
+caller does not reach it, and the kernel schedules it and its load generator as two groups.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -21,12 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import psutil
@@ -40,12 +43,16 @@ from spikeless.errors import (
     NotFound,
     SpikelessError,
     Unavailable,
+    missing_extra,
 )
 from spikeless.formats.protos import get_model_status_pb2, model_service_pb2_grpc
 
+if TYPE_CHECKING:
+    from docker.models.containers import Container
+
 ENGINE_VARIABLE = "SPIKELESS_SERVER"
-#: The engine that is part of this package, and the default.
-EMBEDDED = "embedded"
+#: Engines that are not the path of a binary: this package's own, the default, and a container.
+EMBEDDED, DOCKER = "embedded", "docker"
 IMAGE_VARIABLE = "SPIKELESS_IMAGE"
 DEFAULT_IMAGE = "spikeless/serving"
 JEMALLOC = "libjemalloc.so.2"
@@ -53,15 +60,9 @@ JEMALLOC_REMEDY = f"{JEMALLOC} is not installed: on Debian or Ubuntu run `apt-ge
 LOOPBACK = "127.0.0.1"
 ALLOCATORS = ("glibc", "jemalloc")
 
-#: For TensorFlow Serving: what its flags say, and that no graph is optimised, for which it has no flag.
-_UNOPTIMIZING = """platform_configs { key: "tensorflow" value { source_adapter_config {
-[type.googleapis.com/tensorflow.serving.SavedModelBundleSourceAdapterConfig] { legacy_config {
-session_config { graph_options { rewrite_options { disable_meta_optimizer: true } } }
-saved_model_tags: "serve"
-enable_model_warmup: true
-remove_unused_fields_from_bundle_metagraph: true
-} } } } }
-"""
+#: Prints the platform configuration for flags of TensorFlow Serving, as the serving image does.
+_PLATFORM_CONFIG = 'fail() { echo "$1" >&2; exit 1; }; flags=("$@"); source "$0"; platform_config'
+_SERVING_FLAGS = Path(__file__).with_name("serving-flags.bash")
 
 _READY_POLL_SECONDS = 0.05
 _LOG_TAIL_LINES = 40
@@ -79,29 +80,28 @@ _State = get_model_status_pb2.ModelVersionStatus.State
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """What to start. Fields left at None are chosen: free ports, a temporary log file, the engine.
+    """What to start. What is None is chosen: free ports, a temporary log file, the engine."""
 
-    model_name, model_base_path: the one model to serve; None when `flags` name a ``--model_config_file``.
-    wait_for: names of models that must have an AVAILABLE version before the server counts as ready; by
-        default `model_name`. With no name at all, ready means that the gRPC port answers.
-    rest: also open the REST port.
-    flags: further flags in TensorFlow Serving's spelling, for example ``("--num_load_threads=1",)``.
-    allocator: ``glibc`` or ``jemalloc``.
-    environment: variables added to the server's environment.
-    ready_timeout: seconds until the wait for readiness gives up.
-    """
-
+    #: The one model to serve, and the folder of its versions; both None when ``flags`` name a
+    #: ``--model_config_file``.
     model_name: str | None = None
     model_base_path: Path | None = None
+    #: Models that need an AVAILABLE version before the server is ready, by default
+    #: ``model_name``. With neither, it is ready when its gRPC port answers.
     wait_for: Sequence[str] = ()
     port: int | None = None
+    #: Whether to open the REST port as well.
     rest: bool = False
     rest_port: int | None = None
+    #: Further flags in TensorFlow Serving's spelling, such as ``("--num_load_threads=1",)``.
     flags: Sequence[str] = ()
     engine: str | None = None
+    #: ``glibc`` or ``jemalloc``.
     allocator: str = "glibc"
+    #: Variables added to the server's environment.
     environment: Mapping[str, str] = field(default_factory=dict)
     log: Path | None = None
+    #: Seconds until waiting for readiness fails.
     ready_timeout: float = 120.0
 
     def __post_init__(self) -> None:
@@ -119,31 +119,44 @@ def chosen_engine() -> str:
 
 
 def unoptimizing(settings: LaunchSettings, directory: Path) -> LaunchSettings:
-    """The same server for graphs that were optimised beforehand: as one that does not optimise them again.
+    """The same server, told not to optimise graphs, for models that were optimised beforehand.
 
-    The embedded engine reads that from each model (`spikeless.formats.session_overrides`). TensorFlow
-    Serving is told so, for all models, by a file, which is written into ``directory`` and which takes the
-    place of its flags about warmup, batching, parallelism and tags.
+    The embedded engine reads that from each model (`spikeless.formats.session_overrides`). For
+    TensorFlow Serving it takes a platform configuration for all models, which is written into
+    ``directory`` and repeats what the flags say, since it overrides them.
     """
     engine = settings.engine or chosen_engine()
     if engine == EMBEDDED:
         return settings
-    if engine == "docker":
-        return replace(settings, environment={**settings.environment, "DISABLE_META_OPTIMIZER": "true"})
+    environment = {"DISABLE_META_OPTIMIZER": "true"}
+    if engine == DOCKER:
+        return replace(settings, environment={**settings.environment, **environment})
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", _PLATFORM_CONFIG, str(_SERVING_FLAGS), *settings.flags],
+        env={**os.environ, **settings.environment, **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    if done.returncode:
+        raise InvalidArgument(f"no platform configuration for these flags: {done.stderr.strip()}")
     file = directory / "platform.config"
-    file.write_text(_UNOPTIMIZING)
+    file.write_text(done.stdout)
     return replace(settings, flags=(*settings.flags, f"--platform_config_file={file}"))
 
 
-def start(settings: LaunchSettings) -> Server:
-    """Start a server and wait until it is ready.
+def start(settings: LaunchSettings) -> ServerProcess:
+    """Start a server and wait until it is ready; stop it if it does not become ready.
 
-    Raises NotFound when the engine or the allocator is not installed, Unavailable with the end of the log
-    when the server exits or cannot load its model, DeadlineExceeded when it is not ready in time. A server
-    that did not become ready is stopped before the error leaves.
+    Raises:
+        NotFound: the engine or the allocator is not installed.
+        Unavailable: the server exited or cannot load its model; says how its log ends.
+        DeadlineExceeded: it was not ready in time.
     """
-    server = Server(settings)
+    server = ServerProcess(settings)
     try:
+        server.start()
         server.wait_ready()
     except BaseException:
         server.stop(grace=2.0)
@@ -151,13 +164,19 @@ def start(settings: LaunchSettings) -> Server:
     return server
 
 
-class Server:
-    """A running server process; a context manager that stops it.
+class ServerProcess:
+    """A model server that runs beside this process; a context manager that stops it."""
 
-    `target` is the gRPC address, `rest_url` the base of the REST API or None, `pid` the process that serves
-    (for memory and maps), `command` what was run, `log_path` where both of its output streams go, `engine`
-    and `engine_version` what it is.
-    """
+    #: The gRPC address.
+    target: str
+    #: The base of the REST API, or None.
+    rest_url: str | None
+    #: Which engine it is, its version, and the command that starts it.
+    engine: str
+    engine_version: str
+    command: list[str]
+    #: Where both of its output streams go.
+    log_path: Path
 
     def __init__(self, settings: LaunchSettings) -> None:
         self.settings = settings
@@ -165,15 +184,7 @@ class Server:
         self.rest_port = (settings.rest_port or free_port()) if settings.rest else None
         self.target = f"{LOOPBACK}:{self.port}"
         self.rest_url = f"http://{LOOPBACK}:{self.rest_port}" if self.rest_port else None
-        self._container = f"spikeless-{uuid.uuid4().hex[:12]}"
-        chosen = settings.engine or chosen_engine()
-        self.engine, self.engine_version, self.command = self._plan(chosen)
-
-        environment = {**os.environ, **settings.environment}
-        if settings.allocator == "jemalloc" and self.engine != "docker":
-            if not jemalloc_installed():
-                raise NotFound(JEMALLOC_REMEDY)
-            environment["LD_PRELOAD"] = JEMALLOC
+        self.engine, self.engine_version, self.command = self._plan(settings.engine or chosen_engine())
         if settings.log is None:
             handle, name = tempfile.mkstemp(prefix="spikeless-server-", suffix=".log")
             os.close(handle)
@@ -181,45 +192,23 @@ class Server:
         else:
             self.log_path = settings.log
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        # The streams go straight into the file: no pipe can fill up, and no output is lost with the caller.
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        self._process: _Process | None = None
 
     def _plan(self, engine: str) -> tuple[str, str, list[str]]:
         """The engine's name, its version, and the command line that starts it."""
         flags = [f"--port={self.port}"]
         if self.rest_port:
             flags.append(f"--rest_api_port={self.rest_port}")
-        base_path = self.settings.model_base_path
-        if base_path is not None:
-            base_path = base_path.resolve()
+        if self.settings.model_base_path is not None:
             flags.append(f"--model_name={self.settings.model_name}")
-            flags.append(f"--model_base_path={base_path}")
+            flags.append(f"--model_base_path={self.settings.model_base_path.resolve()}")
         flags.extend(self.settings.flags)
 
         if engine == EMBEDDED:
             return engine, __version__, [sys.executable, "-m", "spikeless", "serve", *flags]
-        if engine == "docker":
-            if shutil.which("docker") is None:
-                raise NotFound(f"{ENGINE_VARIABLE}=docker, but there is no docker command: install Docker")
+        if engine == DOCKER:
             image = os.environ.get(IMAGE_VARIABLE, DEFAULT_IMAGE)
-            command = ["docker", "run", "--rm", "--name", self._container]
-            for port in (self.port, self.rest_port):
-                if port:
-                    command += ["--publish", f"{LOOPBACK}:{port}:{port}"]
-            command += ["--env", f"SPIKELESS_ALLOCATOR={self.settings.allocator}"]
-            for name, value in self.settings.environment.items():
-                command += ["--env", f"{name}={value}"]
-            if base_path is not None:
-                command += ["--volume", f"{base_path}:{base_path}:ro"]
-            return engine, image, [*command, image, *flags]
+            return engine, image, ["docker", "run", image, *flags]
         binary = shutil.which(engine)
         if binary is None:
             raise NotFound(
@@ -228,26 +217,29 @@ class Server:
             )
         return "tensorflow_model_server", _binary_version(binary), [binary, *flags]
 
+    def start(self) -> str:
+        """Start the server, which is not ready yet; returns its gRPC address."""
+        if self.engine == DOCKER:
+            self._process = _Container(self)
+        else:
+            self._process = _Child(self)
+        return self.target
+
+    @property
+    def _started(self) -> _Process:
+        if self._process is None:
+            raise FailedPrecondition("the server was not started")
+        return self._process
+
     @property
     def pid(self) -> int:
         """The process that serves: behind an entrypoint script its largest descendant."""
-        if self.engine == "docker":
-            answer = subprocess.run(
-                ["docker", "inspect", "--format", "{{.State.Pid}}", self._container],
-                capture_output=True,
-                text=True,
-                timeout=30,
-                check=True,
-            )
-            root = psutil.Process(int(answer.stdout))
-            family = [root, *root.children(recursive=True)]
-            return max(family, key=lambda process: process.memory_info().rss).pid
-        return self._process.pid
+        return self._started.pid
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code (negative: the signal that ended it), or None while it runs."""
-        return self._process.poll()
+        """The exit code (of a child killed by a signal: negative), or None while it runs."""
+        return self._started.exit_code
 
     def log_tail(self, lines: int = _LOG_TAIL_LINES) -> str:
         """The end of the server's output."""
@@ -296,20 +288,11 @@ class Server:
         """Which allocator the running server uses, read from its memory maps."""
         return allocator_of(self.pid)
 
-    def stop(self, grace: float = 30.0) -> int:
-        """SIGTERM, then after `grace` seconds SIGKILL for the whole group; returns the exit code."""
-        if self.exit_code is None:
-            self._process.terminate()
-            try:
-                self._process.wait(grace)
-            except subprocess.TimeoutExpired:
-                if self.engine == "docker":
-                    kill = ["docker", "kill", self._container]
-                    subprocess.run(kill, capture_output=True, timeout=30, check=False)
-                os.killpg(self._process.pid, signal.SIGKILL)
-        return self._process.wait()
+    def stop(self, grace: float = 30.0) -> int | None:
+        """SIGTERM, then SIGKILL after ``grace`` seconds; returns the exit code, None if never started."""
+        return None if self._process is None else self._process.stop(grace)
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> ServerProcess:
         return self
 
     def __exit__(
@@ -318,11 +301,124 @@ class Server:
         self.stop()
 
 
+class _Process(Protocol):
+    """A started server, whatever it runs in."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def exit_code(self) -> int | None: ...
+
+    def stop(self, grace: float) -> int: ...
+
+
+class _Child:
+    """A server in a process group of its own."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        environment = {**os.environ, **server.settings.environment}
+        if server.settings.allocator == "jemalloc":
+            if not jemalloc_installed():
+                raise NotFound(JEMALLOC_REMEDY)
+            environment["LD_PRELOAD"] = JEMALLOC
+        # The streams go straight into the file: no pipe can fill up, and no output is lost with the caller.
+        with server.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                server.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self, grace: float) -> int:
+        if self.exit_code is None:
+            self._process.terminate()
+            try:
+                self._process.wait(grace)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.wait()
+
+
+class _Container:
+    """A server in a container, which is removed when it is stopped."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        try:
+            import docker
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) or error from None
+        settings, base_path = server.settings, server.settings.model_base_path
+        image, *flags = server.command[2:]
+        ports = [port for port in (server.port, server.rest_port) if port]
+        volumes = [] if base_path is None else [f"{base_path.resolve()}:{base_path.resolve()}:ro"]
+        try:
+            self._container: Container = docker.from_env().containers.run(
+                image,
+                flags,
+                detach=True,
+                ports={f"{port}/tcp": (LOOPBACK, port) for port in ports},
+                environment={"SPIKELESS_ALLOCATOR": settings.allocator, **settings.environment},
+                volumes=volumes,
+            )
+        except docker.errors.ImageNotFound as error:
+            raise NotFound(f"there is no image {image!r}: {error.explanation}") from error
+        except docker.errors.DockerException as error:
+            raise Unavailable(
+                f"{ENGINE_VARIABLE}=docker, but Docker cannot run {image!r}: {error}"
+            ) from error
+        self._code: int | None = None
+        self._removed = False
+        self._log = Thread(target=self._copy_log, args=(server.log_path,), daemon=True)
+        self._log.start()
+
+    def _copy_log(self, path: Path) -> None:
+        with path.open("wb", buffering=0) as log:
+            for chunk in self._container.logs(stream=True, follow=True):
+                log.write(chunk)
+
+    @property
+    def pid(self) -> int:
+        self._container.reload()
+        root = psutil.Process(self._container.attrs["State"]["Pid"])
+        family = [root, *root.children(recursive=True)]
+        return max(family, key=lambda process: process.memory_info().rss).pid
+
+    @property
+    def exit_code(self) -> int | None:
+        if self._code is None:
+            self._container.reload()
+            if self._container.status in ("exited", "dead"):
+                self._code = int(self._container.attrs["State"]["ExitCode"])
+                self._log.join()
+        return self._code
+
+    def stop(self, grace: float) -> int:
+        if self.exit_code is None:
+            self._container.stop(timeout=math.ceil(grace))
+        code = self.exit_code
+        assert code is not None
+        if not self._removed:
+            self._container.remove(v=True)
+            self._removed = True
+        return code
+
+
 @dataclass(frozen=True)
 class Allocator:
-    """`name` is ``glibc``, ``jemalloc`` or ``unknown``; `proof` is the mapped library that says so."""
+    """An allocator in use."""
 
+    #: ``glibc``, ``jemalloc`` or ``unknown``.
     name: str
+    #: The mapped library that says so.
     proof: str
 
 

@@ -41,7 +41,7 @@ def requests(tmp_path: Path) -> Path:
     return write_requests(tmp_path / "requests", 1, 8, 32)
 
 
-def stand_in(models: Path, *flags: str, port: int | None = None) -> launch.Server:
+def stand_in(models: Path, *flags: str, port: int | None = None) -> launch.ServerProcess:
     engine = models / "model_server"
     engine.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_IN}" "$@"\n')
     engine.chmod(engine.stat().st_mode | stat.S_IXUSR)
@@ -51,7 +51,7 @@ def stand_in(models: Path, *flags: str, port: int | None = None) -> launch.Serve
 
 
 @pytest.fixture
-def server(models: Path) -> Iterator[launch.Server]:
+def server(models: Path) -> Iterator[launch.ServerProcess]:
     with stand_in(models) as server:
         yield server
 
@@ -62,7 +62,7 @@ def drive(requests: Path, target: str, rate: float, seconds: float, name: str = 
     return load
 
 
-def test_every_request_is_answered_and_recorded(server: launch.Server, requests: Path) -> None:
+def test_every_request_is_answered_and_recorded(server: launch.ServerProcess, requests: Path) -> None:
     columns = drive(requests, server.target, 200, 1).recorder.columns()
     assert len(columns["intended"]) == len(Schedule(200, 1).offsets())
     assert set(columns["code"]) == {Code.OK}
@@ -72,14 +72,14 @@ def test_every_request_is_answered_and_recorded(server: launch.Server, requests:
     assert np.array_equal(columns["request"], np.arange(len(columns["request"])) % 3)
 
 
-def test_statuses_are_those_of_the_server(server: launch.Server, requests: Path) -> None:
+def test_statuses_are_those_of_the_server(server: launch.ServerProcess, requests: Path) -> None:
     columns = drive(requests, server.target, 50, 0.2, name="nobody").recorder.columns()
     assert len(columns["code"])
     assert set(columns["code"]) == {Code.NOT_FOUND}
     assert set(columns["version"]) == {0}
 
 
-def test_requests_larger_than_the_flow_control_window(server: launch.Server, tmp_path: Path) -> None:
+def test_requests_larger_than_the_flow_control_window(server: launch.ServerProcess, tmp_path: Path) -> None:
     large = write_requests(tmp_path / "large", 60_000)  # 960 kB each; a window begins with 64 kB.
     columns = drive(large, server.target, 40, 0.5).recorder.columns()
     assert len(columns["code"])
@@ -136,7 +136,9 @@ def locust(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_locust_by_itself_and_with_workers(server: launch.Server, requests: Path, tmp_path: Path) -> None:
+def test_locust_by_itself_and_with_workers(
+    server: launch.ServerProcess, requests: Path, tmp_path: Path
+) -> None:
     port = launch.free_port()
     common = ("--host", server.target, "--requests", requests, "--rate", 100, "--seconds", 2)
     ports = ("--master-bind-port", port, "--master-port", port)
@@ -172,7 +174,9 @@ def test_locust_says_what_is_wrong(requests: Path, tmp_path: Path) -> None:
         assert message in done.stderr
 
 
-def test_an_interrupted_run_keeps_what_it_has(server: launch.Server, requests: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_what_it_has(
+    server: launch.ServerProcess, requests: Path, tmp_path: Path
+) -> None:
     record = tmp_path / "part.npz"
     command = [
         sys.executable,
@@ -199,7 +203,7 @@ def test_an_interrupted_run_keeps_what_it_has(server: launch.Server, requests: P
     assert set(run.requests["code"]) <= {Code.OK, Code.CANCELLED}
 
 
-def test_publishing_that_fails_ends_the_run(server: launch.Server, requests: Path) -> None:
+def test_publishing_that_fails_ends_the_run(server: launch.ServerProcess, requests: Path) -> None:
     def publish() -> None:
         raise OSError("disk full")
 

@@ -34,7 +34,7 @@ def server(models: Path, tmp_path: Path):
 
 
 @pytest.fixture
-def exporter(server: launch.Server, models: Path):
+def exporter(server: launch.ServerProcess, models: Path):
     command = [sys.executable, "-m", "spikeless", "exporter", "--target", server.target, "--port", "0"]
     process = subprocess.Popen(
         [*command, "--models", str(models), "--pid", str(server.pid)], stdout=subprocess.PIPE, text=True
@@ -58,7 +58,7 @@ def scrape(url: str) -> dict[tuple[str, ...], float]:
 
 
 def test_states_reloads_errors_and_memory(
-    server: launch.Server, exporter: str, models: Path, saved_models: Path
+    server: launch.ServerProcess, exporter: str, models: Path, saved_models: Path
 ) -> None:
     def value(*key: str) -> float | None:
         return scrape(exporter).get(key)

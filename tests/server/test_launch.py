@@ -88,6 +88,17 @@ def test_a_server_that_ignores_sigterm_is_killed(engine: str, models: Path, tmp_
     assert server.stop() == -signal.SIGKILL, "stopping twice is harmless"
 
 
+def test_docker_that_is_not_there_is_an_error(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+    with pytest.raises(Unavailable, match="Docker cannot run 'spikeless/serving'"):
+        launch.start(settings(launch.DOCKER, models, tmp_path))
+    monkeypatch.setitem(sys.modules, "docker", None)
+    with pytest.raises(NotFound, match=r"pip install 'spikeless\[docker\]'"):
+        launch.start(settings(launch.DOCKER, models, tmp_path))
+
+
 def test_wrong_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidArgument, match="unknown allocator 'tcmalloc'"):
         launch.LaunchSettings(allocator="tcmalloc")

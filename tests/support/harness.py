@@ -68,7 +68,7 @@ def states(client: Client, name: str) -> dict[int, State]:
 class Running:
     """A server with a client: what most tests need."""
 
-    def __init__(self, server: launch.Server, client: Client) -> None:
+    def __init__(self, server: launch.ServerProcess, client: Client) -> None:
         self.server = server
         self.client = client
 

@@ -126,7 +126,7 @@ def models(scales: Path, tmp_path: Path) -> Path:
     return models
 
 
-def start_server(models: Path, *flags: str, port: int | None = None) -> launch.Server:
+def start_server(models: Path, *flags: str, port: int | None = None) -> launch.ServerProcess:
     """A server of what ``models.config`` says, which outlives nothing: stop it."""
     return launch.start(
         launch.LaunchSettings(
@@ -139,12 +139,12 @@ def start_server(models: Path, *flags: str, port: int | None = None) -> launch.S
 
 
 @pytest.fixture
-def server(models: Path) -> Iterator[launch.Server]:
+def server(models: Path) -> Iterator[launch.ServerProcess]:
     with start_server(models) as server:
         yield server
 
 
-def fleet_of(*servers: launch.Server | str, **more: float) -> FleetSettings:
+def fleet_of(*servers: launch.ServerProcess | str, **more: float) -> FleetSettings:
     targets = [server if isinstance(server, str) else server.target for server in servers]
     return FleetSettings(targets, **{"patience": 5.0, "load_timeout": 60.0, **more})
 

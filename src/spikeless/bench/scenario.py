@@ -65,7 +65,7 @@ class Moment:
 Progress = Callable[[Moment], None]
 
 
-def server_facts(server: launch.Server) -> ServerFacts:
+def server_facts(server: launch.ServerProcess) -> ServerFacts:
     """What the record says about a server that `spikeless.launch` started."""
     allocator = server.allocator()
     return ServerFacts(
