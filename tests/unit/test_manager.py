@@ -39,6 +39,7 @@ class Harness:
         self._changed = threading.Condition()
         self.manager: Manager[Loaded] = Manager(self._load, flags)
         self.manager.add_listener(self._note)
+        self.manager.start()
 
     def _load(self, name: str, version: int, path: Path) -> Loaded:
         if version in self.gates:
@@ -80,7 +81,7 @@ def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
     yield made
     for gate in made.gates.values():
         gate.set()
-    made.manager.close()
+    made.manager.stop()
 
 
 def test_a_version_goes_through_its_states_in_order(harness: Harness) -> None:
@@ -185,7 +186,7 @@ def test_a_version_that_is_no_longer_wanted_is_not_tried_again() -> None:
     harness.wait(1, State.LOADING)
     harness.aspire()
     harness.wait(1, State.END)
-    harness.manager.close()
+    harness.manager.stop()
     assert not harness.models
 
 
@@ -199,7 +200,7 @@ def test_closing_waits_for_requests_and_closes_everything() -> None:
     harness = Harness(ServerFlags(num_load_threads=1, num_unload_threads=1))
     harness.aspire(1)
     harness.wait(1, State.AVAILABLE)
-    closer = threading.Thread(target=harness.manager.close)
+    closer = threading.Thread(target=harness.manager.stop)
     with harness.manager.use("m") as model:
         closer.start()
         harness.wait(1, State.UNLOADING)
@@ -232,6 +233,6 @@ def test_many_swaps_under_concurrent_use_never_lend_a_closed_model() -> None:
     stop.set()
     for worker in workers:
         worker.join(TIMEOUT)
-    harness.manager.close()
+    harness.manager.stop()
     assert not wrong
     assert all(model.closed.is_set() for model in harness.models)

@@ -67,11 +67,11 @@ def command(**values: Any) -> None:
     )
     server = Server(flags)
     _stop_on_signal(server, flags.grace)
-    port = server.start()
-    if port is not None:
-        print(f"serving gRPC on {flags.host}:{port}", flush=True)
-        if server.rest_port is not None:
-            print(f"serving REST on http://{flags.host}:{server.rest_port}", flush=True)
+    ports = server.start()
+    if ports is not None:
+        print(f"serving gRPC on {flags.host}:{ports.grpc}", flush=True)
+        if ports.rest is not None:
+            print(f"serving REST on http://{flags.host}:{ports.rest}", flush=True)
         server.wait()
     # Whoever signals again while the interpreter ends must not turn this end into a violent one.
     for number in _STOP_SIGNALS:

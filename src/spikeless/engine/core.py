@@ -31,7 +31,7 @@ _Labels = dict[str, dict[str, int]]
 
 
 class ServerCore:
-    """Keeps the models of one configuration loaded and lends them to requests."""
+    """Keeps the models of one configuration loaded and lends them to requests: start, stop."""
 
     def __init__(self, loader: Callable[[str, int, Path], Model], flags: ServerFlags = DEFAULTS) -> None:
         self._flags = flags
@@ -40,8 +40,15 @@ class ServerCore:
         self._labels: _Labels = {}
         self._reloading = threading.Lock()
         self._polling = threading.Lock()
-        self._stop = threading.Event()
-        self._poller: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._poller = threading.Thread(target=self._poll_forever, name="poll", daemon=True)
+
+    def start(self, config: model_server_config_pb2.ModelServerConfig) -> None:
+        """Load what ``config`` says and look for new versions from now on; raises as `reload_config` does."""
+        self.manager.start()
+        if self._flags.file_system_poll_wait_seconds > 0:
+            self._poller.start()
+        self.reload_config(config)
 
     @property
     def config(self) -> model_server_config_pb2.ModelServerConfig:
@@ -76,13 +83,12 @@ class ServerCore:
             for name in old - set(self.model_names()):
                 self.manager.set_aspired(name, {})
             self.poll()
-            self._start_polling()
             new = [name for name in self.model_names() if name not in old]
             self._wait_for(new)
 
     def _wait_for(self, names: list[str]) -> None:
         failed = self.manager.wait_available(names)
-        if failed and not self._stop.is_set():
+        if failed and not self._stopping.is_set():
             reasons = ", ".join(f"{{{reason}}}" for reason in failed.values())
             raise SpikelessError(f"{len(failed)} servable(s) did not become available: {reasons}")
 
@@ -118,13 +124,8 @@ class ServerCore:
                     continue
                 self.manager.set_aspired(config.name, versions)
 
-    def _start_polling(self) -> None:
-        if self._poller is None and self._flags.file_system_poll_wait_seconds > 0:
-            self._poller = threading.Thread(target=self._poll_forever, name="poll", daemon=True)
-            self._poller.start()
-
     def _poll_forever(self) -> None:
-        while not self._stop.wait(self._flags.file_system_poll_wait_seconds):
+        while not self._stopping.wait(self._flags.file_system_poll_wait_seconds):
             try:
                 self.poll()
             except Exception:
@@ -181,12 +182,12 @@ class ServerCore:
             raise NotFound(f"Could not find any versions of model {spec.name}")
         return statuses
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Stop looking for versions, wait for running requests, unload everything."""
-        self._stop.set()
-        if self._poller is not None:
+        self._stopping.set()
+        if self._poller.is_alive():
             self._poller.join()
-        self.manager.close()
+        self.manager.stop()
 
 
 def _validate(config: model_server_config_pb2.ModelServerConfig) -> None:

@@ -100,7 +100,7 @@ class _Version(Generic[T]):
 
 
 class Manager(Generic[T]):
-    """Loads and unloads versions in the background and lends them to requests."""
+    """Loads and unloads versions in the background and lends them to requests: start, stop."""
 
     def __init__(self, loader: Loader[T], flags: ServerFlags = DEFAULTS) -> None:
         self._loader = loader
@@ -114,7 +114,12 @@ class Manager(Generic[T]):
         self._load_pool = _pool(flags.num_load_threads, "load")
         self._unload_pool = _pool(flags.num_unload_threads, "unload")
         self._thread = threading.Thread(target=self._decide_forever, name="manager", daemon=True)
-        self._thread.start()
+
+    def start(self) -> None:
+        """Begin to load what is wanted, unless it was stopped meanwhile."""
+        with self._changed:
+            if not self._stopping:
+                self._thread.start()
 
     # --- what is wanted -----------------------------------------------------------------------------
 
@@ -198,7 +203,7 @@ class Manager(Generic[T]):
             if reason != ""
         }
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Let running requests end, unload everything and stop the threads."""
         with self._changed:
             if self._stopping:
@@ -208,7 +213,8 @@ class Manager(Generic[T]):
                 for entry in versions.values():
                     entry.aspired = False
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         for pool in (self._load_pool, self._unload_pool):
             if pool is not None:
                 pool.shutdown()

@@ -283,7 +283,7 @@ class Metrics:
 _Cell = TypeVar("_Cell")
 
 
-class _Series(Collector, Generic[_Cell]):
+class _Family(Collector, Generic[_Cell]):
     """A metric with a cell for each combination of label values.
 
     The classes of the client library end the names of all counters in ``_total`` and write the bounds of
@@ -315,7 +315,7 @@ class _Series(Collector, Generic[_Cell]):
         raise NotImplementedError
 
 
-class _Counter(_Series[int]):
+class _Counter(_Family[int]):
     """Sums of whole numbers."""
 
     def add(self, value: int, *labels: str) -> None:
@@ -326,7 +326,7 @@ class _Counter(_Series[int]):
         metric.add_sample(self._name, labels, cell)
 
 
-class _Histogram(_Series[list[float]]):
+class _Histogram(_Family[list[float]]):
     """Distributions: a cell is the number of values in each bucket, and at its end their sum."""
 
     kind = "histogram"

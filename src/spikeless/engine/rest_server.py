@@ -130,7 +130,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
 
 class RestServer:
-    """Runs an application: start (returns the bound port), wait, stop with a grace."""
+    """Runs an application: start (returns the bound port), stop with a grace."""
 
     def __init__(self, application: _Application, flags: ServerFlags, limits: RestLimits = _LIMITS) -> None:
         self._application = application
@@ -184,11 +184,6 @@ class RestServer:
     def _run(self) -> None:
         while not self._closing:
             wasyncore.poll2(1.0, self._connections)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the server has stopped; False when ``timeout`` seconds passed before."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
 
     def stop(self, grace: float) -> None:
         """Take no new requests, and let those in progress end within ``grace`` seconds."""

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -59,8 +59,16 @@ def _bind(server: grpc.Server, address: str) -> int:
         raise Unavailable(f"cannot listen on {address}: is it right, and free?") from None
 
 
+class Ports(NamedTuple):
+    """Where a server listens."""
+
+    grpc: int
+    #: None without a REST API.
+    rest: int | None
+
+
 class Server:
-    """One server process's worth of state."""
+    """The core and its transports: start (returns the bound ports), wait, stop with a grace."""
 
     def __init__(self, flags: ServerFlags) -> None:
         if not flags.model_config_file and not flags.model_base_path:
@@ -68,8 +76,6 @@ class Server:
                 "--model_base_path is needed, or --model_config_file: what should be served?"
             )
         self._flags = flags
-        #: The port of the REST API once the server has started; None without one.
-        self.rest_port: int | None = None
         self._metrics: Metrics | None = None
         self._metrics_path = ""
         if flags.monitoring_config_file:
@@ -87,15 +93,15 @@ class Server:
         self._stopping = threading.Event()
         self._stopped = threading.Event()
 
-    def start(self) -> int | None:
-        """Load the models, then listen. Returns the gRPC port, or None when it was stopped meanwhile.
+    def start(self) -> Ports | None:
+        """Load the models, then listen. Returns None when it was stopped meanwhile.
 
         Raises:
             SpikelessError: a wrong configuration, a model that cannot be loaded, or a port that is taken.
         """
         try:
             self.core.manager.add_listener(self._version_changed)
-            self.core.reload_config(self._read_config())
+            self.core.start(self._read_config())
             # Whatever lives now lives on; the collector need not visit it again.
             gc.collect()
             gc.freeze()
@@ -110,9 +116,9 @@ class Server:
             return read_model_config(self._flags.model_config_file)
         return _single_model_config(self._flags.model_name, self._flags.model_base_path)
 
-    def _listen(self) -> int:
-        if self._flags.rest_api_port:  # first: who finds the gRPC port open finds both
-            self.rest_port = self._listen_rest()
+    def _listen(self) -> Ports:
+        # REST first: who finds the gRPC port open finds both.
+        rest = self._listen_rest() if self._flags.rest_api_port else None
         threads = self._flags.grpc_max_threads
         options: dict[str, int | str] = {
             "grpc.so_reuseport": 0,
@@ -138,7 +144,7 @@ class Server:
         if self._flags.model_config_file and self._flags.model_config_file_poll_wait_seconds > 0:
             threading.Thread(target=self._watch_config_file, name="config", daemon=True).start()
         _log.info("Running gRPC ModelServer at %s:%d ...", self._flags.host, port)
-        return port
+        return Ports(port, rest)
 
     def _listen_rest(self) -> int:
         from spikeless.engine.rest_api import RestApi
@@ -187,7 +193,7 @@ class Server:
         """Block until the server has stopped; False when ``timeout`` seconds passed before."""
         return self._stopped.wait(timeout)
 
-    def stop(self, grace: float = 10.0) -> None:
+    def stop(self, grace: float) -> None:
         """Take no new requests, let those in progress end within ``grace`` seconds, unload the models."""
         if self._stopping.is_set():
             self._stopped.wait()
@@ -200,5 +206,5 @@ class Server:
             self._rest.stop(grace)
         if draining is not None:
             draining.wait()
-        self.core.close()
+        self.core.stop()
         self._stopped.set()
