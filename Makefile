@@ -57,7 +57,7 @@ demo: $(READY)
 
 # What each step of reading training records is worth.
 bench-input-pipeline: $(READY)
-	$(BIN)/python benchmarks/input_pipeline.py
+	$(BIN)/python benchmarks/read_training_records.py
 
 # What the embedded engine adds to a call, and what it saves over Flask.
 bench-serving: $(READY)

@@ -5,7 +5,7 @@ In: a directory that training/spark_to_tfrecord.py wrote. Out: batches, a dictio
 
     python training/input_pipeline.py clicks-tfrecord       # how many records a second it gives here
 
-benchmarks/input_pipeline.py measures what each step is worth:
+benchmarks/read_training_records.py measures what each step is worth:
 
     interleave    several shards are read at once, which hides the wait for storage, block by block
     parse         a whole block of tf.Examples in one call, blocks in parallel

@@ -20,7 +20,7 @@ from places import ROOT, SUPPORT
 from trained_models import spikeless
 
 from spikeless import bench, launch
-from spikeless.bench.load.generator_floor import trivial_server
+from spikeless.bench.load.generator_floor import instant_server
 from spikeless.bench.load.openloop import OpenLoop
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.schedule import Schedule
@@ -227,8 +227,8 @@ def test_versions_are_staged_beforehand_and_take_turns(saved_models: Path, tmp_p
     assert graphs[1].samefile(sources[1] / "saved_model.pb")
 
 
-def test_the_trivial_server_ends_with_its_block(requests: Path) -> None:
-    with trivial_server() as target:
+def test_the_instant_server_ends_with_its_block(requests: Path) -> None:
+    with instant_server() as target:
         columns = drive(requests, target, 100, 0.5).recorder.columns()
         assert set(columns["code"]) == {Code.OK}
     after = drive(requests, target, 100, 0.2).recorder.columns()

@@ -127,7 +127,7 @@ def test_compiled_by_xla_it_predicts_the_same_as_tensorflow(data: Path, tmp_path
 
 
 def test_the_input_pipelines_benchmark_measures_all_of_its_steps(data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "input_pipeline.py", "--data", data.parent]
+    command = [sys.executable, ROOT / "benchmarks" / "read_training_records.py", "--data", data.parent]
     command += ["--rows", 8000, "--repeats", 1, "--epochs", 2, "--results", tmp_path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

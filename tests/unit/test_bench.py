@@ -12,7 +12,7 @@ from bench_runs import SETTINGS, made_up_run, with_failures, write_requests
 
 from spikeless import bench
 from spikeless.bench.analysis import percentile
-from spikeless.bench.columns import Recorder
+from spikeless.bench.columns import RequestColumns
 from spikeless.bench.load.connection import parse_target
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.run_file import empty_samples
@@ -89,31 +89,31 @@ def test_what_is_no_address(target: str) -> None:
         parse_target(target)
 
 
-# Recorder
+# Columns
 
 
 def test_latency_counts_from_the_intended_start() -> None:
-    recorder = Recorder(np.array([0.0, 1.0, 2.0]), request_count=2)
-    recorder.sent(1, 1.5)
-    recorder.answered(1, 1.75, code=0, version=9)
-    columns = recorder.columns()
-    assert columns["intended"].tolist() == [1.0], "requests without an end are left out"
-    assert columns["lag"].tolist() == [0.5]
-    assert columns["latency"].tolist() == [0.75]
-    assert columns["version"].tolist() == [9]
-    assert columns["request"].tolist() == [1]
+    columns = RequestColumns(np.array([0.0, 1.0, 2.0]), request_count=2)
+    columns.sent(1, 1.5)
+    columns.answered(1, 1.75, code=0, version=9)
+    ended = columns.ended()
+    assert ended["intended"].tolist() == [1.0], "requests without an end are left out"
+    assert ended["lag"].tolist() == [0.5]
+    assert ended["latency"].tolist() == [0.75]
+    assert ended["version"].tolist() == [9]
+    assert ended["request"].tolist() == [1]
 
 
 def test_a_stall_delays_every_request_that_was_due() -> None:
     """Coordinated omission: a client that waits for each answer sees one slow request; the users saw 120."""
     intended = Schedule(1000, 10, "constant").offsets()
-    recorder = Recorder(intended, 1)
+    columns = RequestColumns(intended, 1)
     stall = (5.0, 5.12)
     for index, start in enumerate(intended):
-        recorder.sent(index, start)
+        columns.sent(index, start)
         answer = stall[1] if stall[0] <= start < stall[1] else start + 0.0005
-        recorder.answered(index, answer, 0)
-    open_loop = recorder.columns()["latency"]
+        columns.answered(index, answer, 0)
+    open_loop = columns.ended()["latency"]
 
     closed_loop, now = [], 0.0
     while now < 10:

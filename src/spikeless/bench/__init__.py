@@ -1,7 +1,8 @@
 """Measure what a version swap does to the latency of requests: open loop, every request kept.
 
-In: a running server and the model's warmup requests. Out: a raw result per run (`run_file`), its numbers
-(`analysis`, `folding`) and the page that shows them (`report`).
+In: a running server and the model's warmup requests. Out: a raw result per run
+(`run_file`), its numbers (`analysis`, `folding`) and the page that shows them
+(`report`).
 
 schedule -> load.openloop (load.connection, replayed, columns)    the load, inside Locust (load.locustfile)
 scenario (watch, load.generator_floor)                            one run: load, publishing, states, memory

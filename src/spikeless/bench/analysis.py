@@ -6,10 +6,10 @@ smallest that at least that share of the requests do not exceed. Failed requests
 Windows, by the intended start of a request:
 
 steady   after the warm seconds, until publishing began (or to the end without any)
-reload   from the beginning of publishing until one second after the end of the old
-         version was first seen
-control  for each reload, a window of the same length without a reload: the middle of the
-         quiet time before it, which begins after the last reload or the warm seconds
+reload   from the beginning of publishing until one second after the old version
+         was seen to have ended
+control  for each reload, a window of the same length without a reload, in the middle of
+         the quiet time before it, which begins after the last reload or the warm seconds
 """
 
 from __future__ import annotations

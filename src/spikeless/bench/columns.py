@@ -1,8 +1,8 @@
-"""Every request of a run, in arrays that exist before the first one leaves.
+"""Every request of a run, in arrays that are allocated before the first one leaves.
 
-In: the intended starts, then what happened to each request. Out: one column per fact. Latency counts from
-the intended start: a request that had to wait behind a stall was late for its user, wherever it waited
-(coordinated omission: G. Tene, wrk2).
+In: the intended starts, then what happens to each request. Out: one column for each
+fact. Latency counts from the intended start, because a request that waits behind a
+stall is late for its user, wherever it waits (coordinated omission: G. Tene, wrk2).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from spikeless.errors import Code
 
-#: Column -> dtype. Times are seconds; `intended` counts from the start of the run, `lag` (send) and
-#: `latency` (answer) from the intended start. `code` is the gRPC status, `version` what served it (0:
-#: unknown), `request` the number of the record that was replayed.
+#: Column -> dtype. Times are seconds; `intended` counts from the start of the run,
+#: `lag` (send) and `latency` (answer) from the intended start. `code` is the gRPC
+#: status, `version` what served it (0: unknown), `request` the number of the record
+#: that was replayed.
 COLUMNS: dict[str, Any] = {
     "intended": np.float64,
     "lag": np.float64,
@@ -27,8 +28,11 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-class Recorder:
-    """Preallocated columns for the requests of one schedule; `offsets` are the intended starts in seconds."""
+class RequestColumns:
+    """Preallocated columns for the requests of one schedule.
+
+    `offsets` are the intended starts in seconds.
+    """
 
     def __init__(self, offsets: NDArray[np.float64], request_count: int) -> None:
         size = len(offsets)
@@ -44,12 +48,12 @@ class Recorder:
         self.lag[index] = offset - self.intended[index]
 
     def answered(self, index: int, offset: float, code: int, version: int = 0) -> None:
-        """The answer to request `index` arrived (or was given up) at `offset`."""
+        """Request `index` was answered, or given up, at `offset`."""
         self.latency[index] = offset - self.intended[index]
         self.code[index] = code
         self.version[index] = version
 
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """The requests that have an end, by column; a run stopped early has fewer than were planned."""
+    def ended(self) -> dict[str, NDArray[Any]]:
+        """The columns of the requests that ended; a run that is stopped early has fewer."""
         ended = ~np.isnan(self.latency)
         return {name: getattr(self, name)[ended].astype(dtype, copy=False) for name, dtype in COLUMNS.items()}

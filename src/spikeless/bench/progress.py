@@ -1,7 +1,7 @@
 """Show how a run goes while it goes.
 
-In: the moments that `spikeless.bench.scenario.run` reports. Out: a bar on a terminal, a line every few
-seconds elsewhere.
+In: the moments that `spikeless.bench.scenario.run` reports. Out: a bar on a terminal, a
+line every few seconds elsewhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The requests that are replayed: those of a model's own warmup file, as bytes ready to send.
+"""The requests that are replayed: a model's own warmup records, as bytes ready to send.
 
-In: ``assets.extra/tf_serving_warmup_requests``, or any TFRecord file of ``PredictionLog``. Out: gRPC
-messages. TensorFlow is not imported.
+In: ``assets.extra/tf_serving_warmup_requests``, or any TFRecord file of
+``PredictionLog``. Out: gRPC messages. TensorFlow is not imported.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from spikeless.formats.protos import prediction_log_pb2
 
 
 @dataclass(frozen=True)
-class Request:
-    """One request."""
+class ReplayedRequest:
+    """One request, as it is sent."""
 
     kind: Kind
-    #: Serialized.
+    #: The serialised request.
     message: bytes
 
 
-def read_requests(path: str | os.PathLike[str], model_name: str) -> list[Request]:
-    """The replayable records of a file, addressed to `model_name` without a version, so that they follow a
-    swap.
+def read_requests(path: str | os.PathLike[str], model_name: str) -> list[ReplayedRequest]:
+    """The requests of a file, addressed to `model_name`.
+
+    They name no version, so they follow a swap.
 
     Raises:
         NotFound: there is no such file.
         DataLoss: the file is truncated or damaged.
-        InvalidArgument: a record is no PredictionLog, is of a kind that cannot be replayed, or there is none.
+        InvalidArgument: a record is no PredictionLog, is of a kind that cannot be
+            replayed, or there is none.
     """
     requests = [
         _request(record, model_name, f"{os.fspath(path)}: record {number}")
@@ -44,7 +46,7 @@ def read_requests(path: str | os.PathLike[str], model_name: str) -> list[Request
     return requests
 
 
-def _request(record: bytes, model_name: str, where: str) -> Request:
+def _request(record: bytes, model_name: str, where: str) -> ReplayedRequest:
     try:
         log = prediction_log_pb2.PredictionLog.FromString(record)
     except DecodeError:
@@ -59,4 +61,4 @@ def _request(record: bytes, model_name: str, where: str) -> Request:
     for spec in kind.request_specs(request):
         spec.name = model_name
         spec.ClearField("version_choice")
-    return Request(kind, request.SerializeToString())
+    return ReplayedRequest(kind, request.SerializeToString())

@@ -37,12 +37,13 @@ _SAMPLE_PREFIX = "sample_"
 class Settings:
     """What was asked for.
 
-    model_name: the served model. requests: the file whose requests are replayed. rate (requests per
-    second), seconds, arrivals, seed: the schedule. timeout: each request's deadline in seconds. processes:
-    of the load generator. publish_at: when the first version is published, in seconds after the start, or
-    None for no publishing at all. publishes: how many versions, one every publish_every seconds.
-    warm_seconds: left out of the steady window. slo_ms: a request slower than this counts as part of a
-    spike.
+    model_name: the served model. requests: the file whose requests are replayed. rate
+    (requests per second), seconds, arrivals, seed: the schedule. timeout: each
+    request's deadline in seconds. processes: of the load generator. publish_at: when
+    the first version is published, in seconds after the start, or None for no
+    publishing at all. publishes: how many versions, one every publish_every seconds.
+    warm_seconds: left out of the steady window. slo_ms: a request slower than this
+    counts as part of a spike.
     """
 
     model_name: str

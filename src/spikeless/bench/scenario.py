@@ -1,7 +1,8 @@
 """Run one scenario: load on a running server, versions published meanwhile, everything recorded.
 
-In: settings, the server's facts, and what publishes. Out: a `Run`. The load runs in processes and a session
-of its own (`spikeless.bench.load.locustfile`); this process watches the server and publishes.
+In: settings, the server's facts, and what publishes. Out: a `Run`. The load runs in
+processes and a session of its own (`spikeless.bench.load.locustfile`); this process
+watches the server and publishes.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, Internal, NotFound
 from spikeless.repository import publishing
 
-#: For every server that is measured: none of its calls shall be refused for lack of a thread. Threads come as
-#: they are needed: this many when nothing is answered for as long as 4 s at 1000 requests/s.
+#: For every server that is measured: none of its calls shall be refused for lack of a
+#: thread. Threads come as they are needed: this many when nothing is answered for as
+#: long as 4 s at 1000 requests/s.
 SERVER_FLAGS = ("--grpc_max_threads=4096",)
 
-#: Beyond the schedule and the last deadline: starting Python, Locust and its workers, writing the file.
+#: Beyond the schedule and the last deadline: starting Python, Locust and its workers,
+#: writing the file.
 _OVERHEAD_SECONDS = 60.0
 _OUTPUT_TAIL_LINES = 30
 #: How often the loop looks whether publishing has failed.
@@ -83,7 +86,8 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
     """What can be said about a server that somebody else started; without its `pid`, only where it is.
 
     Raises:
-        SpikelessError: nothing answers at ``target``, or it does not serve the model (see `Client.statuses`).
+        SpikelessError: nothing answers at ``target``, or it does not serve the model
+            (see `Client.statuses`).
         NotFound: there is no process ``pid``.
     """
     with Client(target) as client:
@@ -135,9 +139,10 @@ def run(
 ) -> Run:
     """Drive the load and return its record.
 
-    scenario: the name that the report groups by. publish: makes the next version visible; called once at
-    each of ``settings.publish_moments``. What it returns is kept as text (the path of the version, for
-    example). progress: called a few times a second.
+    scenario: the name that the report groups by. publish: makes the next version
+    visible; called once at each of ``settings.publish_moments``. What it returns is
+    kept as text (the path of the version, for example). progress: called a few times a
+    second.
 
     Raises:
         FailedPrecondition: publishing failed; the load is stopped.
@@ -180,11 +185,13 @@ def staged(
 ) -> Iterator[Callable[[], Path]]:
     """Stage the next `count` versions; gives a callable that makes the next of them visible by one rename.
 
-    The SavedModels take turns. Give two (or one twice), so that the old and the new version never share a
-    file: loading would find everything where the old one has just used it. Every further version is hard
-    links to the earlier one of its turn, so that many cost no more space than one, and nothing has to be done
-    during the load. The `steps` are done with the first ones. With `link` these are links too, to the
-    SavedModels, which then must not be changed. What was not published is gone at the end of the block.
+    The SavedModels take turns. Give two (or one twice), so that the old and the new
+    version never share a file: loading would find everything where the old one has just
+    used it. Every further version is hard links to the earlier one of its turn, so that
+    many cost no more space than one, and nothing has to be done during the load. The
+    `steps` are done with the first ones. With `link` these are links too, to the
+    SavedModels, which then must not be changed. What was not published is gone at the
+    end of the block.
 
     Raises:
         SpikelessError: what `spikeless.repository.publishing.stage` raises.
@@ -253,7 +260,7 @@ def _drive(
     assert process.stdout is not None
     threading.Thread(target=_drain, args=(process.stdout, lines), daemon=True).start()
     start: float | None = None
-    series = _Series(settings.publish_moments, publish)
+    series = _PublishingSeries(settings.publish_moments, publish)
     workers: dict[int, dict[str, Any]] = {}
     give_up = time.monotonic() + settings.seconds + settings.timeout + _OVERHEAD_SECONDS
     try:
@@ -308,7 +315,7 @@ def _drain(stream: IO[str], lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-class _Series:
+class _PublishingSeries:
     """Calls `publish` at each moment (seconds after the start), in a thread, and keeps the times."""
 
     def __init__(self, moments: Sequence[float], publish: Callable[[], object] | None) -> None:

@@ -1,4 +1,4 @@
-"""When requests leave, decided before the run and whatever the server does: the open-loop schedule.
+"""The open-loop schedule: when requests leave, decided before the run.
 
 In: rate, duration, kind of arrivals and seed. Out: the intended start of every request.
 """
@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from spikeless.errors import InvalidArgument
 
 ARRIVALS = ("poisson", "constant")
-#: More requests than this in one run is taken for a mistake in the settings.
+#: A run of more requests is refused as a mistake in the settings.
 MAX_REQUESTS = 50_000_000
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """An open-loop schedule.
+    """An open-loop schedule."""
 
-    rate: requests per second. seconds: how long requests leave. arrivals: ``poisson`` (independent users) or
-    ``constant`` (evenly spaced). seed: of the Poisson arrivals; the same seed gives the same schedule.
-    """
-
+    #: Requests per second.
     rate: float
+    #: How long requests leave.
     seconds: float
+    #: ``poisson`` (independent users) or ``constant`` (evenly spaced).
     arrivals: str = "poisson"
+    #: Of the Poisson arrivals; the same seed gives the same schedule.
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -43,9 +43,10 @@ class Schedule:
             )
 
     def offsets(self) -> NDArray[np.float64]:
-        """The intended starts, in seconds after the start of the run, ascending; shape ``[requests]``.
+        """The intended starts, ascending, of shape ``[requests]``.
 
-        A Poisson process on an interval has a Poisson-distributed number of arrivals, each uniform on it.
+        They are in seconds after the start of the run. A Poisson process on an interval
+        has a Poisson-distributed number of arrivals, each uniform on the interval.
         """
         if self.arrivals == "constant":
             return np.arange(round(self.rate * self.seconds), dtype=np.float64) / self.rate
@@ -54,5 +55,5 @@ class Schedule:
         return np.sort(random.uniform(0.0, self.seconds, count))
 
     def share(self, index: int, count: int) -> NDArray[np.float64]:
-        """The part of worker `index` of `count`: every `count`-th request, so that the shares add up."""
+        """The offsets of worker `index` of `count`: every `count`-th request."""
         return self.offsets()[index::count]

@@ -1,7 +1,8 @@
 """Watch the server beside the load: version states over a connection of its own, memory, processor.
 
-In: an address, a model name, a process id. Out: the changes of state, and samples. Moments are those of
-``time.monotonic`` until `offsets` are taken from the start of the run.
+In: an address, a model name, a process id. Out: the changes of state, and samples.
+Moments are those of ``time.monotonic`` until `offsets` are taken from the start of the
+run.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from spikeless.formats.protos import get_model_status_pb2, model_service_pb2_grp
 STATE_POLL_SECONDS = 0.05
 SAMPLE_SECONDS = 0.1
 
-#: Column -> dtype of the samples: seconds; bytes of private (RssAnon) and of file-backed memory (RssFile);
-#: time of all processors since boot in clock ticks, and how much of it the hypervisor gave to others.
+#: Column -> dtype of the samples: seconds; bytes of private (RssAnon) and of
+#: file-backed memory (RssFile); time of all processors since boot in clock ticks, and
+#: how much of it the hypervisor gave to others.
 SAMPLES: dict[str, Any] = {
     "t": np.float64,
     "rss_anon": np.int64,
@@ -53,7 +55,8 @@ class StateChange:
 class Watcher:
     """Polls in threads while the block runs; a context manager.
 
-    `pid` is None when the server's process is not known or not on this machine: then there are no samples.
+    `pid` is None when the server's process is not known or not on this machine: then
+    there are no samples.
     """
 
     def __init__(self, target: str, model_name: str, pid: int | None) -> None:
@@ -62,7 +65,8 @@ class Watcher:
         self._request = get_model_status_pb2.GetModelStatusRequest()
         self._request.model_spec.name = model_name
         self._known: dict[int, str] = {}
-        # A local pool, so that the connection is not shared with another channel of this process.
+        # A local pool, so that the connection is not shared with another channel of
+        # this process.
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
         self._channel = grpc.insecure_channel(target, options=options)
         self._status = model_service_pb2_grpc.ModelServiceStub(self._channel).GetModelStatus

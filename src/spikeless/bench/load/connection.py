@@ -1,12 +1,13 @@
 """A gRPC connection that costs little: one socket, unary calls as bytes, no thread and no event loop of its
 own.
 
-In: method path and serialised message. Out: status, and the answer's bytes. The framing of gRPC over HTTP/2
-is described in grpc's ``doc/PROTOCOL-HTTP2.md``; HTTP/2 itself is the h2 library's.
+In: method path and serialised message. Out: status, and the answer's bytes. The framing
+of gRPC over HTTP/2 is described in grpc's ``doc/PROTOCOL-HTTP2.md``; HTTP/2 itself is
+the h2 library's.
 
-The caller waits on `fileno` and calls `receive` when there is something to read, so that it can stamp the
-time of arrival before anything is parsed. Sockets are the operating system's own even where gevent has
-patched them.
+The caller waits on `fileno` and calls `receive` when there is something to read, so
+that it can stamp the time of arrival before anything is parsed. Sockets are the
+operating system's own even where gevent has patched them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Reply:
 
 
 @dataclass
-class _Call:
+class _PendingCall:
     tag: int
     body: memoryview
     code: int = Code.UNKNOWN
@@ -64,15 +65,16 @@ class _Call:
 class Connection:
     """One HTTP/2 connection to a gRPC server. `target` is ``host:port``.
 
-    `ended` tells that the server has announced the end of the connection: nothing more can be sent on it.
+    `ended` tells that the server has announced the end of the connection: nothing more
+    can be sent on it.
     """
 
     def __init__(self, target: str) -> None:
         self.ended = False
         self.target = target
         self.host, self.port = parse_target(target)
-        self._calls: dict[int, _Call] = {}
-        self._waiting: deque[tuple[str, _Call]] = deque()  # Until the server allows another stream.
+        self._calls: dict[int, _PendingCall] = {}
+        self._waiting: deque[tuple[str, _PendingCall]] = deque()  # Until the server allows another stream.
         self._blocked: deque[int] = deque()  # Streams with a body that the flow-control window held back.
         self._headers: dict[str, list[tuple[bytes, bytes]]] = {}
         self._outgoing = b""
@@ -99,7 +101,8 @@ class Connection:
         except OSError as error:
             self.close()
             raise Unavailable(f"cannot connect to {self.target}: {error}") from None
-        # The headers that leave are constant and well-formed: checking each again would only cost time.
+        # The headers that leave are constant and well-formed: checking each again would
+        # only cost time.
         self._h2 = h2.connection.H2Connection(
             h2.config.H2Configuration(
                 client_side=True,
@@ -142,13 +145,13 @@ class Connection:
 
     def send(self, tag: int, path: str, message: bytes) -> None:
         """Start a call; its end comes out of `receive` with the same `tag`."""
-        call = _Call(tag, memoryview(_PREFIX.pack(0, len(message)) + message))
+        call = _PendingCall(tag, memoryview(_PREFIX.pack(0, len(message)) + message))
         if len(self._calls) < self._h2.remote_settings.max_concurrent_streams:
             self._start(path, call)
         else:
             self._waiting.append((path, call))
 
-    def _start(self, path: str, call: _Call) -> None:
+    def _start(self, path: str, call: _PendingCall) -> None:
         stream = self._h2.get_next_available_stream_id()
         self._h2.send_headers(stream, self._headers.get(path) or self._header_list(path))
         self._calls[stream] = call

@@ -1,7 +1,7 @@
-"""What the load generator itself costs: the same load against a server that answers at once.
+"""The load generator's own latency: the same load on a server that answers at once.
 
-In: the settings of a run. Out: a `Floor`. It is an upper bound, because the trivial server's own time is in
-it.
+In: the settings of a run. Out: a `Floor`. It is an upper bound, because it includes the
+time of the instant server.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FLOOR_SECONDS = 5.0
 
 
 @contextmanager
-def trivial_server() -> Iterator[str]:
-    """A running `spikeless.bench.load.instant_server`; gives its address."""
+def instant_server() -> Iterator[str]:
+    """Run `spikeless.bench.load.instant_server`; gives its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "spikeless.bench.load.instant_server"],
         stdin=subprocess.DEVNULL,
@@ -42,7 +42,7 @@ def trivial_server() -> Iterator[str]:
             assert process.stdout is not None
             port = process.stdout.readline().strip()
             if not port:
-                raise Unavailable("the trivial server did not start; its error stands above")
+                raise Unavailable("the instant server did not start; its error is above")
             yield f"127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -50,7 +50,7 @@ def trivial_server() -> Iterator[str]:
 
 @contextmanager
 def built_in_requests() -> Iterator[Path]:
-    """A file with one small request, for measuring a floor where there is no model yet."""
+    """A file with one small request, to measure a floor without a model."""
     log = prediction_log_pb2.PredictionLog()
     tensor = log.predict_log.request.inputs["features"]
     tensor.CopyFrom(to_proto(np.zeros((1, 30), np.float32)))
@@ -63,13 +63,13 @@ def built_in_requests() -> Iterator[Path]:
 def measure_floor(
     settings: Settings, seconds: float = FLOOR_SECONDS, progress: Progress | None = None
 ) -> Floor:
-    """Drive the load of `settings` for `seconds` against a trivial server.
+    """Drive the load of `settings` for `seconds` against the instant server.
 
     Raises what `spikeless.bench.scenario.run` raises.
     """
     warm = min(1.0, seconds / 4)
     short = dataclasses.replace(settings, seconds=seconds, warm_seconds=warm, publish_at=None)
-    with trivial_server() as target:
+    with instant_server() as target:
         result = run("floor", short, ServerFacts(target, engine="trivial"), progress=progress)
     steady = analysis.analyse(result).steady
     return Floor(settings.rate, steady.requests, steady.p50, steady.p99, steady.p99_9, steady.max)

@@ -1,8 +1,7 @@
 """A server that answers every gRPC call at once with the same PredictResponse.
 
-``python -m spikeless.bench.load.instant_server`` prints its port and serves until it is terminated. The
-latency measured against it is the floor of the load generator: the client's own time, and this server's,
-which a real one adds to. So it is an upper bound.
+``python -m spikeless.bench.load.instant_server`` prints its port and serves until it is
+terminated. The latency measured against it is the load generator's floor.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """The load, as Locust runs it: one user per process, and that user is one open-loop schedule.
 
-In: Locust's ``--host HOST:PORT`` and the options below. Out: Locust's statistics, and with ``--record`` a raw
-result with every request (`spikeless.bench.run_file`). With workers (``--processes 2``, or ``--master`` and
-``--worker``) the master gives all of them one start and each a share of the one schedule; each writes a file
-of its own, which `spikeless bench merge` puts together.
+In: Locust's ``--host HOST:PORT`` and the options below. Out: Locust's statistics, and
+with ``--record`` a raw result with every request (`spikeless.bench.run_file`). With
+workers (``--processes 2``, or ``--master`` and ``--worker``) the master gives all of
+them one start and each a share of the one schedule; each writes a file of its own,
+which `spikeless bench merge` puts together.
 
-The user's thread is a real one, outside gevent: see `openloop`. Locust's statistics are fed
-from it a few milliseconds later, and only from the raw result should a percentile be read.
+The user's thread is a real one, outside gevent: see `openloop`. Locust's statistics are
+fed from it a few milliseconds later, and only from the raw result should a percentile
+be read.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 from spikeless.bench.load.connection import parse_target
 from spikeless.bench.load.openloop import LINE_PREFIX, OpenLoop
 from spikeless.bench.machine import describe_machine, source_commit
-from spikeless.bench.replayed import Request, read_requests
+from spikeless.bench.replayed import ReplayedRequest, read_requests
 from spikeless.bench.run_file import Facts, Run, ServerFacts, Settings
 from spikeless.bench.schedule import ARRIVALS
 from spikeless.errors import Code, SpikelessError
@@ -86,7 +88,7 @@ def _init(environment: Environment, runner: Runner, **_: Any) -> None:
             sys.exit(f"spikeless: error: {error}")
 
 
-def _read(environment: Environment) -> tuple[Settings, list[Request]]:
+def _read(environment: Environment) -> tuple[Settings, list[ReplayedRequest]]:
     """The settings and the requests that the options name; raises SpikelessError when they are wrong."""
     options: Namespace = environment.parsed_options
     parse_target(environment.host or "")
@@ -174,7 +176,7 @@ class OpenLoopUser(User):
 
     def _follow(self, load: OpenLoop, thread: Any, start: float, worker: int) -> None:
         fire = self.environment.events.request.fire
-        recorder = load.recorder
+        columns = load.columns
         methods = [request.kind.name for request in load.requests]
         next_line = start
         failed, slowest = 0, 0.0
@@ -182,13 +184,13 @@ class OpenLoopUser(User):
             gevent.sleep(_REPORT_SECONDS)
             while load.finished:
                 index = load.finished.popleft()
-                code = Code(recorder.code[index])
-                latency = float(recorder.latency[index]) * 1e3
+                code = Code(columns.code[index])
+                latency = float(columns.latency[index]) * 1e3
                 failed += code != Code.OK
                 slowest = max(slowest, latency)
                 fire(
                     request_type="gRPC",
-                    name=methods[recorder.request[index]],
+                    name=methods[columns.request[index]],
                     response_time=latency,
                     response_length=0,
                     exception=None if code == Code.OK else RuntimeError(code.name),
@@ -219,4 +221,4 @@ class OpenLoopUser(User):
             server=ServerFacts(self.environment.host),
             generator=tuple(sys.argv),
         )
-        Run(facts, load.recorder.columns()).save(path)
+        Run(facts, load.columns.ended()).save(path)

@@ -1,10 +1,10 @@
-"""The open loop: send each request at its time, whether or not earlier ones came back, and record what
-happens.
+"""The open loop: send each request at its time, answered or not, and record what happens.
 
-In: a schedule's offsets, the requests, an address. Out: a filled `Recorder`.
+In: a schedule's offsets, the requests, an address. Out: filled `RequestColumns`.
 
-It runs in a plain thread and waits in ``select``, whose timeout is exact to microseconds; the timers of
-gevent and asyncio round to a millisecond, which would be the better part of what is measured.
+It runs in a plain thread and waits in ``select``, whose timeout is exact to
+microseconds. The timers of gevent and asyncio round to a millisecond, which can exceed
+the latency to measure.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import numpy as np
 from gevent.monkey import get_original
 from numpy.typing import NDArray
 
-from spikeless.bench.columns import Recorder
+from spikeless.bench.columns import RequestColumns
 from spikeless.bench.load.connection import Connection, Reply
-from spikeless.bench.replayed import Request
+from spikeless.bench.replayed import ReplayedRequest
 from spikeless.errors import Code, Unavailable
 
 _select = get_original("select", "select")
 
-#: Marks the lines on standard output with which a load generator process tells how far it is.
+#: The lines of progress that a load generator writes to standard output begin with
+#: this.
 LINE_PREFIX = "spikeless-load: "
 
-#: How long the loop waits at most before it looks whether it shall stop.
+#: How long the loop waits at most before it checks whether to stop.
 _LONGEST_WAIT = 0.05
 _RECONNECT_SECONDS = 0.1
-#: The server ends a call at its deadline; only when it does not even do that, the call is given up this
+#: The server ends a call at its deadline. If it does not, the call is given up this
 #: much later.
 _DEADLINE_GRACE = 1.0
 
@@ -39,15 +40,18 @@ _DEADLINE_GRACE = 1.0
 class OpenLoop:
     """One worker's share of the load.
 
-    offsets: intended starts in seconds, shape ``[requests]``. requests: replayed in turn. target:
-    ``host:port``. timeout: the deadline of each request, in seconds. `finished` collects the numbers of
-    ended requests for whoever wants to follow the run.
+    Args:
+        offsets: the intended starts in seconds, of shape ``[requests]``.
+        requests: replayed in turn.
+        target: ``host:port``.
+        timeout: the deadline of each request, in seconds.
     """
 
     def __init__(
-        self, offsets: NDArray[np.float64], requests: Sequence[Request], target: str, timeout: float
+        self, offsets: NDArray[np.float64], requests: Sequence[ReplayedRequest], target: str, timeout: float
     ) -> None:
-        self.recorder = Recorder(offsets, len(requests))
+        self.columns = RequestColumns(offsets, len(requests))
+        #: The indices of ended requests, for whoever follows the run.
         self.finished: deque[int] = deque()
         self.sent = 0
         self._offsets = offsets.tolist()
@@ -59,11 +63,11 @@ class OpenLoop:
         self._stopping = False
 
     def stop(self) -> None:
-        """End the run soon; what is under way is recorded as CANCELLED."""
+        """End the run soon; requests in flight are recorded as CANCELLED."""
         self._stopping = True
 
     def run(self, start: float) -> None:
-        """Drive the load; `start` is the moment of offset zero on the clock of ``time.monotonic``."""
+        """Drive the load; `start` is the ``time.monotonic`` of offset zero."""
         self._start = start
         count = len(self._offsets)
         while not self._stopping:
@@ -88,10 +92,10 @@ class OpenLoop:
                 connection.open(self._timeout)
         self._in_flight[index] = None
         if connection.is_open:
-            request = self.requests[self.recorder.request[index]]
+            request = self.requests[self.columns.request[index]]
             connection.send(index, request.kind.path, request.message)
             self._flush()
-        self.recorder.sent(index, time.monotonic() - self._start)
+        self.columns.sent(index, time.monotonic() - self._start)
         if not connection.is_open and index in self._in_flight:
             self._end(Reply(index, Code.UNAVAILABLE), time.monotonic())
 
@@ -132,10 +136,10 @@ class OpenLoop:
             self._end(reply, now)
 
     def _expire(self, now: float) -> None:
-        """Give up on requests whose deadline the server itself let pass."""
+        """Give up on requests that the server did not end at their deadline."""
         while self._in_flight:
             oldest = next(iter(self._in_flight))
-            sent = self._offsets[oldest] + self.recorder.lag[oldest]
+            sent = self._offsets[oldest] + self.columns.lag[oldest]
             if now < sent + self._timeout + _DEADLINE_GRACE:
                 return
             self._end(Reply(oldest, Code.DEADLINE_EXCEEDED), now + self._start)
@@ -147,6 +151,6 @@ class OpenLoop:
         del self._in_flight[index]
         version = 0
         if reply.code == Code.OK:
-            version = self.requests[self.recorder.request[index]].kind.served_version(reply.message)
-        self.recorder.answered(index, moment - self._start, reply.code, version)
+            version = self.requests[self.columns.request[index]].kind.served_version(reply.message)
+        self.columns.answered(index, moment - self._start, reply.code, version)
         self.finished.append(index)
