@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 
+import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
@@ -359,6 +360,7 @@ def test_batches_of_examples_keep_their_context(examples, tmp_path):
     assert len(with_context.request.input.example_list_with_context.examples) == 3
 
 
+@hypothesis.settings(deadline=None)  # it reads and writes files
 @given(st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=3))
 def test_every_row_is_in_every_batch_size(saved_models, tmp_path_factory, rows, sizes):
     path = tmp_path_factory.getbasetemp() / "rows.csv"

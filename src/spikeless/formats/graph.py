@@ -14,7 +14,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from spikeless.formats.protos import attr_value_pb2, function_pb2, graph_pb2, node_def_pb2
+from spikeless.formats.tensors import to_numpy
 
 #: The main graph's name as a scope.
 MAIN = ""
@@ -108,6 +111,13 @@ class Scope:
         tensor = self.canonical(reference)
         node = self.nodes.get(operation_name(tensor)) if ":" in tensor else None
         return None if node is None else (node, int(tensor.rpartition(":")[2]))
+
+    def constant(self, reference: str) -> np.ndarray[Any, Any] | None:
+        """The value of a data input that is a constant, else None."""
+        source = self.producer(reference)
+        if source is None or source[0].op != "Const":
+            return None
+        return to_numpy(attribute(source[0], "value").tensor)
 
     def returned(self, tensor: str) -> list[int]:
         """The outputs of this function that are this tensor."""
@@ -262,6 +272,23 @@ def ancestors(graph: graph_pb2.GraphDef, roots: Iterable[str]) -> set[str]:
             found.add(name)
             pending.extend(operation_name(reference) for reference in inputs[name])
     return found
+
+
+def needed(graph: graph_pb2.GraphDef, roots: Iterable[str]) -> Iterator[tuple[Scope, node_def_pb2.NodeDef]]:
+    """The main graph's operations that these need, and all in the functions that those call."""
+    main, library = Scope(MAIN, graph), library_of(graph)
+    nodes = [main.nodes[name] for name in sorted(ancestors(graph, roots))]
+    yield from ((main, node) for node in nodes)
+    for name in sorted(closure(library, called(library, nodes))):
+        scope = Scope(name, library[name])
+        yield from ((scope, node) for node in scope.nodes.values())
+
+
+def all_nodes(graph: graph_pb2.GraphDef) -> Iterator[node_def_pb2.NodeDef]:
+    """Every operation of the main graph and of all functions."""
+    yield from graph.node
+    for function in graph.library.function:
+        yield from function.node_def
 
 
 def prune(graph: graph_pb2.GraphDef, roots: Iterable[str], functions: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from spikeless.formats import savedmodel
-from spikeless.formats.graph import attribute
+from spikeless.formats.graph import all_nodes, attribute
 from spikeless.formats.protos import node_def_pb2, saved_model_pb2
 from spikeless.mapping.plan import State
 from spikeless.mapping.rewrite import FILE_ATTRIBUTE, MAPPED_OPERATION
@@ -135,11 +135,7 @@ def read_manifest(saved_model: str | os.PathLike[str]) -> Manifest:
 def mapping_nodes(proto: saved_model_pb2.SavedModel) -> Iterator[node_def_pb2.NodeDef]:
     """The operations that map a file, in the main graphs and their functions."""
     for meta_graph in proto.meta_graphs:
-        graph = meta_graph.graph_def
-        for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
-            for node in nodes:
-                if node.op == MAPPED_OPERATION:
-                    yield node
+        yield from (node for node in all_nodes(meta_graph.graph_def) if node.op == MAPPED_OPERATION)
 
 
 def mapped_path(node: node_def_pb2.NodeDef) -> str:

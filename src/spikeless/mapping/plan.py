@@ -32,7 +32,7 @@ from spikeless.formats.graph import (
 )
 from spikeless.formats.protos import meta_graph_pb2, node_def_pb2, op_def_pb2, types_pb2
 from spikeless.formats.savedmodel import INIT_SIGNATURE
-from spikeless.formats.tensors import NUMPY_DTYPES, dtype_name, to_numpy
+from spikeless.formats.tensors import NUMPY_DTYPES, dtype_name
 
 #: Collections that name operations which run at load (``tensorflow/cc/saved_model/constants.h``).
 _INIT_COLLECTIONS = ("saved_model_main_op", "legacy_init_op")
@@ -267,10 +267,8 @@ def _looks_up_rows(use: Use) -> bool:
     if use.position:
         return False
     if use.node.op == "GatherV2":
-        axis = use.scope.producer(use.node.input[2])
-        if axis is None or axis[0].op != "Const":
-            return False
-        return not to_numpy(attribute(axis[0], "value").tensor).any()
+        axis = use.scope.constant(use.node.input[2])
+        return axis is not None and not axis.any()
     return use.node.op in _ROW_READS
 
 
@@ -284,13 +282,10 @@ def restored_from(use: Use) -> tuple[node_def_pb2.NodeDef, int] | None:
 
 def restore_strings(scope: Scope, restore: node_def_pb2.NodeDef, position: int) -> list[str] | None:
     """The tensor names (input 1) or the slice specifications (input 2) of a ``RestoreV2``, if constant."""
-    source = scope.producer(restore.input[position])
-    if source is None or source[0].op != "Const":
+    texts = scope.constant(restore.input[position])
+    if texts is None:
         return None
-    return [
-        text.decode("utf-8", "surrogateescape")
-        for text in to_numpy(attribute(source[0], "value").tensor).reshape(-1).tolist()
-    ]
+    return [text.decode("utf-8", "surrogateescape") for text in texts.reshape(-1).tolist()]
 
 
 def _takes_reference(operation: op_def_pb2.OpDef | None, node: node_def_pb2.NodeDef, position: int) -> bool:

@@ -1,7 +1,8 @@
 """Which features a signature parses out of the ``tf.Example`` messages that it takes.
 
-In: a meta graph and one of its signatures. Out: the features by name, read from the ParseExample operations
-that the signature's outputs depend on, in the graph and in the functions that it calls.
+In: a meta graph and one of its signatures. Out: the features by name, read from the
+ParseExample operations that the signature's outputs depend on, in the graph and in the
+functions that it calls.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from spikeless.errors import InvalidArgument
+from spikeless.formats.graph import Scope, needed
 from spikeless.formats.protos import (
     attr_value_pb2,
     example_pb2,
@@ -23,9 +25,10 @@ from spikeless.formats.protos import (
     types_pb2,
 )
 from spikeless.formats.savedmodel import Signature
-from spikeless.formats.tensors import dtype_name, shape_of, shape_text, to_numpy
+from spikeless.formats.tensors import dtype_name, shape_of, shape_text
 
-#: The list of a ``Feature`` that holds values of each type; other types cannot be parsed from examples.
+#: The list of a ``Feature`` that holds values of each type; other types cannot be
+#: parsed from examples.
 _LISTS = {
     types_pb2.DT_FLOAT: "float_list",
     types_pb2.DT_INT64: "int64_list",
@@ -57,34 +60,11 @@ class FeatureSpec:
         return f"{dtype_name(self.dtype)} {shape_text(self.shape)}"
 
 
-@dataclass(frozen=True)
-class _Scope:
-    """The nodes of the graph or of one function, by name."""
-
-    nodes: Mapping[str, node_def_pb2.NodeDef]
-
-    def constant(self, tensor: str) -> np.ndarray[Any, Any] | None:
-        """The value of a tensor, where that is a constant."""
-        node = self.nodes.get(_node_name(tensor))
-        if node is None or node.op != "Const":
-            return None
-        return to_numpy(node.attr["value"].tensor)
-
-    def strings(self, tensors: Sequence[str]) -> list[str]:
-        """Constant strings, from a vector or from one scalar each."""
-        values = [self.constant(tensor) for tensor in tensors]
-        return [
-            key.decode("utf-8", "replace")
-            for value in values
-            if value is not None
-            for key in value.reshape(-1).tolist()
-        ]
-
-
 def parsed_features(meta_graph: meta_graph_pb2.MetaGraphDef, signature: Signature) -> dict[str, FeatureSpec]:
     """The features that ``signature`` parses, by name; empty when it parses none, or none can be told."""
     features: dict[str, FeatureSpec] = {}
-    for scope, node in _reachable(meta_graph, signature):
+    tensors = [spec.tensor_name for spec in signature.outputs.values()]
+    for scope, node in needed(meta_graph.graph_def, tensors):
         read = _READERS.get(node.op)
         if read is not None:
             features.update((feature.name, feature) for feature in read(scope, node))
@@ -114,65 +94,29 @@ def to_feature(dtype: int, values: np.ndarray[Any, Any]) -> feature_pb2.Feature:
     return feature
 
 
-def _node_name(tensor: str) -> str:
-    return tensor.removeprefix("^").split(":")[0]
+def _strings(scope: Scope, tensors: Sequence[str]) -> list[str]:
+    """Constant strings, from a vector or from one scalar each."""
+    values = [value for tensor in tensors if (value := scope.constant(tensor)) is not None]
+    return [key.decode("utf-8", "replace") for value in values for key in value.reshape(-1).tolist()]
 
 
-def _reachable(
-    meta_graph: meta_graph_pb2.MetaGraphDef, signature: Signature
-) -> Iterator[tuple[_Scope, node_def_pb2.NodeDef]]:
-    """Every node that the outputs depend on, and every node of the functions that those call."""
-    graph = meta_graph.graph_def
-    main = _Scope({node.name: node for node in graph.node})
-    functions = {function.signature.name: function for function in graph.library.function}
-    waiting = [_node_name(spec.tensor_name) for spec in signature.outputs.values()]
-    seen: set[str] = set()
-    called: list[str] = []
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name not in main.nodes:
-            continue
-        seen.add(name)
-        node = main.nodes[name]
-        yield main, node
-        called.extend(_functions_of(node))
-        waiting.extend(map(_node_name, node.input))
-    entered: set[str] = set()
-    while called:
-        name = called.pop()
-        if name in entered or name not in functions:
-            continue
-        entered.add(name)
-        scope = _Scope({node.name: node for node in functions[name].node_def})
-        for node in scope.nodes.values():
-            yield scope, node
-            called.extend(_functions_of(node))
-
-
-def _functions_of(node: node_def_pb2.NodeDef) -> Iterator[str]:
-    for value in node.attr.values():
-        if value.HasField("func"):
-            yield value.func.name
-        yield from (function.name for function in value.list.func)
-
-
-def _parse_example_v2(scope: _Scope, node: node_def_pb2.NodeDef) -> Iterator[FeatureSpec]:
+def _parse_example_v2(scope: Scope, node: node_def_pb2.NodeDef) -> Iterator[FeatureSpec]:
     """Inputs: serialized, names, vectors of sparse, dense and ragged keys, then a default per dense key."""
     _, _, sparse_keys, dense_keys, _, *defaults = node.input
-    yield from _sparse(scope.strings([sparse_keys]), node.attr["sparse_types"])
-    yield from _dense(scope, scope.strings([dense_keys]), node, defaults)
+    yield from _sparse(_strings(scope, [sparse_keys]), node.attr["sparse_types"])
+    yield from _dense(scope, _strings(scope, [dense_keys]), node, defaults)
 
 
-def _parse_example(scope: _Scope, node: node_def_pb2.NodeDef) -> Iterator[FeatureSpec]:
+def _parse_example(scope: Scope, node: node_def_pb2.NodeDef) -> Iterator[FeatureSpec]:
     """Inputs: serialized, names, then sparse keys, dense keys and dense defaults, one tensor each."""
     sparse, dense = node.attr["Nsparse"].i, node.attr["Ndense"].i
     inputs = list(node.input)[2:]
-    yield from _sparse(scope.strings(inputs[:sparse]), node.attr["sparse_types"])
-    keys = scope.strings(inputs[sparse : sparse + dense])
+    yield from _sparse(_strings(scope, inputs[:sparse]), node.attr["sparse_types"])
+    keys = _strings(scope, inputs[sparse : sparse + dense])
     yield from _dense(scope, keys, node, inputs[sparse + dense : sparse + 2 * dense])
 
 
-def _parse_single_example(scope: _Scope, node: node_def_pb2.NodeDef) -> Iterator[FeatureSpec]:
+def _parse_single_example(scope: Scope, node: node_def_pb2.NodeDef) -> Iterator[FeatureSpec]:
     """Keys are attributes; inputs: serialized, a default per dense key."""
     yield from _sparse(_keys(node.attr["sparse_keys"]), node.attr["sparse_types"])
     yield from _dense(scope, _keys(node.attr["dense_keys"]), node, list(node.input)[1:])
@@ -188,7 +132,7 @@ def _sparse(keys: list[str], types: attr_value_pb2.AttrValue) -> Iterator[Featur
 
 
 def _dense(
-    scope: _Scope, keys: list[str], node: node_def_pb2.NodeDef, defaults: Sequence[str]
+    scope: Scope, keys: list[str], node: node_def_pb2.NodeDef, defaults: Sequence[str]
 ) -> Iterator[FeatureSpec]:
     """Dense features; an empty default means that there is none."""
     types, shapes = node.attr["Tdense"].list.type, node.attr["dense_shapes"].list.shape
