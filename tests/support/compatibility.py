@@ -20,7 +20,7 @@ BLOCK = re.compile(r"(<!-- compatibility -->\n).*?(<!-- /compatibility -->)", re
 
 
 def differences() -> list[dict[str, str]]:
-    """The entries of ``differences.toml``, each with behaviour, serving, embedded, reason and test."""
+    """The entries: behaviour, serving, embedded, reason and test."""
     return tomllib.loads(DIFFERENCES.read_text())["difference"]
 
 
