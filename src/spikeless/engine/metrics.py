@@ -64,10 +64,8 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import Message
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -80,7 +78,7 @@ from prometheus_client.registry import Collector
 
 from spikeless.disk import proc
 from spikeless.errors import Code
-from spikeless.formats.protos import read_text_proto
+from spikeless.formats.protos import message_class, read_text_proto
 from spikeless.formats.states import State, VersionStatus
 
 DEFAULT_PATH = "/monitoring/prometheus/metrics"
@@ -95,33 +93,14 @@ SECONDS = (
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0),
 )
 
+_PrometheusConfig = message_class("PrometheusConfig", enable=(1, bool), path=(2, str))
+_MonitoringConfig = message_class("MonitoringConfig", prometheus_config=(1, _PrometheusConfig))
+
 
 def read_monitoring_path(file: str | os.PathLike[str]) -> str:
     """The path in a ``MonitoringConfig`` in text format; empty when metrics are off."""
-    config: Any = read_text_proto(file, _monitoring_config()())
-    prometheus = config.prometheus_config
+    prometheus = read_text_proto(file, _MonitoringConfig()).prometheus_config
     return str(prometheus.path or DEFAULT_PATH) if prometheus.enable else ""
-
-
-def _monitoring_config() -> type[Message]:
-    """The message of ``monitoring_config.proto``, which no Python package has."""
-    file = descriptor_pb2.FileDescriptorProto(
-        name="spikeless/monitoring_config.proto", package="spikeless", syntax="proto3"
-    )
-    prometheus = file.message_type.add(name="PrometheusConfig")
-    field = descriptor_pb2.FieldDescriptorProto
-    prometheus.field.add(name="enable", number=1, type=field.TYPE_BOOL, label=field.LABEL_OPTIONAL)
-    prometheus.field.add(name="path", number=2, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
-    file.message_type.add(name="MonitoringConfig").field.add(
-        name="prometheus_config",
-        number=1,
-        type=field.TYPE_MESSAGE,
-        type_name=".spikeless.PrometheusConfig",
-        label=field.LABEL_OPTIONAL,
-    )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("spikeless.MonitoringConfig"))
 
 
 class Metrics:
