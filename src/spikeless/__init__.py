@@ -1,3 +1,68 @@
-"""Spikeless: swap a TensorFlow Serving model under live traffic without anyone noticing."""
+"""Spikeless: swap a TensorFlow Serving model under live traffic without anyone noticing.
+
+What users import is here: ``spikeless.publish(...)``, ``spikeless.warmup.build(...)``.
+A name is imported when it is first used, so that ``import spikeless`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spikeless import bench as bench
+    from spikeless import errors as errors
+    from spikeless import launch as launch
+    from spikeless import warmup as warmup
+    from spikeless.bench import report as report
+    from spikeless.client import Client as Client
+    from spikeless.errors import SpikelessError as SpikelessError
+    from spikeless.mapping import MapSettings as MapSettings
+    from spikeless.mapping import map_saved_model as map_saved_model
+    from spikeless.repository.gates import Gates as Gates
+    from spikeless.repository.gates import GateSettings as GateSettings
+    from spikeless.repository.publishing import publish as publish
+    from spikeless.rollout.fleet import FleetSettings as FleetSettings
+    from spikeless.rollout.promotion import PromotionSettings as PromotionSettings
+    from spikeless.rollout.promotion import promote as promote
+    from spikeless.rollout.promotion import rollback as rollback
+    from spikeless.rollout.prune import prune as prune
+    from spikeless.rollout.status import status as status
 
 __version__ = "0.1.0"
+
+#: Public name -> where it is; with a colon, an attribute of that module. As above.
+_HOMES = {
+    "Client": "spikeless.client:Client",
+    "FleetSettings": "spikeless.rollout.fleet:FleetSettings",
+    "GateSettings": "spikeless.repository.gates:GateSettings",
+    "Gates": "spikeless.repository.gates:Gates",
+    "MapSettings": "spikeless.mapping:MapSettings",
+    "PromotionSettings": "spikeless.rollout.promotion:PromotionSettings",
+    "SpikelessError": "spikeless.errors:SpikelessError",
+    "bench": "spikeless.bench",
+    "errors": "spikeless.errors",
+    "launch": "spikeless.launch",
+    "map_saved_model": "spikeless.mapping:map_saved_model",
+    "promote": "spikeless.rollout.promotion:promote",
+    "prune": "spikeless.rollout.prune:prune",
+    "publish": "spikeless.repository.publishing:publish",
+    "report": "spikeless.bench.report",
+    "rollback": "spikeless.rollout.promotion:rollback",
+    "status": "spikeless.rollout.status:status",
+    "warmup": "spikeless.warmup",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    home = importlib.import_module(module)
+    return getattr(home, attribute) if attribute else home
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
