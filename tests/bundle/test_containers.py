@@ -1,8 +1,8 @@
 """The images and the compose stack, built and run by a real engine.
 
-One stack goes through a day: up on a fresh clone, requests, a hot reload, a measured run, monitoring. Each
-test leaves it serving. See `container_stack` for what is built, and `engine` for when all of this is skipped.
-SPIKELESS_CONTAINERS=0 leaves it out.
+One stack goes through a day: up on a fresh clone, requests, a hot reload, a measured run,
+monitoring. Each test leaves it serving. `container_stack` says what is built, `engine` when all of
+this is skipped. SPIKELESS_CONTAINERS=0 leaves it out.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ import urllib.parse
 import urllib.request
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from container_stack import Images, Stack
+from container_stack import Images, Stack, inside
 from dashboard import dashboard_queries
-from engine import STAND_IN, Engine
+from docker.models.containers import Container
+from engine import STAND_IN, Engine, Finished
 from places import ROOT
 
-from spikeless import bench
+from spikeless import bench, launch
 from spikeless.client import Client
-from spikeless.errors import SpikelessError
+from spikeless.errors import SpikelessError, Unavailable
 from spikeless.formats.protos import predict_pb2
 from spikeless.formats.states import State
 from spikeless.formats.tensors import to_proto
@@ -47,6 +50,8 @@ pytestmark = [
 ]
 
 FEATURES = 30
+#: What a read-only container may write.
+TMP = {"/tmp": ""}
 #: A block of commands in a document, and why it is not run.
 BLOCK = re.compile(r"(<!-- not run here: [^>]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
 
@@ -59,9 +64,10 @@ def fetch(url: str, data: object = None) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     body = None if data is None else json.dumps(data).encode()
     try:
-        return opener.open(url, body, timeout=20).read().decode()
+        answer: bytes = opener.open(url, body, timeout=20).read()
     except urllib.error.HTTPError as error:
-        return error.read().decode()
+        answer = error.read()
+    return answer.decode()
 
 
 def answers(url: str) -> bool:
@@ -71,7 +77,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def rest(stack: Stack, path: str, data: object = None) -> dict:
+def rest(stack: Stack, path: str, data: object = None) -> Any:
     return json.loads(fetch(f"http://127.0.0.1:{stack.ports['REST_PORT']}{path}", data))
 
 
@@ -106,8 +112,19 @@ def break_version(source: Path, version: Path) -> None:
     staged.rename(version)
 
 
-def health_of(engine: Engine, container: str) -> dict:
-    return state_of(engine, container)["Health"]
+def state_of(container: Container) -> dict[str, Any]:
+    container.reload()
+    state: dict[str, Any] = container.attrs["State"]
+    return state
+
+
+def health_of(container: Container) -> dict[str, Any]:
+    health: dict[str, Any] = state_of(container)["Health"]
+    return health
+
+
+def is_healthy(container: Container) -> bool:
+    return bool(health_of(container)["Status"] == "healthy")
 
 
 # Images ---------------------------------------------------------------------------------------------------
@@ -116,9 +133,7 @@ def health_of(engine: Engine, container: str) -> dict:
 def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: Engine, images: Images) -> None:
     for name in ("embedded", "tools", "serving", "tagger"):
         image = getattr(images, name)
-        config = json.loads(
-            containers.docker("image", "inspect", "--format", "{{json .Config}}", image).stdout
-        )
+        config = containers.client.images.get(image).attrs["Config"]
         assert config["User"] == "10001:10001", name
         assert config["Labels"]["org.opencontainers.image.title"] == f"spikeless/{name}"
         assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
@@ -135,8 +150,8 @@ def test_the_images_are_as_large_as_the_readme_says(containers: Engine, images: 
     said = dict(re.findall(r"^\| `spikeless/(\w+)` \|.*\| ([\d.]+) GB", text, re.MULTILINE))
     assert set(said) == {"embedded", "tools", "tagger"}
     for name, gigabytes in said.items():
-        size = containers.docker("image", "inspect", "--format", "{{.Size}}", getattr(images, name)).stdout
-        assert int(size) / 1e9 == pytest.approx(float(gigabytes), rel=0.1), name
+        size = containers.client.images.get(getattr(images, name)).attrs["Size"]
+        assert size / 1e9 == pytest.approx(float(gigabytes), rel=0.1), name
 
 
 def test_nothing_of_the_machine_that_built_them_is_in_the_images(containers: Engine, images: Images) -> None:
@@ -144,20 +159,21 @@ def test_nothing_of_the_machine_that_built_them_is_in_the_images(containers: Eng
     leftovers = ("-path '/root/.cache/*'", "-path '/build*'")
     search = f"find / -xdev \\( {' -o '.join(unwanted + leftovers)} \\) -print; env"
     for image in (images.embedded, images.tools, images.serving, images.tagger):
-        command = ["run", "--rm", "--user", "0:0", "--entrypoint", "sh", image, "-c", search]
-        lines = containers.docker(*command).stdout.splitlines()
+        found = containers.run(image, "-c", search, entrypoint="sh", user="0:0")
+        assert found.code == 0, found.output
+        lines = found.output.splitlines()
         assert not [line for line in lines if line.startswith("/")], image
         variables = {line.partition("=")[0].upper() for line in lines if "=" in line}
         assert not [name for name in variables if name.startswith(("PIP_", "SSL_", "CURL_", "REQUESTS_"))], (
             image
         )
-        history = containers.docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout
-        assert "BEGIN CERTIFICATE" not in history
+        history = containers.client.images.get(image).history()
+        assert not [layer for layer in history if "BEGIN CERTIFICATE" in layer["CreatedBy"]]
 
 
 def test_the_tools_have_what_they_need(containers: Engine, images: Images) -> None:
-    command = ["run", "--rm", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python", images.tools]
-    assert "No broken requirements" in containers.docker(*command, "-m", "pip", "check").stdout
+    done = containers.run(images.tools, "-m", "pip", "check", entrypoint="python", read_only=True, tmpfs=TMP)
+    assert "No broken requirements" in done.output
 
 
 def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
@@ -174,10 +190,16 @@ def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
     with zipfile.ZipFile(folder / "probe-1-py3-none-any.whl", "w") as wheel:
         for name, text in files.items():
             wheel.writestr(f"probe-1.dist-info/{name}", text)
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-    make += ["-subj", "/CN=localhost"]
-    make += ["-addext", "subjectAltName=DNS:localhost", "-keyout", tmp_path / "key", "-out", certificate]
-    subprocess.run(make, check=True, capture_output=True)
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    request += [
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+        "-keyout",
+        str(tmp_path / "key"),
+    ]
+    subprocess.run([*request, "-out", str(certificate)], check=True, capture_output=True)
     certificate.chmod(0o644)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, tmp_path / "key")
@@ -188,28 +210,35 @@ def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
     thread = threading.Thread(target=index.serve_forever)
     thread.start()
 
-    def install(*options: str) -> subprocess.CompletedProcess[str]:
+    def install(*volumes: str) -> Finished:
         url = f"--index-url=https://localhost:{index.server_port}/simple"
-        command = ["run", "--rm", "--network=host", "--env=no_proxy=*", "--env=NO_PROXY=*", *options]
-        command += ["--entrypoint=pip-install", images.build, url, "--no-cache-dir", "--retries=0"]
-        return containers.docker(*command, "--target=/tmp/installed", "probe", check=False)
+        return containers.run(
+            images.build,
+            *(url, "--no-cache-dir", "--retries=0", "--target=/tmp/installed", "probe"),
+            entrypoint="pip-install",
+            environment={"no_proxy": "*", "NO_PROXY": "*"},
+            network_mode="host",
+            volumes=list(volumes),
+        )
 
     try:
-        without, trusted = install(), install(f"--volume={certificate}:/run/secrets/pip_ca:ro")
+        without, trusted = install(), install(f"{certificate}:/run/secrets/pip_ca:ro")
     finally:
         index.shutdown()
         thread.join()
         index.server_close()
-    assert without.returncode != 0
-    assert "CERTIFICATE_VERIFY_FAILED" in without.stdout + without.stderr
-    assert trusted.returncode == 0, trusted.stdout + trusted.stderr
-    assert "Successfully installed probe-1" in trusted.stdout
+    assert without.code != 0
+    assert "CERTIFICATE_VERIFY_FAILED" in without.output
+    assert trusted.code == 0, trusted.output
+    assert "Successfully installed probe-1" in trusted.output
 
 
 def test_the_tagger_trains_in_an_environment_of_its_own(containers: Engine, images: Images) -> None:
-    command = ["run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none", images.tagger]
-    shown = containers.docker(*command, "--epochs", "1", "--runs", "/tmp/runs", timeout=300).stdout
-    assert "run directory: /tmp/runs/tagger-" in shown
+    arguments = ("--epochs", "1", "--runs", "/tmp/runs")
+    options = {"network_mode": "none", "read_only": True, "tmpfs": TMP}
+    done = containers.run(images.tagger, *arguments, timeout=300, **options)
+    assert done.code == 0, done.output
+    assert "run directory: /tmp/runs/tagger-" in done.output
 
 
 # The stack ------------------------------------------------------------------------------------------------
@@ -226,8 +255,8 @@ def test_compose_accepts_the_files(stack: Stack) -> None:
 
 
 def test_up_on_a_fresh_clone_trains_publishes_and_serves(up: Stack, client: Client) -> None:
-    assert health_of(up.engine, up.container("server"))["Status"] == "healthy"
-    assert state_of(up.engine, up.container("prepare"))["ExitCode"] == 0
+    assert is_healthy(up.container("server"))
+    assert state_of(up.container("prepare"))["ExitCode"] == 0
     row = np.full((1, FEATURES), 0.5, np.float32)
     (probability,) = client.predict("boston", {"features": row}).values()
     assert 0 <= probability.item() <= 1
@@ -262,21 +291,18 @@ def test_the_least_privilege_holds_while_it_runs(up: Stack) -> None:
     assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapBnd"], 16) == 0
     assert status["NoNewPrivs"] == "1"
     for path in ("/here", "/usr/bin/here", "/models/here", "/opt/spikeless/here"):
-        assert "Read-only file system" in up.inside("touch", path, check=False), path
-    host = json.loads(
-        up.engine.docker("inspect", "--format", "{{json .HostConfig}}", up.container("server")).stdout
-    )
+        assert "Read-only file system" in up.inside("touch", path), path
+    server = up.container("server")
+    host = server.attrs["HostConfig"]
     assert {binding["HostIp"] for bindings in host["PortBindings"].values() for binding in bindings} == {
         "127.0.0.1"
     }
     assert host["Memory"] == 4 << 30
-    check = json.loads(
-        up.engine.docker("inspect", "--format", "{{json .Config.Healthcheck}}", up.container("server")).stdout
-    )
+    check = server.attrs["Config"]["Healthcheck"]
     assert check["Test"] == ["CMD", "/usr/local/bin/health"]
     assert check["StartPeriod"] == 30 * 10**9
     assert host["LogConfig"]["Config"] == {"max-file": "3", "max-size": "10m"}
-    prepare = state_of(up.engine, up.container("prepare"))
+    prepare = state_of(up.container("prepare"))
     assert prepare["ExitCode"] == 0
     # What writes gives its rights up before it does: the trained version belongs to nobody but the owner.
     program = "import os; print(open('/proc/self/status').read())"
@@ -315,7 +341,7 @@ def test_a_broken_version_leaves_the_old_one_serving(up: Stack, client: Client) 
     shutil.rmtree(folder / "100")
     assert seen.errors == []
     assert set(seen.versions) == {serving}
-    assert health_of(up.engine, up.container("server"))["Status"] == "healthy"
+    assert is_healthy(up.container("server"))
     assert "/models/boston/100/variables" in up.logs()
 
 
@@ -350,7 +376,7 @@ def test_locust_shows_its_page_and_drives_load_with_its_workers(up: Stack) -> No
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     assert json.loads(opener.open(f"{page}/swarm", form, timeout=20).read())["success"]
 
-    def total() -> dict:
+    def total() -> Any:
         stats = json.loads(fetch(f"{page}/stats/requests"))["stats"]
         return next((entry for entry in stats if entry["name"] == "Aggregated"), {"num_requests": 0})
 
@@ -376,7 +402,7 @@ def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) ->
     up.compose("--profile", "monitoring", "up", "--detach", "--wait", "--no-build")
     api = f"http://127.0.0.1:{up.ports['PROMETHEUS_PORT']}/api/v1"
 
-    def query(expression: str) -> list[dict]:
+    def query(expression: str) -> Any:
         answer = json.loads(fetch(f"{api}/query?{urllib.parse.urlencode({'query': expression})}"))
         assert answer["status"] == "success", (expression, answer)
         return answer["data"]["result"]
@@ -400,32 +426,36 @@ def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) ->
     answered = [bool(query(text.replace("$model", ".*"))) for text in dashboard_queries()]
     assert sum(answered) >= 6
     # The same rules against made-up series: when the alerts fire and when not.
-    test = ["run", "--rm", "--workdir", "/rules", "--entrypoint", "promtool"]
-    for source in (
+    sources = (
         up.folder / "docker" / "monitoring" / "rules.yml",
         ROOT / "tests" / "bundle" / "rules_test.yml",
-    ):
-        test += ["--volume", f"{source}:/rules/{source.name}:ro"]
-    up.engine.docker(*test, images.prometheus, "test", "rules", "rules_test.yml")
+    )
+    tested = up.engine.run(
+        images.prometheus,
+        *("test", "rules", "rules_test.yml"),
+        entrypoint="promtool",
+        volumes=[f"{source}:/rules/{source.name}:ro" for source in sources],
+        working_dir="/rules",
+    )
+    assert tested.code == 0, tested.output
 
 
 def test_monitoring_goes_on_after_the_server_was_restarted(up: Stack, images: Images) -> None:
     """Without anybody's help, whether it was restarted or crashed and the engine started it again."""
     api = f"http://127.0.0.1:{up.ports['PROMETHEUS_PORT']}/api/v1/query?query="
     server, exporter = up.container("server"), up.container("exporter")
-    exporting_since = state_of(up.engine, exporter)["StartedAt"]
+    exporting_since = state_of(exporter)["StartedAt"]
 
-    def crash() -> None:
-        kill = ["run", "--rm", "--pid=host", "--user=0:0", "--entrypoint=sh", images.tools]
-        up.engine.docker(*kill, "-c", f"kill -KILL {state_of(up.engine, server)['Pid']}")
+    def crash() -> Finished:
+        kill = f"kill -KILL {state_of(server)['Pid']}"
+        return up.engine.run(images.tools, "-c", kill, entrypoint="sh", pid_mode="host", user="0:0")
 
-    for restart in (lambda: up.compose("restart", "server"), crash):
-        before = state_of(up.engine, server)["StartedAt"]
+    for restart in (server.restart, crash):
+        before = state_of(server)["StartedAt"]
         restart()
 
         def healthy_again(before: str = before) -> bool:
-            state = state_of(up.engine, server)
-            return state["StartedAt"] != before and state["Health"]["Status"] == "healthy"
+            return state_of(server)["StartedAt"] != before and is_healthy(server)
 
         up.wait_for(healthy_again, "the server to be back")
         back = time.time()
@@ -439,8 +469,8 @@ def test_monitoring_goes_on_after_the_server_was_restarted(up: Stack, images: Im
             "spikeless_server_up == 1",
             'spikeless_memory_private_bytes{job="exporter"} > 0',
         ):
-            up.wait_for(lambda series=series: scraped(series), f"Prometheus to scrape {series} again")
-    assert state_of(up.engine, exporter)["StartedAt"] == exporting_since, "it never depended on the server"
+            up.wait_for(functools.partial(scraped, series), f"Prometheus to scrape {series} again")
+    assert state_of(exporter)["StartedAt"] == exporting_since, "it never depended on the server"
     up.compose("rm", "--stop", "--force", "exporter", "prometheus")
 
 
@@ -484,55 +514,75 @@ def let_read(models: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-@pytest.fixture
-def run(containers: Engine, tmp_path: Path):
-    """Starts a server's container on a repository; it is removed at the end."""
-    names: list[str] = []
+class Runner:
+    """Starts containers of servers on a repository, and removes them at the end."""
 
-    def run(image: str, models: Path, *flags: str, options: tuple[str, ...] = ()) -> str:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._started: list[Container] = []
+
+    def __call__(
+        self, image: str, models: Path, *flags: str, volumes: tuple[str, ...] = (), **options: Any
+    ) -> Container:
         let_read(models)
         for parent in models.parents[:3]:
             parent.chmod(0o755)
-        hardened = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
-        probes = ("--health-interval=1s", "--health-start-period=1s", "--health-retries=2")
-        publish = ("--publish=127.0.0.1::8500", "--publish=127.0.0.1::8501")
-        mount = f"--volume={models}:/models:ro"
-        created = containers.docker(
-            "run", "--detach", *hardened, *probes, *publish, mount, *options, image, *flags
+        ports: Any = {f"{port}/tcp": ("127.0.0.1", None) for port in (8500, 8501)}
+        container: Container = self._engine.client.containers.run(
+            image,
+            list(flags),
+            detach=True,
+            cap_drop=["ALL"],
+            healthcheck={"interval": 10**9, "start_period": 10**9, "retries": 2},
+            ports=ports,
+            read_only=True,
+            security_opt=["no-new-privileges"],
+            tmpfs=TMP,
+            volumes=[f"{models}:/models:ro", *volumes],
+            **options,
         )
-        names.append(created.stdout.strip())
-        return names[-1]
+        self._started.append(container)
+        return container
 
-    yield run
-    for name in names:
-        containers.docker("rm", "--force", "--volumes", name, check=False)
-
-
-def state_of(engine: Engine, container: str) -> dict:
-    return json.loads(engine.docker("inspect", "--format", "{{json .State}}", container).stdout)
+    def close(self) -> None:
+        for container in self._started:
+            container.remove(force=True, v=True)
 
 
-def logs_of(engine: Engine, container: str) -> str:
-    done = engine.docker("logs", container)
-    return done.stdout + done.stderr
+@pytest.fixture
+def run(containers: Engine) -> Iterator[Runner]:
+    with closing(Runner(containers)) as runner:
+        yield runner
 
 
-def port_of(engine: Engine, container: str, port: int) -> str:
+def logs_of(container: Container) -> str:
+    logs = container.logs()
+    assert isinstance(logs, bytes)
+    return logs.decode()
+
+
+def port_of(container: Container, port: int) -> str:
     """``127.0.0.1:port`` on this machine."""
-    return engine.docker("port", container, f"{port}/tcp").stdout.splitlines()[0]
+    container.reload()
+    (binding,) = container.attrs["NetworkSettings"]["Ports"][f"{port}/tcp"]
+    return f"{binding['HostIp']}:{binding['HostPort']}"
 
 
-def wait_for(engine: Engine, container: str, condition, what: str) -> None:
+def wait_for(container: Container, condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        state = state_of(engine, container)
-        assert state["Running"], f"it ended while waiting for {what}:\n{logs_of(engine, container)}"
-        assert time.monotonic() < deadline, f"waited for {what}:\n{state}\n{logs_of(engine, container)}"
+        state = state_of(container)
+        assert state["Running"], f"it ended while waiting for {what}:\n{logs_of(container)}"
+        assert time.monotonic() < deadline, f"waited for {what}:\n{state}\n{logs_of(container)}"
         time.sleep(0.1)
 
 
+def wait_healthy(container: Container) -> None:
+    wait_for(container, lambda: is_healthy(container), "health")
+
+
 def test_a_model_that_cannot_be_loaded_keeps_the_container_unhealthy(
-    containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
+    images: Images, run: Runner, tmp_path: Path, saved_models: Path
 ) -> None:
     models = tmp_path / "models"
     publishing.publish(saved_models / "times_one", models, "fine")
@@ -540,17 +590,15 @@ def test_a_model_that_cannot_be_loaded_keeps_the_container_unhealthy(
     break_version(models / "fine" / "1", models / "broken" / "1")
     container = run(images.embedded, models)
     cause = "/models/broken/1/variables"
-    wait_for(containers, container, lambda: cause in logs_of(containers, container), "the cause in the log")
-    wait_for(
-        containers, container, lambda: health_of(containers, container)["Status"] == "unhealthy", "ill health"
-    )
-    probe = health_of(containers, container)["Log"][-1]
+    wait_for(container, lambda: cause in logs_of(container), "the cause in the log")
+    wait_for(container, lambda: bool(health_of(container)["Status"] == "unhealthy"), "ill health")
+    probe = health_of(container)["Log"][-1]
     assert probe["ExitCode"] == 1
     assert "does not answer" in probe["Output"] or "model broken has no AVAILABLE version" in probe["Output"]
 
 
 def test_health_needs_every_model_that_is_configured(
-    containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
+    images: Images, run: Runner, tmp_path: Path, saved_models: Path
 ) -> None:
     models = tmp_path / "models"
 
@@ -564,38 +612,35 @@ def test_health_needs_every_model_that_is_configured(
         let_read(models)
         staged.rename(models / "models.config")
 
-    def healthy() -> bool:
-        return health_of(containers, container)["Status"] == "healthy"
-
     publishing.publish(saved_models / "times_one", models, "first")
     configure("first")
     # Threads that give way change their scheduling, which takes no privilege.
     flags = ("--model_config_file_poll_wait_seconds=0.2", "--load_threads_yield")
     container = run(images.embedded, models, *flags)
-    wait_for(containers, container, healthy, "health")
+    wait_healthy(container)
     # One that cannot be loaded comes to it, and is mended.
     (models / "second").mkdir()
     break_version(models / "first" / "1", models / "second" / "1")
     configure("first", "second")
-    wait_for(containers, container, lambda: not healthy(), "ill health")
-    probe = health_of(containers, container)["Log"][-1]
+    wait_for(container, lambda: not is_healthy(container), "ill health")
+    probe = health_of(container)["Log"][-1]
     assert (probe["ExitCode"], "model second has no AVAILABLE version" in probe["Output"]) == (1, True), probe
     publishing.publish(saved_models / "times_one", models, "second")
     let_read(models)
-    wait_for(containers, container, healthy, "health")
-    assert "available: first second" in health_of(containers, container)["Log"][-1]["Output"]
+    wait_healthy(container)
+    assert "available: first second" in health_of(container)["Log"][-1]["Output"]
 
 
 def test_sigterm_lets_requests_in_progress_end(
-    containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
+    images: Images, run: Runner, tmp_path: Path, saved_models: Path
 ) -> None:
     models = tmp_path / "models"
     publishing.publish(saved_models / "times_one", models, "m")
     container = run(images.embedded, models)
-    wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
-    metrics = f"http://{port_of(containers, container, 8501)}/monitoring/prometheus/metrics"
-    with Client(port_of(containers, container, 8500), timeout=120) as client, ThreadPoolExecutor() as pool:
-        slow = pool.submit(client.predict, "m", {"steps": np.int32(4000)}, "spin")
+    wait_healthy(container)
+    metrics = f"http://{port_of(container, 8501)}/monitoring/prometheus/metrics"
+    with Client(port_of(container, 8500), timeout=120) as client, ThreadPoolExecutor() as pool:
+        slow = pool.submit(client.predict, "m", {"steps": np.asarray(4000, np.int32)}, "spin")
 
         def in_progress() -> bool:
             lines = [
@@ -605,54 +650,79 @@ def test_sigterm_lets_requests_in_progress_end(
             ]
             return sum(float(line.split()[-1]) for line in lines) > 0
 
-        wait_for(containers, container, in_progress, "the request to be in progress")
-        stopped: Future = pool.submit(containers.docker, "stop", "--time", "60", container)
+        wait_for(container, in_progress, "the request to be in progress")
+        stopped: Future[None] = pool.submit(container.stop, timeout=60)
         assert not slow.done()
         assert slow.result(120)["y"].shape == ()
         stopped.result(120)
-    assert state_of(containers, container)["ExitCode"] == 0, logs_of(containers, container)
+    assert state_of(container)["ExitCode"] == 0, logs_of(container)
 
 
 def test_the_serving_image_starts_a_server_as_the_base_would_not(
-    containers: Engine, images: Images, run, tmp_path: Path, saved_models: Path
+    containers: Engine, images: Images, run: Runner, tmp_path: Path, saved_models: Path
 ) -> None:
     """On a stand-in for its base (``serving_stand_in``): entrypoint, user, health and allocator."""
     models = tmp_path / "models"
     publishing.publish(saved_models / "times_one", models, "m")
     container = run(images.serving, models, "--tensorflow_intra_op_parallelism=1")
-    wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
+    wait_healthy(container)
 
-    def inside(*command: str) -> str:
-        return containers.docker("exec", container, *command).stdout
-
-    status = inside("cat", "/proc/1/status")
+    status = inside(container, "cat", "/proc/1/status")
     assert "Uid:\t10001\t10001\t10001\t10001" in status
-    assert "libjemalloc.so.2" in inside("cat", "/proc/1/maps")
-    assert "--num_load_threads=1" in inside("cat", "/proc/1/cmdline").split("\0")
-    assert "available: m" in inside("/usr/local/bin/health")
-    config = inside("cat", "/tmp/spikeless-platform.config")
+    assert "libjemalloc.so.2" in inside(container, "cat", "/proc/1/maps")
+    assert "--num_load_threads=1" in inside(container, "cat", "/proc/1/cmdline").split("\0")
+    assert "available: m" in inside(container, "/usr/local/bin/health")
+    config = inside(container, "cat", "/tmp/spikeless-platform.config")
     assert "intra_op_parallelism_threads: 1" in config
     assert "session_run_load_threadpool_index { value: -1 }" in config
-    with Client(port_of(containers, container, 8500)) as client:
-        assert client.predict("m", {"x": np.float32([2.0])})["y"].tolist() == [2.0]
+    with Client(port_of(container, 8500)) as client:
+        assert client.predict("m", {"x": np.asarray([2.0], np.float32)})["y"].tolist() == [2.0]
 
     # The other allocator, the official image's way to name a model, and an init process before the server.
-    options = ("--env=SPIKELESS_ALLOCATOR=glibc", "--env=MODEL_NAME=m", "--init")
-    container = run(images.serving, models, "--rest_api_port=8501", options=options)
-    wait_for(containers, container, lambda: health_of(containers, container)["Status"] == "healthy", "health")
-    maps = containers.docker("exec", container, "sh", "-c", "cat /proc/[0-9]*/maps").stdout
+    environment = {"SPIKELESS_ALLOCATOR": "glibc", "MODEL_NAME": "m"}
+    container = run(images.serving, models, "--rest_api_port=8501", environment=environment, init=True)
+    wait_healthy(container)
+    maps = inside(container, "sh", "-c", "cat /proc/[0-9]*/maps")
     assert "/usr/bin/" in maps
     assert "jemalloc" not in maps
 
     # jemalloc that is there and does not load.
-    find = ["run", "--rm", "--entrypoint", "sh", images.serving, "-c", "ls /usr/lib/*/libjemalloc.so.2"]
-    library = containers.docker(*find).stdout.strip()
+    found = containers.run(images.serving, "-c", "ls /usr/lib/*/libjemalloc.so.2", entrypoint="sh")
+    library = found.output.strip()
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
     empty.chmod(0o644)
-    container = run(images.serving, models, options=(f"--volume={empty}:{library}:ro",))
-    assert containers.docker("wait", container).stdout.strip() == "1"
-    assert "jemalloc does not load" in logs_of(containers, container)
+    container = run(images.serving, models, volumes=(f"{empty}:{library}:ro",))
+    assert container.wait()["StatusCode"] == 1
+    assert "jemalloc does not load" in logs_of(container)
+
+
+def test_a_container_is_launched_like_any_server(
+    containers: Engine, images: Images, tmp_path: Path, saved_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing.publish(saved_models / "times_one", tmp_path / "models", "m")
+    let_read(tmp_path)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    if "DOCKER_HOST" in containers.environment:
+        monkeypatch.setenv("DOCKER_HOST", containers.environment["DOCKER_HOST"])
+    monkeypatch.setenv(launch.IMAGE_VARIABLE, images.embedded)
+    settings = launch.LaunchSettings(
+        "m", tmp_path / "models" / "m", rest=True, engine=launch.DOCKER, allocator="jemalloc"
+    )
+    with launch.start(settings) as server, Client(server.target) as client:
+        assert server.engine_version == images.embedded
+        assert server.allocator().name == "jemalloc"
+        assert client.predict("m", {"x": np.asarray([2.0], np.float32)})["y"].tolist() == [2.0]
+        assert "AVAILABLE" in fetch(f"{server.rest_url}/v1/models/m")
+        assert server.exit_code is None
+    assert server.exit_code == 0
+    assert "entrypoint: allocator jemalloc" in server.log_path.read_text()
+    failing = replace(settings, flags=("--no_such_flag",))
+    with pytest.raises(Unavailable, match=r"exited with code 2[\s\S]*--no_such_flag"):
+        launch.start(failing)
+    listed = containers.client.containers.list(all=True, filters={"ancestor": images.embedded})
+    assert not [container for container in listed if "com.docker.compose.project" not in container.labels]
 
 
 # Load -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Images and a compose stack on a real engine, each made once.
 
-In: nothing. Out: ``images``, built from this tree, and ``stack``, a fresh clone of it with the compose
-command. Tests that use them are skipped, with the reason, where no engine can be had.
+In: nothing. Out: ``images``, built from this tree, and ``stack``, a fresh clone of it with the
+compose command. Tests that use them are skipped, with the reason, where there is no engine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from docker.models.containers import Container
 from engine import BASE, Engine, NoEngine, engine
 from places import ROOT, SUPPORT
 
@@ -28,7 +29,7 @@ OWNER = 1234
 
 @dataclass(frozen=True)
 class Images:
-    """Names of the images, and whether the serving image stands on a stand-in."""
+    """Names of the images."""
 
     build: str
     embedded: str
@@ -36,6 +37,7 @@ class Images:
     serving: str
     tagger: str
     prometheus: str
+    #: Whether the serving image is built on a stand-in for TensorFlow Serving's.
     serving_stands_in: bool
 
 
@@ -72,13 +74,22 @@ class Stack:
     def logs(self) -> str:
         return self.compose("--profile", "*", "logs", "--no-color", "--tail", "60", check=False).stdout
 
-    def container(self, service: str) -> str:
-        return self.compose("ps", "--all", "--quiet", service).stdout.strip()
+    def container(self, service: str) -> Container:
+        """The one container of a service."""
+        labels = {
+            "project": self.environment["COMPOSE_PROJECT_NAME"],
+            "service": service,
+            "oneoff": "False",
+        }
+        filters: dict[str, str | list[str] | bool] = {
+            "label": [f"com.docker.compose.{name}={value}" for name, value in labels.items()]
+        }
+        (container,) = self.engine.client.containers.list(all=True, filters=filters)
+        return container
 
-    def inside(self, *command: str, check: bool = True) -> str:
-        """The output of a command in the server's container."""
-        done = self.compose("exec", "--no-TTY", "server", *command, check=check)
-        return done.stdout + done.stderr
+    def inside(self, *command: str) -> str:
+        """What a command in the server's container prints."""
+        return inside(self.container("server"), *command)
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
         deadline = time.monotonic() + timeout
@@ -86,6 +97,13 @@ class Stack:
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited {timeout:g} s for {what}:\n{self.logs()}")
             time.sleep(0.2)
+
+
+def inside(container: Container, *command: str) -> str:
+    """What a command in a container prints."""
+    output = container.exec_run(list(command)).output
+    assert isinstance(output, bytes)
+    return output.decode()
 
 
 @pytest.fixture(scope="session")
@@ -129,22 +147,14 @@ def images(containers: Engine, clone: Path) -> Images:
 
     def build(name: str, folder: Path, *arguments: str) -> str:
         image = f"spikeless/{name}:{TAG}"
-        secret = [f"--secret=id=pip_ca,src={containers.ca_file}"] if containers.ca_file else []
-        containers.docker(
-            "buildx", "build", "--load", *secret, *arguments, "--tag", image, str(folder), timeout=900
-        )
+        containers.build(image, folder, *arguments)
         return image
 
     def target(name: str, *arguments: str) -> str:
-        return build(
-            name, clone, "--file", str(clone / "docker" / "Dockerfile"), "--target", name, *arguments
-        )
+        return build(name, clone, f"--file={clone / 'docker' / 'Dockerfile'}", f"--target={name}", *arguments)
 
     def pulled(image: str) -> bool:
-        return (
-            not containers.private
-            and containers.docker("pull", image, check=False, timeout=600).returncode == 0
-        )
+        return not containers.private and containers.pull(image)
 
     def serving() -> tuple[str, str, bool]:
         embedded, base = target("embedded"), "tensorflow/serving:2.20.0"

@@ -1,19 +1,19 @@
-"""A container engine for the tests, on a machine that may have neither an engine nor an image registry.
+"""A container engine for the tests, where there may be neither an engine nor an image registry.
 
-In: nothing but the machine. Out: an `Engine`, whose environment makes ``docker``, ``docker compose`` and
-``docker buildx`` work and whose base image is there. An engine that runs already is used as it is, or not at
-all: a second one would share its bridge and its firewall rules. Where none runs, as root on Debian or Ubuntu,
-one is started from the distribution's packages:
+In: nothing but the machine. Out: an `Engine` with the base image, whose environment makes
+``docker compose`` and ``docker buildx`` work. An engine that already runs is used as it is, or
+not at all: a second one would share its bridge and its firewall rules. Where none runs, as root
+on Debian or Ubuntu, one is started from the distribution's packages:
 
-- the packages are downloaded and unpacked below the cache, nothing is installed; addresses, keys and proxies
-  are the ones that the machine's own apt is set up with;
-- a base image is built from the same archive (debootstrap) and tagged with the name that a Dockerfile asks
-  for. It carries the label `STAND_IN`, so that nobody takes it for the published image.
+- The packages are downloaded and unpacked below the cache, nothing is installed. Addresses,
+  keys and proxies are those of the machine's own apt.
+- A base image is built from the same archive (debootstrap) and tagged with the name that a
+  Dockerfile asks for. The label `STAND_IN` tells it from the published image.
 
-Cache: ``$SPIKELESS_CACHE``, by default ``spikeless`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It keeps
-packages, image layers and build caches, 13 GB in all; a second run starts in seconds. The daemon is stopped
-on leaving, and by the kernel when whoever started it is killed; containers that it had then are removed next
-time.
+Cache: ``$SPIKELESS_CACHE``, by default ``spikeless`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It
+keeps packages, image layers and build caches, 13 GB in all; a second run starts in seconds. The
+daemon is stopped on leaving, and by the kernel when its starter is killed; the next run removes
+the containers that it had then.
 
     python tests/support/engine.py docker compose up      # any command, with an engine for as long as it runs
 """
@@ -34,6 +34,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import docker
+from docker.models.containers import Container
 
 #: The label that every base image built here carries; its value says what the image really is.
 STAND_IN = "io.github.spikeless.stand-in"
@@ -41,9 +45,11 @@ BASE = "debian:bookworm-slim"
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 #: Variables and settings that name a file of further certificate authorities, most specific first.
 CA_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-KEEP_BUILD_CACHE = "8g"
+KEEP_BUILD_CACHE = 8 << 30
 FREE_BYTES = 16 << 30
 START_SECONDS = 60.0
+#: Removing an image with everything below it can take this long.
+API_SECONDS = 300
 
 
 class NoEngine(Exception):
@@ -52,22 +58,55 @@ class NoEngine(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that runs.
+    """An engine that runs."""
 
-    environment: variables for every command that is to use it.
-    private: whether it was started here, from packages, with stand-in bases.
-    ca_file: certificate authorities that builds need in addition, or None.
-    """
-
+    #: Variables for every command that is to use it.
     environment: Mapping[str, str]
+    client: docker.DockerClient
+    #: Whether it was started here, from packages, with stand-in bases.
     private: bool
+    #: Certificate authorities that builds need in addition, or None.
     ca_file: Path | None
 
-    def docker(
-        self, *arguments: str, check: bool = True, timeout: float = 120.0, **options: object
-    ) -> subprocess.CompletedProcess[str]:
-        """Run ``docker`` and return its result; a failure is raised with what the command printed."""
-        return _run(["docker", *arguments], env=self.environment, check=check, timeout=timeout, **options)
+    def build(self, image: str, folder: Path, *arguments: str, timeout: float = 900.0) -> None:
+        """Build an image with BuildKit, which only the command can drive."""
+        secret = [f"--secret=id=pip_ca,src={self.ca_file}"] if self.ca_file else []
+        command = ["docker", "buildx", "build", "--load", *secret, *arguments, f"--tag={image}", str(folder)]
+        _run(command, env=self.environment, timeout=timeout)
+
+    def run(self, image: str, *command: str, timeout: float = 120.0, **options: Any) -> Finished:
+        """Run a command in a container of its own, which is removed afterwards."""
+        container: Container = self.client.containers.run(image, list(command), detach=True, **options)
+        try:
+            code = container.wait(timeout=timeout)["StatusCode"]
+            return Finished(code, container.logs().decode())
+        finally:
+            container.remove(force=True, v=True)
+
+    def has(self, image: str) -> bool:
+        """Whether an image is there."""
+        try:
+            self.client.images.get(image)
+        except docker.errors.ImageNotFound:
+            return False
+        return True
+
+    def pull(self, image: str) -> bool:
+        """Pull an image, if its registry can be reached."""
+        try:
+            self.client.images.pull(image)
+        except docker.errors.APIError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command in a container left."""
+
+    code: int
+    #: What it printed on both streams.
+    output: str
 
 
 @contextlib.contextmanager
@@ -77,9 +116,11 @@ def engine() -> Iterator[Engine]:
     environment = dict(os.environ)
     if ca_file is not None:
         environment["PIP_CA_FILE"] = str(ca_file)
-    if _succeeds(["docker", "info"], environment):
-        _require_usable(environment)
-        yield Engine(environment, private=False, ca_file=ca_file)
+    client = _connected(environment)
+    if client is not None:
+        running = Engine(environment, client, private=False, ca_file=ca_file)
+        _require_usable(running)
+        yield running
         return
     _require_packages()
     cache = _cache()
@@ -88,25 +129,33 @@ def engine() -> Iterator[Engine]:
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # One daemon for one data folder: a second caller waits its turn.
         environment = _unpacked(cache, environment)
-        with _daemon(cache, environment) as environment:
-            started = Engine(environment, private=True, ca_file=ca_file)
-            _forget_containers(started)
-            _base_image(started)
+        with _daemon(cache, environment) as (environment, client):
+            started = Engine(environment, client, private=True, ca_file=ca_file)
+            _forget_containers(client)
+            if not started.has(BASE):
+                _import_base(started)
             yield started
             # What earlier builds left behind and nothing refers to any more.
-            started.docker("image", "prune", "--force", check=False)
-            started.docker(
-                "builder", "prune", "--force", "--keep-storage", KEEP_BUILD_CACHE, check=False, timeout=300
-            )
+            with contextlib.suppress(docker.errors.DockerException):
+                client.images.prune()
+                client.api.prune_builds(keep_storage=KEEP_BUILD_CACHE)
+
+
+def _connected(environment: Mapping[str, str]) -> docker.DockerClient | None:
+    """A client of the engine that answers, or None."""
+    try:
+        return docker.from_env(environment=dict(environment), timeout=API_SECONDS)
+    except docker.errors.DockerException:
+        return None
 
 
 def _run(
     command: Sequence[str],
     check: bool = True,
     timeout: float = 120.0,
-    **options: object,
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(  # type: ignore[call-overload]
+    result: subprocess.CompletedProcess[str] = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -121,20 +170,14 @@ def _run(
     return result
 
 
-def _succeeds(command: Sequence[str], environment: Mapping[str, str], timeout: float = 30.0) -> bool:
-    try:
-        return _run(command, check=False, timeout=timeout, env=environment).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-
-
-def _require_usable(environment: Mapping[str, str]) -> None:
+def _require_usable(running: Engine) -> None:
     reason = "a Docker engine answers, but "
     for plugin in ("compose", "buildx"):
-        if not _succeeds(["docker", plugin, "version"], environment):
-            raise NoEngine(f"{reason}`docker {plugin}` does not work: is the plugin installed?")
-    found = _succeeds(["docker", "image", "inspect", BASE], environment)
-    if not found and not _succeeds(["docker", "pull", BASE], environment, timeout=120):
+        try:
+            _run(["docker", plugin, "version"], env=running.environment, timeout=30)
+        except (OSError, RuntimeError, subprocess.TimeoutExpired):
+            raise NoEngine(f"{reason}`docker {plugin}` does not work: is the plugin installed?") from None
+    if not running.has(BASE) and not running.pull(BASE):
         raise NoEngine(f"{reason}cannot pull {BASE}")
 
 
@@ -269,8 +312,10 @@ def _unpack(packages: Sequence[Path], root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _daemon(cache: Path, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Run dockerd on a socket of its own; yields the environment that points every client at it."""
+def _daemon(
+    cache: Path, environment: Mapping[str, str]
+) -> Iterator[tuple[dict[str, str], docker.DockerClient]]:
+    """Run dockerd on a socket of its own; yields the environment for commands, and a client."""
     _write_client_config(cache / "config", environment)
     pidfile = cache / "docker.pid"
     _end_orphan(pidfile)
@@ -301,18 +346,22 @@ def _daemon(cache: Path, environment: Mapping[str, str]) -> Iterator[dict[str, s
                 stderr=log,
                 start_new_session=True,
             )
-        client = {**environment, "DOCKER_HOST": host}
-        client.pop("DOCKER_CONTEXT", None)
-        client.pop("LD_LIBRARY_PATH", None)
+        commands = {**environment, "DOCKER_HOST": host}
+        commands.pop("DOCKER_CONTEXT", None)
+        commands.pop("LD_LIBRARY_PATH", None)
         try:
             deadline = time.monotonic() + START_SECONDS
-            while not _succeeds(["docker", "info"], client):
+            while (client := _connected(commands)) is None:
                 if process.poll() is not None or time.monotonic() > deadline:
                     tail = "\n".join((cache / "dockerd.log").read_text(errors="replace").splitlines()[-20:])
                     raise NoEngine(f"dockerd did not start; its log ends:\n{tail}")
                 time.sleep(0.2)
-            _require_layers(cache, client)
-            yield client
+            if client.info()["Driver"] == "vfs":
+                raise NoEngine(
+                    f"the file system of {cache} cannot lay one image layer over another: "
+                    "set SPIKELESS_CACHE to a folder on ext4 or xfs"
+                )
+            yield commands, client
         finally:
             process.terminate()
             try:
@@ -331,22 +380,13 @@ def _unmount_below(folder: Path) -> None:
             _run(["umount", "--lazy", path], check=False)
 
 
-def _require_layers(cache: Path, environment: Mapping[str, str]) -> None:
-    driver = _run(["docker", "info", "--format", "{{.Driver}}"], env=environment).stdout.strip()
-    if driver == "vfs":
-        raise NoEngine(
-            f"the file system of {cache} cannot lay one image layer over another: "
-            "set SPIKELESS_CACHE to a folder on ext4 or xfs"
-        )
-
-
-def _forget_containers(started: Engine) -> None:
-    """Remove what a run that was killed left behind; the daemon would start its services again."""
-    for thing, every in (("container", ["--all"]), ("volume", [])):
-        found = started.docker(thing, "ls", *every, "--quiet").stdout.split()
-        if found:
-            started.docker(thing, "rm", "--force", *found)
-    started.docker("network", "prune", "--force")
+def _forget_containers(client: docker.DockerClient) -> None:
+    """Remove what a killed run left behind; the daemon would start its services again."""
+    for container in client.containers.list(all=True):
+        container.remove(force=True)
+    for volume in client.volumes.list():
+        volume.remove(force=True)
+    client.networks.prune()
 
 
 def _end_orphan(pidfile: Path) -> None:
@@ -380,10 +420,8 @@ def _write_client_config(folder: Path, environment: Mapping[str, str]) -> None:
 # Base images --------------------------------------------------------------------------------------------
 
 
-def _base_image(started: Engine) -> None:
-    """A base to build on, bootstrapped from the machine's own archive: Debian 12, or the Ubuntu that runs."""
-    if started.docker("image", "inspect", BASE, check=False).returncode == 0:
-        return
+def _import_base(started: Engine) -> None:
+    """A base from the machine's own archive: Debian 12, or the Ubuntu that runs."""
     release = platform.freedesktop_os_release()
     codename = release["VERSION_CODENAME"]
     suite = "bookworm" if release["ID"] == "debian" else codename
@@ -413,9 +451,9 @@ def _base_image(started: Engine) -> None:
             (root / folder).mkdir(parents=True)
         archive = Path(name) / "root.tar"
         _run(["tar", "--create", "--file", str(archive), "--directory", str(root), "."], timeout=120)
-        label = f"LABEL {STAND_IN}=debootstrap-minbase-{suite}"
-        changes = ["--change", 'CMD ["bash"]', "--change", label]
-        started.docker("import", *changes, str(archive), BASE, timeout=300)
+        repository, tag = BASE.split(":")
+        changes = ['CMD ["bash"]', f"LABEL {STAND_IN}=debootstrap-minbase-{suite}"]
+        started.client.api.import_image_from_file(str(archive), repository, tag, changes)
 
 
 def _apt_settings() -> str:
