@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from string import Template
+from typing import Any, Protocol
 
 import pytest
 import yaml
@@ -26,8 +27,18 @@ TOOLS = Path(sys.executable).parent
 MANIFESTS = sorted(path for path in KUBERNETES.glob("*.yaml") if path.name != "kustomization.yaml")
 
 
-def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, **options)
+def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=120, **options
+    )
+    return done
+
+
+def found(pattern: str, text: str) -> str:
+    """The group of a pattern that has to be there."""
+    match = re.search(pattern, text)
+    assert match is not None, pattern
+    return match[1]
 
 
 def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -125,16 +136,20 @@ def serving_base(**arguments: str) -> str:
 
 def test_the_server_drains_before_it_is_ended() -> None:
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["server"]
-    period = re.fullmatch(r"\$\{STOP_GRACE_PERIOD:-(\d+)s\}", service["stop_grace_period"])[1]
-    grace = re.search(r"default grace (\d+)", (DOCKER / "entrypoint").read_text())[1]
+    period = found(r"^\$\{STOP_GRACE_PERIOD:-(\d+)s\}$", service["stop_grace_period"])
+    grace = found(r"default grace (\d+)", (DOCKER / "entrypoint").read_text())
     assert int(grace) < int(period)
 
 
 # The entrypoint -------------------------------------------------------------------------------------------
 
 
+class Start(Protocol):
+    def __call__(self, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]: ...
+
+
 @pytest.fixture
-def start(tmp_path: Path):
+def start(tmp_path: Path) -> Start:
     """Runs the entrypoint with a server that only says how it was started."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
@@ -168,7 +183,7 @@ def flags_of(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return dict(flag.partition("=")[::2] for flag in flags)
 
 
-def test_what_is_not_said_is_filled_in(start, tmp_path: Path) -> None:
+def test_what_is_not_said_is_filled_in(start: Start, tmp_path: Path) -> None:
     (tmp_path / "models" / "boston").mkdir()
     (tmp_path / "models" / 'a "name"').mkdir()
     (tmp_path / "models" / ".hidden").mkdir()
@@ -182,7 +197,7 @@ def test_what_is_not_said_is_filled_in(start, tmp_path: Path) -> None:
     assert served == {name: f"{tmp_path}/models/{name}" for name in ("boston", 'a "name"')}
 
 
-def test_what_is_said_wins(start, tmp_path: Path) -> None:
+def test_what_is_said_wins(start: Start, tmp_path: Path) -> None:
     (tmp_path / "models" / "models.config").write_text("model_config_list {}")
     assert flags_of(start())["model_config_file"] == f"{tmp_path}/models/models.config"
     flags = flags_of(start(MODEL_NAME="other"))
@@ -195,7 +210,7 @@ def test_what_is_said_wins(start, tmp_path: Path) -> None:
     assert "model_config_file" not in flags
 
 
-def test_the_servers_status_is_copied_to_where_an_exporter_reads_it(start, tmp_path: Path) -> None:
+def test_the_servers_status_is_copied_to_where_an_exporter_reads_it(start: Start, tmp_path: Path) -> None:
     (tmp_path / "models" / "boston").mkdir()
     server = tmp_path / "bin" / "tensorflow_model_server"
     copied = tmp_path / "status"
@@ -211,14 +226,14 @@ def test_the_servers_status_is_copied_to_where_an_exporter_reads_it(start, tmp_p
     assert "cannot be written: the server's memory is not exported" in done.stderr
 
 
-def test_without_a_model_it_does_not_start(start) -> None:
+def test_without_a_model_it_does_not_start(start: Start) -> None:
     done = start()
     assert done.returncode == 1
     assert "holds no model" in done.stderr
     assert done.stdout == ""
 
 
-def test_an_allocator_that_does_not_load_is_an_error(start, tmp_path: Path) -> None:
+def test_an_allocator_that_does_not_load_is_an_error(start: Start, tmp_path: Path) -> None:
     (tmp_path / "models" / "boston").mkdir()
     assert "LD_PRELOAD=\n" in start().stdout
     done = start(SPIKELESS_ALLOCATOR="tcmalloc")
@@ -234,7 +249,7 @@ def test_an_allocator_that_does_not_load_is_an_error(start, tmp_path: Path) -> N
     assert done.stdout == ""
 
 
-def test_what_a_platform_file_switches_off_is_said_again(start, tmp_path: Path) -> None:
+def test_what_a_platform_file_switches_off_is_said_again(start: Start, tmp_path: Path) -> None:
     (tmp_path / "models" / "boston").mkdir()
     (tmp_path / "session").write_text("allow_soft_placement: true  # where there is no GPU")
     (tmp_path / "batching").write_text("max_batch_size { value: 64 }\nallowed_batch_sizes: 64  # one")
@@ -292,7 +307,7 @@ def test_what_a_platform_file_switches_off_is_said_again(start, tmp_path: Path) 
     assert flags_of(start("--platform_config_file=/mine"))["platform_config_file"] == "/mine"
 
 
-def platform_config(path: str):
+def platform_config(path: str) -> Any:
     """Parse a PlatformConfigMap strictly; its inner messages, in no Python package, are stated here.
 
     What they contain of TensorFlow, the session's configuration, is TensorFlow's own.
@@ -348,12 +363,12 @@ def platform_config(path: str):
 
     text = Path(path).read_text()
     start, end = text.index("[type.googleapis.com/"), text.rindex("} } }")
-    name, body = re.fullmatch(
-        r"\[type\.googleapis\.com/([\w.]+)\] \{(.*)\}", text[start:end].strip(), re.S
-    ).groups()
+    inner = re.fullmatch(r"\[type\.googleapis\.com/([\w.]+)\] \{(.*)\}", text[start:end].strip(), re.S)
+    assert inner is not None
+    name, body = inner.groups()
     outer = 'platform_configs { key: "tensorflow" value { source_adapter_config {'
     assert " ".join(text[:start].split()) == outer
-    adapter = message_factory.GetMessageClass(pool.FindMessageTypeByName(name))()
+    adapter: Any = message_factory.GetMessageClass(pool.FindMessageTypeByName(name))()
     return text_format.Parse(body, adapter).legacy_config
 
 
@@ -403,7 +418,7 @@ def test_the_manifests_belong_together() -> None:
     assert manifests["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > 1
     assert "replicas" not in deployment, "applying a rollout would undo what the autoscaler has decided"
     # Ready means what healthy means, and a rollout never takes a replica away before its successor is ready.
-    health = json.loads(re.search(r"HEALTHCHECK .* CMD (\[.*\])", (DOCKER / "Dockerfile").read_text())[1])
+    health = json.loads(found(r"HEALTHCHECK .* CMD (\[.*\])", (DOCKER / "Dockerfile").read_text()))
     assert server["readinessProbe"]["exec"]["command"] == health
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     assert deployment["minReadySeconds"] > 0
@@ -421,14 +436,14 @@ def test_the_manifests_belong_together() -> None:
 def test_a_changed_model_version_is_a_rollout(tmp_path: Path) -> None:
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
 
-    def build() -> dict[str, dict]:
+    def build() -> dict[str, Any]:
         done = run("kubectl", "kustomize", tmp_path / "kubernetes", env={**os.environ, "HOME": str(tmp_path)})
         assert done.returncode == 0, done.stderr
         return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(done.stdout)}
 
-    def config_name(manifests: dict[str, dict]) -> str:
+    def config_name(manifests: dict[str, Any]) -> str:
         volumes = manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]
-        name = next(volume["configMap"]["name"] for volume in volumes if "configMap" in volume)
+        name: str = next(volume["configMap"]["name"] for volume in volumes if "configMap" in volume)
         assert name == manifests["ConfigMap"]["metadata"]["name"]
         return name
 

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_runs import made_up_run, with_failures
@@ -38,10 +39,15 @@ pytestmark = [
 ]
 
 
+def log_of(browser: webdriver.Chrome) -> Any:
+    """What the browser wrote to its console since it was last asked."""
+    return browser.get_log("browser")  # type: ignore[no-untyped-call]
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
+    options.binary_location = str(CHROMIUM)
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -78,7 +84,7 @@ def show(browser: webdriver.Chrome, page: Path, size: str, scheme: str) -> None:
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"},
     )
-    browser.get_log("browser")  # Forget what was before.
+    log_of(browser)  # Forget what was before.
     browser.get(page.as_uri())
     wait_drawn(browser, scheme)
 
@@ -103,7 +109,7 @@ def luminance(browser: webdriver.Chrome, script: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_readable(browser: webdriver.Chrome, page: Path, size: str, scheme: str) -> None:
     show(browser, page, size, scheme)
-    assert browser.get_log("browser") == []
+    assert log_of(browser) == []
 
     root = "return document.documentElement"
     assert browser.execute_script(f"{root}.scrollWidth") <= SIZES[size][0], "nothing is wider than the page"
@@ -158,7 +164,7 @@ def test_the_scale_and_the_colours_follow(browser: webdriver.Chrome, page: Path)
     emulate(browser, "dark")
     wait_drawn(browser, "dark")
     assert luminance(browser, "return getComputedStyle(document.querySelector('.xtick text')).fill") > 120
-    assert browser.get_log("browser") == []
+    assert log_of(browser) == []
 
 
 def test_a_series_is_folded(browser: webdriver.Chrome, tmp_path: Path) -> None:
@@ -169,7 +175,7 @@ def test_a_series_is_folded(browser: webdriver.Chrome, tmp_path: Path) -> None:
     page = write(runs, tmp_path)
     for size, scheme in (("phone", "dark"), ("wide", "light")):
         show(browser, page, size, scheme)
-        assert browser.get_log("browser") == []
+        assert log_of(browser) == []
         assert browser.execute_script("return document.documentElement.scrollWidth") <= SIZES[size][0]
     assert "Swapping boston 3 times under load" in browser.find_element(By.TAG_NAME, "main").text
     data = "return document.getElementById('fold-0').data"
@@ -196,7 +202,7 @@ def test_a_run_without_publishing_is_drawn(browser: webdriver.Chrome, tmp_path: 
     run = made_up_run("load only", publishes=(), states=(), floor=None)
     none = {name: values[:0] for name, values in run.samples.items()}
     show(browser, write([dataclasses.replace(run, samples=none)], tmp_path), "phone", "light")
-    assert browser.get_log("browser") == []
+    assert log_of(browser) == []
     assert browser.find_elements(By.CSS_SELECTOR, "#timeline-0 .scatterlayer .trace")
     assert not browser.find_elements(By.CSS_SELECTOR, ".zoom")
 

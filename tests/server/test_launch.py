@@ -5,6 +5,7 @@ import signal
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from places import SUPPORT
@@ -30,7 +31,7 @@ def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def settings(engine: str, models: Path, tmp_path: Path, *flags: str, **more: object) -> launch.LaunchSettings:
+def settings(engine: str, models: Path, tmp_path: Path, *flags: str, **more: Any) -> launch.LaunchSettings:
     return launch.LaunchSettings(
         "boston", models, flags=flags, engine=engine, log=tmp_path / "server.log", **more
     )

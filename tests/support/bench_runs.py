@@ -65,7 +65,7 @@ def made_up_run(scenario: str = "warmup", *spikes_ms: float, rate: float = 200, 
         "version": version,
         "request": np.arange(len(intended)) % 3,
     }
-    samples = {
+    samples: dict[str, Any] = {
         "t": t,
         "rss_anon": private,
         "rss_file": np.full(len(t), 300 << 20),

@@ -25,7 +25,7 @@ _EVENTS = frozenset(
 )
 
 
-def at_every_touch(directory: str, prepare: Callable[[Path], None], act: Callable[[Path], object]) -> None:
+def at_every_touch(directory: str, prepare: Callable[[Path], object], act: Callable[[Path], object]) -> None:
     """``prepare`` makes ``directory/<n>``, and ``act`` works on it in a child.
 
     It is killed as it is about to touch the folder for the n-th time, n from 0 until one comes through.

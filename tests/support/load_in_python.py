@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 v1 = tf.compat.v1
 #: Not for callers, but one of Python's loaders shows it.
 INIT = "__saved_model_init_op"
 
 
-def value(shape: Any, dtype: Any) -> np.ndarray:
+def value(shape: Any, dtype: Any) -> NDArray[Any]:
     sizes = [2 if size is None else size for size in shape]
     return np.full(sizes, b"", object) if dtype == tf.string else np.ones(sizes, dtype.as_numpy_dtype)
 
 
-def answers(path: Path) -> dict[str, list[np.ndarray]]:
+def answers(path: Path) -> dict[str, list[NDArray[Any]]]:
     loaded = tf.saved_model.load(str(path), tags=["serve"])
     found = {}
     for key, function in loaded.signatures.items():
@@ -34,7 +35,7 @@ def answers(path: Path) -> dict[str, list[np.ndarray]]:
     return found
 
 
-def answers_in_v1(path: Path) -> dict[str, list[np.ndarray]]:
+def answers_in_v1(path: Path) -> dict[str, list[NDArray[Any]]]:
     found = {}
     with tf.Graph().as_default(), v1.Session() as session:
         graph = v1.saved_model.load(session, ["serve"], str(path))

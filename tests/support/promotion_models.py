@@ -14,9 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from spikeless import launch
 from spikeless.client import Client
@@ -52,7 +54,7 @@ def build(directory: str) -> None:
         module.factor = tf.Variable(factor)
 
         @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, "x")])
-        def scale(x, module=module):
+        def scale(x: Any, module: Any = module) -> Any:
             return {"y": x * module.factor}
 
         tf.saved_model.save(module, f"{directory}/{name}", signatures={"serving_default": scale})
@@ -61,7 +63,7 @@ def build(directory: str) -> None:
     module.factor = tf.Variable(4)
 
     @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.int32, "x")])
-    def whole(x):
+    def whole(x: Any) -> Any:
         return {"z": x * module.factor}
 
     tf.saved_model.save(module, f"{directory}/whole", signatures={"serving_default": whole})
@@ -77,7 +79,7 @@ def scales(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def prediction_log(answer: np.ndarray | None = None) -> prediction_log_pb2.PredictionLog:
+def prediction_log(answer: NDArray[Any] | None = None) -> prediction_log_pb2.PredictionLog:
     """A request, with the answer that it should get."""
     log = prediction_log_pb2.PredictionLog()
     log.predict_log.request.model_spec.name = NAME
@@ -144,16 +146,16 @@ def server(models: Path) -> Iterator[launch.ServerProcess]:
         yield server
 
 
-def fleet_of(*servers: launch.ServerProcess | str, **more: float) -> FleetSettings:
+def fleet_of(*servers: launch.ServerProcess | str, **more: Any) -> FleetSettings:
     targets = [server if isinstance(server, str) else server.target for server in servers]
     return FleetSettings(targets, **{"patience": 5.0, "load_timeout": 60.0, **more})
 
 
-def settings(**more: object) -> PromotionSettings:
+def settings(**more: Any) -> PromotionSettings:
     return PromotionSettings(**{"comparison": LENIENT, **more})
 
 
-def served(client: Client, name: str = NAME, **spec: object) -> int:
+def served(client: Client, name: str = NAME, **spec: Any) -> int:
     """Which version answers."""
     answer = client.predict(name, {"x": X}, **spec)["y"]
     return int(answer[0, 0])

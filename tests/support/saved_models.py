@@ -1,8 +1,7 @@
 """Small real SavedModels for tests, built by TensorFlow in a process of its own.
 
-In: nothing. Out: the session fixture ``saved_models``, a directory with one SavedModel
-for each function of ``BUILDERS``; copy one before changing it. As a script, it builds
-them: ``python saved_models.py DIRECTORY``.
+In: nothing. Out: the session fixture ``saved_models``, a directory with one SavedModel for each function of
+``BUILDERS``; copy one before changing it. As a script, it builds them: ``python saved_models.py DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-#: Signature keys of ``dtypes`` are these; each takes ``x`` of that type, [?, 2], and
-#: returns it as ``y``.
+#: Signature keys of ``dtypes`` are these; each takes ``x`` of that type, [?, 2], and returns it as ``y``.
 DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -23,16 +22,16 @@ DTYPES = (
 
 
 def build_signatures(path: str) -> None:
-    """Predict signatures of many shapes; by default x [?, 4] to scores [?, 2]."""
+    """Predict signatures of many shapes; ``serving_default`` takes x: float32 [?, 4], gives scores [?, 2]."""
     import tensorflow as tf
 
     class Model(tf.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             self.weights = tf.Variable(tf.reshape(tf.range(8, dtype=tf.float32), [4, 2]), name="weights")
             self.table = tf.Variable(tf.range(10, dtype=tf.float32), name="table")
 
         @tf.function(input_signature=[tf.TensorSpec([None, 4], tf.float32, "x")])
-        def score(self, x):
+        def score(self, x: Any) -> Any:
             return {"scores": tf.matmul(x, self.weights)}
 
         @tf.function(
@@ -43,35 +42,35 @@ def build_signatures(path: str) -> None:
                 tf.TensorSpec([None, 3], tf.float64, "weight"),
             ]
         )
-        def mixed(self, ids, name, flag, weight):
+        def mixed(self, ids: Any, name: Any, flag: Any, weight: Any) -> Any:
             total = tf.reduce_sum(tf.where(flag, weight, -weight), 1) + tf.cast(ids, tf.float64)
             return {"total": total, "text": tf.strings.join([name, tf.strings.as_string(ids)], "-")}
 
         @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int32, "tokens")])
-        def sequence(self, tokens):
+        def sequence(self, tokens: Any) -> Any:
             return {"length": tf.reduce_sum(tf.ones_like(tokens), 1)}
 
         @tf.function(
             input_signature=[tf.TensorSpec([None], tf.float32, "x"), tf.TensorSpec([], tf.float32, "rate")]
         )
-        def scaled(self, x, rate):
+        def scaled(self, x: Any, rate: Any) -> Any:
             return {"y": x * rate}
 
         @tf.function(input_signature=[tf.TensorSpec([2, 3], tf.float32, "x")])
-        def fixed(self, x):
+        def fixed(self, x: Any) -> Any:
             return {"sum": tf.reduce_sum(x)}
 
         @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, "ids")])
-        def gather(self, ids):
+        def gather(self, ids: Any) -> Any:
             """Fails for ids that are not in 0..9."""
             return {"values": tf.gather(self.table, ids)}
 
         @tf.function(input_signature=[tf.TensorSpec(None, tf.float32, "x")])
-        def any_rank(self, x):
+        def any_rank(self, x: Any) -> Any:
             return {"y": x + 1.0}
 
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "examples")])
-        def parsed(self, examples):
+        def parsed(self, examples: Any) -> Any:
             """Serialized tf.Examples in a Predict signature."""
             features = tf.io.parse_example(
                 examples,
@@ -89,8 +88,8 @@ def build_signatures(path: str) -> None:
             }
 
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "inputs")])
-        def classes(self, inputs):
-            """Shaped like a Classify signature; TensorFlow 2 calls it Predict."""
+        def classes(self, inputs: Any) -> Any:
+            """Shaped like a Classify signature, but TensorFlow 2 can only call it Predict."""
             features = tf.io.parse_example(inputs, {"x": tf.io.FixedLenFeature([4], tf.float32)})
             return {"scores": tf.matmul(features["x"], self.weights)}
 
@@ -116,9 +115,9 @@ def build_dtypes(path: str) -> None:
     """An identity signature for each of ``DTYPES``."""
     import tensorflow as tf
 
-    def identity(dtype):
+    def identity(dtype: Any) -> Any:
         @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.as_dtype(dtype), "x")])
-        def function(x):
+        def function(x: Any) -> Any:
             return {"y": tf.identity(x)}
 
         return function
@@ -130,19 +129,18 @@ def build_dtypes(path: str) -> None:
 
 
 def build_examples(path: str) -> None:
-    """Classify, Regress and Predict signatures on one ``tf.Example`` placeholder.
+    """Classify, Regress and Predict signatures with their method names, from one ``tf.Example`` placeholder.
 
-    The features are x: float32 [4] (required), bias: float32 [] (default 0).
-    ``classify`` gives classes and scores [?, 2], ``regress`` and ``regress_other`` give
-    outputs [?]; ``elsewhere`` is a Regress signature with a placeholder of its own,
-    which MultiInference cannot join. ``serving_default`` takes x.
+    The features are x: float32 [4] (required), bias: float32 [] (default 0). ``classify`` gives classes and
+    scores [?, 2], ``regress`` and ``regress_other`` give outputs [?]; ``elsewhere`` is a Regress signature
+    with a placeholder of its own, which MultiInference cannot join. ``serving_default`` takes x.
     """
     import tensorflow as tf
 
     v1 = tf.compat.v1
     with v1.Graph().as_default(), v1.Session() as session:
 
-        def parse(name):
+        def parse(name: Any) -> Any:
             serialized = v1.placeholder(tf.string, [None], name=name)
             return serialized, v1.io.parse_example(
                 serialized,
@@ -162,7 +160,7 @@ def build_examples(path: str) -> None:
 
         info = v1.saved_model.build_tensor_info
 
-        def signature(method, inputs, outputs):
+        def signature(method: Any, inputs: Any, outputs: Any) -> Any:
             return v1.saved_model.build_signature_def(
                 {alias: info(tensor) for alias, tensor in inputs.items()},
                 {alias: info(tensor) for alias, tensor in outputs.items()},
@@ -187,19 +185,19 @@ def build_examples(path: str) -> None:
 
 
 def build_times(path: str, factor: float) -> None:
-    """Answers ``y = x * factor`` for x: float32 [?]; ``spin`` is slow."""
+    """Answers ``y = x * factor`` for x: float32 [?], so that versions can be told apart; ``spin`` is slow."""
     import tensorflow as tf
 
     class Model(tf.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             self.factor = tf.Variable(factor, name="factor")
 
         @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
-        def times(self, x):
+        def times(self, x: Any) -> Any:
             return {"y": x * self.factor}
 
         @tf.function(input_signature=[tf.TensorSpec([], tf.int32, "steps")])
-        def spin(self, steps):
+        def spin(self, steps: Any) -> Any:
             """About a millisecond for each step."""
             square = tf.ones([200, 200])
             body = lambda step, value: (step + 1, tf.matmul(value, square) / 200.0)  # noqa: E731

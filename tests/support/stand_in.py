@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""A gRPC server that answers as a model server does, without a model: for what starts or loads one.
+"""A gRPC server that answers as a model server does, without a model.
 
-It takes the flags of a model server. ``--behaviour`` makes it misbehave: ``exit`` at once, ``broken`` (every
-version failed to load), ``deaf`` (ignores SIGTERM). ``--stall FROM,SECONDS`` holds every answer that falls
-into the stall back to its end, once, FROM seconds after the first request. The newest version is served.
+It takes the flags of a model server and serves the newest version. ``--behaviour`` makes it
+misbehave: ``exit`` at once, ``broken`` (every version failed to load), ``deaf`` (ignores SIGTERM).
+``--stall FROM,SECONDS`` stalls once, FROM seconds after the first request: answers due in the stall
+come at its end.
 """
 
 import argparse
@@ -27,7 +28,8 @@ State = get_model_status_pb2.ModelVersionStatus.State
 
 
 class StandIn(
-    prediction_service_pb2_grpc.PredictionServiceServicer, model_service_pb2_grpc.ModelServiceServicer
+    prediction_service_pb2_grpc.PredictionServiceServicer,
+    model_service_pb2_grpc.ModelServiceServicer,
 ):
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -37,7 +39,9 @@ class StandIn(
         base = Path(self.options.model_base_path)
         return sorted(int(path.name) for path in base.iterdir() if path.name.isdigit())
 
-    def GetModelStatus(self, request, context):
+    def GetModelStatus(
+        self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.ServicerContext
+    ) -> get_model_status_pb2.GetModelStatusResponse:
         if request.model_spec.name != self.options.model_name:
             context.abort(grpc.StatusCode.NOT_FOUND, "Could not find any versions of the model")
         answer = get_model_status_pb2.GetModelStatusResponse()
@@ -51,7 +55,9 @@ class StandIn(
                 status.status.error_message = "no such file: saved_model.pb"
         return answer
 
-    def Predict(self, request, context):
+    def Predict(
+        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
+    ) -> predict_pb2.PredictResponse:
         name = request.model_spec.name
         if name != self.options.model_name:
             context.abort(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: Latest({name})")

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from places import ROOT
@@ -21,19 +22,20 @@ NEEDS_JAVA = pytest.mark.skipif(
 )
 
 
-def spikeless(*arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess[str]:
+def spikeless(*arguments: object, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command to its end, where not said otherwise from the root of the bundle."""
-    return subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-m", "spikeless", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
         **options,
     )
+    return done
 
 
 @pytest.fixture(scope="session")
-def boston_run(tmp_path_factory) -> Path:
+def boston_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     done = spikeless("train", "factorization_machine", "--runs", runs)
     assert done.returncode == 0, done.stderr

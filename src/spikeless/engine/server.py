@@ -1,6 +1,7 @@
-"""The embedded engine: a server like TensorFlow Serving over TensorFlow's C runtime.
+"""The embedded engine: a TensorFlow-Serving-compatible server over TensorFlow's own C runtime.
 
-In: the values of flags. Out: listening ports.
+In: the values of flags. Out: listening ports. The life of a server is three calls:
+``start`` (returns the bound ports), ``wait``, ``stop`` with a grace.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
 
 
 def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
-    """Read a ``ModelServerConfig`` in text format; raises as `read_text_proto` does."""
+    """Read a ``ModelServerConfig`` in text format; raises as ``read_text_proto`` does."""
     return read_text_proto(path, model_server_config_pb2.ModelServerConfig())
 
 
@@ -67,7 +68,7 @@ class Ports(NamedTuple):
 
 
 class Server:
-    """The core and its transports: start (returns the bound ports), wait, stop."""
+    """The core and its transports: start (returns the bound ports), wait, stop with a grace."""
 
     def __init__(self, flags: ServerFlags) -> None:
         if not flags.model_config_file and not flags.model_base_path:
@@ -96,8 +97,7 @@ class Server:
         """Load the models, then listen. Returns None when it was stopped meanwhile.
 
         Raises:
-            SpikelessError: a wrong configuration, a model that cannot be loaded, or a
-                port that is taken.
+            SpikelessError: a wrong configuration, a model that cannot be loaded, or a port that is taken.
         """
         try:
             self.core.manager.add_listener(self._version_changed)
@@ -184,17 +184,17 @@ class Server:
                 complaint, refused = "", None
                 self._update_health()
             except Exception as error:
-                # Logged once for each cause, not at every poll.
+                # Said once for each cause, not at every look.
                 if str(error) != complaint:
                     _log.error("%s is not in force, the models stay as they are: %s", path, error)
                 complaint, refused = str(error), config
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the server has stopped; False after ``timeout`` seconds."""
+        """Block until the server has stopped; False when ``timeout`` seconds passed before."""
         return self._stopped.wait(timeout)
 
     def stop(self, grace: float) -> None:
-        """Take no new requests, let others end within ``grace`` seconds, unload."""
+        """Take no new requests, let those in progress end within ``grace`` seconds, unload the models."""
         if self._stopping.is_set():
             self._stopped.wait()
             return

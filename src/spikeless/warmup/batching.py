@@ -18,12 +18,10 @@ from spikeless.formats.protos import prediction_log_pb2
 from spikeless.formats.savedmodel import TensorSpec
 from spikeless.formats.tensors import to_numpy, to_proto
 from spikeless.formats.tfrecord import MAX_RECORD_BYTES
-from spikeless.warmup.requests import Servable, WarmupRequest
+from spikeless.warmup.requests import Request, Servable
 
 
-def rebatch(
-    servable: Servable, requests: Sequence[WarmupRequest], sizes: Sequence[int]
-) -> list[WarmupRequest]:
+def rebatch(servable: Servable, requests: Sequence[Request], sizes: Sequence[int]) -> list[Request]:
     """``requests``, which must fit their signatures, in each of ``sizes``.
 
     Inputs whose first dimension is fixed, or that are scalars, stay as they are; so do requests that have no
@@ -33,17 +31,17 @@ def rebatch(
         InvalidArgument: the inputs of a request disagree about its batch size, or have no rows.
         ResourceExhausted: a batch would be larger than a message can be.
     """
-    groups: dict[Any, list[WarmupRequest]] = {}
+    groups: dict[Any, list[Request]] = {}
     for request in requests:
         groups.setdefault(_group(servable, request), []).append(request)
-    batches: list[WarmupRequest] = []
+    batches: list[Request] = []
     for group in groups.values():
         make = _predict_batches if group[0].kind == PREDICT else _example_batches
         batches.extend(make(servable, group, sizes))
     return batches
 
 
-def _group(servable: Servable, request: WarmupRequest) -> tuple[Any, ...]:
+def _group(servable: Servable, request: Request) -> tuple[Any, ...]:
     """Equal for requests whose rows can go into one batch: all but the rows' values is the same."""
     rest = _copy(request)
     shapes: list[tuple[str, tuple[int, ...]]] = []
@@ -56,13 +54,13 @@ def _group(servable: Servable, request: WarmupRequest) -> tuple[Any, ...]:
     return (*shapes, rest.log.SerializeToString(deterministic=True))
 
 
-def _copy(request: WarmupRequest) -> WarmupRequest:
+def _copy(request: Request) -> Request:
     log = prediction_log_pb2.PredictionLog()
     log.CopyFrom(request.log)
-    return WarmupRequest(request.source, log)
+    return Request(request.source, log)
 
 
-def _batched(servable: Servable, request: WarmupRequest) -> list[str]:
+def _batched(servable: Servable, request: Request) -> list[str]:
     """The inputs of a Predict request that have rows; they must have equally many."""
     specs = servable.signature(request.message.model_spec.signature_name).inputs
     sizes = {
@@ -80,7 +78,7 @@ def _has_rows(spec: TensorSpec) -> bool:
     return spec.shape is None or (len(spec.shape) > 0 and spec.shape[0] is None)
 
 
-def _indices(group: list[WarmupRequest], rows: int, size: int) -> list[Any]:
+def _indices(group: list[Request], rows: int, size: int) -> list[Any]:
     """Which of the group's rows go into each batch of ``size``."""
     row_bytes = sum(request.message.ByteSize() for request in group) // rows
     # Before any memory is taken for them.
@@ -93,9 +91,7 @@ def _indices(group: list[WarmupRequest], rows: int, size: int) -> list[Any]:
     return list(np.resize(np.arange(rows), count * size).reshape(count, size))
 
 
-def _predict_batches(
-    servable: Servable, group: list[WarmupRequest], sizes: Sequence[int]
-) -> list[WarmupRequest]:
+def _predict_batches(servable: Servable, group: list[Request], sizes: Sequence[int]) -> list[Request]:
     aliases = _batched(servable, group[0])
     if not aliases:
         return group
@@ -114,9 +110,7 @@ def _predict_batches(
     return batches
 
 
-def _example_batches(
-    servable: Servable, group: list[WarmupRequest], sizes: Sequence[int]
-) -> list[WarmupRequest]:
+def _example_batches(servable: Servable, group: list[Request], sizes: Sequence[int]) -> list[Request]:
     rows = [example for request in group for example in examples(request.message.input)]
     batches = []
     for size in sizes:
