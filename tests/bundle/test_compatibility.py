@@ -1,4 +1,4 @@
-"""What the README says of the two engines' differences is what the tests show."""
+"""What the documentation says of the embedded engine is what code and tests say."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 from places import ROOT
 
 
-def test_the_table_in_the_readme_is_up_to_date() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert compatibility.BLOCK.search(text), "README.md has lost its compatibility markers"
-    assert compatibility.updated(text) == text, "run: python tests/support/compatibility.py README.md"
+@pytest.mark.parametrize("file", ["README.md", "docs/server-flags.md"])
+def test_tables_are_up_to_date(file: str) -> None:
+    text = (ROOT / file).read_text()
+    assert compatibility.BLOCK.search(text), f"{file} has lost its markers"
+    assert compatibility.updated(text) == text, f"run: python tests/support/compatibility.py {file}"
 
 
 @pytest.mark.parametrize("entry", compatibility.differences(), ids=lambda entry: entry["behaviour"])

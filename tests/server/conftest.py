@@ -21,7 +21,7 @@ def embedded() -> None:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> ServerFactory:
-    """Start a server of one's own: ``with serve(*flags, model_name=..., model_base_path=...) as running``."""
+    """Start a server of one's own: ``with serve(*flags, **settings) as running``."""
 
     def start(*flags: str, **settings: object) -> AbstractContextManager[Running]:
         number = len(list(tmp_path.glob("server*.log")))
@@ -30,13 +30,14 @@ def serve(tmp_path: Path) -> ServerFactory:
     return start
 
 
-#: The models of the shared server, each with one version, and ``times`` with two and a label for each.
+#: The models of the shared server, each with one version, and ``times`` with two and a
+#: label for each.
 SHARED_MODELS = ("signatures", "dtypes", "examples")
 
 
 @pytest.fixture(scope="session")
 def shared(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One server for all tests that only send requests; nobody may change what it serves."""
+    """One server for all tests that only send requests and change nothing."""
     directory = tmp_path_factory.mktemp("shared")
     for name in SHARED_MODELS:
         put_version(saved_models / name, directory / name, 1)
@@ -54,7 +55,8 @@ def shared(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with run_server(
         directory / "server.log",
         f"--model_config_file={directory / 'models.config'}",
-        # A label may not name a version before it is available, and at the start none is.
+        # A label may not name a version before it is available, and at the start none
+        # is.
         "--allow_version_labels_for_unavailable_models=true",
         "--grpc_max_threads=64",
         f"--monitoring_config_file={monitoring}",

@@ -63,7 +63,7 @@ def drive(requests: Path, target: str, rate: float, seconds: float, name: str = 
 
 
 def test_every_request_is_answered_and_recorded(server: launch.ServerProcess, requests: Path) -> None:
-    columns = drive(requests, server.target, 200, 1).recorder.columns()
+    columns = drive(requests, server.target, 200, 1).columns.ended()
     assert len(columns["intended"]) == len(Schedule(200, 1).offsets())
     assert set(columns["code"]) == {Code.OK}
     assert set(columns["version"]) == {1}
@@ -73,7 +73,7 @@ def test_every_request_is_answered_and_recorded(server: launch.ServerProcess, re
 
 
 def test_statuses_are_those_of_the_server(server: launch.ServerProcess, requests: Path) -> None:
-    columns = drive(requests, server.target, 50, 0.2, name="nobody").recorder.columns()
+    columns = drive(requests, server.target, 50, 0.2, name="nobody").columns.ended()
     assert len(columns["code"])
     assert set(columns["code"]) == {Code.NOT_FOUND}
     assert set(columns["version"]) == {0}
@@ -81,14 +81,14 @@ def test_statuses_are_those_of_the_server(server: launch.ServerProcess, requests
 
 def test_requests_larger_than_the_flow_control_window(server: launch.ServerProcess, tmp_path: Path) -> None:
     large = write_requests(tmp_path / "large", 60_000)  # 960 kB each; a window begins with 64 kB.
-    columns = drive(large, server.target, 40, 0.5).recorder.columns()
+    columns = drive(large, server.target, 40, 0.5).columns.ended()
     assert len(columns["code"])
     assert set(columns["code"]) == {Code.OK}
 
 
 def test_a_stall_shows_in_every_request_that_was_due(models: Path, requests: Path) -> None:
     with stand_in(models, "--stall=0.5,0.4") as server:
-        columns = drive(requests, server.target, 200, 1.2).recorder.columns()
+        columns = drive(requests, server.target, 200, 1.2).columns.ended()
     # About 80 requests are due while the server stalls; the first waits 400 ms, and so on down to nothing.
     latency = columns["latency"]
     assert latency.max() >= 0.35
@@ -105,7 +105,7 @@ def test_a_server_that_dies_and_returns(models: Path, requests: Path) -> None:
 
     thread = threading.Thread(target=load.run, args=(time.monotonic(),))
     thread.start()
-    codes = load.recorder.code
+    codes = load.columns.code
     try:
         wait_until(lambda: np.count_nonzero(codes == Code.OK) > 10)
         port = server.port
@@ -119,7 +119,7 @@ def test_a_server_that_dies_and_returns(models: Path, requests: Path) -> None:
         load.stop()
         thread.join()
         server.stop()
-    assert set(load.recorder.columns()["code"]) <= {Code.OK, Code.UNAVAILABLE, Code.CANCELLED}
+    assert set(load.columns.ended()["code"]) <= {Code.OK, Code.UNAVAILABLE, Code.CANCELLED}
 
 
 def locust(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -229,9 +229,9 @@ def test_versions_are_staged_beforehand_and_take_turns(saved_models: Path, tmp_p
 
 def test_the_instant_server_ends_with_its_block(requests: Path) -> None:
     with instant_server() as target:
-        columns = drive(requests, target, 100, 0.5).recorder.columns()
+        columns = drive(requests, target, 100, 0.5).columns.ended()
         assert set(columns["code"]) == {Code.OK}
-    after = drive(requests, target, 100, 0.2).recorder.columns()
+    after = drive(requests, target, 100, 0.2).columns.ended()
     assert set(after["code"]) == {Code.UNAVAILABLE}
 
 

@@ -34,7 +34,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("ignored", [flag for flag in FLAGS if flag.ignored], ids=lambda flag: flag.name)
 def test_flags_that_change_nothing_are_named(ignored: Flag, capsys: pytest.CaptureFixture[str]) -> None:
-    # With a value, as TensorFlow Serving's documentation writes them, and as a bare switch.
+    # With a value, as in TensorFlow Serving's documentation, and as a bare switch.
     for flag in (f"--{ignored.name}=true", f"--{ignored.name}"):
         assert run(flag) == 1
         assert f"--{ignored.name} is ignored: {ignored.ignored}\n" in capsys.readouterr().err

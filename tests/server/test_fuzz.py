@@ -24,7 +24,7 @@ EXAMPLES = settings(
 )
 NUMBERS = sorted(types_pb2.DataType.values())
 
-# --- gRPC: TensorProtos and messages of all kinds ---------------------------------------------------
+# --- gRPC: TensorProtos and messages of all kinds -------------------------------------
 
 _DIMS = st.integers(-2, 4) | st.sampled_from([-(2**63), -1, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1])
 _INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -141,7 +141,7 @@ def test_damaged_requests(shared: Running, data: st.DataObject) -> None:
     status_of(shared, PREDICT, bytes(content))
 
 
-# --- REST -------------------------------------------------------------------------------------------
+# --- REST -----------------------------------------------------------------------------
 
 _LEAVES = (
     st.none()

@@ -1,4 +1,4 @@
-"""PredictionService over gRPC: what each call answers, and with which status and message it refuses."""
+"""PredictionService over gRPC: answers, and the status and message of refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def predict(
     return client.call(client.prediction.Predict, request)
 
 
-# --- Predict ----------------------------------------------------------------------------------------
+# --- Predict --------------------------------------------------------------------------
 
 
 def test_predict_answers_with_values_version_and_signature(client: Client) -> None:
@@ -190,7 +190,7 @@ def test_version_and_label_choose_the_model(client: Client) -> None:
     assert client.predict("times", x, label="canary")["y"] == [6]
 
 
-# --- how Predict refuses ----------------------------------------------------------------------------
+# --- how Predict refuses --------------------------------------------------------------
 
 
 def test_unknown_models_versions_labels_and_signatures(client: Client) -> None:
@@ -285,7 +285,7 @@ def test_a_deadline_ends_the_call(shared: Running) -> None:
     assert shared.client.predict("times", {"x": np.ones(1, np.float32)})["y"] == [2]
 
 
-# --- Classify, Regress, MultiInference --------------------------------------------------------------
+# --- Classify, Regress, MultiInference ------------------------------------------------
 
 
 def example(x: list[float], **more: float) -> example_pb2.Example:
@@ -412,7 +412,7 @@ def test_how_multi_inference_refuses(client: Client) -> None:
         multi_inference(client)
 
 
-# --- GetModelMetadata -------------------------------------------------------------------------------
+# --- GetModelMetadata -----------------------------------------------------------------
 
 
 def metadata(client: Client, *fields: str, name: str = "signatures") -> object:

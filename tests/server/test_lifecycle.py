@@ -1,4 +1,4 @@
-"""Versions and configuration: states, hot reload under load, policies, labels, failed loads, warmup."""
+"""Versions: states, reload under load, policies, labels, failed loads, warmup."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answer(client: Client, **choice: object) -> list[float]:
     return client.predict("times", X, **choice)["y"].tolist()  # type: ignore[arg-type]
 
 
-# --- hot reload -------------------------------------------------------------------------------------
+# --- hot reload -----------------------------------------------------------------------
 
 
 def test_a_swap_under_load_fails_no_request(saved_models: Path, tmp_path: Path, serve: ServerFactory) -> None:
@@ -92,12 +92,12 @@ def test_a_swap_under_load_fails_no_request(saved_models: Path, tmp_path: Path, 
             answer(running.client, version=1)
 
 
-# --- version policies and GetModelStatus ------------------------------------------------------------
+# --- version policies and GetModelStatus ----------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def times(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base path with versions 1, 2 (twice as much), 3 and 7, and with names that are no versions."""
+    """Versions 1, 2 (twice as much), 3 and 7, beside names that are no versions."""
     models = tmp_path_factory.mktemp("policies") / "times"
     for version in (1, 3):
         put_version(saved_models / "times_one", models, version)
@@ -159,7 +159,7 @@ def test_the_state_of_one_version(reloaded: Running, times: Path) -> None:
         client.call(client.models.GetModelStatus, get_model_status_pb2.GetModelStatusRequest())
 
 
-# --- labels and HandleReloadConfigRequest -----------------------------------------------------------
+# --- labels and HandleReloadConfigRequest ---------------------------------------------
 
 
 def test_labels(reloaded: Running, times: Path) -> None:
@@ -203,7 +203,7 @@ def test_labels(reloaded: Running, times: Path) -> None:
 
 
 def test_labels_of_versions_that_are_not_available(shared: Running) -> None:
-    """With --allow_version_labels_for_unavailable_models, which the shared server has."""
+    """With ``--allow_version_labels_for_unavailable_models``."""
     assert answer(shared.client, label="stable") == [1, 2]
     assert answer(shared.client, label="canary") == [2, 4]
 
@@ -268,7 +268,7 @@ def test_the_configuration_file_is_watched(times: Path, tmp_path: Path, serve: S
         assert answer(running.client) == [2, 4]
 
 
-# --- loads that fail --------------------------------------------------------------------------------
+# --- loads that fail ------------------------------------------------------------------
 
 
 def damage_truncated(version: Path) -> None:
@@ -339,9 +339,10 @@ _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2
 
 
 def bound_by_permissions(start: Callable[[], T]) -> T:
-    """Call ``start`` on a thread whose child processes may not read what permissions forbid, root's either.
+    """Call ``start`` on a thread whose child processes obey permissions, root's too.
 
-    The set of capabilities that a program may get is one thread's, and passed on to its children.
+    The set of capabilities that a program may get is one thread's, and passed on to its
+    children.
     """
 
     def drop_and_start() -> T:
@@ -439,7 +440,7 @@ def test_a_server_whose_only_model_cannot_be_loaded_ends(tmp_path: Path, serve: 
         pass
 
 
-# --- warmup -----------------------------------------------------------------------------------------
+# --- warmup ---------------------------------------------------------------------------
 
 
 def test_warmup_comes_before_availability(saved_models: Path, tmp_path: Path, serve: ServerFactory) -> None:

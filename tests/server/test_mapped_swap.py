@@ -1,4 +1,4 @@
-"""A server swaps one version of 64 MiB for another: with mapped parameters, no memory comes with it."""
+"""A swap of a mapped version of 64 MiB takes no private memory."""
 
 from __future__ import annotations
 

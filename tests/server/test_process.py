@@ -1,4 +1,4 @@
-"""The server as a process: threads, deadlines, cancelled calls, message sizes, health, SIGTERM."""
+"""The server as a process: threads, deadlines, message sizes, health, SIGTERM."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_calls_that_nobody_waits_for_free_their_places(
         grpc.insecure_channel(running.server.target) as channel,
     ):
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        # Calls that no server finishes before their deadline, or that end by themselves after a while.
+        # Calls that no server finishes before their deadline, or that end by themselves
+        # after a while.
         request, timeout = (spin_request(10**9), 2.0) if ending == "deadline" else (spin_request(10**4), None)
         calls = [stub.Predict.future(request, timeout=timeout) for _ in range(4)]
         if IS_EMBEDDED:

@@ -54,7 +54,7 @@ def refusal(call: Http, path: str, body: Any, method: str = "POST") -> tuple[int
     return status, answer["error"]
 
 
-# --- :predict ---------------------------------------------------------------------------------------
+# --- :predict -------------------------------------------------------------------------
 
 
 def test_rows_of_one_input(request_: Http) -> None:
@@ -169,7 +169,7 @@ def test_packed_bodies(request_: Http) -> None:
         assert status == 400
 
 
-# --- how :predict refuses ---------------------------------------------------------------------------
+# --- how :predict refuses -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_a_name_is_missing(request_: Http) -> None:
         assert (status, answer) == (400, {"error": "Missing model name in request."})
 
 
-# --- :classify and :regress -------------------------------------------------------------------------
+# --- :classify and :regress -----------------------------------------------------------
 
 ONES = {"x": [1.0, 1.0, 1.0, 1.0]}
 TENS = {"x": [10.0, 10.0, 10.0, 10.0], "bias": 0.5}
@@ -364,7 +364,7 @@ def test_how_classify_and_regress_refuse(request_: Http, method: str, body: Any,
     assert message in error
 
 
-# --- status and metadata ----------------------------------------------------------------------------
+# --- status and metadata --------------------------------------------------------------
 
 
 def available(version: int) -> dict[str, Any]:
@@ -430,7 +430,8 @@ def test_metrics(shared: Running, request_: Http) -> None:
         """Whether there is a series with these labels, and perhaps others."""
         return any(sample.name == name and labels.items() <= sample.labels.items() for sample in samples)
 
-    # TensorFlow Serving's buckets, and its names for each API: in small letters over REST.
+    # TensorFlow Serving's buckets, and its names for each API: in small letters over
+    # REST.
     rest, runtime = {"API": "predict", "entrypoint": "REST"}, {"API": "Predict", "runtime": "TF1"}
     for bound in ("10", "18", "32.4", "188.957", "708235", "1.27482e+06", "+Inf"):
         assert is_there(":tensorflow:serving:request_latency_bucket", model_name="times", le=bound, **rest)
@@ -446,7 +447,7 @@ def test_metrics(shared: Running, request_: Http) -> None:
         assert float(private.split()[1]) > 10e6
 
 
-# --- a server of one's own --------------------------------------------------------------------------
+# --- a server of one's own ------------------------------------------------------------
 
 
 def test_timeouts_and_cors(saved_models: Path, tmp_path: Path, serve: ServerFactory) -> None:
@@ -470,13 +471,13 @@ def test_cors_is_off_by_default(request_: Http) -> None:
     assert "Access-Control-Allow-Origin" not in request_.headers
 
 
-# --- hard to break ----------------------------------------------------------------------------------
+# --- hard to break --------------------------------------------------------------------
 
 
 def test_slow_clients_hold_no_worker(
     embedded: None, saved_models: Path, tmp_path: Path, serve: ServerFactory
 ) -> None:
-    """Far more half-sent requests than there are workers, and everybody else is still answered."""
+    """Half-sent requests outnumber the workers; all others are still answered."""
     put_version(saved_models / "times_one", tmp_path / "times", 1)
     flags = ("--rest_api_num_threads=2",)
     with serve(*flags, model_name="times", model_base_path=tmp_path / "times", rest=True) as running:

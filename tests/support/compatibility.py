@@ -1,7 +1,8 @@
-"""The README's compatibility table, from ``differences.toml``.
+"""The tables of the documentation on what the embedded engine takes and does.
 
-As a script it brings a file up to date between its two markers:
-``python tests/support/compatibility.py README.md``.
+The compatibility table comes from ``differences.toml``, the table of flags from their
+declarations. As a script it updates the tables between their markers in a file:
+``python tests/support/compatibility.py README.md docs/server-flags.md``.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import re
 import sys
 from pathlib import Path
 
+from spikeless.engine import flags
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 DIFFERENCES = Path(__file__).with_name("differences.toml")
-BLOCK = re.compile(r"(<!-- compatibility -->\n).*?(<!-- /compatibility -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (compatibility|server flags) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def differences() -> list[dict[str, str]]:
-    """The entries of ``differences.toml``, each with behaviour, serving, embedded, reason and test."""
+    """The entries: behaviour, serving, embedded, reason and test."""
     entries: list[dict[str, str]] = tomllib.loads(DIFFERENCES.read_text())["difference"]
     return entries
 
@@ -35,8 +38,9 @@ def table() -> str:
 
 
 def updated(text: str) -> str:
-    """The text with the table between its markers."""
-    return BLOCK.sub(lambda found: found[1] + table() + found[2], text)
+    """The text with the tables between their markers."""
+    tables = {"compatibility": table, "server flags": flags.reference}
+    return BLOCK.sub(lambda found: found[1] + tables[found[2]]() + found[3], text)
 
 
 if __name__ == "__main__":

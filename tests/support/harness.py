@@ -1,7 +1,7 @@
-"""What the conformance suite is made of: servers with a client, published versions, expected errors.
+"""The conformance suite's tools: servers with a client, versions, expected errors.
 
-Everything here runs on the embedded engine, or on the ``tensorflow_model_server`` that ``SPIKELESS_SERVER``
-names. Where the two differ, ``differences.toml`` says so and why.
+Everything here runs on the embedded engine, or on the ``tensorflow_model_server`` that
+``SPIKELESS_SERVER`` names. Where the two differ, ``differences.toml`` says so and why.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def refused(code: Code, message: str = "") -> Iterator[None]:
 
 
 def put_version(saved_model: Path, models: Path, version: int) -> Path:
-    """Publish a SavedModel: copied beside, then one rename, as every publisher must do it."""
+    """Publish a SavedModel: copied beside, then one rename, as publishers do."""
     models.mkdir(parents=True, exist_ok=True)
     staged = models / f"staging-{version}"
     shutil.copytree(saved_model, staged)
@@ -46,7 +46,7 @@ def put_version(saved_model: Path, models: Path, version: int) -> Path:
 
 
 def model_config(*models: tuple[str, Path], **settings: Any) -> Config:
-    """A configuration that serves each ``(name, base path)``; ``settings`` go into each model's entry."""
+    """A configuration of each ``(name, base path)``, all with these settings."""
     config = Config()
     for name, base_path in models:
         entry = config.model_config_list.config.add(
@@ -79,7 +79,7 @@ class Running:
         return self.server.rest_url
 
     def wait(self, name: str, expected: dict[int, State]) -> None:
-        """Wait until these versions of ``name`` have these states, and all others have ended."""
+        """Wait until these versions have these states, and all others have ended."""
 
         def reached() -> bool:
             # A server may forget a version that has ended.
@@ -91,7 +91,7 @@ class Running:
 
 @contextmanager
 def run_server(log: Path, *flags: str, **settings: object) -> Iterator[Running]:
-    """Start a server with these flags, wait until it is ready, and stop it at the end."""
+    """Start a server with these flags, wait until it is ready, stop it at the end."""
     launch_settings = launch.LaunchSettings(flags=flags, log=log, **settings)  # type: ignore[arg-type]
     with launch.start(launch_settings) as server, Client(server.target) as client:
         yield Running(server, client)

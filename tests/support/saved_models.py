@@ -1,7 +1,8 @@
 """Small real SavedModels for tests, built by TensorFlow in a process of its own.
 
-In: nothing. Out: the session fixture ``saved_models``, a directory with one SavedModel for each function of
-``BUILDERS``; copy one before changing it. As a script, it builds them: ``python saved_models.py DIRECTORY``.
+In: nothing. Out: the session fixture ``saved_models``, a directory with one SavedModel
+for each function of ``BUILDERS``; copy one before changing it. As a script, it builds
+them: ``python saved_models.py DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-#: Signature keys of ``dtypes`` are these; each takes ``x`` of that type, [?, 2], and returns it as ``y``.
+#: Signature keys of ``dtypes`` are these; each takes ``x`` of that type, [?, 2], and
+#: returns it as ``y``.
 DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -22,7 +24,7 @@ DTYPES = (
 
 
 def build_signatures(path: str) -> None:
-    """Predict signatures of many shapes; ``serving_default`` takes x: float32 [?, 4], gives scores [?, 2]."""
+    """Predict signatures of many shapes; by default x [?, 4] to scores [?, 2]."""
     import tensorflow as tf
 
     class Model(tf.Module):
@@ -89,7 +91,7 @@ def build_signatures(path: str) -> None:
 
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "inputs")])
         def classes(self, inputs: Any) -> Any:
-            """Shaped like a Classify signature, but TensorFlow 2 can only call it Predict."""
+            """Shaped like a Classify signature; TensorFlow 2 calls it Predict."""
             features = tf.io.parse_example(inputs, {"x": tf.io.FixedLenFeature([4], tf.float32)})
             return {"scores": tf.matmul(features["x"], self.weights)}
 
@@ -129,11 +131,12 @@ def build_dtypes(path: str) -> None:
 
 
 def build_examples(path: str) -> None:
-    """Classify, Regress and Predict signatures with their method names, from one ``tf.Example`` placeholder.
+    """Classify, Regress and Predict signatures on one ``tf.Example`` placeholder.
 
-    The features are x: float32 [4] (required), bias: float32 [] (default 0). ``classify`` gives classes and
-    scores [?, 2], ``regress`` and ``regress_other`` give outputs [?]; ``elsewhere`` is a Regress signature
-    with a placeholder of its own, which MultiInference cannot join. ``serving_default`` takes x.
+    The features are x: float32 [4] (required), bias: float32 [] (default 0).
+    ``classify`` gives classes and scores [?, 2], ``regress`` and ``regress_other`` give
+    outputs [?]; ``elsewhere`` is a Regress signature with a placeholder of its own,
+    which MultiInference cannot join. ``serving_default`` takes x.
     """
     import tensorflow as tf
 
@@ -185,7 +188,7 @@ def build_examples(path: str) -> None:
 
 
 def build_times(path: str, factor: float) -> None:
-    """Answers ``y = x * factor`` for x: float32 [?], so that versions can be told apart; ``spin`` is slow."""
+    """Answers ``y = x * factor`` for x: float32 [?]; ``spin`` is slow."""
     import tensorflow as tf
 
     class Model(tf.Module):

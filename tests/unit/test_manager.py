@@ -1,4 +1,4 @@
-"""The life of versions, driven through the manager's own threads with loads that the test lets through."""
+"""The life of versions, with loads that the test holds and lets through."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Loaded:
 
 
 class Harness:
-    """A manager, a gate for each version's load, and a record of every state that was announced."""
+    """A manager, a gate for each version's load, and every state that was announced."""
 
     def __init__(self, flags: ServerFlags) -> None:
         self.gates: dict[int, threading.Event] = {}

@@ -14,7 +14,7 @@ from spikeless.disk import pages, proc
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.mapping.manifest import FileRecord, Manifest, manifest_path
-from spikeless.sidecars import keep
+from spikeless.repository import models_config
 from spikeless.sidecars.keep import Keeper, served_versions
 
 SIZE = 1 << 20
@@ -163,7 +163,7 @@ def test_served_versions_are_those_of_the_configuration(tmp_path: Path) -> None:
         _version(tmp_path, "a", number)
     _version(tmp_path, "b", 4)
     assert served_versions(tmp_path) == {"a": [tmp_path / "a" / "3"], "b": [tmp_path / "b" / "4"]}
-    config = tmp_path / keep.CONFIG_FILE
+    config = tmp_path / models_config.FILE_NAME
     config.write_text(
         'model_config_list { config { name: "x" base_path: "/models/a" '
         "model_version_policy { specific { versions: 1 versions: 3 } } } "
@@ -201,9 +201,9 @@ def test_the_command_keeps_until_it_is_told_to_stop(tmp_path: Path) -> None:
         assert changes == ["locked", "locked", "released"]
         assert next(lines) == f"keeping {2 * SIZE:,} of {64 * SIZE:,} bytes\n"
         # A configuration that cannot be read changes nothing, and is complained of once.
-        config = tmp_path / keep.CONFIG_FILE
+        config = tmp_path / models_config.FILE_NAME
         write_atomically(config, b"model_config_list {")
-        assert next(lines).startswith(f"what is locked stays locked: {config}: ")
+        assert next(lines).startswith(f"what is locked stays locked: {config} cannot be read: ")
         assert _locked_bytes(process.pid) == 2 * SIZE
         write_atomically(config, b'model_config_list { config { name: "a" base_path: "/m/a" } }')
         _version(tmp_path, "a", 3, SIZE)

@@ -1,4 +1,4 @@
-"""The HTTP side of the REST API with an application that only answers: slow clients, limits, draining."""
+"""The HTTP server alone: slow clients, limits, draining."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGE = b"x" * (64 << 20)
 
 
 class Application:
-    """Answers ``/large`` with 64 MB, ``/gate`` when the gate is opened, anything else with ``ok``."""
+    """``/large`` is 64 MB, ``/gate`` waits for the gate, anything else is ``ok``."""
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)

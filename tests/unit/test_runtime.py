@@ -104,8 +104,8 @@ def test_a_bare_call_is_repeated(times: Session) -> None:
     assert caught.value.code is Code.INVALID_ARGUMENT
 
 
-#: Frees 64 MiB in small pieces, all but the last, which keeps the heap from shrinking by itself. Prints the
-#: private memory before and after what was freed is given back.
+#: Frees 64 MiB in small pieces, all but the last, which keeps the heap from shrinking
+#: by itself. Prints the private memory before and after what was freed is given back.
 _FREED = """
 import ctypes
 from spikeless import runtime
@@ -151,7 +151,7 @@ def test_errors_have_tensorflows_code_and_message(saved_models: Path, times: Ses
 
 
 def test_where_a_load_runs_is_told_to_tensorflow(saved_models: Path) -> None:
-    """A pool that does not exist is refused; the calling thread is no pool, and needs none."""
+    """A pool that does not exist is refused; the calling thread needs none."""
     assert Session.load.__kwdefaults__ is None
     assert Session.load.__defaults__[-1] == runtime.CALLING_THREAD == -1  # type: ignore[index]
     with pytest.raises(SpikelessError, match="Invalid inter_op_thread_pool: 7"):

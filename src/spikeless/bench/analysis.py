@@ -9,7 +9,7 @@ steady   after the warm seconds, until publishing began (or to the end without a
 reload   from the beginning of publishing until one second after the old version
          was seen to have ended
 control  for each reload, a window of the same length without a reload, in the middle of
-         the quiet time before it, which begins after the last reload or the warm seconds
+         the quiet time before it, which begins after the last reload or warm second
 """
 
 from __future__ import annotations

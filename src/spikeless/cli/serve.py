@@ -20,7 +20,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def _option(flag: Flag) -> click.Option:
-    """An option spelt as TensorFlow's flags are: ``--name=value``, and for booleans ``--name`` too."""
+    """An option spelt as TensorFlow's: ``--name=value``; ``--name`` for booleans."""
     kind: Any = flag.kind
     if flag.minimum is not None:
         kind = click.IntRange(flag.minimum, flag.maximum)
@@ -50,8 +50,8 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
 def command(**values: Any) -> None:
     """Serve models with the embedded engine; flags are TensorFlow Serving's.
 
-    The gRPC port opens when the first version of every model is loaded and warm. SIGTERM and SIGINT let the
-    requests in progress end.
+    The gRPC port opens when the first version of every model is loaded and warm.
+    SIGTERM and SIGINT let the requests in progress end.
     """
     try:
         flags = ServerFlags(**values)
@@ -73,13 +73,13 @@ def command(**values: Any) -> None:
         if ports.rest is not None:
             print(f"serving REST on http://{flags.host}:{ports.rest}", flush=True)
         server.wait()
-    # Whoever signals again while the interpreter ends must not turn this end into a violent one.
+    # A second signal must not kill the interpreter while it exits.
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _stop_on_signal(server: Server, grace: float) -> None:
-    """Drain and stop at the first SIGTERM or SIGINT, on a thread of its own: handlers must not wait."""
+    """Stop at SIGTERM or SIGINT, on a thread of its own: handlers must not wait."""
 
     def handle(received: int, _: object) -> None:
         _log.info("%s: draining", signal.Signals(received).name)

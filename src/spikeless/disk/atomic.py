@@ -9,7 +9,6 @@ Only the standard library is used, so that training environments of their own ca
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from spikeless.disk import locks
 from spikeless.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
 #: What a server of another user needs in order to read.
@@ -81,17 +81,6 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold the exclusive lock of ``file``, which is created when missing; waits for whoever holds it.
-
-    The kernel releases the lock when its holder dies, however it dies.
-    """
-    with open(file, "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def staging(directory: Path, prefix: str = "") -> Iterator[Path]:
     """A new private directory below ``directory``, removed at the end whatever happens.
 
@@ -99,43 +88,31 @@ def staging(directory: Path, prefix: str = "") -> Iterator[Path]:
     left behind, and nothing that is still in use.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Under the lock, so that nobody takes the new directory for a stale one before it has its owner.
-    with locked(directory / _LOCK):
+    # The lock keeps others from removing the new directory before it has its owner.
+    with locks.acquire(directory / _LOCK):
         _remove_stale(directory)
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
-        owner = open(path / _OWNER, "w")  # noqa: SIM115 (its lock is held until the end)
-        fcntl.flock(owner, fcntl.LOCK_EX)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        owner.close()
+        owner = locks.acquire(path / _OWNER)
+    with owner:
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def staged(directory: Path) -> list[Path]:
     """The staging directories below ``directory`` that are in use; what killed processes left is removed."""
     if not directory.is_dir():
         return []
-    with locked(directory / _LOCK):
+    with locks.acquire(directory / _LOCK):
         _remove_stale(directory)
         return [path for path in directory.iterdir() if path.is_dir()]
 
 
 def _remove_stale(directory: Path) -> None:
     for path in directory.iterdir():
-        if path.is_dir() and not _is_owned(path):
+        if path.is_dir() and not locks.is_held(path / _OWNER):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_owned(path: Path) -> bool:
-    try:
-        with open(path / _OWNER, "rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # in use, or another user's to clean up
-        return True
-    except FileNotFoundError:
-        return False
-    return False
 
 
 def copy_tree(source: Path, target: Path, *, link: bool = False) -> None:

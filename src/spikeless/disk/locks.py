@@ -1,7 +1,7 @@
-"""One change of a model at a time.
+"""Locks between processes.
 
-In: a model's ``.spikeless`` directory. Out: its lock, held until the block ends; the kernel lets go of it
-when its holder dies, however it dies.
+In: a file that is used for nothing but its lock. Out: the lock, as a context manager. The
+kernel releases a lock when its holder dies, however it dies.
 """
 
 from __future__ import annotations
@@ -13,15 +13,39 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from spikeless.errors import Cancelled, FailedPrecondition
 
-_LOCK = "promotion.lock"
+_MODEL_LOCK = "promotion.lock"
 _POLL_SECONDS = 0.1
 
 
+def acquire(file: Path, *, shared: bool = False) -> IO[str]:
+    """Lock a file, which is created when it is missing; waits for whoever holds the lock.
+
+    Returns:
+        A context manager; closing it releases the lock.
+    """
+    handle = open(file, "a")  # noqa: SIM115 (the caller closes it)
+    fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    return handle
+
+
+def is_held(file: Path) -> bool:
+    """Whether a process holds the exclusive lock of a file. A file of another user counts as locked."""
+    try:
+        with open(file, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 @contextmanager
-def alone(
+def model_lock(
     state: Path,
     name: str,
     *,
@@ -29,20 +53,22 @@ def alone(
     progress: Callable[[str], None] = lambda line: None,
     interrupted: threading.Event | None = None,
 ) -> Iterator[None]:
-    """Hold the lock of the model ``name``, whose ``.spikeless`` directory is ``state``.
+    """Hold the lock that allows one change at a time to the model ``name``.
+
+    The lock is in the model's ``.spikeless`` directory, ``state``. It contains a note of who holds it.
 
     Raises:
-        FailedPrecondition: somebody else holds it, and ``wait`` is False; or there can be no lock.
+        FailedPrecondition: another process holds it, and ``wait`` is False; or it cannot be created.
         Cancelled: ``interrupted`` was set while waiting.
     """
     interrupted = interrupted or threading.Event()
     try:
         state.mkdir(exist_ok=True)
-        lock = open(state / _LOCK, "a+")  # noqa: SIM115 (closed below)
+        lock = open(state / _MODEL_LOCK, "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise FailedPrecondition(f"cannot lock {name} in {state}: {error.strerror}") from None
     with lock:
-        if not _try(lock.fileno()):
+        if not _try_exclusive(lock):
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             if not wait:
@@ -51,23 +77,23 @@ def alone(
                     "which puts everything back"
                 )
             progress(f"waiting for {holder}, which is changing {name}")
-            while not _try(lock.fileno()):
+            while not _try_exclusive(lock):
                 if interrupted.wait(_POLL_SECONDS):
                     raise Cancelled("interrupted")
         _note_holder(lock.fileno())
         yield
 
 
-def _try(descriptor: int) -> bool:
+def _try_exclusive(lock: IO[str]) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
 def _note_holder(descriptor: int) -> None:
-    """For those who have to wait; on a full disk they are not told."""
+    """Say who holds the lock; on a full disk the note stays empty."""
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

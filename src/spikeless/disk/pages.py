@@ -15,7 +15,6 @@ import resource
 from collections.abc import Iterable
 from ctypes import c_int, c_long, c_size_t, c_ubyte, c_void_p
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from spikeless.disk import proc
@@ -82,9 +81,7 @@ class Mapping:
     def __enter__(self) -> Mapping:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -1,1 +1,1 @@
-"""The embedded engine, a TensorFlow-Serving-compatible server; only `spikeless serve` imports it."""
+"""The embedded engine: a server like TensorFlow Serving, for `spikeless serve`."""

@@ -1,11 +1,13 @@
-"""The models that a server serves: its configuration, labels and versions, and the look-up for a request.
+"""The models of a server: configuration, labels, versions and look-up for requests.
 
-In: a ``ModelServerConfig`` (``model_config_list``), at the start and again at each reload. Out: the loaded
-model for a ``ModelSpec``, and the states of versions. It knows no transport.
+In: a ``ModelServerConfig`` (``model_config_list``), at the start and again at each
+reload. Out: the loaded model for a ``ModelSpec``, and the states of versions. It knows
+no transport.
 
-The rules, and the messages that clients see, are those of TensorFlow Serving's ``server_core.cc``: a new
-configuration replaces the whole of the old one; it is checked as a whole, and one that is refused leaves
-everything as it was; a label may only point at a version that is available.
+The rules, and the messages that clients see, are those of TensorFlow Serving's
+``server_core.cc``: a new configuration replaces the whole of the old one; it is checked
+as a whole, and one that is refused leaves everything as it was; a label may only point
+at a version that is available.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _Labels = dict[str, dict[str, int]]
 
 
 class ServerCore:
-    """Keeps the models of one configuration loaded and lends them to requests: start, stop."""
+    """Keeps the models of a configuration loaded and lends them out: start, stop."""
 
     def __init__(self, loader: Callable[[str, int, Path], Model], flags: ServerFlags = DEFAULTS) -> None:
         self._flags = flags
@@ -44,7 +46,7 @@ class ServerCore:
         self._poller = threading.Thread(target=self._poll_forever, name="poll", daemon=True)
 
     def start(self, config: model_server_config_pb2.ModelServerConfig) -> None:
-        """Load what ``config`` says and look for new versions from now on; raises as `reload_config` does."""
+        """Load the models of ``config`` and poll; raises as `reload_config` does."""
         self.manager.start()
         if self._flags.file_system_poll_wait_seconds > 0:
             self._poller.start()
@@ -65,15 +67,17 @@ class ServerCore:
         """Whether the configuration has a model of this name."""
         return name in self._labels
 
-    # --- configuration ------------------------------------------------------------------------------
+    # --- configuration ----------------------------------------------------------------
 
     def reload_config(self, config: model_server_config_pb2.ModelServerConfig) -> None:
-        """Serve what ``config`` says from now on; returns when every new model has an available version.
+        """Replace the configuration; return when every new model is available.
 
         Raises:
             InvalidArgument: the configuration is wrong; the old one stays.
-            FailedPrecondition: a label points at a version that is not available; the old one stays.
-            SpikelessError: a new model could not be loaded (UNKNOWN); the new configuration is in force.
+            FailedPrecondition: a label points at a version that is not available; the
+                old one stays.
+            SpikelessError: a new model could not be loaded (UNKNOWN); the new
+                configuration is in force.
         """
         with self._reloading:
             _validate(config)
@@ -110,16 +114,16 @@ class ServerCore:
             labels[model.name] = dict(model.version_labels)
         return labels
 
-    # --- versions on disk ---------------------------------------------------------------------------
+    # --- versions on disk -------------------------------------------------------------
 
     def poll(self) -> None:
-        """Look at the file system now and tell the manager which versions are wanted."""
+        """Tell the manager which of the versions in the file system are wanted."""
         with self._polling:
             for config in self._config.model_config_list.config:
                 try:
                     versions = aspired_versions(config)
                 except SpikelessError as error:
-                    # What is loaded stays: a mount that comes and goes must not unload a model.
+                    # A mount that comes and goes must not unload a model.
                     _log.error("%s", error)
                     continue
                 self.manager.set_aspired(config.name, versions)
@@ -131,10 +135,10 @@ class ServerCore:
             except Exception:
                 _log.exception("looking for versions")
 
-    # --- requests -----------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------
 
     def use(self, spec: model_pb2.ModelSpec) -> AbstractContextManager[Model]:
-        """Lend the model that a request's ``ModelSpec`` names: by version, by label, or the latest.
+        """Lend the model of a ``ModelSpec``: by version or label, or the latest.
 
         Like ``Manager.use``, to the ``with`` statement that asks for it.
 
@@ -149,13 +153,13 @@ class ServerCore:
             try:
                 return self.manager.use(spec.name, version)
             except NotFound:
-                # A label may have moved after it was looked up, and the version that it left be gone.
+                # The label may have moved meanwhile, and its old version be gone.
                 asked, version = version, self.version_of(spec)
                 if asked == version:
                     raise
 
     def version_of(self, spec: model_pb2.ModelSpec) -> int | None:
-        """The version that a ``ModelSpec`` asks for, None for the latest."""
+        """The version that a ``ModelSpec`` asks for; None for the latest."""
         choice = spec.WhichOneof("version_choice")
         if choice == "version":
             return int(spec.version.value)

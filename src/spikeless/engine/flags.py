@@ -1,9 +1,10 @@
 """The flags of the embedded server: each is one field of `ServerFlags`.
 
-Everything else comes from that field: the option of ``spikeless serve`` and its help, the setting that the
-engine reads, and the row of the reference table. Names and defaults are TensorFlow Serving's, so that one
-command line starts either server. A flag that means nothing here is declared with the reason, and so is one
-that has to be refused.
+Everything else comes from that field: the option of ``spikeless serve`` and its help,
+the setting that the engine reads, and the row of the reference table. Names and
+defaults are TensorFlow Serving's, so that one command line starts either server. A flag
+that means nothing here is declared with the reason, and so is one that has to be
+refused.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Flag:
         return not (self.ignored or self.refused)
 
     def validate(self, value: Any) -> None:
-        """Raise InvalidArgument for a value of the wrong type, out of range, or refused."""
+        """Raise InvalidArgument for a wrong type, a value out of range or refused."""
         if value is None and not self.has_effect:
             return
         if self.refused and value.lower() != "false":
@@ -100,7 +101,7 @@ def _refused(reason: str) -> str | None:
 
 
 def channel_arguments(text: str) -> list[tuple[str, int | str]]:
-    """The channel arguments in ``name=value,name=value``; raises ValueError for anything else."""
+    """The pairs in ``name=value,name=value``; raises ValueError for anything else."""
     arguments: list[tuple[str, int | str]] = []
     for argument in filter(None, text.split(",")):
         name, separator, value = argument.partition("=")
@@ -166,7 +167,7 @@ class ServerFlags:
     )
     grace: float = _flag(10.0, "Seconds that requests in progress have to end after SIGTERM.", own=True)
 
-    # Ignored: given to TensorFlow Serving, they change nothing that a client of this engine would see.
+    # Ignored: they change nothing here.
     batching_parameters_file: str | None = _ignored("requests are not batched")
     enable_batching: str | None = _ignored("requests are not batched")
     enable_grpc_healthcheck_service: str | None = _ignored("the health service is always there")

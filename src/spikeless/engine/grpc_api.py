@@ -1,7 +1,8 @@
-"""The gRPC services: each call unpacks a request, asks the core, and packs the answer. Nothing else.
+"""The gRPC services, over what all transports share.
 
-``tensorflow.serving.PredictionService`` and ``tensorflow.serving.ModelService``, as declared in
-``tensorflow_serving/apis``. Errors become status codes in one place, ``_answering``.
+``tensorflow.serving.PredictionService`` and ``tensorflow.serving.ModelService``, as
+declared in ``tensorflow_serving/apis``. Errors become status codes in one place,
+``_answering``.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ _STATUS_CODES = {Code(code.value[0]): code for code in grpc.StatusCode}
 
 
 def _timeout(context: grpc.ServicerContext) -> float | None:
-    """Seconds until the caller's deadline; None without one (gRPC then reports years)."""
+    """Seconds until the caller's deadline; None without one: gRPC reports years."""
     remaining = context.time_remaining()
     return None if remaining is None or remaining > 1e8 else remaining
 
 
 def _answering(method: _Method) -> _Method:
-    """A method whose errors become the call's status; whatever was not foreseen becomes INTERNAL.
+    """Turn a method's errors into the call's status; unforeseen ones are INTERNAL.
 
-    Not a ``grpc.ServerInterceptor``, which would be asked anew for a handler in every call.
+    Not a ``grpc.ServerInterceptor``, which would be asked anew for a handler in every
+    call.
     """
 
     @functools.wraps(method)
@@ -72,7 +74,7 @@ def _model_spec(kind: Kind, request: Any) -> model_pb2.ModelSpec:
 
 
 class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
-    """Inference, with a method for each kind of request, and the signatures of models."""
+    """A method for each kind of request, and one for signatures."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls

@@ -1,7 +1,8 @@
-"""The calls that a server answers, whichever way they come: no transport, but all that transports share.
+"""What gRPC and REST calls share: the model that answers, metadata, status, metrics.
 
-In: request messages of ``tensorflow_serving/apis``, or just a ``ModelSpec``. Out: response messages, or the
-loaded model, lent for as long as the call lasts. What the metrics are to learn of a call is noted here.
+In: request messages of ``tensorflow_serving/apis``, or just a ``ModelSpec``. Out:
+response messages, or the loaded model, lent for as long as the call lasts. Metrics are
+counted here.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ class Call:
         self.examples: int | None = None
 
     def model(self) -> Model:
-        """The model that the call asks for, lent until its end, once; raises as ``ServerCore.use`` does."""
+        """The model of the call, lent until it ends; raises as `ServerCore.use`."""
         self._lent = self._core.use(self._spec)
         model = self._lent.__enter__()
         self.version = model.version
         return model
 
     def answer(self, kind: Kind, request: Any, timeout: float | None) -> Any:
-        """The response of that model to a request message, within ``timeout`` seconds."""
+        """That model's response to a request message, within ``timeout`` seconds."""
         if kind.takes_examples:
             self.examples = len(kinds.examples(request.input))
         return self.model().answer(kind, request, timeout)
@@ -80,7 +81,7 @@ class Call:
 
 
 class Calls:
-    """The calls of one transport, which the metrics name as the ``entrypoint``: ``GRPC`` or ``REST``."""
+    """The calls of one transport: of the ``entrypoint`` ``GRPC`` or ``REST``."""
 
     def __init__(self, core: ServerCore, entrypoint: str, metrics: Metrics | None = None) -> None:
         self._core = core
@@ -88,7 +89,7 @@ class Calls:
         self._metrics = metrics
 
     def counted(self, spec: model_pb2.ModelSpec, api: str) -> Call:
-        """Count what happens inside as one call of ``api``: ``Predict``, or ``predict`` over REST, ..."""
+        """Count a ``with`` block as a call of ``api``, such as ``Predict``."""
         return Call(self._core, spec, api, self._entrypoint, self._metrics)
 
     def metadata(

@@ -1,7 +1,7 @@
 """From a version directory to a model that is ready for requests: load, then warm up.
 
-A version becomes available only when this has returned, so its first request finds a graph that is built,
-optimised and has run.
+A version becomes available only when this has returned, so its first request finds a
+graph that is built, optimised and has run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Who wants to know what loading and running take, in seconds: ``spikeless.engine.metrics``."""
+    """Told how many seconds loads and runs take: `spikeless.engine.metrics`."""
 
     def load_failed(self, path: Path) -> None: ...
     def restored(self, name: str, version: int, path: Path, seconds: float) -> None: ...
@@ -97,14 +97,14 @@ class ModelLoader:
     def _warm(self, model: Model, path: Path) -> int:
         if not self._flags.enable_model_warmup:
             return 0
-        # On this thread, as the load: it may have yielded, and the others are the requests'.
+        # On this thread, like the load: the other threads are the requests'.
         here = dataclasses.replace(model, inter_op_thread_pool=CALLING_THREAD)
         iterations = self._flags.num_request_iterations_for_warmup
         return warmup.replay(here, warmup.warmup_file(path), request_iterations=iterations)
 
 
 def _expect_look_ups(path: Path) -> None:
-    """Prepare the kernel for look-ups in a mapped version's embeddings; only speed depends on it."""
+    """Tell the kernel that a mapped version's embeddings are read row by row."""
     if not mapping.is_mapped(path):
         return
     try:

@@ -1,13 +1,14 @@
 """The life of model versions: START, LOADING, AVAILABLE, UNLOADING, END.
 
-In: the versions that are wanted of each model (``set_aspired``). Out: a handle on a loaded version
-(``use``), and every version's state. It knows neither gRPC nor files: a loader function turns a path into
-something that can be closed.
+In: the versions that are wanted of each model (``set_aspired``). Out: a handle on a
+loaded version (``use``), and every version's state. It knows neither gRPC nor files: a
+loader function turns a path into something that can be closed.
 
-One thread decides, and two pools of threads load and unload, so that neither waits for the other and requests
-wait for neither. The policy is TensorFlow Serving's availability-preserving one: a version that is no longer
-wanted stays until one that is wanted is available. A version is closed only after the last request that uses
-it has ended; nobody who looks it up later can find it.
+One thread decides, and two pools of threads load and unload, so that neither waits for
+the other and requests wait for neither. The policy is TensorFlow Serving's
+availability-preserving one: a version that is no longer wanted stays until one that is
+wanted is available. A version is closed only after the last request that uses it has
+ended; later look-ups do not find it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from spikeless.formats.states import State, VersionStatus
 
 _log = logging.getLogger(__name__)
 
-#: States of versions that have ended are kept for status queries, this many for each model.
+#: States of versions that have ended are kept for status queries, this many for each
+#: model.
 MAX_ENDED = 1000
 
 
@@ -44,7 +46,8 @@ Loader = Callable[[str, int, Path], T]
 class _Loaded(Generic[T]):
     """A loaded version and the number of requests that are using it.
 
-    Once acquired, it can be the context of one ``with`` statement, at whose end it is released.
+    Once acquired, it can be the context of one ``with`` statement, at whose end it is
+    released.
     """
 
     def __init__(self, version: int, model: T) -> None:
@@ -100,13 +103,13 @@ class _Version(Generic[T]):
 
 
 class Manager(Generic[T]):
-    """Loads and unloads versions in the background and lends them to requests: start, stop."""
+    """Loads and unloads versions and lends them to requests: start, stop."""
 
     def __init__(self, loader: Loader[T], flags: ServerFlags = DEFAULTS) -> None:
         self._loader = loader
         self._flags = flags
         self._versions: dict[str, dict[int, _Version[T]]] = defaultdict(dict)
-        # What requests see: replaced as a whole, never changed, so that a look-up needs no lock.
+        # Replaced as a whole, never changed, so that a look-up needs no lock.
         self._available: Mapping[str, Mapping[int, _Loaded[T]]] = {}
         self._changed = threading.Condition()
         self._stopping = False
@@ -121,10 +124,10 @@ class Manager(Generic[T]):
             if not self._stopping:
                 self._thread.start()
 
-    # --- what is wanted -----------------------------------------------------------------------------
+    # --- what is wanted ---------------------------------------------------------------
 
     def set_aspired(self, name: str, versions: Mapping[int, Path]) -> None:
-        """From now on these versions of the model ``name`` are wanted, and no others."""
+        """Want these versions of the model ``name``, and no others."""
         with self._changed:
             known = self._versions[name]
             for version, path in versions.items():
@@ -140,14 +143,14 @@ class Manager(Generic[T]):
             self._changed.notify_all()
 
     def add_listener(self, listener: Callable[[str, VersionStatus], None]) -> None:
-        """Call ``listener(name, status)`` at each change of state, on the thread that makes it; be quick."""
+        """Call ``listener(name, status)`` at each change of state; it may not block."""
         with self._changed:
             self._listeners.append(listener)
 
-    # --- what there is ------------------------------------------------------------------------------
+    # --- what there is ----------------------------------------------------------------
 
     def use(self, name: str, version: int | None = None) -> AbstractContextManager[T]:
-        """Lend a loaded version, the highest without a number, to the ``with`` statement that asks for it.
+        """Lend a loaded version, by default the highest, to one ``with`` statement.
 
         It is not closed while it is lent.
 
@@ -176,7 +179,7 @@ class Manager(Generic[T]):
             return [_status(entry) for _, entry in sorted(self._versions.get(name, {}).items())]
 
     def wait_available(self, names: Iterable[str], timeout: float | None = None) -> dict[str, str]:
-        """Wait until each model has an available version, or none that could still become available.
+        """Wait until each model is available, or cannot become available any more.
 
         Returns:
             The models that have none, with the reason.
@@ -184,7 +187,7 @@ class Manager(Generic[T]):
         names = list(names)
 
         def failure(name: str) -> str | None:
-            """Why there is nothing to wait for, empty when the model is available, None when undecided."""
+            """Why the model failed; empty when available, None while undecided."""
             if self._available.get(name):
                 return ""
             wanted = [entry for entry in self._versions.get(name, {}).values() if entry.aspired]
@@ -219,7 +222,7 @@ class Manager(Generic[T]):
             if pool is not None:
                 pool.shutdown()
 
-    # --- how it gets there --------------------------------------------------------------------------
+    # --- how it gets there ------------------------------------------------------------
 
     def _decide_forever(self) -> None:
         while True:
@@ -252,13 +255,13 @@ class Manager(Generic[T]):
         return min(waits) if waits else None
 
     def _decide(self, now: float) -> tuple[list[_Version[T]], list[_Version[T]]]:
-        """What to load and what to unload now; the chosen versions change their state here."""
+        """What to load and what to unload now; changes the state of these versions."""
         loads: list[_Version[T]] = []
         unloads: list[_Version[T]] = []
         for versions in self._versions.values():
             entries = [versions[version] for version in sorted(versions, reverse=True)]
             for entry in entries:
-                # A version that is waiting for its first or its next try is not being worked on.
+                # Waiting for its first or its next try: no thread works on it.
                 waiting = entry.state is State.START or entry.retry_at > 0
                 if waiting and not entry.aspired:
                     entry.retry_at = 0.0
@@ -363,12 +366,13 @@ def _pool(threads: int, name: str) -> ThreadPoolExecutor | None:
 
 
 def _give_way() -> None:
-    """Let the calling thread run only while no other wants its processor: ``SCHED_IDLE`` of sched(7).
+    """Run this thread only while no other wants its processor (``SCHED_IDLE``).
 
-    A request's thread that wakes up then never waits for a loading one to use up its slice of time, which
-    takes up to a tick of the kernel's clock and a slice more: 4 to 8 ms at 250 Hz. The price: where the
-    processors are always busy, loads take long. Threads that this one starts are like it, and no thread may
-    go back, so the first load must not call this: it starts the pools that TensorFlow runs requests on.
+    A request's thread that wakes up then never waits for a loading one to use up its
+    slice of time, which takes up to a tick of the kernel's clock and a slice more: 4 to
+    8 ms at 250 Hz. The price: where the processors are always busy, loads take long.
+    Threads that this one starts are like it, and no thread may go back, so the first
+    load must not call this: it starts the pools that TensorFlow runs requests on.
     """
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 

@@ -1,35 +1,36 @@
-"""Metrics for Prometheus: TensorFlow Serving's, by its names, and those that it does not have.
+"""Metrics for Prometheus: TensorFlow Serving's by its names, and this engine's own.
 
-In: the calls, the states of versions and the loads, as they happen. Out: the text that Prometheus scrapes,
-below the REST port, at the path of ``--monitoring_config_file``:
+In: the calls, the states of versions and the loads, as they happen. Out: the text that
+Prometheus scrapes, below the REST port, at the path of ``--monitoring_config_file``:
 
     prometheus_config { enable: true, path: "/monitoring/prometheus/metrics" }
 
-TensorFlow Serving's metrics, in microseconds, have no version among their labels. ``API`` is ``Predict``,
-``Classify``, ... over gRPC and for the runtime, and ``predict``, ``classify``, ... over REST, as it is there:
+TensorFlow Serving's metrics, in microseconds, have no version among their labels.
+``API`` is ``Predict``, ``Classify``, ... over gRPC and for the runtime, and
+``predict``, ``classify``, ... over REST, as it is there:
 
-    :tensorflow:serving:request_count                 calls, by model_name, status (OK, NOT_FOUND, ...)
-    :tensorflow:serving:request_latency               of calls that succeeded, by model_name, API, entrypoint
-    :tensorflow:serving:runtime_latency               in TensorFlow alone, by model_name, API, runtime (TF1)
-    :tensorflow:serving:request_example_counts        examples in a Classify or Regress call, by model
+    :tensorflow:serving:request_count                 calls, by model_name, status
+    :tensorflow:serving:request_latency               by model_name, API, entrypoint
+    :tensorflow:serving:runtime_latency               by model_name, API, runtime (TF1)
+    :tensorflow:serving:request_example_counts        examples in a call, by model
     :tensorflow:serving:request_example_count_total   the same, added up
-    :tensorflow:serving:model_warmup_latency          of whole warmup files, by model_path, status
-    :tensorflow:cc:saved_model:load_attempt_count     loads, by model_path, status (success, fail)
-    :tensorflow:cc:saved_model:load_latency           of loads that succeeded, added up, by model_path
+    :tensorflow:serving:model_warmup_latency          by model_path, status
+    :tensorflow:cc:saved_model:load_attempt_count     by model_path, status
+    :tensorflow:cc:saved_model:load_latency           added up, by model_path
 
 Those that begin with ``spikeless_`` are this engine's own, in seconds and bytes:
 
-    spikeless_call_latency_seconds     every call, by model_name, version, API, entrypoint, status
+    spikeless_call_latency_seconds     by model_name, version, API, entrypoint, status
     spikeless_calls_in_progress        by entrypoint (GRPC, REST)
-    spikeless_version_state            1 for the state that a version is in, by model_name, version, state
+    spikeless_version_state            1 for its state, by model_name, version, state
     spikeless_version_load_seconds     how long the version took to restore
     spikeless_version_warmup_seconds   how long its warmup took
     spikeless_version_warmup_records   how many records it had
-    spikeless_load_failures_total      versions that could not be loaded, by model_name, status
+    spikeless_load_failures_total      failed loads, by model_name, status
     spikeless_memory_private_bytes     what counts against a container's limit (RssAnon)
-    spikeless_memory_mapped_bytes      pages of files, which the kernel can take back (RssFile)
+    spikeless_memory_mapped_bytes      pages of files, which can be evicted (RssFile)
 
-What to ask of them, in PromQL:
+Useful queries:
 
     # requests a second, by status
     sum by (model_name, status) (rate(:tensorflow:serving:request_count[1m]))
@@ -41,11 +42,13 @@ What to ask of them, in PromQL:
         (rate(spikeless_call_latency_seconds_bucket{model_name="boston"}[1m])))
     # which version is being served, and how much of the traffic it takes
     spikeless_version_state{state="AVAILABLE"} == 1
-    sum by (version) (rate(spikeless_call_latency_seconds_count{model_name="boston"}[1m]))
+    sum by (version)
+        (rate(spikeless_call_latency_seconds_count{model_name="boston"}[1m]))
     # how much of a call is spent outside TensorFlow, in milliseconds
     (sum by (model_name) (rate(:tensorflow:serving:request_latency_sum[1m]))
         - sum by (model_name) (rate(:tensorflow:serving:runtime_latency_sum[1m])))
-        / sum by (model_name) (rate(:tensorflow:serving:request_latency_count[1m])) / 1000
+        / sum by (model_name) (rate(:tensorflow:serving:request_latency_count[1m]))
+        / 1000
     # alert: a version could not be loaded, or is loading for more than five minutes
     increase(spikeless_load_failures_total[10m]) > 0
     min_over_time(spikeless_version_state{state="LOADING"}[5m]) == 1
@@ -61,10 +64,8 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import Message
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -77,12 +78,13 @@ from prometheus_client.registry import Collector
 
 from spikeless.disk import proc
 from spikeless.errors import Code
-from spikeless.formats.protos import read_text_proto
+from spikeless.formats.protos import message_class, read_text_proto
 from spikeless.formats.states import State, VersionStatus
 
 DEFAULT_PATH = "/monitoring/prometheus/metrics"
 
-#: TensorFlow Serving's buckets: ``Buckets::Exponential(10, 1.8, 33)`` microseconds, and of examples.
+#: TensorFlow Serving's buckets: ``Buckets::Exponential(10, 1.8, 33)`` microseconds, and
+#: of examples.
 MICROSECONDS = tuple(10 * 1.8**power for power in range(33))
 EXAMPLES = tuple(2.0**power for power in range(15))
 #: Fine where calls usually are, from 0.1 ms to 10 s.
@@ -91,37 +93,18 @@ SECONDS = (
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0),
 )
 
+_PrometheusConfig = message_class("PrometheusConfig", enable=(1, bool), path=(2, str))
+_MonitoringConfig = message_class("MonitoringConfig", prometheus_config=(1, _PrometheusConfig))
+
 
 def read_monitoring_path(file: str | os.PathLike[str]) -> str:
-    """The path that a ``MonitoringConfig`` in text format gives the metrics; empty when it disables them."""
-    config: Any = read_text_proto(file, _monitoring_config()())
-    prometheus = config.prometheus_config
+    """The path in a ``MonitoringConfig`` in text format; empty when metrics are off."""
+    prometheus = read_text_proto(file, _MonitoringConfig()).prometheus_config
     return str(prometheus.path or DEFAULT_PATH) if prometheus.enable else ""
 
 
-def _monitoring_config() -> type[Message]:
-    """The message of ``monitoring_config.proto``, which TensorFlow Serving's Python package leaves out."""
-    file = descriptor_pb2.FileDescriptorProto(
-        name="spikeless/monitoring_config.proto", package="spikeless", syntax="proto3"
-    )
-    prometheus = file.message_type.add(name="PrometheusConfig")
-    field = descriptor_pb2.FieldDescriptorProto
-    prometheus.field.add(name="enable", number=1, type=field.TYPE_BOOL, label=field.LABEL_OPTIONAL)
-    prometheus.field.add(name="path", number=2, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
-    file.message_type.add(name="MonitoringConfig").field.add(
-        name="prometheus_config",
-        number=1,
-        type=field.TYPE_MESSAGE,
-        type_name=".spikeless.PrometheusConfig",
-        label=field.LABEL_OPTIONAL,
-    )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("spikeless.MonitoringConfig"))
-
-
 class Metrics:
-    """Everything that one server counts; a registry of its own, so that servers do not mix."""
+    """What one server counts, in a registry of its own."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -214,7 +197,7 @@ class Metrics:
         """The text for Prometheus."""
         return generate_latest(self._registry)
 
-    # --- calls --------------------------------------------------------------------------------------
+    # --- calls ------------------------------------------------------------------------
 
     def started(self, entrypoint: str) -> None:
         """A call has begun."""
@@ -223,7 +206,7 @@ class Metrics:
     def ended(
         self, name: str, version: int | None, api: str, entrypoint: str, code: Code, seconds: float
     ) -> None:
-        """A call of the model ``name`` has ended; ``version`` is None when it found no model."""
+        """A call of a model has ended; ``version`` is None when it found no model."""
         self._in_progress.labels(entrypoint).dec()
         self._requests.add(1, name, code.name)
         if code is Code.OK:
@@ -240,10 +223,10 @@ class Metrics:
         """A call was in TensorFlow for ``seconds``; so are warmup records."""
         self._runtime.observe(seconds * 1e6, name, api, "TF1")
 
-    # --- versions -----------------------------------------------------------------------------------
+    # --- versions ---------------------------------------------------------------------
 
     def version_changed(self, name: str, status: VersionStatus) -> None:
-        """A version has entered a state. The series of one that has ended go, so that they stay few."""
+        """A version has entered a state; at END its series are removed."""
         version = str(status.version)
         for state in State:
             self._states.labels(name, version, state.name).set(state is status.state)
@@ -286,8 +269,9 @@ _Cell = TypeVar("_Cell")
 class _Family(Collector, Generic[_Cell]):
     """A metric with a cell for each combination of label values.
 
-    The classes of the client library end the names of all counters in ``_total`` and write the bounds of
-    histograms with all their digits; queries and dashboards for TensorFlow Serving have neither.
+    The classes of the client library end the names of all counters in ``_total`` and
+    write the bounds of histograms with all their digits; queries and dashboards for
+    TensorFlow Serving have neither.
     """
 
     kind = "unknown"
@@ -327,7 +311,7 @@ class _Counter(_Family[int]):
 
 
 class _Histogram(_Family[list[float]]):
-    """Distributions: a cell is the number of values in each bucket, and at its end their sum."""
+    """Distributions: a cell has the count of each bucket, then the sum."""
 
     kind = "histogram"
 

@@ -1,8 +1,8 @@
 """The REST API: HTTP requests in, JSON out, everything between shared with gRPC.
 
-`RestApi` is a WSGI application that knows TensorFlow Serving's paths, status codes and error bodies
-(``http_rest_api_handler.cc``, ``http_rest_api_util.cc``, ``http_server.cc``). It opens no socket:
-`spikeless.engine.rest_server` runs it.
+`RestApi` is a WSGI application that knows TensorFlow Serving's paths, status codes and
+error bodies (``http_rest_api_handler.cc``, ``http_rest_api_util.cc``,
+``http_server.cc``). It opens no socket: `spikeless.engine.rest_server` runs it.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class RestApi:
         response = self._calls.metadata(request)
         signatures = get_model_metadata_pb2.SignatureDefMap()
         response.metadata[SIGNATURES].Unpack(signatures)
-        # Put together by hand, as TensorFlow Serving does: without the type name that an Any has in JSON.
+        # Put together by hand, as TensorFlow Serving does: without the type name that
+        # an Any has in JSON.
         return (
             f'{{\n"model_spec":{_to_json(response.model_spec)},\n'
             f'"metadata": {{"{SIGNATURES}": {_to_json(signatures)}}}\n}}\n'

@@ -1,8 +1,8 @@
-"""The HTTP server of the REST API: sockets, limits, timeouts and shutdown; it knows no path.
+"""The HTTP server of the REST API: sockets, limits, timeouts and shutdown.
 
-In: a WSGI application. Out: a listening port. It is waitress: one thread reads and writes all connections, so
-that slow and half-open ones cost a socket but no worker, and a bounded number of workers answer complete
-requests.
+In: a WSGI application. Out: a listening port. It is waitress: one thread reads and
+writes all connections, so that slow and half-open ones cost a socket but no worker, and
+a bounded number of workers answer complete requests.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LIMITS = RestLimits()
 
 
 class _RequestParser(HTTPRequestParser):  # type: ignore[misc]
-    """Answers 400 to a request line that waitress hangs up on, such as one with half an IPv6 address."""
+    """Answers 400 where waitress hangs up: half an IPv6 address in a request line."""
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
@@ -58,7 +58,7 @@ class _RequestParser(HTTPRequestParser):  # type: ignore[misc]
 
 
 class _Task(WSGITask):  # type: ignore[misc]
-    """Sends the head of an answer together with its body: two pieces would cost twice, here and there.
+    """Sends the head of an answer together with its body, in one packet if it is small.
 
     To HEAD the body is only its length.
     """
@@ -78,7 +78,7 @@ class _Task(WSGITask):  # type: ignore[misc]
 
 
 class _ErrorTask(ErrorTask):  # type: ignore[misc]
-    """What is refused before it reaches the application gets an error body like everything else."""
+    """Gives a JSON body to errors that do not reach the application."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -91,7 +91,7 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class _Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection that gives up on a request that takes too long to arrive, however it drips.
+    """A connection that is closed when a request takes too long to arrive.
 
     Its loop leaves a connection alone while a worker sends on it.
     """
@@ -110,7 +110,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             self._sending = False
 
     def writable(self) -> bool:
-        # While a worker sends, there is nothing to do but to spin; the worker wakes the loop when it is done.
+        # Not while a worker sends: the loop would spin. The worker wakes it afterwards.
         return not self._sending and bool(super().writable())
 
     def readable(self) -> bool:
@@ -148,7 +148,7 @@ class RestServer:
             Unavailable: the port is taken.
         """
         flags, limits = self._flags, self._limits
-        # Full queues are a matter of load, which the metrics show; and clients may go away.
+        # Not every full queue is worth a line: metrics show the load.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         try:
             server = create_server(
@@ -161,13 +161,13 @@ class RestServer:
                 clear_untrusted_proxy_headers=False,
                 log_socket_errors=False,
                 recv_bytes=1 << 16,
-                # One more than is being answered: that is how a client that goes away is noticed.
+                # Reading on is how a client that goes away is noticed.
                 channel_request_lookahead=1,
                 max_request_body_size=limits.max_request_bytes,
                 connection_limit=limits.max_connections,
                 channel_timeout=limits.idle_timeout,
                 cleanup_interval=min(30, limits.idle_timeout),
-                # An answer is kept, in a file where it is long, so that no worker waits for a slow reader.
+                # Answers are buffered, so that no worker waits for a slow reader.
                 outbuf_high_watermark=1 << 62,
             )
         except OSError as error:
@@ -186,7 +186,7 @@ class RestServer:
             wasyncore.poll2(1.0, self._connections)
 
     def stop(self, grace: float) -> None:
-        """Take no new requests, and let those in progress end within ``grace`` seconds."""
+        """Take no new requests; let those in progress end within ``grace`` seconds."""
         if not self._thread.is_alive():
             return
         deadline = time.monotonic() + grace

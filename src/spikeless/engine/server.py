@@ -1,7 +1,6 @@
-"""The embedded engine: a TensorFlow-Serving-compatible server over TensorFlow's own C runtime.
+"""The embedded engine: a server like TensorFlow Serving over TensorFlow's C runtime.
 
-In: the values of flags. Out: listening ports. The life of a server is three calls:
-``start`` (returns the bound ports), ``wait``, ``stop`` with a grace.
+In: the values of flags. Out: listening ports.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
 
 
 def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
-    """Read a ``ModelServerConfig`` in text format; raises as ``read_text_proto`` does."""
+    """Read a ``ModelServerConfig`` in text format; raises as `read_text_proto` does."""
     return read_text_proto(path, model_server_config_pb2.ModelServerConfig())
 
 
@@ -68,7 +67,7 @@ class Ports(NamedTuple):
 
 
 class Server:
-    """The core and its transports: start (returns the bound ports), wait, stop with a grace."""
+    """The core and its transports: start (returns the bound ports), wait, stop."""
 
     def __init__(self, flags: ServerFlags) -> None:
         if not flags.model_config_file and not flags.model_base_path:
@@ -97,7 +96,8 @@ class Server:
         """Load the models, then listen. Returns None when it was stopped meanwhile.
 
         Raises:
-            SpikelessError: a wrong configuration, a model that cannot be loaded, or a port that is taken.
+            SpikelessError: a wrong configuration, a model that cannot be loaded, or a
+                port that is taken.
         """
         try:
             self.core.manager.add_listener(self._version_changed)
@@ -184,17 +184,17 @@ class Server:
                 complaint, refused = "", None
                 self._update_health()
             except Exception as error:
-                # Said once for each cause, not at every look.
+                # Logged once for each cause, not at every poll.
                 if str(error) != complaint:
                     _log.error("%s is not in force, the models stay as they are: %s", path, error)
                 complaint, refused = str(error), config
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the server has stopped; False when ``timeout`` seconds passed before."""
+        """Block until the server has stopped; False after ``timeout`` seconds."""
         return self._stopped.wait(timeout)
 
     def stop(self, grace: float) -> None:
-        """Take no new requests, let those in progress end within ``grace`` seconds, unload the models."""
+        """Take no new requests, let others end within ``grace`` seconds, unload."""
         if self._stopping.is_set():
             self._stopped.wait()
             return

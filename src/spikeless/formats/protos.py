@@ -19,14 +19,38 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from google.protobuf import text_format
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import Message
 
 from spikeless.errors import InvalidArgument, NotFound
 
 _M = TypeVar("_M", bound=Message)
+_Field = descriptor_pb2.FieldDescriptorProto
+_FIELD_TYPES = {bool: _Field.TYPE_BOOL, str: _Field.TYPE_STRING}
+_declared = descriptor_pool.DescriptorPool()
+
+
+def message_class(name: str, **fields: tuple[int, type[Any]]) -> type[Any]:
+    """A message that the Python packages of TensorFlow Serving leave out.
+
+    Args:
+        name: of the message.
+        fields: the number and the type of each optional field: ``bool``, ``str`` or
+            another class that this function made.
+    """
+    file = descriptor_pb2.FileDescriptorProto(name=f"spikeless/{name}.proto", package="spikeless")
+    message = file.message_type.add(name=name)
+    for field, (number, kind) in fields.items():
+        added = message.field.add(name=field, number=number, label=_Field.LABEL_OPTIONAL)
+        if kind in _FIELD_TYPES:
+            added.type = _FIELD_TYPES[kind]
+        else:
+            added.type, added.type_name = _Field.TYPE_MESSAGE, f".{kind.DESCRIPTOR.full_name}"
+            file.dependency.append(kind.DESCRIPTOR.file.name)
+    _declared.Add(file)
+    return message_factory.GetMessageClass(_declared.FindMessageTypeByName(f"spikeless.{name}"))
 
 
 def read_text_proto(file: str | os.PathLike[str], message: _M) -> _M:
@@ -127,6 +151,7 @@ __all__ = [
     "graph_pb2",
     "inference_pb2",
     "input_pb2",
+    "message_class",
     "meta_graph_pb2",
     "model_management_pb2",
     "model_pb2",

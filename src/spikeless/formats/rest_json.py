@@ -1,18 +1,24 @@
 """TensorFlow Serving's REST JSON, both ways.
 
-In: the body of a ``:predict``, ``:classify`` or ``:regress`` call. Out: NumPy arrays by input alias, or an
-``Input`` message; and back from output arrays, or a result message, to the body of the answer. The rules and
-error texts are those of ``tensorflow_serving/util/json_tensor.cc``:
+In: the body of a ``:predict``, ``:classify`` or ``:regress`` call. Out: NumPy arrays by
+input alias, or an ``Input`` message; and back from output arrays, or a result message,
+to the body of the answer. The rules and error texts are those of
+``tensorflow_serving/util/json_tensor.cc``:
 
-- ``instances`` is a list of rows; a row is a value or nested list (signatures with one input), or an object
-  with one entry for each input. Rows become the first dimension. The answer has ``predictions``, row by row.
-- ``inputs`` holds columns: one value or nested list (signatures with one input), or an object with one entry
-  for each input; entries for anything else are ignored. The answer has ``outputs``.
-- Numbers must fit their type: no fractions for integers, no numbers for booleans, nothing too large.
-- Strings are text, or ``{"b64": "..."}`` for bytes; outputs whose name ends in ``_bytes`` come as the latter.
+- ``instances`` is a list of rows; a row is a value or nested list (signatures with one
+  input), or an object with one entry for each input. Rows become the first dimension.
+  The answer has ``predictions``, row by row.
+- ``inputs`` holds columns: one value or nested list (signatures with one input), or an
+  object with one entry for each input; entries for anything else are ignored. The
+  answer has ``outputs``.
+- Numbers must fit their type: no fractions for integers, no numbers for booleans,
+  nothing too large.
+- Strings are text, or ``{"b64": "..."}`` for bytes; outputs whose name ends in
+  ``_bytes`` come as the latter.
 - NaN, Infinity and -Infinity are written as such, although JSON does not know them.
 
-Values are checked by type and converted in bulk; no Python code runs per number, in either direction.
+Values are checked by type and converted in bulk; no Python code runs per number, in
+either direction.
 """
 
 from __future__ import annotations
@@ -114,7 +120,7 @@ def signature_name(document: Mapping[str, Any]) -> str:
 
 
 def is_row_format(document: Mapping[str, Any]) -> bool:
-    """Whether a ``:predict`` request has ``instances``, which decides the layout of its response.
+    """Whether a ``:predict`` request, and so its response, is row by row.
 
     Raises:
         InvalidArgument: it has both of ``instances`` and ``inputs``, or neither.
@@ -133,12 +139,13 @@ def is_row_format(document: Mapping[str, Any]) -> bool:
 def predict_inputs(
     document: Mapping[str, Any], specs: Mapping[str, TensorSpec], *, strict: bool = False
 ) -> dict[str, _Array]:
-    """The tensors of a ``:predict`` request, by alias; strings as object arrays of ``bytes``.
+    """The tensors of a ``:predict`` request by alias; strings are ``bytes`` objects.
 
     Args:
         document: the request.
         specs: the inputs of the signature that it asks for.
-        strict: refuse ``inputs`` that the signature does not have instead of ignoring them.
+        strict: refuse ``inputs`` that the signature does not have instead of ignoring
+            them.
 
     Raises:
         InvalidArgument: the request does not have the form described above.
@@ -240,9 +247,9 @@ def _row_tensor(rows: list[Any], spec: TensorSpec, key: str = "") -> _Array:
 
 
 def _first_misfit(rows: list[Any], dtype: int) -> int:
-    """The first row that cannot be converted, or not to the shape of the first; there must be one.
+    """The first row that cannot be converted, or not to the shape of the first row.
 
-    Halves are looked at in bulk, so that it takes no longer than what it explains.
+    There must be one. It bisects and converts in bulk, as a request is converted.
     """
     low, high = 0, len(rows)
     while high - low > 1:
@@ -273,7 +280,7 @@ def _tensor(value: Any, dtype: int) -> _Array:
 
 
 def _flatten(value: Any) -> tuple[list[int], list[Any]]:
-    """The shape of nested lists, and what they hold; every list of one level must be equally long."""
+    """The shape of nested lists, and what they hold; it must be rectangular."""
     shape: list[int] = []
     level = [value]
     while list in (types := set(map(type, level))):
@@ -292,7 +299,7 @@ def _flatten(value: Any) -> tuple[list[int], list[Any]]:
 
 
 def _mixed(items: list[Any], level: int) -> InvalidArgument:
-    """The error of a level with both lists and values: the first item tells how deep values have to be."""
+    """The error of a level with lists and values; the first item sets the depth."""
     rank, item = level, items[0]
     while type(item) is list:
         rank, item = rank + 1, item[0] if item else None
@@ -306,7 +313,7 @@ def _mixed(items: list[Any], level: int) -> InvalidArgument:
 
 
 def _convert(leaves: list[Any], dtype: int) -> _Array:
-    """A flat array of the values, all of which must be of the right JSON type and fit ``dtype``."""
+    """A flat array of values, which must have the right JSON type and fit ``dtype``."""
     types = set(map(type, leaves))
     if dtype == types_pb2.DT_STRING:
         _check_types(leaves, types, {str, dict}, dtype)
@@ -339,7 +346,8 @@ def _integers(leaves: list[int], dtype: int) -> _Array:
     if leaves:
         limits = np.iinfo(numpy)
         for extreme in (min(leaves), max(leaves)):
-            # The server lets 8 and 16 bit integers wrap around; saying so instead loses no valid request.
+            # The server lets 8 and 16 bit integers wrap around; saying so instead loses
+            # no valid request.
             if not limits.min <= extreme <= limits.max:
                 raise InvalidArgument(
                     f"JSON Value: {extreme} Type: Number is not of expected type: {_type_text(dtype)}"
@@ -355,8 +363,8 @@ def _floats(leaves: list[float], dtype: int) -> _Array:
         raise InvalidArgument("JSON Parse error: Number too big to be stored in double.") from None
     limits = np.finfo(numpy)
     magnitudes = np.abs(values)
-    # Whole numbers are exact up to the width of the fraction; only where there are larger ones need JSON's
-    # integers be told from its decimals, which may be rounded.
+    # Whole numbers are exact up to the width of the fraction; only where there are
+    # larger ones need JSON's integers be told from its decimals, which may be rounded.
     exact = (1 << (limits.nmant + 1)) - 1
     for index in np.flatnonzero((magnitudes > exact) & np.isfinite(values)).tolist():
         leaf = leaves[index]
@@ -394,10 +402,11 @@ def _decode_base64(value: dict[str, Any]) -> bytes:
 
 
 def examples_input(document: Mapping[str, Any]) -> input_pb2.Input:
-    """The ``Input`` of a ``:classify`` or ``:regress`` request: its ``examples``, and its ``context`` if any.
+    """The ``Input`` of a ``:classify`` or ``:regress`` request: examples and context.
 
-    A feature is a value or a list of values: decimals are floats, whole numbers and booleans are int64,
-    strings and ``b64`` objects are bytes; one feature holds one kind only.
+    A feature is a value or a list of values: decimals are floats, whole numbers and
+    booleans are int64, strings and ``b64`` objects are bytes; one feature holds one
+    kind only.
     """
     examples = document.get(EXAMPLES_KEY)
     if EXAMPLES_KEY not in document:
@@ -423,7 +432,8 @@ def _example(value: Any) -> example_pb2.Example:
         raise InvalidArgument(f"Example must be JSON object but got JSON {_json_type(value)}")
     example = example_pb2.Example()
     for name, content in value.items():
-        # Assigning also keeps features without a value, which is another thing than no feature.
+        # Assigning also keeps features without a value, which is another thing than no
+        # feature.
         example.features.feature[_encode(name).decode()].CopyFrom(_feature(name, content))
     return example
 
@@ -472,14 +482,15 @@ def _text(value: Any, limit: int = 200) -> str:
     return text
 
 
-# --- answers ----------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------
 
-#: The types that an answer can hold; TensorFlow Serving has no JSON for half, bfloat16, complex and uint16.
+#: The types that an answer can hold; TensorFlow Serving has no JSON for half, bfloat16,
+#: complex and uint16.
 _WRITABLE = _FLOATS | _INTEGERS | {types_pb2.DT_BOOL, types_pb2.DT_STRING}
 
 
 def error_body(message: str) -> bytes:
-    """What every refusal looks like."""
+    """The body of every error."""
     return _document(ERROR_KEY, _text_json(message))
 
 
@@ -488,10 +499,12 @@ def predict_body(outputs: Mapping[str, _Array], rows: bool) -> bytes:
 
     Args:
         outputs: by alias; strings are object arrays of ``bytes``.
-        rows: the request had ``instances``, so the answer goes row by row; otherwise column by column.
+        rows: the request had ``instances``, so the answer goes row by row; otherwise
+            column by column.
 
     Raises:
-        InvalidArgument: outputs that are no rows, or of a type that JSON answers cannot hold.
+        InvalidArgument: outputs that are no rows, or of a type that JSON answers cannot
+            hold.
     """
     if not outputs:
         raise InvalidArgument("Cannot convert empty tensor map to JSON")
@@ -551,11 +564,13 @@ def _array_json(array: _Array, name: str) -> bytes:
 
 
 def _numbers_json(array: _Array) -> bytes:
-    # A scalar goes in as a row of one, because its NumPy type has no JSON form of its own everywhere.
+    # A scalar goes in as a row of one, because its NumPy type has no JSON form of its
+    # own everywhere.
     values = np.ascontiguousarray(array).reshape(array.shape or (1,))
     text = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
     if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
-        # JSON has no word for these: they come out as null, which nothing else does, in their order.
+        # JSON has no word for these: they come out as null, which nothing else does, in
+        # their order.
         words = _words(values[~finite])
         parts = text.split(b"null")
         text = b"".join(chain.from_iterable(zip(parts, [*words, b""], strict=True)))
@@ -563,7 +578,7 @@ def _numbers_json(array: _Array) -> bytes:
 
 
 def _words(values: _Array) -> list[bytes]:
-    """``NaN``, ``Infinity`` or ``-Infinity`` for each of the values, of which none is finite."""
+    """``NaN``, ``Infinity`` or ``-Infinity`` for each value; none may be finite."""
     table = [b"NaN", b"Infinity", b"-Infinity"]
     return [table[index] for index in np.where(np.isnan(values), 0, np.where(values > 0, 1, 2)).tolist()]
 
@@ -588,7 +603,7 @@ def _document(key: str, value: bytes) -> bytes:
 
 
 def classify_body(result: classification_pb2.ClassificationResult) -> bytes:
-    """The answer to a ``:classify`` call: for each example, a list of ``[label, score]``."""
+    """The answer to a ``:classify`` call: a list of ``[label, score]`` per example."""
     if not result.classifications:
         raise InvalidArgument("Cannot convert empty ClassificationResults to JSON")
     rows = []

@@ -15,38 +15,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import InvalidArgument
-from spikeless.formats.protos import config_pb2
+from spikeless.formats.protos import config_pb2, message_class
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 
 FILE_NAME = "saved_model_config.pb"
 
-
-def _message_class() -> Any:
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="spikeless/saved_model_config.proto", package="spikeless")
-    overrides = file.message_type.add(name="SessionOverrides")
-    overrides.field.add(
-        name="disable_meta_optimizer", number=3, type=field.TYPE_BOOL, label=field.LABEL_OPTIONAL
-    )
-    config = file.message_type.add(name="SavedModelConfig")
-    config.field.add(
-        name="session_overrides",
-        number=1,
-        type=field.TYPE_MESSAGE,
-        type_name=".spikeless.SessionOverrides",
-        label=field.LABEL_OPTIONAL,
-    )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("spikeless.SavedModelConfig"))
-
-
-_SavedModelConfig = _message_class()
+_SessionOverrides = message_class("SessionOverrides", disable_meta_optimizer=(3, bool))
+_SavedModelConfig = message_class("SavedModelConfig", session_overrides=(1, _SessionOverrides))
 
 
 def path_in(saved_model: str | os.PathLike[str]) -> Path:

@@ -15,7 +15,7 @@ from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotF
 from spikeless.formats import savedmodel
 from spikeless.formats.protos import meta_graph_pb2
 from spikeless.warmup.records import MAX_RECORDS, read, warmup_file
-from spikeless.warmup.requests import Request, Servable
+from spikeless.warmup.requests import Servable, WarmupRequest
 from spikeless.warmup.validation import validate
 
 _VARIABLE_OPS = frozenset({"VarHandleOp", "VariableV2", "Variable"})
@@ -81,7 +81,7 @@ def check_warmup(path: Path) -> None:
             raise Unimplemented(
                 f"{source}: servers do not replay {record.log_field}; build the file again without it"
             )
-        request = Request(source, record.log)
+        request = WarmupRequest(source, record.log)
         for spec in request.model_specs:
             spec.signature_name = spec.signature_name or savedmodel.DEFAULT_SIGNATURE
         validate(servable, request)

@@ -10,7 +10,6 @@ whoever sends it to servers holds the lock together with others, so that all ser
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -18,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from google.protobuf import text_encoding, text_format
 
+from spikeless.disk import locks
 from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError
 from spikeless.formats.protos import model_server_config_pb2
@@ -229,7 +229,7 @@ def read(models: str | os.PathLike[str]) -> ModelsConfig:
 @contextmanager
 def sending(models: str | os.PathLike[str]) -> Iterator[ModelsConfig]:
     """The file's content, which stays what it is for as long as this lasts."""
-    with _locked(Path(models), fcntl.LOCK_SH):
+    with _lock(Path(models), shared=True):
         yield read(models)
 
 
@@ -240,7 +240,7 @@ def edit(models: str | os.PathLike[str], blocks: Mapping[str, str | None]) -> Mo
         FailedPrecondition: the file cannot be written; it is as it was.
     """
     path = Path(models, FILE_NAME)
-    with _locked(Path(models), fcntl.LOCK_EX):
+    with _lock(Path(models)):
         old = config = read(models)
         for name, block in blocks.items():
             config = config.with_block(name, block)
@@ -263,15 +263,11 @@ def _write(path: Path, text: str) -> None:
         ) from error
 
 
-@contextmanager
-def _locked(models: Path, kind: int) -> Iterator[None]:
+def _lock(models: Path, *, shared: bool = False) -> IO[str]:
     try:
-        handle = open(models / f".{FILE_NAME}.lock", "a")  # noqa: SIM115 (closed below)
+        return locks.acquire(models / f".{FILE_NAME}.lock", shared=shared)
     except OSError as error:
         raise FailedPrecondition(f"cannot lock {models / FILE_NAME}: {error.strerror}") from None
-    with handle:
-        fcntl.flock(handle, kind)
-        yield
 
 
 def _without_lists(text: str) -> str:

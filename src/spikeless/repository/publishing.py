@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless.disk import atomic, pages
+from spikeless.disk import atomic, locks, pages
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.formats.checkpoint import READ_ONLY
 from spikeless.formats.versions import MAX_VERSION, list_versions
@@ -197,7 +197,7 @@ def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]
     state = directory / STATE_DIRECTORY
     state.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        with atomic.locked(state / "lock"):
+        with locks.acquire(state / "lock"):
             # In this order: a publisher renames its version before it gives up its reservation.
             reserved = {int(path.name.partition("-")[0]) for path in atomic.staged(state / "staging")}
             published = list_versions(directory)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spikeless.disk.locks import alone
+from spikeless.disk.locks import model_lock
 from spikeless.errors import Cancelled, FailedPrecondition, Internal, NotFound, SpikelessError
 from spikeless.formats.states import State
 from spikeless.repository import models_config, publishing
@@ -218,7 +218,7 @@ class _Change:
         if not publishing.versions(models, name):
             raise NotFound(f"{models / name} has no versions: publish one first")
         state = models / name / publishing.STATE_DIRECTORY
-        lock = alone(state, name, wait=wait, progress=progress, interrupted=interrupted)
+        lock = model_lock(state, name, wait=wait, progress=progress, interrupted=interrupted)
         with lock, Fleet(models, fleet, progress, interrupted) as servers:
             yield cls(models, name, servers, settings, progress, interrupted)
 

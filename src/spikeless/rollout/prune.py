@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from spikeless.disk import atomic, proc
-from spikeless.disk.locks import alone
+from spikeless.disk.locks import model_lock
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.formats.states import State
 from spikeless.repository import models_config, publishing
@@ -66,7 +66,7 @@ def prune(
         raise InvalidArgument(f"--keep {keep}: the newest version always stays, so 1 or more")
     state = models / name / publishing.STATE_DIRECTORY
     # No promotion chooses a version while this does.
-    with alone(state, name, wait=True, progress=progress):
+    with model_lock(state, name, wait=True, progress=progress):
         _empty(state / _TRASH)
         reasons = _reasons(models, name, versions, keep, fleet, force)
         removed = {version: path for version, path in versions.items() if version not in reasons}

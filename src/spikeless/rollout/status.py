@@ -19,6 +19,7 @@ from spikeless.disk import atomic
 from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.formats.states import State, VersionStatus
+from spikeless.mapping import is_mapped
 from spikeless.repository import golden, models_config, publishing
 from spikeless.repository.journal import Journal
 from spikeless.repository.models_config import ModelsConfig
@@ -27,8 +28,6 @@ from spikeless.rollout.plans import CANARY_SUFFIX
 from spikeless.rollout.prune import configured
 from spikeless.warmup.records import read, warmup_file
 
-#: Written beside mapped parameters.
-_MAPPING_FILE = "spikeless.json"
 _CALL_SECONDS = 3.0
 
 
@@ -187,13 +186,12 @@ def _on_disk(path: Path) -> dict[str, Any]:
         records = sum(1 for _ in read(warmup_file(path))) if warmup_file(path).exists() else 0
     except (DataLoss, InvalidArgument):
         records = None
-    extra = path / EXTRA_DIRECTORY
     return {
         "size": atomic.size_of(path),
         "age": max(0.0, time.time() - path.stat().st_mtime),
-        "mapped": (extra / _MAPPING_FILE).exists(),
+        "mapped": is_mapped(path),
         "warmup": records,
-        "golden": (extra / golden.REQUESTS_FILE).exists(),
+        "golden": (path / EXTRA_DIRECTORY / golden.REQUESTS_FILE).exists(),
     }
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow's C runtime through ctypes (`session`), and a SavedModel that answers requests (`model`)."""
+"""TensorFlow's C runtime (`session`), and a model that answers requests (`model`)."""
 
 from spikeless.runtime.session import CALLING_THREAD, Session, return_free_memory, version
 

@@ -1,9 +1,9 @@
-"""What a loaded model answers to each kind of request: the inference API without a transport.
+"""A loaded model's answer to each kind of request, without a transport.
 
-In: the request messages of ``tensorflow_serving/apis``. Out: its response messages, or a ``SpikelessError``
-with the status code and message of TensorFlow Serving's own ``predict_util.cc``, ``classifier.cc``,
-``regressor.cc`` and ``multi_inference.cc``. gRPC, REST and warmup replay all go through here, so they cannot
-differ.
+In: the request messages of ``tensorflow_serving/apis``. Out: its response messages, or
+a ``SpikelessError`` with the status code and message of TensorFlow Serving's own
+``predict_util.cc``, ``classifier.cc``, ``regressor.cc`` and ``multi_inference.cc``.
+gRPC, REST and warmup replay all go through here, so they cannot differ.
 """
 
 from __future__ import annotations
@@ -54,25 +54,21 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model and the version that its responses name.
-
-    Args:
-        session: where it runs.
-        version: goes into the ``model_spec`` of every response; None leaves it out.
-        tensor_content: numeric outputs go into ``tensor_content`` instead of the typed fields, where
-            TensorFlow Serving puts them by default (``--enable_serialization_as_tensor_content``).
-        check_method_names: a signature's method name must fit the call. Off by default, as in TensorFlow
-            Serving (``--enable_signature_method_name_check``), because TensorFlow 2 exports know no method
-            but Predict.
-        on_run: told of each run of the session: ``Predict``, ``Classify``, ..., and the seconds that it took.
-        inter_op_thread_pool: where operations run, as in `Session.load`; None is the requests' pool.
-    """
+    """A loaded model and the version that its responses name."""
 
     session: Session
+    #: Goes into the ``model_spec`` of every response; None leaves it out.
     version: int | None = None
+    #: Numeric outputs go into ``tensor_content`` instead of the typed fields
+    #: (``--enable_serialization_as_tensor_content``).
     tensor_content: bool = False
+    #: A signature's method name must fit the call. Off by default, as in TensorFlow
+    #: Serving, because TensorFlow 2 exports know no method but Predict
+    #: (``--enable_signature_method_name_check``).
     check_method_names: bool = False
+    #: Told of each run of the session: ``Predict``, ``Classify``, ..., and its seconds.
     on_run: Callable[[str, float], None] | None = None
+    #: Where operations run, as in `Session.load`; None is the requests' pool.
     inter_op_thread_pool: int | None = None
 
     @property
@@ -83,7 +79,7 @@ class Model:
 
     @functools.cached_property
     def signatures(self) -> dict[str, Signature]:
-        """The same, ready to be looked things up in, without the initialiser."""
+        """The same, parsed, without the initialiser."""
         return signatures_of(self.session.meta_graph)
 
     def close(self) -> None:
@@ -97,7 +93,7 @@ class Model:
     def predict(
         self, request: predict_pb2.PredictRequest, timeout: float | None = None
     ) -> predict_pb2.PredictResponse:
-        """Named tensors in, named tensors out; ``DEADLINE_EXCEEDED`` after ``timeout`` seconds."""
+        """Named tensors in, named tensors out."""
         key = request.model_spec.signature_name or DEFAULT_SIGNATURE
         outputs = self._run(key, request.inputs, to_numpy, request.output_filter, timeout)
         response = predict_pb2.PredictResponse(model_spec=self._model_spec(request.model_spec.name, key))
@@ -108,7 +104,7 @@ class Model:
     def predict_arrays(
         self, signature: str, inputs: Mapping[str, _Array], timeout: float | None = None
     ) -> dict[str, _Array]:
-        """The same with arrays, by alias, for callers that have no messages; all outputs come back."""
+        """The same with arrays by alias instead of messages; returns all outputs."""
         return self._run(signature or DEFAULT_SIGNATURE, inputs, _as_it_is, (), timeout)
 
     def _run(
@@ -245,7 +241,7 @@ def _as_it_is(value: _Array) -> _Array:
 def _feeds(
     signature: meta_graph_pb2.SignatureDef, inputs: Mapping[str, _T], convert: Callable[[_T], _Array]
 ) -> dict[str, _Array]:
-    """The request's inputs by tensor name; inputs with a default in the signature may be missing."""
+    """The inputs by tensor name; those with a default may be missing."""
     required = set(signature.inputs)
     if len(inputs) > len(required) or (len(inputs) < len(required) and not signature.defaults):
         sent = set(inputs)
@@ -349,7 +345,8 @@ def _classification_result(
         values = None if scores is None else scores[row].tolist()
         for index in range(len(labels if labels is not None else values or [])):
             entry.classes.add(
-                # Labels are text in the message; bytes that are not UTF-8 cannot be sent.
+                # Labels are text in the message; bytes that are not UTF-8 cannot be
+                # sent.
                 label="" if labels is None else labels[index].decode("utf-8", "replace"),
                 score=0.0 if values is None else values[index],
             )

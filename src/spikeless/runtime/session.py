@@ -1,11 +1,12 @@
 """TensorFlow's C runtime through ctypes: load a SavedModel, run it, close it.
 
-In: a SavedModel directory, then named NumPy arrays. Out: NumPy arrays. This is the same loader, session and
-set of kernels that TensorFlow Serving uses, in ``libtensorflow_cc.so.2`` of the ``tensorflow`` wheel, called
-with the GIL released. TensorFlow's Python package is not imported.
+In: a SavedModel directory, then named NumPy arrays. Out: NumPy arrays. This is the same
+loader, session and set of kernels that TensorFlow Serving uses, in
+``libtensorflow_cc.so.2`` of the ``tensorflow`` wheel, called with the GIL released.
+TensorFlow's Python package is not imported.
 
-All of ctypes is in this module. The functions are declared in ``tensorflow/c/c_api.h``, ``tf_buffer.h``,
-``tf_status.h``, ``tf_tensor.h`` and ``tf_tstring.h``.
+All of ctypes is in this module. The functions are declared in ``tensorflow/c/c_api.h``,
+``tf_buffer.h``, ``tf_status.h``, ``tf_tensor.h`` and ``tf_tstring.h``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from spikeless.formats.protos import config_pb2, meta_graph_pb2, tensorflow_dire
 from spikeless.formats.tensors import as_bytes, data_type, numpy_dtype
 
 #: Restore and initialise on the calling thread instead of the pool that requests run on
-#: (``RunOptions.inter_op_thread_pool``), so that a load does not take that pool's threads from them.
+#: (``RunOptions.inter_op_thread_pool``), so that a load does not take that pool's
+#: threads from them.
 CALLING_THREAD = -1
 
 
@@ -109,8 +111,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-#: The functions that may take long. Only they give the GIL away: for the others, to give it away and to get
-#: it back among many threads would cost far more than what they do.
+#: The functions that may take long. Only they give the GIL away: for the others, to
+#: give it away and to get it back among many threads would cost far more than what they
+#: do.
 _LONG = frozenset(
     {
         "TF_CloseSession",
@@ -125,14 +128,16 @@ _LARGE_COPY = 1 << 18
 
 
 class _Library:
-    """The functions of the C API that are used here, declared once, each a plain attribute."""
+    """The functions of the C API that are used here, each an attribute."""
 
     def __init__(self) -> None:
-        # Errors come back as statuses; what TensorFlow logs besides is mostly about GPUs that are not there.
+        # Errors come back as statuses; what TensorFlow logs besides is mostly about
+        # GPUs that are not there.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        # Otherwise tensors come from oneDNN's own pool (``mklcpu``). It never gives memory back: after five
-        # reloads it held three copies of the parameters; it refused a second version of 8 GiB on a machine of
-        # 24; and a preloaded jemalloc never sees a parameter.
+        # Otherwise tensors come from oneDNN's own pool (``mklcpu``). It never gives
+        # memory back: after five reloads it held three copies of the parameters; it
+        # refused a second version of 8 GiB on a machine of 24; and a preloaded jemalloc
+        # never sees a parameter.
         os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
         directory = tensorflow_directory()
         suffix = "2.dylib" if os.uname().sysname == "Darwin" else "so.2"
@@ -168,10 +173,11 @@ def version() -> str:
 
 
 def return_free_memory() -> None:
-    """Give memory that was freed, but is still held for later, back to the kernel (``malloc_trim``).
+    """Return memory that was freed to the kernel (``malloc_trim``).
 
-    It stops every thread that allocates while it looks: something for the time before requests. Without an
-    effect where the C library is not glibc, or another allocator is preloaded.
+    It stops every thread that allocates while it looks: something for the time before
+    requests. Without an effect where the C library is not glibc, or another allocator
+    is preloaded.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(c_size_t(0))
@@ -242,7 +248,7 @@ class _Held:
 
 
 def _to_tensor(tf: _Library, array: np.ndarray[Any, Any]) -> int:
-    """Copy an array into a new TF_Tensor, which the caller owns; TensorFlow wants 64-byte alignment."""
+    """Copy an array into a new TF_Tensor, which the caller owns."""
     number = data_type(array.dtype)
     dims = (c_int64 * array.ndim)(*array.shape)
     if number == types_pb2.DT_STRING:
@@ -269,7 +275,7 @@ def _to_string_tensor(tf: _Library, values: list[bytes], dims: Any) -> int:
 
 
 def _from_tensor(tf: _Library, tensor: _Held) -> np.ndarray[Any, Any]:
-    """An array that looks into a TF_Tensor's memory and keeps it alive; strings are copied out."""
+    """An array over a TF_Tensor's memory, which it keeps alive; strings are copied."""
     handle = tensor.handle
     number = tf.TensorType(handle)
     shape = tuple(tf.Dim(handle, axis) for axis in range(tf.NumDims(handle)))
@@ -290,18 +296,28 @@ def _from_tensor(tf: _Library, tensor: _Held) -> np.ndarray[Any, Any]:
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
-#: Fields of MetaGraphDef that can be as large as the model: ``graph_def`` and ``object_graph_def``.
+#: Fields of MetaGraphDef that can be as large as the model: ``graph_def`` and
+#: ``object_graph_def``.
 _LARGE_FIELDS = frozenset({2, 7})
 
 
 def _parse_without_graph(content: memoryview) -> meta_graph_pb2.MetaGraphDef:
     """A MetaGraphDef without the fields that nobody reads after the load.
 
-    Parsing a large graph would hold the GIL, and with it all requests, for as long as it takes. So only the
-    top level of the message is walked, and the large fields are never looked into.
+    Parsing a large graph would hold the GIL, and with it all requests, for as long as
+    it takes. So only the top level of the message is walked, and the large fields are
+    never looked into.
     """
     kept = b"".join(whole for number, whole, _ in wire.fields(content) if number not in _LARGE_FIELDS)
     return meta_graph_pb2.MetaGraphDef.FromString(kept)
+
+
+def _session_run(
+    tf: _Library, session: int, options: Any, feeds: Any, values: Any, fetches: Any, results: Any, status: int
+) -> None:
+    """``TF_SessionRun`` of ctypes arrays, without target operations or run metadata."""
+    count, wanted = len(values), len(results)
+    tf.SessionRun(session, options, feeds, values, count, fetches, results, wanted, None, 0, None, status)
 
 
 class Session:
@@ -327,17 +343,20 @@ class Session:
         config: config_pb2.ConfigProto | None = None,
         inter_op_thread_pool: int | None = CALLING_THREAD,
     ) -> Session:
-        """Load the SavedModel in ``path``: build its graph, restore its variables, run its initialiser.
+        """Build the graph of a SavedModel, restore its variables, run its initialiser.
 
         Args:
             path: the SavedModel's directory.
             tags: the meta graph to load is the one with exactly these tags.
             config: session settings; TensorFlow's defaults without it.
-            inter_op_thread_pool: where restore and initialisation run: ``CALLING_THREAD``, the index of one
-                of the config's ``session_inter_op_thread_pool`` entries, or None for the requests' pool.
+            inter_op_thread_pool: where restore and initialisation run:
+                ``CALLING_THREAD``, the index of one of the config's
+                ``session_inter_op_thread_pool`` entries, or None for the requests'
+                pool.
 
         Raises:
-            TensorFlowError: TensorFlow could not load it; code and message are TensorFlow's.
+            TensorFlowError: TensorFlow could not load it; code and message are
+                TensorFlow's.
         """
         tf = _tf()
         options = config_pb2.RunOptions()
@@ -383,12 +402,13 @@ class Session:
         timeout: float | None = None,
         inter_op_thread_pool: int | None = None,
     ) -> list[np.ndarray[Any, Any]]:
-        """One call: values for ``feeds`` by tensor name, and the tensors ``fetches`` back, in their order.
+        """One call: ``feeds`` by tensor name in, the tensors ``fetches`` out, in order.
 
         ``inter_op_thread_pool`` is as in ``load``; None is the requests' pool.
 
         Raises:
-            TensorFlowError: the kernels' error, or DEADLINE_EXCEEDED after ``timeout`` seconds.
+            TensorFlowError: the kernels' error, or DEADLINE_EXCEEDED after ``timeout``
+                seconds.
             InvalidArgument: a tensor that is not in the graph.
             FailedPrecondition: the session is closed.
         """
@@ -410,20 +430,7 @@ class Session:
             status = tf.NewStatus()
             session = self._enter()
             try:
-                tf.SessionRun(
-                    session,
-                    run_options,
-                    inputs,
-                    values,
-                    len(feeds),
-                    outputs,
-                    results,
-                    len(fetches),
-                    None,
-                    0,
-                    None,
-                    status,
-                )
+                _session_run(tf, session, run_options, inputs, values, outputs, results, status)
             finally:
                 self._leave()
             _check(tf, status)
@@ -435,7 +442,8 @@ class Session:
                 tf.DeleteBuffer(run_options)
             if status:
                 tf.DeleteStatus(status)
-        # Owned before the first is looked into: an error in one must not lose the others.
+        # Owned before the first is looked into: an error in one must not lose the
+        # others.
         held = [_Held(tf, result) for result in results if result]
         return [_from_tensor(tf, tensor) for tensor in held]
 
@@ -443,7 +451,7 @@ class Session:
     def bare_call(
         self, feeds: Mapping[str, np.ndarray[Any, Any]], fetches: Sequence[str]
     ) -> Iterator[Callable[[], None]]:
-        """One ``TF_SessionRun`` to repeat and time, with the feeds copied in beforehand.
+        """A ``TF_SessionRun`` to repeat and time, with the feeds copied in beforehand.
 
         The results of a call are freed unread. Arguments and errors are those of `run`.
         """
@@ -457,20 +465,7 @@ class Session:
 
                 def call() -> None:
                     results = (c_void_p * len(fetches))()
-                    tf.SessionRun(
-                        session,
-                        None,
-                        inputs,
-                        values,
-                        len(feeds),
-                        outputs,
-                        results,
-                        len(fetches),
-                        None,
-                        0,
-                        None,
-                        status.handle,
-                    )
+                    _session_run(tf, session, None, inputs, values, outputs, results, status.handle)
                     status.check()
                     for result in results:
                         tf.DeleteTensor(result)
@@ -496,7 +491,7 @@ class Session:
                 self._idle.notify_all()
 
     def _output(self, name: str) -> _Output:
-        """Where a tensor such as ``dense/BiasAdd:0`` comes from; found once, then remembered."""
+        """The source of a tensor such as ``dense/BiasAdd:0``, looked up once."""
         output = self._outputs.get(name)
         if output is None:
             operation_name, _, index = name.partition(":")
@@ -514,7 +509,7 @@ class Session:
         return output
 
     def close(self) -> None:
-        """Wait for the calls that are running, then free the session; calling it again does nothing."""
+        """Wait for running calls, then free the session; again does nothing."""
         with self._idle:
             session, self._session = self._session, None
             if session is None:

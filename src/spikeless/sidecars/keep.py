@@ -14,19 +14,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-
-from google.protobuf import text_format
 
 from spikeless.disk.pages import Mapping
-from spikeless.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from spikeless.errors import DataLoss, NotFound, ResourceExhausted
 from spikeless.formats.protos import model_server_config_pb2
 from spikeless.formats.versions import aspired_versions, list_versions
 from spikeless.mapping import is_mapped, read_manifest
+from spikeless.repository import models_config
 
 _log = logging.getLogger(__name__)
-#: Which models and versions a server serves (``--model_config_file``).
-CONFIG_FILE = "models.config"
 
 #: The versions that are served now, by model, the one to lock first in front.
 Served = Callable[[], dict[str, list[Path]]]
@@ -115,9 +111,7 @@ class Keeper:
     def __enter__(self) -> Keeper:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -131,18 +125,14 @@ def served_versions(models: Path) -> dict[str, list[Path]]:
         NotFound: there is no such folder.
         InvalidArgument: ``models.config`` cannot be read.
     """
-    config = model_server_config_pb2.ModelServerConfig()
-    file = models / CONFIG_FILE
-    if file.is_file():
-        try:
-            text_format.Parse(file.read_text(encoding="utf-8"), config, allow_unknown_field=True)
-        except (text_format.ParseError, UnicodeDecodeError) as error:
-            raise InvalidArgument(f"{file}: {error}") from None
+    if (models / models_config.FILE_NAME).is_file():
+        configured = models_config.read(models).message.model_config_list.config
     else:
-        for name in _model_folders(models):
-            config.model_config_list.config.add(name=name, base_path=name)
+        configured = [
+            model_server_config_pb2.ModelConfig(name=name, base_path=name) for name in _model_folders(models)
+        ]
     served = {}
-    for model in config.model_config_list.config:
+    for model in configured:
         model.base_path = str(models / PurePosixPath(model.base_path).name)
         if os.path.isdir(model.base_path):
             versions = aspired_versions(model)

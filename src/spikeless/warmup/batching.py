@@ -18,10 +18,12 @@ from spikeless.formats.protos import prediction_log_pb2
 from spikeless.formats.savedmodel import TensorSpec
 from spikeless.formats.tensors import to_numpy, to_proto
 from spikeless.formats.tfrecord import MAX_RECORD_BYTES
-from spikeless.warmup.requests import Request, Servable
+from spikeless.warmup.requests import Servable, WarmupRequest
 
 
-def rebatch(servable: Servable, requests: Sequence[Request], sizes: Sequence[int]) -> list[Request]:
+def rebatch(
+    servable: Servable, requests: Sequence[WarmupRequest], sizes: Sequence[int]
+) -> list[WarmupRequest]:
     """``requests``, which must fit their signatures, in each of ``sizes``.
 
     Inputs whose first dimension is fixed, or that are scalars, stay as they are; so do requests that have no
@@ -31,17 +33,17 @@ def rebatch(servable: Servable, requests: Sequence[Request], sizes: Sequence[int
         InvalidArgument: the inputs of a request disagree about its batch size, or have no rows.
         ResourceExhausted: a batch would be larger than a message can be.
     """
-    groups: dict[Any, list[Request]] = {}
+    groups: dict[Any, list[WarmupRequest]] = {}
     for request in requests:
         groups.setdefault(_group(servable, request), []).append(request)
-    batches: list[Request] = []
+    batches: list[WarmupRequest] = []
     for group in groups.values():
         make = _predict_batches if group[0].kind == PREDICT else _example_batches
         batches.extend(make(servable, group, sizes))
     return batches
 
 
-def _group(servable: Servable, request: Request) -> tuple[Any, ...]:
+def _group(servable: Servable, request: WarmupRequest) -> tuple[Any, ...]:
     """Equal for requests whose rows can go into one batch: all but the rows' values is the same."""
     rest = _copy(request)
     shapes: list[tuple[str, tuple[int, ...]]] = []
@@ -54,13 +56,13 @@ def _group(servable: Servable, request: Request) -> tuple[Any, ...]:
     return (*shapes, rest.log.SerializeToString(deterministic=True))
 
 
-def _copy(request: Request) -> Request:
+def _copy(request: WarmupRequest) -> WarmupRequest:
     log = prediction_log_pb2.PredictionLog()
     log.CopyFrom(request.log)
-    return Request(request.source, log)
+    return WarmupRequest(request.source, log)
 
 
-def _batched(servable: Servable, request: Request) -> list[str]:
+def _batched(servable: Servable, request: WarmupRequest) -> list[str]:
     """The inputs of a Predict request that have rows; they must have equally many."""
     specs = servable.signature(request.message.model_spec.signature_name).inputs
     sizes = {
@@ -78,7 +80,7 @@ def _has_rows(spec: TensorSpec) -> bool:
     return spec.shape is None or (len(spec.shape) > 0 and spec.shape[0] is None)
 
 
-def _indices(group: list[Request], rows: int, size: int) -> list[Any]:
+def _indices(group: list[WarmupRequest], rows: int, size: int) -> list[Any]:
     """Which of the group's rows go into each batch of ``size``."""
     row_bytes = sum(request.message.ByteSize() for request in group) // rows
     # Before any memory is taken for them.
@@ -91,7 +93,9 @@ def _indices(group: list[Request], rows: int, size: int) -> list[Any]:
     return list(np.resize(np.arange(rows), count * size).reshape(count, size))
 
 
-def _predict_batches(servable: Servable, group: list[Request], sizes: Sequence[int]) -> list[Request]:
+def _predict_batches(
+    servable: Servable, group: list[WarmupRequest], sizes: Sequence[int]
+) -> list[WarmupRequest]:
     aliases = _batched(servable, group[0])
     if not aliases:
         return group
@@ -110,7 +114,9 @@ def _predict_batches(servable: Servable, group: list[Request], sizes: Sequence[i
     return batches
 
 
-def _example_batches(servable: Servable, group: list[Request], sizes: Sequence[int]) -> list[Request]:
+def _example_batches(
+    servable: Servable, group: list[WarmupRequest], sizes: Sequence[int]
+) -> list[WarmupRequest]:
     rows = [example for request in group for example in examples(request.message.input)]
     batches = []
     for size in sizes:

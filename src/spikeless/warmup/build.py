@@ -17,7 +17,7 @@ from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 from spikeless.warmup import samples, synthetic
 from spikeless.warmup.batching import rebatch
 from spikeless.warmup.records import MAX_RECORDS, warmup_file
-from spikeless.warmup.requests import Request, Servable
+from spikeless.warmup.requests import Servable, WarmupRequest
 from spikeless.warmup.samples import Router, SampleFile
 from spikeless.warmup.validation import validate
 
@@ -48,7 +48,7 @@ class BuildSettings:
     model_name: str | None = None
 
 
-def make_requests(saved_model: str | os.PathLike[str], settings: BuildSettings) -> list[Request]:
+def make_requests(saved_model: str | os.PathLike[str], settings: BuildSettings) -> list[WarmupRequest]:
     """The requests of a warmup file, each of which fits its signature.
 
     Raises:
@@ -121,7 +121,7 @@ def _check_names(servable: Servable, settings: BuildSettings) -> None:
             raise InvalidArgument(f"no signature has input {alias!r}; there is: {', '.join(sorted(known))}")
 
 
-def _address(request: Request, model_name: str | None) -> None:
+def _address(request: WarmupRequest, model_name: str | None) -> None:
     """Name model and signature, and no version: a request warms whatever version it comes with."""
     for spec in request.model_specs:
         spec.name = model_name or spec.name or DEFAULT_MODEL_NAME

@@ -15,7 +15,7 @@ from spikeless.formats.protos import tensor_pb2
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 from spikeless.formats.tensors import dtype_name, shape_of, shape_text
 from spikeless.warmup.records import Record, read, warmup_file
-from spikeless.warmup.requests import Request
+from spikeless.warmup.requests import WarmupRequest
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def find(path: str | os.PathLike[str]) -> Path:
 def _summary(record: Record) -> RecordSummary:
     if record.kind is None:
         return RecordSummary(record.number, record.log_field, "", (), (), record.size)
-    request = Request(f"record {record.number}", record.log)
+    request = WarmupRequest(f"record {record.number}", record.log)
     specs = request.model_specs
     return RecordSummary(
         number=record.number,
@@ -78,7 +78,7 @@ def _summary(record: Record) -> RecordSummary:
     )
 
 
-def _inputs(request: Request) -> Iterator[InputSummary]:
+def _inputs(request: WarmupRequest) -> Iterator[InputSummary]:
     if request.kind.takes_examples:
         yield InputSummary("examples", "tf.Example", (len(examples(request.message.input)),))
         return

@@ -28,7 +28,7 @@ TASK_KINDS = {method: kind for method, kind in _METHOD_KINDS.items() if kind.tak
 
 
 @dataclass(frozen=True)
-class Request:
+class WarmupRequest:
     """One request and where it came from, for messages."""
 
     source: str

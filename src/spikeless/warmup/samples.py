@@ -32,7 +32,7 @@ from spikeless.formats import kinds, rest_json, tfrecord
 from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE, Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, numpy_dtype
-from spikeless.warmup.requests import TASK_KINDS, Request, Servable, Target, predict, with_examples
+from spikeless.warmup.requests import TASK_KINDS, Servable, Target, WarmupRequest, predict, with_examples
 
 _Array = np.ndarray[Any, Any]
 
@@ -74,7 +74,7 @@ class Router:
         return [*chosen, *self.joined] or [self.servable.target(DEFAULT_SIGNATURE)]
 
 
-def read(file: SampleFile, router: Router) -> list[Request]:
+def read(file: SampleFile, router: Router) -> list[WarmupRequest]:
     """The requests in ``file``.
 
     Raises:
@@ -101,18 +101,18 @@ def _at(source: str) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from None
 
 
-def _read_json(file: SampleFile, router: Router) -> Iterator[Request]:
+def _read_json(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
     for source, document in _documents(file.path):
         with _at(source):
             key = rest_json.signature_name(document) or file.signature
             if rest_json.EXAMPLES_KEY in document:
                 examples = rest_json.examples_input(document)
                 for target in router.for_examples(key):
-                    yield Request(source, with_examples(router.servable, target, examples))
+                    yield WarmupRequest(source, with_examples(router.servable, target, examples))
             else:
                 signature = router.for_tensors(key)
                 inputs = rest_json.predict_inputs(document, signature.inputs, strict=True)
-                yield Request(source, predict(signature.key, inputs))
+                yield WarmupRequest(source, predict(signature.key, inputs))
 
 
 def _documents(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,7 +139,7 @@ def _is_document(line: bytes) -> bool:
     return True
 
 
-def _read_npz(file: SampleFile, router: Router) -> Iterator[Request]:
+def _read_npz(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
     arrays: dict[str, _Array] = {}
     try:
         # Member by member: numpy.load would take a file of another kind for a pickle.
@@ -160,7 +160,7 @@ def _read_npz(file: SampleFile, router: Router) -> Iterator[Request]:
         inputs = {
             alias: _restore_dtype(array, signature.inputs.get(alias)) for alias, array in arrays.items()
         }
-        yield Request(str(file.path), predict(signature.key, inputs))
+        yield WarmupRequest(str(file.path), predict(signature.key, inputs))
 
 
 def _restore_dtype(array: _Array, spec: TensorSpec | None) -> _Array:
@@ -172,7 +172,7 @@ def _restore_dtype(array: _Array, spec: TensorSpec | None) -> _Array:
     return array
 
 
-def _read_csv(file: SampleFile, router: Router) -> Iterator[Request]:
+def _read_csv(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
     try:
         with open(file.path, newline="", encoding="utf-8-sig") as text:
             reader = csv.reader(text, strict=True)
@@ -196,7 +196,7 @@ def _read_csv(file: SampleFile, router: Router) -> Iterator[Request]:
     for number, row in samples:
         source = f"{file.path}: line {number}"
         with _at(source):
-            yield Request(source, predict(signature.key, to_inputs(signature, header, row)))
+            yield WarmupRequest(source, predict(signature.key, to_inputs(signature, header, row)))
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
@@ -267,21 +267,21 @@ def _integers(numbers: list[int], dtype: np.dtype[Any]) -> _Array:
     return np.array(numbers, dtype=dtype)
 
 
-def _read_tfrecords(file: SampleFile, router: Router) -> Iterator[Request]:
+def _read_tfrecords(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
     for number, content in enumerate(tfrecord.read(file.path, gzipped=None), 1):
         source = f"{file.path}: record {number}"
         with _at(source):
             # The two messages share no field, so whichever finds its own is the right one.
             log = _parse(prediction_log_pb2.PredictionLog, content)
             if log is not None and log.WhichOneof("log_type"):
-                yield Request(source, _request_only(log))
+                yield WarmupRequest(source, _request_only(log))
                 continue
             example = _parse(example_pb2.Example, content)
             if example is None:
                 raise InvalidArgument("is neither a tf.Example nor a PredictionLog")
             examples = input_pb2.Input(example_list=input_pb2.ExampleList(examples=[example]))
             for target in router.for_examples(file.signature):
-                yield Request(source, with_examples(router.servable, target, examples))
+                yield WarmupRequest(source, with_examples(router.servable, target, examples))
 
 
 def _parse(message: Any, content: bytes) -> Any:

@@ -19,7 +19,7 @@ from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2,
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import numpy_dtype, shape_text
 from spikeless.warmup.features import FeatureSpec, to_feature
-from spikeless.warmup.requests import Request, Servable, Target, predict, with_examples
+from spikeless.warmup.requests import Servable, Target, WarmupRequest, predict, with_examples
 
 #: Input alias -> sizes of its unknown dimensions behind the batch, in order. None is for all other inputs,
 #: and has one size for all of their unknown dimensions.
@@ -28,7 +28,7 @@ Dims = Mapping[str | None, tuple[int, ...]]
 _Array = np.ndarray[Any, Any]
 
 
-def request(servable: Servable, target: Target, dims: Dims) -> Request:
+def request(servable: Servable, target: Target, dims: Dims) -> WarmupRequest:
     """One request for ``target``.
 
     Raises:
@@ -37,7 +37,7 @@ def request(servable: Servable, target: Target, dims: Dims) -> Request:
     """
     source = f"{target} without samples"
     try:
-        return Request(source, _log(servable, target, dims))
+        return WarmupRequest(source, _log(servable, target, dims))
     except SpikelessError as error:
         raise type(error)(f"{source}: {error}") from None
 

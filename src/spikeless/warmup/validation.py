@@ -15,12 +15,12 @@ from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, shape_text, to_numpy
 from spikeless.runtime.model import CLASSES_OUTPUT, REGRESS_OUTPUT, SCORES_OUTPUT
 from spikeless.warmup.features import check_example
-from spikeless.warmup.requests import TASK_KINDS, Request, Servable, is_examples_signature
+from spikeless.warmup.requests import TASK_KINDS, Servable, WarmupRequest, is_examples_signature
 
 _OUTPUTS = {True: {CLASSES_OUTPUT, SCORES_OUTPUT}, False: {REGRESS_OUTPUT}}
 
 
-def validate(servable: Servable, request: Request) -> None:
+def validate(servable: Servable, request: WarmupRequest) -> None:
     """Raise what is wrong with ``request``, which names its signature, and where it came from.
 
     Raises:
@@ -35,7 +35,7 @@ def validate(servable: Servable, request: Request) -> None:
         raise type(error)(f"{request.source}: {error}") from None
 
 
-def _validate(servable: Servable, request: Request) -> None:
+def _validate(servable: Servable, request: WarmupRequest) -> None:
     kind, message = request.kind, request.message
     if kind == PREDICT:
         _check_predict(servable, message)

@@ -18,7 +18,7 @@ from spikeless.runtime import Session
 from spikeless.runtime.model import Model
 from spikeless.warmup.records import MAX_RECORDS, Record, read, warmup_file
 from spikeless.warmup.replay import answer, replay
-from spikeless.warmup.requests import Request
+from spikeless.warmup.requests import WarmupRequest
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _first_records(path: os.PathLike[str]) -> dict[tuple[str, ...], Record]:
     firsts: dict[tuple[str, ...], Record] = {}
     for record in read(path):
         if record.kind is not None and record.number <= MAX_RECORDS:
-            request = Request(f"record {record.number}", record.log)
+            request = WarmupRequest(f"record {record.number}", record.log)
             keys = (spec.signature_name or DEFAULT_SIGNATURE for spec in request.model_specs)
             firsts.setdefault((request.kind.name, *keys), record)
     return firsts
