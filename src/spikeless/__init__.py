@@ -1,4 +1,4 @@
-"""Spikeless: swap a TensorFlow Serving model under live traffic without anyone noticing.
+"""Spikeless: swap TensorFlow Serving models under live traffic, with no latency spike.
 
 What users import is here: ``spikeless.publish(...)``, ``spikeless.warmup.build(...)``.
 A name is imported when it is first used, so that ``import spikeless`` costs nothing.

@@ -1,7 +1,7 @@
-"""The errors that Spikeless raises on purpose: one base, each kind with its gRPC status code.
+"""The errors that Spikeless raises: one base, each kind with its gRPC status code.
 
     SpikelessError
-    ├── InvalidArgument      the caller's input is wrong: says what, where and the remedy
+    ├── InvalidArgument      the input is wrong: says what, where and the remedy
     ├── NotFound             a model, version, label, signature, file is not there
     ├── AlreadyExists        it is there already and is never overwritten
     ├── FailedPrecondition   the input is fine, the state of things does not allow it
@@ -11,10 +11,10 @@
     ├── DeadlineExceeded     it took longer than the caller allowed
     ├── Cancelled            the caller went away
     ├── DataLoss             a file is truncated or fails its checksum
-    └── Internal             TensorFlow reported something that is no fault of the caller
+    └── Internal             TensorFlow failed through no fault of the caller
 
-Errors are translated once at each edge: by the gRPC services into a status, by the command line into
-``spikeless: error: ...`` and exit code 1.
+Errors are translated once at each edge: by the gRPC services into a status, by the
+command line into ``spikeless: error: ...`` and exit code 1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Code(enum.IntEnum):
 
 
 class SpikelessError(Exception):
-    """Base of every error raised on purpose; ``code`` is the gRPC status it becomes at the server's edge."""
+    """Base of all; ``code`` is the gRPC status that a server answers with."""
 
     code: Code = Code.UNKNOWN
 
@@ -95,7 +95,7 @@ class Internal(SpikelessError):
 
 
 class TensorFlowError(SpikelessError):
-    """An error status from TensorFlow's C API, with the code that TensorFlow gave it."""
+    """An error from TensorFlow's C API, with TensorFlow's own code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -113,7 +113,7 @@ EXTRAS = {
 
 
 def missing_extra(error: ModuleNotFoundError) -> NotFound | None:
-    """The error for callers when a library of an extra is missing, or None for any other module."""
+    """The error where a library of an extra is missing; None for other modules."""
     library = (error.name or "").partition(".")[0]
     for extra, libraries in EXTRAS.items():
         if library in libraries:

@@ -2,8 +2,9 @@
 
     python tests/fuzz/coverage_guided.py json -max_total_time=600
 
-In: the name of a target and options of libFuzzer. Out: nothing, or the input that made the target raise
-something else than a `SpikelessError`, take more than a few seconds, or ask for gigabytes.
+In: the name of a target and options of libFuzzer. Out: nothing, or the input that made
+the target raise something else than a `SpikelessError`, take more than a few seconds,
+or ask for gigabytes.
 """
 
 from __future__ import annotations

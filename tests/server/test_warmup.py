@@ -1,4 +1,4 @@
-"""The warmup file of a trained model, built from the samples that the bundle keeps for it."""
+"""The warmup file of a trained model, built from the samples in the bundle."""
 
 from __future__ import annotations
 

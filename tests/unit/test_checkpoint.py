@@ -14,7 +14,8 @@ from spikeless.errors import DataLoss, NotFound, Unimplemented
 from spikeless.formats import checkpoint, string_table
 from spikeless.formats.checkpoint import Checkpoint, index_file, rewrite
 
-#: Writes checkpoints with TensorFlow: one with odd values, one with slices in two shards.
+#: Writes checkpoints with TensorFlow: one with odd values, one with slices in two
+#: shards.
 _WRITE = """
 import sys
 import numpy as np

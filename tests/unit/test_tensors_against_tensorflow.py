@@ -1,4 +1,4 @@
-"""TensorProto as TensorFlow itself reads it: the same values, and the same protos refused."""
+"""TensorProto as TensorFlow reads it: the same values, the same protos refused."""
 
 from __future__ import annotations
 

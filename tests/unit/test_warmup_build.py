@@ -1,4 +1,4 @@
-"""Building warmup files for real SavedModels: from each form of sample, from nothing, and every refusal."""
+"""Building warmup files for real SavedModels, from samples and from nothing."""
 
 from __future__ import annotations
 

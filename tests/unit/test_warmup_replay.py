@@ -142,7 +142,8 @@ def test_files_that_are_no_warmup_records(model, tmp_path):
         replay(model, path)
 
 
-#: Prints how often other threads were scheduled for a load with warmup, then for as many requests.
+#: Prints how often other threads were scheduled for a load with warmup, then for as
+#: many requests.
 _THREADS = """
 import sys
 from pathlib import Path

@@ -57,8 +57,9 @@ def _sizes(text: str) -> tuple[int, ...]:
 def command() -> None:
     """Build, inspect and verify warmup files.
 
-    A server replays the requests in <version>/assets.extra/tf_serving_warmup_requests before the version
-    takes traffic, so that its first caller does not wait for what only the first request has to do.
+    A server replays the requests in <version>/assets.extra/tf_serving_warmup_requests
+    before the version takes traffic, so that its first caller does not wait for what
+    only the first request has to do.
     """
 
 
@@ -113,7 +114,8 @@ def build(
 ) -> None:
     """Write the warmup file of SAVED_MODEL, a directory with saved_model.pb.
 
-    Every record is checked against its signature first; on any error nothing is written.
+    Every record is checked against its signature first; on any error nothing is
+    written.
     """
     named = [_key_and_kind(signature) for signature in signatures]
     settings = BuildSettings(
@@ -167,7 +169,7 @@ def inspect(path: Path, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def verify(saved_model: Path, request_iterations: int, as_json: bool) -> None:
-    """Replay the warmup file of SAVED_MODEL as a server would, and measure what it gains.
+    """Replay the warmup file of SAVED_MODEL as a server would, and measure the gain.
 
     Fails with the number and the cause of the first record that would fail the load.
     """

@@ -1,1 +1,1 @@
-"""The bytes of TensorFlow and TensorFlow Serving, read and written without importing TensorFlow."""
+"""The formats of TensorFlow and TensorFlow Serving, without importing TensorFlow."""

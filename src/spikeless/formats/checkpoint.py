@@ -1,17 +1,18 @@
 """Read and rewrite TensorFlow checkpoints without holding a tensor in memory.
 
-In: a checkpoint's prefix, such as ``<saved model>/variables/variables``. Out: what it holds, and a copy of it
-in which chosen tensors have files of their own.
+In: a checkpoint's prefix, such as ``<saved model>/variables/variables``. Out: what it
+holds, and a copy of it in which chosen tensors have files of their own.
 
-A checkpoint ("tensor bundle", ``tensorflow/core/util/tensor_bundle``) is ``<prefix>.index``, a sorted string
-table from tensor name to ``BundleEntryProto``, and data shards ``<prefix>.data-00000-of-00002`` with the raw
-little-endian bytes. An entry says which shard, offset, size and masked CRC-32C; the empty key holds the
-``BundleHeaderProto``. A tensor that was saved in slices has an entry that lists them, and each slice one of
-its own under an encoded key.
+A checkpoint ("tensor bundle", ``tensorflow/core/util/tensor_bundle``) is
+``<prefix>.index``, a sorted string table from tensor name to ``BundleEntryProto``, and
+data shards ``<prefix>.data-00000-of-00002`` with the raw little-endian bytes. An entry
+says which shard, offset, size and masked CRC-32C; the empty key holds the
+``BundleHeaderProto``. A tensor that was saved in slices has an entry that lists them,
+and each slice one of its own under an encoded key.
 
-The layout is free: any tensor may be at any offset of any shard. ``rewrite`` uses that to put a tensor at
-offset 0 of a shard of its own, where it can be memory-mapped, and what it writes is still a checkpoint like
-any other.
+The layout is free: any tensor may be at any offset of any shard. ``rewrite`` uses that
+to put a tensor at offset 0 of a shard of its own, where it can be memory-mapped, and
+what it writes is still a checkpoint like any other.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _ENCODED_TYPES = frozenset({types_pb2.DT_STRING, types_pb2.DT_VARIANT})
 _FULL_EXTENT = -1
 
 Slice = Sequence[tuple[int, int]]
-#: A tensor as the keys of the entries that make it up: one, or slices that are stacked along the first
-#: dimension.
+#: A tensor as the keys of the entries that make it up: one, or slices that are stacked
+#: along the first dimension.
 Pieces = tuple[bytes, ...]
 READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
@@ -68,17 +69,14 @@ class Rewritten:
 
 
 class Checkpoint:
-    """What a checkpoint's index says.
-
-    Attributes:
-        prefix: the path without ``.index``.
-        entries: each tensor and each slice of one, by its key in the index, in key order.
-    """
+    """What a checkpoint's index says."""
 
     def __init__(
         self, prefix: Path, entries: dict[bytes, tensor_bundle_pb2.BundleEntryProto], num_shards: int
     ) -> None:
+        #: The path without ``.index``.
         self.prefix = prefix
+        #: Each tensor and each slice of one by its key in the index, in key order.
         self.entries = entries
         self.num_shards = num_shards
 
@@ -115,15 +113,17 @@ class Checkpoint:
         return data_file(self.prefix, shard_id, self.num_shards)
 
     def find(self, name: str, shape_and_slice: str = "") -> Pieces | None:
-        """The keys of the entries whose bytes, one after another, are what ``RestoreV2`` would return.
+        """The entries whose bytes, in this order, are what ``RestoreV2`` would return.
 
         Args:
             name: the tensor's name in the checkpoint.
-            shape_and_slice: empty for the whole tensor, else its full shape and the slice: ``10 4 0,5:-`` is
-                the first five of ten rows of four (``tensorflow/core/util/saved_tensor_slice_util.h``).
+            shape_and_slice: empty for the whole tensor, else its full shape and the
+                slice: ``10 4 0,5:-`` is the first five of ten rows of four
+                (``tensorflow/core/util/saved_tensor_slice_util.h``).
 
         Returns:
-            None for an unknown name, and where a stored piece would have to be cut or woven into others.
+            None for an unknown name, and where a stored piece would have to be cut or
+            woven into others.
         """
         key = name.encode("utf-8", "surrogateescape")
         entry = self.entries.get(key)
@@ -158,11 +158,12 @@ def data_file(prefix: Path, shard_id: int, num_shards: int) -> Path:
 
 
 def rewrite(source: Checkpoint, prefix: Path, apart: Collection[Pieces]) -> Rewritten:
-    """Copy a checkpoint, giving each tensor in ``apart`` a data shard of its own, at offset 0.
+    """Copy a checkpoint, with a data shard for each tensor in ``apart``, at offset 0.
 
-    Everything else goes into shard 0. Entries with the same bytes are stored once and share them. The bytes
-    are copied by the kernel, from file to file, then read back from the copy and compared with the checksums
-    in the index. All files are synced to disk; those of tensors in ``apart`` are made read-only.
+    Everything else goes into shard 0. Entries with the same bytes are stored once and
+    share them. The bytes are copied by the kernel, from file to file, then read back
+    from the copy and compared with the checksums in the index. All files are synced to
+    disk; those of tensors in ``apart`` are made read-only.
 
     Args:
         source: the checkpoint to copy.
@@ -171,7 +172,8 @@ def rewrite(source: Checkpoint, prefix: Path, apart: Collection[Pieces]) -> Rewr
 
     Raises:
         NotFound: a data shard of the source is missing.
-        DataLoss: a data shard is too short, or a tensor's bytes do not match their checksum.
+        DataLoss: a data shard is too short, or a tensor's bytes do not match their
+            checksum.
     """
     stored = {key: entry for key, entry in source.entries.items() if not entry.slices}
     original = _originals(source, stored)
@@ -263,13 +265,14 @@ def _same_bytes(
 
 
 def _copy_range(data: BinaryIO, offset: int, target: BinaryIO, size: int) -> None:
-    """Append bytes of one file to another in the kernel; file systems that can share them do."""
+    """Append bytes of one file to another, in the kernel, which may share blocks."""
     copy = _copy_file_range
     while size:
         try:
             copied = copy(data.fileno(), target.fileno(), size, offset)
         except OSError as error:
-            # Not between these file systems, or not on this kernel; sendfile takes any pair of files.
+            # Not between these file systems, or not on this kernel; sendfile takes any
+            # pair of files.
             unsupported = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
             if copy is _sendfile or error.errno not in unsupported:
                 raise
@@ -290,10 +293,10 @@ def _sendfile(source: int, target: int, size: int, offset: int) -> int:
 
 
 def _checked(path: Path, entries: Sequence[tuple[bytes, tensor_bundle_pb2.BundleEntryProto]]) -> DataFile:
-    """Read back a file of consecutive entries, compare each with its checksum, and digest the whole.
+    """Read a file of consecutive entries back, check each, and digest the whole.
 
-    Strings and variants are stored in an encoding with its own checksums, which TensorFlow checks when it
-    reads.
+    Strings and variants are stored in an encoding with its own checksums, which
+    TensorFlow checks when it reads.
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as data:
@@ -314,7 +317,7 @@ def _checked(path: Path, entries: Sequence[tuple[bytes, tensor_bundle_pb2.Bundle
 
 
 def _parse_slice(shape_and_slice: str, shape: Sequence[int]) -> list[tuple[int, int]] | None:
-    """(start, length) per dimension; None where the full shape is another than the stored one."""
+    """(start, length) per dimension; None where the full shape is another."""
     if not shape_and_slice:
         return [(0, size) for size in shape]
     *full, spec = shape_and_slice.split()
@@ -342,7 +345,7 @@ def _whole_lengths(extents: Slice, shape: Sequence[int]) -> list[tuple[int, int]
 
 
 def _slice_key(name: bytes, extents: Slice) -> bytes:
-    """``checkpoint::EncodeTensorNameSlice``: everything in the order-preserving code of ordered_code.h."""
+    """``checkpoint::EncodeTensorNameSlice``, in the code of ``ordered_code.h``."""
     escaped = name.replace(b"\xff", b"\xff\x00").replace(b"\x00", b"\x00\xff")
     key = _ordered_number(0) + escaped + b"\x00\x01" + _ordered_number(len(extents))
     return key + b"".join(_ordered_signed(start) + _ordered_signed(length) for start, length in extents)
@@ -354,8 +357,10 @@ def _ordered_number(value: int) -> bytes:
 
 
 def _ordered_signed(value: int) -> bytes:
-    """A number of 7n - 1 bits in n bytes: as many leading ones as bytes, then its two's complement, all of it
-    inverted for numbers below zero (``OrderedCode::WriteSignedNumIncreasing``)."""
+    """A number of 7n - 1 bits in n bytes (``OrderedCode::WriteSignedNumIncreasing``).
+
+    As many leading ones as bytes, then its two's complement; all inverted below zero.
+    """
     size = (value ^ (value >> 63)).bit_length() // 7 + 1
     leading_ones = ((1 << size) - 1) << (7 * size)
     return ((leading_ones ^ value) & ((1 << (8 * size)) - 1)).to_bytes(size, "big")

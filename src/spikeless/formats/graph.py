@@ -1,10 +1,11 @@
 """A SavedModel's graph as one program: the main graph and the functions that it calls.
 
-In: a ``GraphDef``. Out: who reads which tensor, where a tensor ends up when it is followed through function
-calls, loops and branches, and a smaller graph.
+In: a ``GraphDef``. Out: who reads which tensor, where a tensor ends up when it is
+followed through function calls, loops and branches, and a smaller graph.
 
-A tensor is named as in its scope: ``node:0`` in the main graph; ``node:output:0`` or the name of an argument
-inside a function (``tensorflow/core/framework/function.proto``).
+A tensor is named as in its scope: ``node:0`` in the main graph; ``node:output:0`` or
+the name of an argument inside a function
+(``tensorflow/core/framework/function.proto``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from spikeless.formats.tensors import to_numpy
 #: The main graph's name as a scope.
 MAIN = ""
 
-#: Operation -> the attributes that name the functions it calls, and how many inputs come before theirs.
+#: Operation -> the attributes that name the functions it calls, and how many inputs
+#: come before theirs.
 _CALLS: dict[str, tuple[tuple[str, ...], int]] = {
     "PartitionedCall": (("f",), 0),
     "StatefulPartitionedCall": (("f",), 0),
@@ -91,7 +93,7 @@ class Scope:
         return [Use(self, node, position) for node, position in self._uses.get(tensor, [])]
 
     def referenced(self) -> set[str]:
-        """The operations and arguments that an operation or a return takes, or waits for."""
+        """The operations and arguments that something here takes or waits for."""
         names = {operation_name(reference) for node in self.nodes.values() for reference in node.input}
         if self.function is not None:
             names |= {operation_name(reference) for reference in self.function.ret.values()}
@@ -99,15 +101,15 @@ class Scope:
         return names
 
     def canonical(self, reference: str) -> str:
-        """An input reference as the tensor's one name: the main graph may leave ``:0`` out."""
+        """A reference as the tensor's one name; the main graph may leave ``:0`` out."""
         return reference if self.function is not None or ":" in reference else f"{reference}:0"
 
     def output(self, node: node_def_pb2.NodeDef, argument: str, index: int, before: int = 0) -> str:
-        """The tensor that is number ``index`` of an output argument with ``before`` outputs before it."""
+        """Tensor ``index`` of an output argument, behind ``before`` other outputs."""
         return f"{node.name}:{before + index}" if self.function is None else f"{node.name}:{argument}:{index}"
 
     def producer(self, reference: str) -> tuple[node_def_pb2.NodeDef, int] | None:
-        """Where a data input comes from: operation and number of the output; None for an argument."""
+        """The operation and the output that a data input is; None for an argument."""
         tensor = self.canonical(reference)
         node = self.nodes.get(operation_name(tensor)) if ":" in tensor else None
         return None if node is None else (node, int(tensor.rpartition(":")[2]))
@@ -127,7 +129,7 @@ class Scope:
         return [index for index, arg in enumerate(outputs) if self.function.ret[arg.name] == tensor]
 
     def add(self, name: str, op: str, like: node_def_pb2.NodeDef) -> node_def_pb2.NodeDef:
-        """A new operation with a name that is free here, on the same device as ``like``."""
+        """A new operation with a free name, on the same device as ``like``."""
         taken, number = name, 0
         while taken in self.nodes or taken in self.arguments:
             number += 1
@@ -136,7 +138,7 @@ class Scope:
         return node
 
     def remove(self, names: Collection[str]) -> None:
-        """Take operations away, and what waits for them: control edges and control outputs."""
+        """Remove operations, with their control edges and control outputs."""
         if not names:
             return
         kept = [node for node in self._nodes if node.name not in names]
@@ -178,7 +180,7 @@ class Program:
         return [(scope, node) for scope, node, _ in self._callers.get(function, [])]
 
     def follow(self, scope: Scope, tensor: str) -> Iterator[Use]:
-        """The operations that a tensor reaches unchanged, through calls, loops, branches and identities."""
+        """The operations that a tensor reaches unchanged, through calls and loops."""
         pending, seen = [(scope, tensor)], {(scope.name, tensor)}
         while pending:
             scope, tensor = pending.pop()
@@ -234,8 +236,10 @@ def library_of(graph: graph_pb2.GraphDef) -> Library:
 
 
 def _functions(library: Library, node: node_def_pb2.NodeDef) -> Iterator[tuple[str, str]]:
-    """(attribute, function) for each function that an operation names; a call in the old style is an
-    operation that is named as the function."""
+    """(attribute, function) for each function that an operation names.
+
+    A call in the old style is an operation with the function's name.
+    """
     if node.op in library:
         yield "", node.op
     for name, value in node.attr.items():
@@ -262,7 +266,7 @@ def closure(library: Library, functions: Iterable[str]) -> set[str]:
 
 
 def ancestors(graph: graph_pb2.GraphDef, roots: Iterable[str]) -> set[str]:
-    """The names of the main graph's operations that these operations or tensors need, themselves included."""
+    """The operations of the main graph that these need, themselves included."""
     inputs = {node.name: node.input for node in graph.node}
     found: set[str] = set()
     pending = [operation_name(root) for root in roots]
@@ -275,7 +279,7 @@ def ancestors(graph: graph_pb2.GraphDef, roots: Iterable[str]) -> set[str]:
 
 
 def needed(graph: graph_pb2.GraphDef, roots: Iterable[str]) -> Iterator[tuple[Scope, node_def_pb2.NodeDef]]:
-    """The main graph's operations that these need, and all in the functions that those call."""
+    """The main graph's operations that these need, and all of the functions called."""
     main, library = Scope(MAIN, graph), library_of(graph)
     nodes = [main.nodes[name] for name in sorted(ancestors(graph, roots))]
     yield from ((main, node) for node in nodes)
@@ -292,12 +296,13 @@ def all_nodes(graph: graph_pb2.GraphDef) -> Iterator[node_def_pb2.NodeDef]:
 
 
 def prune(graph: graph_pb2.GraphDef, roots: Iterable[str], functions: Iterable[str]) -> None:
-    """Remove the main graph's operations that ``roots`` do not need, and functions that only those called.
+    """Remove operations that ``roots`` do not need, and functions only called there.
 
     Args:
         graph: is changed.
         roots: operations or tensors.
-        functions: are kept, with all that they call, even if the main graph does not call them any more.
+        functions: are kept, with all that they call, even if the main graph does not
+            call them any more.
     """
     library = library_of(graph)
     before = closure(library, called(library, graph.node))
@@ -319,11 +324,11 @@ def replace(repeated: Any, kept: Sequence[Any]) -> None:
 
 
 def attribute(node: node_def_pb2.NodeDef | function_pb2.FunctionDef, name: str) -> attr_value_pb2.AttrValue:
-    """An attribute, or an empty value. (Indexing ``node.attr`` would add the one that is missing.)"""
+    """An attribute, or an empty value. (Indexing ``node.attr`` would add it.)"""
     value = node.attr.get(name)
     return attr_value_pb2.AttrValue() if value is None else value
 
 
 def operation_name(reference: str) -> str:
-    """The operation (or argument) in a reference such as ``dense/MatMul:0`` or ``^init``."""
+    """The operation or argument in a reference: ``dense/MatMul:0``, ``^init``."""
     return reference.removeprefix("^").partition(":")[0]

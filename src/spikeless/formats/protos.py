@@ -1,13 +1,15 @@
-"""The protocol messages of TensorFlow and TensorFlow Serving, without importing TensorFlow.
+"""The messages of TensorFlow and TensorFlow Serving, without importing TensorFlow.
 
-The generated modules live inside the ``tensorflow`` package, so a plain import of one of them runs
-``tensorflow/__init__.py``: seconds of time, half a gigabyte of memory and a full garbage collection of about
-100 ms that looks like a reload spike. Here a bare package of that name stands in while the messages are
-imported (tens of milliseconds) and is taken away afterwards, so that a later ``import tensorflow`` gets the
-real one and shares the message classes.
+The generated modules live inside the ``tensorflow`` package, so a plain import of one
+of them runs ``tensorflow/__init__.py``: seconds of time, half a gigabyte of memory and
+a full garbage collection of about 100 ms that looks like a reload spike. Here a bare
+package of that name stands in while the messages are imported (tens of milliseconds)
+and is taken away afterwards, so that a later ``import tensorflow`` gets the real one
+and shares the message classes.
 
-Modules of this package import messages from here only. (``model_service_pb2`` and ``prediction_service_pb2``
-hold nothing but service descriptors and are left out: current protobuf cannot import those of 2.20.0.)
+Modules of this package import messages from here only. (``model_service_pb2`` and
+``prediction_service_pb2`` hold nothing but service descriptors and are left out:
+current protobuf cannot import those of 2.20.0.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read, inspect and write SavedModels as protocol messages: no graph is built and TensorFlow is not imported.
+"""Read SavedModels as protocol messages, without building a graph.
 
 In: a directory with ``saved_model.pb``. Out: its meta graphs and signatures.
 """
@@ -66,7 +66,7 @@ class SavedModel:
     proto: saved_model_pb2.SavedModel
 
     def meta_graph(self, tags: Collection[str] = SERVE_TAGS) -> meta_graph_pb2.MetaGraphDef:
-        """The meta graph with exactly these tags, or ``NotFound`` with the tags that there are."""
+        """The meta graph with exactly these tags; ``NotFound`` lists all others."""
         for meta_graph in self.proto.meta_graphs:
             if set(meta_graph.meta_info_def.tags) == set(tags):
                 return meta_graph

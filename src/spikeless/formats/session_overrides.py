@@ -1,12 +1,14 @@
 """``assets.extra/saved_model_config.pb``: what one model asks of its server's sessions.
 
-In and out: the file, a ``tensorflow.serving.SavedModelConfig``, of which only one field matters here:
-``session_overrides.disable_meta_optimizer``, for a graph that was optimised when it was published. The
-embedded engine reads the file. Its format is TensorFlow Serving's, but the public sources of that leave
-reading it unimplemented: its published builds take no notice of the file.
+In and out: the file, a ``tensorflow.serving.SavedModelConfig``, of which only one field
+matters here: ``session_overrides.disable_meta_optimizer``, for a graph that was
+optimised when it was published. The embedded engine reads the file. Its format is
+TensorFlow Serving's, but the public sources of that leave reading it unimplemented: its
+published builds take no notice of the file.
 
-The message is not among those of the ``tensorflow-serving-api`` wheel, so the field is declared here,
-numbered as in ``tensorflow_serving/servables/tensorflow/saved_model_config.proto``.
+The message is not among those of the ``tensorflow-serving-api`` wheel, so the field is
+declared here, numbered as in
+``tensorflow_serving/servables/tensorflow/saved_model_config.proto``.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def read(saved_model: str | os.PathLike[str]) -> Any:
 def session_config(
     saved_model: str | os.PathLike[str], server: config_pb2.ConfigProto | None = None
 ) -> config_pb2.ConfigProto:
-    """The settings of a session for this model: the server's, with what the model overrides."""
+    """The settings of the model's sessions: the server's, and its own overrides."""
     config = config_pb2.ConfigProto()
     if server is not None:
         config.CopyFrom(server)
@@ -62,7 +64,7 @@ def session_config(
 
 
 def disable_optimizer(saved_model: str | os.PathLike[str]) -> None:
-    """Write into a SavedModel that its graph needs no optimising; what else its configuration says stays."""
+    """Write into a SavedModel that its graph needs no optimising; the rest stays."""
     config = read(saved_model)
     config.session_overrides.disable_meta_optimizer = True
     path_in(saved_model).parent.mkdir(exist_ok=True)

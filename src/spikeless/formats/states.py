@@ -1,4 +1,4 @@
-"""The states of a version, as servers report them: START, LOADING, AVAILABLE, UNLOADING, END."""
+"""The states of a version, as servers report them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Between ``TensorProto`` and NumPy arrays, without TensorFlow.
 
-Both encodings are read: ``tensor_content`` (the raw little-endian bytes) and the typed repeated fields, where
-fewer values than elements means that the last one repeats and no value at all means zeros (or empty strings),
-as documented in ``tensorflow/core/framework/tensor.proto``. Strings become object arrays of ``bytes``.
+Both encodings are read: ``tensor_content`` (the raw little-endian bytes) and the typed
+repeated fields, where fewer values than elements means that the last one repeats and no
+value at all means zeros (or empty strings), as documented in
+``tensorflow/core/framework/tensor.proto``. Strings become object arrays of ``bytes``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
 }
 _DATA_TYPES = {dtype: number for number, dtype in NUMPY_DTYPES.items()}
 
-#: The typed field that holds each dtype's values; half and bfloat16 keep their bits in ``half_val``.
+#: The typed field that holds each dtype's values; half and bfloat16 keep their bits in
+#: ``half_val``.
 _VALUE_FIELDS: dict[int, str] = {
     types_pb2.DT_FLOAT: "float_val",
     types_pb2.DT_DOUBLE: "double_val",
@@ -63,8 +65,8 @@ _VALUE_FIELDS: dict[int, str] = {
     types_pb2.DT_FLOAT8_E4M3FN: "float8_val",
 }
 
-#: Fields of floating point numbers -> their number in ``TensorProto`` and the NumPy dtype of one of them.
-#: Their packed encoding is the array's own bytes.
+#: Fields of floating point numbers -> their number in ``TensorProto`` and the NumPy
+#: dtype of one of them. Their packed encoding is the array's own bytes.
 _PACKED: dict[str, tuple[int, np.dtype[Any]]] = {
     "float_val": (5, np.dtype("<f4")),
     "double_val": (6, np.dtype("<f8")),
@@ -74,14 +76,16 @@ _PACKED: dict[str, tuple[int, np.dtype[Any]]] = {
 
 #: More elements than this in one tensor are refused before anything is allocated.
 MAX_ELEMENTS = 1 << 31
-#: Bytes that the typed fields may be filled up to: a short message stands for no more than a long one holds.
+#: Bytes that the typed fields may be filled up to: a short message stands for no more
+#: than a long one holds.
 MAX_FILLED_BYTES = 256 << 20
-#: More dimensions than NumPy has (before version 2); hardly any kernel takes more than eight.
+#: More dimensions than NumPy has (before version 2); hardly any kernel takes more than
+#: eight.
 MAX_RANK = 32
 
 
 def dtype_name(data_type: int) -> str:
-    """``DT_FLOAT`` for 1, and so on; ``DT_<number>`` for one that this TensorFlow does not know."""
+    """``DT_FLOAT`` for 1, and so on; ``DT_<number>`` for an unknown type."""
     try:
         return str(types_pb2.DataType.Name(data_type))
     except ValueError:
@@ -89,7 +93,7 @@ def dtype_name(data_type: int) -> str:
 
 
 def numpy_dtype(data_type: int) -> np.dtype[Any]:
-    """The NumPy dtype of a DataType; ``Unimplemented`` for resource, variant and quantized types."""
+    """The NumPy dtype of a DataType; ``Unimplemented`` where there is none."""
     try:
         return NUMPY_DTYPES[data_type]
     except KeyError:
@@ -97,7 +101,7 @@ def numpy_dtype(data_type: int) -> np.dtype[Any]:
 
 
 def data_type(dtype: np.dtype[Any] | type) -> int:
-    """The TensorFlow DataType of a NumPy dtype; byte and unicode strings count as DT_STRING."""
+    """The DataType of a NumPy dtype; byte and unicode strings are DT_STRING."""
     dtype = np.dtype(dtype)
     if dtype.kind in "SU":
         return int(types_pb2.DT_STRING)
@@ -108,7 +112,7 @@ def data_type(dtype: np.dtype[Any] | type) -> int:
 
 
 def shape_of(proto: tensor_shape_pb2.TensorShapeProto) -> tuple[int | None, ...] | None:
-    """A shape proto as a tuple with None for unknown dimensions, or None for an unknown rank."""
+    """A shape with None for unknown dimensions; None for an unknown rank."""
     if proto.unknown_rank:
         return None
     return tuple(None if dim.size < 0 else int(dim.size) for dim in proto.dim)
@@ -122,11 +126,13 @@ def shape_text(shape: Sequence[int | None] | None) -> str:
 
 
 def _static_shape(proto: tensor_pb2.TensorProto) -> tuple[int, ...]:
-    # As in TensorFlow, ``unknown_rank`` says nothing about a value: without dimensions it is a scalar.
+    # As in TensorFlow, ``unknown_rank`` says nothing about a value: without dimensions
+    # it is a scalar.
     static = tuple(int(dim.size) for dim in proto.tensor_shape.dim)
     if min(static, default=0) < 0:
         raise InvalidArgument("tensor shape is not fully known: every dimension must be 0 or more")
-    # Zero dimensions do not excuse absurd ones: TensorFlow multiplies them all the same.
+    # Zero dimensions do not excuse absurd ones: TensorFlow multiplies them all the
+    # same.
     if len(static) > MAX_RANK:
         raise InvalidArgument(f"tensor shape has {len(static)} dimensions, at most {MAX_RANK} are supported")
     if math.prod(max(dim, 1) for dim in static) > MAX_ELEMENTS:
@@ -135,7 +141,7 @@ def _static_shape(proto: tensor_pb2.TensorProto) -> tuple[int, ...]:
 
 
 def to_numpy(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any]:
-    """The value of a TensorProto, by the rules of TensorFlow's own ``Tensor::FromProto``.
+    """The value of a TensorProto, by the rules of TensorFlow's ``Tensor::FromProto``.
 
     Arrays of numbers made from ``tensor_content`` are read-only views of its bytes.
 
@@ -186,10 +192,10 @@ def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any], count: in
 
 
 def _packed(proto: tensor_pb2.TensorProto, number: int, size: int) -> bytes | memoryview:
-    """The packed numbers of a field: to write the message out and look there is much faster than a loop.
+    """The packed numbers of a field, from the serialized message: faster than a loop.
 
-    What a client sent under this number in another encoding is written out too, as an unknown field, but
-    after the numbers and in another size.
+    What a client sent under this number in another encoding is written out too, as an
+    unknown field, but after the numbers and in another size.
     """
     for field, _, value in wire.fields(memoryview(proto.SerializeToString())):
         if field == number and len(value) == size:
@@ -198,7 +204,7 @@ def _packed(proto: tensor_pb2.TensorProto, number: int, size: int) -> bytes | me
 
 
 def _fill(values: np.ndarray[Any, Any], count: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Bring a flat array to ``count`` elements: the last one repeats; where there is none, all are zero."""
+    """Bring a flat array to ``count`` elements: the last one repeats, or zero."""
     if len(values) == count:
         return values
     if count * dtype.itemsize > MAX_FILLED_BYTES:
@@ -210,7 +216,7 @@ def _fill(values: np.ndarray[Any, Any], count: int, dtype: np.dtype[Any]) -> np.
 
 
 def _strings(content: bytes, count: int) -> np.ndarray[Any, Any]:
-    """Strings in ``tensor_content``: the length of each as a varint, then the bytes of each."""
+    """Strings in ``tensor_content``: all lengths as varints, then all bytes."""
     lengths: list[int] = []
     position = 0
     try:
@@ -237,7 +243,8 @@ def to_proto(array: Any, dtype: int | None = None, as_field: bool = False) -> te
     Args:
         array: numbers, booleans, or strings (``bytes``; ``str`` is encoded as UTF-8).
         dtype: the TensorFlow DataType, when it is not to be told from the array.
-        as_field: numbers go into the typed field (``float_val``, ...) instead of ``tensor_content``.
+        as_field: numbers go into the typed field (``float_val``, ...) instead of
+            ``tensor_content``.
     """
     proto = tensor_pb2.TensorProto()
     write_proto(proto, array, dtype, as_field)
@@ -275,7 +282,7 @@ def _set_field(proto: tensor_pb2.TensorProto, flat: np.ndarray[Any, Any]) -> Non
 
 
 def as_bytes(values: Sequence[Any]) -> list[bytes]:
-    """Each of ``values`` as bytes, text as UTF-8; ``InvalidArgument`` where one is neither."""
+    """Each value as bytes, text as UTF-8; ``InvalidArgument`` where one is neither."""
     try:
         return [value if isinstance(value, bytes) else value.encode() for value in values]
     except AttributeError:

@@ -1,8 +1,9 @@
 """Read and write TFRecord files without TensorFlow.
 
-In: bytes per record. Out: a file of records, each framed as (``tensorflow/core/lib/io/record_writer.h``)
+In: bytes per record. Out: a file of records, each framed as
+(``tensorflow/core/lib/io/record_writer.h``)
 
-    uint64 length, uint32 masked crc32c of the length, the bytes, uint32 masked crc32c of the bytes
+    uint64 length, uint32 masked crc32c of it, the bytes, uint32 masked crc32c of them
 
 all little-endian.
 """
@@ -26,7 +27,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 #: A record longer than this is taken for corruption: no protocol message is longer.
 MAX_RECORD_BYTES = (1 << 31) - 1
-#: Long records are read in pieces of this size, so that a wrong length takes no memory that the file lacks.
+#: Long records are read in pieces of this size, so that a wrong length takes no memory
+#: that the file lacks.
 _PIECE_BYTES = 1 << 24
 
 
@@ -44,7 +46,7 @@ def frame(record: bytes) -> bytes:
 
 
 def write(path: str | os.PathLike[str], records: Iterable[bytes]) -> None:
-    """Write ``records`` to ``path``, whole or not at all (`spikeless.disk.atomic.atomic_writer`)."""
+    """Write ``records`` to ``path``, whole or not at all."""
     with atomic_writer(path) as file:
         file.writelines(map(frame, records))
 
@@ -54,12 +56,13 @@ def read(path: str | os.PathLike[str], *, gzipped: bool | None = False) -> Itera
 
     Args:
         path: the file.
-        gzipped: whether the whole file is gzip-compressed; None finds out. TensorFlow Serving reads its
-            warmup file uncompressed only.
+        gzipped: whether the whole file is gzip-compressed; None finds out. TensorFlow
+            Serving reads its warmup file uncompressed only.
 
     Raises:
         NotFound: there is no such file, or it may not be read.
-        DataLoss: the file is truncated or fails a checksum; names the file and the record, counted from 1.
+        DataLoss: the file is truncated or fails a checksum; names the file and the
+            record, counted from 1.
     """
     with _open(path) as raw:
         if gzipped is None:

@@ -1,7 +1,8 @@
-"""Which versions of a model should be served: the file system's version directories and the version policy.
+"""Which versions of a model to serve: those on disk that its policy selects.
 
 In: a ``ModelConfig``. Out: version number -> directory. As in TensorFlow Serving's
-``file_system_storage_path_source.cc``, a version is any child of the base path whose name is an integer.
+``file_system_storage_path_source.cc``, a version is any child of the base path whose
+name is an integer.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ MAX_VERSION = (1 << 63) - 1
 
 
 def parse_version(name: str) -> int | None:
-    """The version that a directory name stands for, or None: ``7`` and ``00000007`` are both version 7."""
+    """The version of a directory name, or None: ``7`` and ``00000007`` are both 7."""
     if not _VERSION.fullmatch(name) or int(name) > MAX_VERSION:
         return None
     return int(name)
 
 
 def list_versions(base_path: str | os.PathLike[str]) -> dict[int, Path]:
-    """All version directories below ``base_path``, lowest first; ``NotFound`` when it cannot be read."""
+    """All version directories, lowest first; ``NotFound`` without a base path."""
     try:
         names = os.listdir(base_path)
     except OSError as error:
@@ -37,7 +38,7 @@ def list_versions(base_path: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def aspired_versions(config: model_server_config_pb2.ModelConfig) -> dict[int, Path]:
-    """The versions that the policy selects among those on disk; without a policy, the highest one."""
+    """The versions on disk that the policy selects; without one, the highest."""
     versions = list_versions(config.base_path)
     policy = config.model_version_policy
     choice = policy.WhichOneof("policy_choice")

@@ -1,7 +1,8 @@
 """Protocol buffer encoding, where a message object would cost too much.
 
-In: serialized messages. Out: their top-level fields as views, nothing looked into and nothing copied. The
-format is described in "Encoding" of the protocol buffer documentation.
+In: serialized messages. Out: their top-level fields as views, nothing looked into and
+nothing copied. The format is described in "Encoding" of the protocol buffer
+documentation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ _FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
 
 
 def read_varint(content: bytes | memoryview, position: int) -> tuple[int, int]:
-    """The number at ``position``, and the position after it; ``InvalidArgument`` where the content ends."""
+    """The number at ``position``, and the position after it.
+
+    Raises:
+        InvalidArgument: the content ends within the number.
+    """
     value = shift = 0
     while position < len(content):
         byte = content[position]
@@ -43,7 +48,7 @@ def field(number: int, content: bytes | memoryview) -> bytes:
 
 
 def fields(content: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """Each top-level field: its number, the whole of it, and the value of those that hold bytes.
+    """Each top-level field: its number, the whole, and the value where it holds bytes.
 
     Raises:
         InvalidArgument: the content is no message, or one with groups.

@@ -1,8 +1,8 @@
 """Warmup: the requests that a server sends itself before a version takes traffic.
 
 In: a SavedModel and, where there are any, sample requests. Out: the file
-``<version>/assets.extra/tf_serving_warmup_requests``, a TFRecord of ``PredictionLog`` that any TensorFlow
-Serving replays while it loads the version.
+``<version>/assets.extra/tf_serving_warmup_requests``, a TFRecord of ``PredictionLog``
+that any TensorFlow Serving replays while it loads the version.
 """
 
 from spikeless.warmup.build import BuildSettings, build, make_requests

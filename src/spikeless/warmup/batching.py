@@ -1,8 +1,9 @@
 """The same samples in every batch size asked for.
 
-In: requests of any batch size. Out: requests of exactly the sizes asked for, made of the same rows. The rows
-of all requests that differ in nothing else are put one after the other and cut into batches; the last batch
-starts over from the first row, so that it is full as well.
+In: requests of any batch size. Out: requests of exactly the sizes asked for, made of
+the same rows. The rows of all requests that differ in nothing else are put one after
+the other and cut into batches; the last batch starts over from the first row, so that
+it is full as well.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ def rebatch(
 ) -> list[WarmupRequest]:
     """``requests``, which must fit their signatures, in each of ``sizes``.
 
-    Inputs whose first dimension is fixed, or that are scalars, stay as they are; so do requests that have no
-    other input.
+    Inputs whose first dimension is fixed, or that are scalars, stay as they are; so do
+    requests that have no other input.
 
     Raises:
-        InvalidArgument: the inputs of a request disagree about its batch size, or have no rows.
+        InvalidArgument: the inputs of a request disagree about its batch size, or have
+            no rows.
         ResourceExhausted: a batch would be larger than a message can be.
     """
     groups: dict[Any, list[WarmupRequest]] = {}
@@ -44,7 +46,7 @@ def rebatch(
 
 
 def _group(servable: Servable, request: WarmupRequest) -> tuple[Any, ...]:
-    """Equal for requests whose rows can go into one batch: all but the rows' values is the same."""
+    """Equal for requests whose rows can go into one batch: they differ in rows only."""
     rest = _copy(request)
     shapes: list[tuple[str, tuple[int, ...]]] = []
     if rest.kind == PREDICT:

@@ -1,7 +1,8 @@
 """Build a warmup file.
 
-In: a SavedModel and sample files, or none. Out: its ``assets.extra/tf_serving_warmup_requests``, in which
-every record fits its signature. On any error nothing is written.
+In: a SavedModel and sample files, or none. Out: its
+``assets.extra/tf_serving_warmup_requests``, in which every record fits its signature.
+On any error nothing is written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from spikeless.warmup.requests import Servable, WarmupRequest
 from spikeless.warmup.samples import Router, SampleFile
 from spikeless.warmup.validation import validate
 
-#: What TensorFlow Serving calls a model when it is not told; MultiInference requests must have some name.
+#: What TensorFlow Serving calls a model when it is not told; MultiInference requests
+#: must have some name.
 DEFAULT_MODEL_NAME = "default"
 
 
@@ -29,22 +31,25 @@ DEFAULT_MODEL_NAME = "default"
 class BuildSettings:
     """What goes into a warmup file."""
 
-    #: Files of sample requests. Without any, requests are made up from the signatures alone.
+    #: Files of sample requests. Without any, requests are made up from the signatures
+    #: alone.
     samples: tuple[SampleFile, ...] = ()
-    #: The signatures to warm; those that no sample is for get a made-up request. Without any: those that the
-    #: samples are for, or all where there are no samples.
+    #: The signatures to warm; those that no sample is for get a made-up request.
+    #: Without any: those that the samples are for, or all where there are no samples.
     signatures: tuple[str, ...] = ()
-    #: Signature key -> ``Predict``, ``Classify`` or ``Regress``, where it is not the one that its method name
-    #: says; TensorFlow 2 calls every signature that it exports Predict.
+    #: Signature key -> ``Predict``, ``Classify`` or ``Regress``, where it is not the
+    #: one that its method name says; TensorFlow 2 calls every signature that it exports
+    #: Predict.
     kinds: Mapping[str, str] = field(default_factory=dict)
-    #: For each MultiInference request wanted, the Classify and Regress signatures that it joins.
+    #: For each MultiInference request wanted, the Classify and Regress signatures that
+    #: it joins.
     multi_inference: tuple[tuple[str, ...], ...] = ()
     #: The batch sizes of the requests; empty leaves samples as they are.
     batch_sizes: tuple[int, ...] = ()
     #: Sizes of unknown dimensions in made-up requests.
     dims: synthetic.Dims = field(default_factory=dict)
-    #: The model name in the requests; None keeps the name in a PredictionLog sample, else ``default``.
-    #: Servers do not look at it when they warm up.
+    #: The model name in the requests; None keeps the name in a PredictionLog sample,
+    #: else ``default``. Servers do not look at it when they warm up.
     model_name: str | None = None
 
 
@@ -53,7 +58,8 @@ def make_requests(saved_model: str | os.PathLike[str], settings: BuildSettings) 
 
     Raises:
         NotFound: no SavedModel, sample file or signature where one was named.
-        InvalidArgument: a sample does not fit its signature, or a setting names nothing.
+        InvalidArgument: a sample does not fit its signature, or a setting names
+            nothing.
         ResourceExhausted: more than ``MAX_RECORDS`` requests.
     """
     _check(settings)
@@ -87,10 +93,10 @@ def make_requests(saved_model: str | os.PathLike[str], settings: BuildSettings) 
 
 
 def build(saved_model: str | os.PathLike[str], settings: BuildSettings | None = None) -> Path:
-    """Write the warmup file of ``saved_model``, in place of one that is there, and return its path.
+    """Write the warmup file of ``saved_model``, over an older one; returns its path.
 
-    Raises what `make_requests` does, and FailedPrecondition where the file cannot be written; nothing is left
-    behind then, and an older warmup file stays.
+    Raises what `make_requests` does, and FailedPrecondition where the file cannot be
+    written; nothing is left behind then, and an older warmup file stays.
     """
     requests = make_requests(saved_model, settings or BuildSettings())
     path = warmup_file(saved_model)
@@ -122,7 +128,7 @@ def _check_names(servable: Servable, settings: BuildSettings) -> None:
 
 
 def _address(request: WarmupRequest, model_name: str | None) -> None:
-    """Name model and signature, and no version: a request warms whatever version it comes with."""
+    """Name model and signature, no version: a record warms the one it comes with."""
     for spec in request.model_specs:
         spec.name = model_name or spec.name or DEFAULT_MODEL_NAME
         spec.signature_name = spec.signature_name or DEFAULT_SIGNATURE

@@ -61,7 +61,7 @@ class FeatureSpec:
 
 
 def parsed_features(meta_graph: meta_graph_pb2.MetaGraphDef, signature: Signature) -> dict[str, FeatureSpec]:
-    """The features that ``signature`` parses, by name; empty when it parses none, or none can be told."""
+    """The features that ``signature`` parses, by name, as far as the graph tells."""
     features: dict[str, FeatureSpec] = {}
     tensors = [spec.tensor_name for spec in signature.outputs.values()]
     for scope, node in needed(meta_graph.graph_def, tensors):
@@ -101,14 +101,14 @@ def _strings(scope: Scope, tensors: Sequence[str]) -> list[str]:
 
 
 def _parse_example_v2(scope: Scope, node: node_def_pb2.NodeDef) -> Iterator[FeatureSpec]:
-    """Inputs: serialized, names, vectors of sparse, dense and ragged keys, then a default per dense key."""
+    """Inputs: serialized, names, sparse, dense and ragged keys, then dense defaults."""
     _, _, sparse_keys, dense_keys, _, *defaults = node.input
     yield from _sparse(_strings(scope, [sparse_keys]), node.attr["sparse_types"])
     yield from _dense(scope, _strings(scope, [dense_keys]), node, defaults)
 
 
 def _parse_example(scope: Scope, node: node_def_pb2.NodeDef) -> Iterator[FeatureSpec]:
-    """Inputs: serialized, names, then sparse keys, dense keys and dense defaults, one tensor each."""
+    """Inputs: serialized, names, sparse keys, dense keys, defaults: one tensor each."""
     sparse, dense = node.attr["Nsparse"].i, node.attr["Ndense"].i
     inputs = list(node.input)[2:]
     yield from _sparse(_strings(scope, inputs[:sparse]), node.attr["sparse_types"])

@@ -23,9 +23,11 @@ class InputSummary:
     """One input of a recorded request."""
 
     name: str
-    #: ``DT_FLOAT`` and so on; ``tf.Example`` for the examples of Classify, Regress and MultiInference.
+    #: ``DT_FLOAT`` and so on; ``tf.Example`` for the examples of Classify, Regress and
+    #: MultiInference.
     dtype: str
-    #: None for an unknown rank; None inside for an unknown dimension: neither can be replayed.
+    #: None for an unknown rank; None inside for an unknown dimension: neither can be
+    #: replayed.
     shape: tuple[int | None, ...] | None
 
     def __str__(self) -> str:
@@ -38,8 +40,9 @@ class RecordSummary:
 
     #: Counted from 1.
     number: int
-    #: ``Predict``, ``Classify``, ``Regress``, ``MultiInference``; the name of a PredictionLog field that no
-    #: server replays; or None for a record without a request.
+    #: ``Predict``, ``Classify``, ``Regress``, ``MultiInference``; the name of a
+    #: PredictionLog field that no server replays; or None for a record without a
+    #: request.
     kind: str | None
     model: str
     signatures: tuple[str, ...]
@@ -59,7 +62,7 @@ def inspect(path: str | os.PathLike[str]) -> Iterator[RecordSummary]:
 
 
 def find(path: str | os.PathLike[str]) -> Path:
-    """``path`` itself, or where the SavedModel in that directory has its warmup file."""
+    """``path`` itself, or the warmup file of the SavedModel in that directory."""
     return warmup_file(path) if Path(path).is_dir() else Path(path)
 
 

@@ -1,6 +1,7 @@
 """Warmup records: ``PredictionLog`` messages in a TFRecord file.
 
-In: a file. Out: its records, numbered from 1, each with the kind of request that it holds.
+In: a file. Out: its records, numbered from 1, each with the kind of request that it
+holds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_RECORDS = 1000
 
 
 def warmup_file(saved_model: str | os.PathLike[str]) -> Path:
-    """Where a server looks for the warmup records of the SavedModel in this directory."""
+    """Where a server looks for the warmup records of a SavedModel."""
     return Path(saved_model) / EXTRA_DIRECTORY / WARMUP_FILE
 
 
@@ -41,13 +42,13 @@ class Record:
 
     @property
     def log_field(self) -> str | None:
-        """The field of ``PredictionLog`` that it has; None for a record without a request."""
+        """Its field of ``PredictionLog``; None for a record without a request."""
         field: str | None = self.log.WhichOneof("log_type")
         return field
 
     @property
     def kind(self) -> Kind | None:
-        """The kind of its request; None for no request, and for one that no server replays."""
+        """The kind of its request; None where no server replays it."""
         return kinds.of_log(self.log)
 
     @property

@@ -1,7 +1,8 @@
-"""Replay a warmup file into a loaded model, as a server does before the version becomes AVAILABLE.
+"""Replay a warmup file, as a server does before a version becomes AVAILABLE.
 
-In: a loaded model and the file. Out: nothing but a warm model; the answers are thrown away. The rules are
-those of TensorFlow Serving's ``saved_model_warmup.cc`` and ``saved_model_warmup_util.cc``.
+In: a loaded model and the file. Out: nothing but a warm model; the answers are thrown
+away. The rules are those of TensorFlow Serving's ``saved_model_warmup.cc`` and
+``saved_model_warmup_util.cc``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from spikeless.warmup.records import MAX_RECORDS, Record, read
 
 
 class Inference(Protocol):
-    """Whatever answers requests: a `spikeless.runtime.model.Model`, or a version on a server."""
+    """What answers requests: a `spikeless.runtime.model.Model`, or a remote version."""
 
     def answer(self, kind: Kind, request: Any) -> Any: ...
 
 
 class WarmupError(SpikelessError):
-    """A record that fails the load of its version; the code is the one that its cause has."""
+    """A record that fails the load of its version, with the code of its cause."""
 
     def __init__(self, path: str | os.PathLike[str], number: int, cause: SpikelessError) -> None:
         super().__init__(f"warmup record {number} of {os.fspath(path)}: {cause}")
@@ -34,20 +35,23 @@ class WarmupError(SpikelessError):
 def replay(model: Inference, path: str | os.PathLike[str], *, request_iterations: int = 1) -> int:
     """Run every record of the warmup file ``path`` through ``model``, in order.
 
-    The model's name and version in a record are not looked at: it is replayed into the version that it came
-    with. A record that holds no request at all counts, and does nothing.
+    The model's name and version in a record are not looked at: it is replayed into the
+    version that it came with. A record that holds no request at all counts, and does
+    nothing.
 
     Args:
         model: a loaded model.
         path: the warmup file; there may be none.
-        request_iterations: how often each record is run (``--num_request_iterations_for_warmup``).
+        request_iterations: how often each record is run
+            (``--num_request_iterations_for_warmup``).
 
     Returns:
         The number of records replayed; 0 without a file.
 
     Raises:
-        WarmupError: a record failed, with its number and cause; Unimplemented for SessionRun and streamed
-            records, InvalidArgument for the one beyond ``MAX_RECORDS``.
+        WarmupError: a record failed, with its number and cause; Unimplemented for
+            SessionRun and streamed records, InvalidArgument for the one beyond
+            ``MAX_RECORDS``.
         DataLoss: the file is truncated, damaged or no TFRecord file.
         InvalidArgument: a record is no PredictionLog.
     """

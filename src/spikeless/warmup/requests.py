@@ -1,6 +1,7 @@
 """Requests on their way into a warmup file, and the signatures that they are for.
 
-In: tensors or examples. Out: ``PredictionLog`` messages that hold a request and no response.
+In: tensors or examples. Out: ``PredictionLog`` messages that hold a request and no
+response.
 """
 
 from __future__ import annotations
@@ -67,13 +68,14 @@ class Servable:
 
     meta_graph: meta_graph_pb2.MetaGraphDef
     signatures: Mapping[str, Signature]
-    #: Signature key -> kind of request, where it is not the one that the method name says.
+    #: Signature key -> kind of request, where it is not the one that the method name
+    #: says.
     kinds: Mapping[str, str]
     _features: dict[str, dict[str, FeatureSpec]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], kinds: Mapping[str, str] | None = None) -> Servable:
-        """Read ``saved_model.pb`` in the directory ``path``; ``NotFound`` where there is none."""
+        """Read the SavedModel in ``path``; ``NotFound`` where there is none."""
         meta_graph = savedmodel.read(path).meta_graph()
         return cls(meta_graph, savedmodel.signatures_of(meta_graph), kinds or {})
 
@@ -125,7 +127,7 @@ def predict(key: str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> prediction_
 def with_examples(
     servable: Servable, target: Target, examples: input_pb2.Input
 ) -> prediction_log_pb2.PredictionLog:
-    """A request of any kind with these examples; Predict takes them serialized, in its only input.
+    """A request with these examples; Predict takes them serialized, in its only input.
 
     Raises:
         InvalidArgument: a Predict signature that has no such input.

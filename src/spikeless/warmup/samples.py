@@ -2,15 +2,16 @@
 
 In: a file that the user has. Out: the requests in it. The name tells the form:
 
-- ``.json``, ``.jsonl``, ``.ndjson``: TensorFlow Serving REST requests, one document or one a line, each a
-  request as it stands: ``instances`` or ``inputs`` (Predict) or ``examples`` (Classify, Regress), and where
-  wanted ``signature_name``.
-- ``.npz``: one Predict request; each array is named as its input, with the batch in front.
-- ``.csv``: one Predict request a row. A header that names the inputs makes each column an input of one value.
-  Otherwise the columns are, in order, the features of a signature with one numeric input [?, N]; a header is
-  skipped.
-- anything else: TFRecords, gzip-compressed or not, of ``tf.Example`` (one request each) or ``PredictionLog``
-  (whose requests are taken, and whose responses are not).
+- ``.json``, ``.jsonl``, ``.ndjson``: TensorFlow Serving REST requests, one document or
+  one a line, each a request as it stands: ``instances`` or ``inputs`` (Predict) or
+  ``examples`` (Classify, Regress), and where wanted ``signature_name``.
+- ``.npz``: one Predict request; each array is named as its input, with the batch in
+  front.
+- ``.csv``: one Predict request a row. A header that names the inputs makes each column
+  an input of one value. Otherwise the columns are, in order, the features of a
+  signature with one numeric input [?, N]; a header is skipped.
+- anything else: TFRecords, gzip-compressed or not, of ``tf.Example`` (one request each)
+  or ``PredictionLog`` (whose requests are taken, and whose responses are not).
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ class SampleFile:
 
 @dataclass(frozen=True)
 class Router:
-    """Where samples go: to the signature that they or their file name, or else to the only one of the build.
+    """Where samples go: the signature that they or their file name, or the only one.
 
-    Where it has not exactly one, tensors go to ``serving_default``, and examples to all of its Classify and
-    Regress signatures. Examples that name no signature also go into the MultiInference requests asked for.
+    Where it has not exactly one, tensors go to ``serving_default``, and examples to all
+    of its Classify and Regress signatures. Examples that name no signature also go into
+    the MultiInference requests asked for.
     """
 
     servable: Servable
@@ -79,7 +81,8 @@ def read(file: SampleFile, router: Router) -> list[WarmupRequest]:
 
     Raises:
         NotFound: the file is not there, or a signature that it names is not.
-        InvalidArgument: the file is empty or does not have its form; names the file and the place in it.
+        InvalidArgument: the file is empty or does not have its form; names the file and
+            the place in it.
         Unimplemented: a PredictionLog holds a kind of request that no server replays.
         DataLoss: a TFRecord file is damaged.
     """
@@ -164,7 +167,7 @@ def _read_npz(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
 
 
 def _restore_dtype(array: _Array, spec: TensorSpec | None) -> _Array:
-    """NumPy files keep types that NumPy does not know (bfloat16, float8) as raw bytes."""
+    """NumPy files keep types unknown to NumPy (bfloat16, float8) as raw bytes."""
     if spec is not None and array.dtype.kind == "V":
         dtype = numpy_dtype(spec.dtype)
         if dtype.itemsize == array.dtype.itemsize:
@@ -218,7 +221,8 @@ def _named_columns(signature: Signature, header: list[str], row: list[str]) -> d
             )
         spec = signature.inputs[alias]
         rank = 1 if spec.shape is None else len(spec.shape)
-        # A cell is one value: a scalar, or an element of every dimension that the input has.
+        # A cell is one value: a scalar, or an element of every dimension that the input
+        # has.
         inputs[alias] = _values([cell], spec).reshape([1] * rank)
     return inputs
 
@@ -242,7 +246,7 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def _values(cells: list[str], spec: TensorSpec) -> _Array:
-    """The cells as a flat array of the input's type; ``InvalidArgument`` where one does not fit."""
+    """The cells as a flat array of the input's type."""
     dtype = numpy_dtype(spec.dtype)
     try:
         if spec.dtype == types_pb2.DT_STRING:
@@ -271,7 +275,8 @@ def _read_tfrecords(file: SampleFile, router: Router) -> Iterator[WarmupRequest]
     for number, content in enumerate(tfrecord.read(file.path, gzipped=None), 1):
         source = f"{file.path}: record {number}"
         with _at(source):
-            # The two messages share no field, so whichever finds its own is the right one.
+            # The two messages share no field, so whichever finds its own is the right
+            # one.
             log = _parse(prediction_log_pb2.PredictionLog, content)
             if log is not None and log.WhichOneof("log_type"):
                 yield WarmupRequest(source, _request_only(log))

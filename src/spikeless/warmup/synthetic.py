@@ -1,9 +1,10 @@
 """Requests from a signature alone, for models that come without samples.
 
-In: a signature, and a size for each unknown dimension behind the batch. Out: one request of batch size 1,
-always the same: floats count 0, 0.1 ... 0.9, integers are 1 (in every vocabulary, and no bad divisor or
-length), booleans true, strings ``1``. A string input that is parsed as ``tf.Example`` gets an example with
-every feature that the model parses.
+In: a signature, and a size for each unknown dimension behind the batch. Out: one
+request of batch size 1, always the same: floats count 0, 0.1 ... 0.9, integers are 1
+(in every vocabulary, and no bad divisor or length), booleans true, strings ``1``. A
+string input that is parsed as ``tf.Example`` gets an example with every feature that
+the model parses.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from spikeless.formats.tensors import numpy_dtype, shape_text
 from spikeless.warmup.features import FeatureSpec, to_feature
 from spikeless.warmup.requests import Servable, Target, WarmupRequest, predict, with_examples
 
-#: Input alias -> sizes of its unknown dimensions behind the batch, in order. None is for all other inputs,
-#: and has one size for all of their unknown dimensions.
+#: Input alias -> sizes of its unknown dimensions behind the batch, in order. None is
+#: for all other inputs, and has one size for all of their unknown dimensions.
 Dims = Mapping[str | None, tuple[int, ...]]
 
 _Array = np.ndarray[Any, Any]
@@ -32,7 +33,8 @@ def request(servable: Servable, target: Target, dims: Dims) -> WarmupRequest:
     """One request for ``target``.
 
     Raises:
-        InvalidArgument: an unknown dimension has no size in ``dims``; names the input and the remedy.
+        InvalidArgument: an unknown dimension has no size in ``dims``; names the input
+            and the remedy.
         Unimplemented: an input has a type that no request can hold.
     """
     source = f"{target} without samples"
@@ -74,7 +76,7 @@ def values(dtype: int, shape: list[int]) -> _Array:
 
 
 def _shape(spec: TensorSpec, dims: Dims) -> list[int]:
-    """The input's shape with batch size 1 and every other unknown dimension from ``dims``."""
+    """The input's shape: batch size 1, other unknown dimensions from ``dims``."""
     sizes = dims.get(spec.alias)
     if spec.shape is None:
         if sizes is None:

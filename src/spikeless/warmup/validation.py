@@ -1,6 +1,7 @@
 """Whether a request fits the signature that it is for, told before any server tries it.
 
-In: a request and the model's signatures. Out: nothing, or the error that says what does not fit.
+In: a request and the model's signatures. Out: nothing, or the error that says what does
+not fit.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ _OUTPUTS = {True: {CLASSES_OUTPUT, SCORES_OUTPUT}, False: {REGRESS_OUTPUT}}
 
 
 def validate(servable: Servable, request: WarmupRequest) -> None:
-    """Raise what is wrong with ``request``, which names its signature, and where it came from.
+    """Raise what is wrong with a request, and where it came from.
 
     Raises:
         NotFound: there is no such signature.
-        InvalidArgument: an input is unknown, missing, or of the wrong dtype or shape; examples do not have
-            the features that the model parses; a signature cannot answer this kind of request.
-        Unimplemented: a MultiInference task of another method than Classify and Regress.
+        InvalidArgument: an input is unknown, missing, or of the wrong dtype or shape;
+            examples do not have the features that the model parses; a signature cannot
+            answer this kind of request.
+        Unimplemented: a MultiInference task of another method than Classify and
+            Regress.
     """
     try:
         _validate(servable, request)

@@ -1,7 +1,7 @@
 """Try a warmup file as a server would, and see what it gains.
 
-In: a SavedModel with a warmup file. Out: the latency of the first request to each signature, cold and after
-warmup; or the error that would fail the load.
+In: a SavedModel with a warmup file. Out: the latency of the first request to each
+signature, cold and after warmup; or the error that would fail the load.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class FirstRequest:
     signatures: tuple[str, ...]
     #: The record that was sent.
     record: int
-    #: Milliseconds right after a load without warmup. In the order of the file: what signatures share is paid
-    #: by the first.
+    #: Milliseconds right after a load without warmup. In the order of the file: what
+    #: signatures share is paid by the first.
     cold_ms: float
     #: Milliseconds right after a load with warmup.
     warm_ms: float
@@ -48,11 +48,12 @@ class Verification:
 
 
 def verify(saved_model: str | os.PathLike[str], *, request_iterations: int = 1) -> Verification:
-    """Load the SavedModel twice, without and with its warmup file, and measure the first requests after each.
+    """Load a SavedModel without and with its warmup file, and time the first requests.
 
     Args:
         saved_model: its directory.
-        request_iterations: how often each record is replayed (``--num_request_iterations_for_warmup``).
+        request_iterations: how often each record is replayed
+            (``--num_request_iterations_for_warmup``).
 
     Raises:
         WarmupError: a record would fail the load; with its number and cause.
@@ -98,7 +99,7 @@ def _first_records(path: os.PathLike[str]) -> dict[tuple[str, ...], Record]:
 
 
 def _attempt_ms(model: Model, record: Record) -> float:
-    """Milliseconds for one request. An error is left for the replay, which finds the first bad record."""
+    """Milliseconds for one request. The replay reports errors."""
     started = time.perf_counter()
     with suppress(SpikelessError):
         answer(model, record)
