@@ -1,4 +1,4 @@
-"""What all tests share: fixtures, and that Ctrl-C means something to the processes that tests start."""
+"""What all tests share: fixtures, and that child processes react to Ctrl-C."""
 
 import os
 import signal
@@ -6,17 +6,19 @@ import sys
 
 from places import ROOT
 
-# Tests fork only to start other programs. What gRPC does for more than that breaks those that PySpark starts.
+# Tests fork only to start other programs. What gRPC does for more than that breaks
+# those that PySpark starts.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
-#: Training scripts import each other by their bare names, as scripts do; tests import them the same way.
+#: Training scripts import each other by their bare names, as scripts do; tests import
+#: them the same way.
 sys.path.append(str(ROOT / "training"))
 
 pytest_plugins = ("saved_models", "trained_models", "promotion_models")
 
 
 def pytest_configure() -> None:
-    """Undo what a shell does to the commands that a script runs in the background: they ignore Ctrl-C.
+    """Let Ctrl-C work where a shell started the tests in the background.
 
     Children would inherit that, and the tests that interrupt one would wait for ever.
     """

@@ -1,15 +1,16 @@
 """Start a model server as a child process, whichever engine it is, and stop it again.
 
-In: what to serve, as TensorFlow Serving's own flags. Out: a `ServerProcess` with its address,
-process id, log file and allocator. The environment variable ``SPIKELESS_SERVER`` chooses the
-engine:
+In: what to serve, as TensorFlow Serving's own flags. Out: a `ServerProcess` with its
+address, process id, log file and allocator. The environment variable
+``SPIKELESS_SERVER`` chooses the engine:
 
 ``embedded``  (the default) this package's own server, run by the current Python
 a path        a ``tensorflow_model_server`` binary
-``docker``    a container of the image ``SPIKELESS_IMAGE`` (default ``spikeless/serving``)
+``docker``    a container of ``SPIKELESS_IMAGE`` (default ``spikeless/serving``)
 
-A child process gets its own session: it can be signalled as a group, a Ctrl-C meant for the
-caller does not reach it, and the kernel schedules it and its load generator as two groups.
+A child process gets its own session: it can be signalled as a group, a Ctrl-C meant for
+the caller does not reach it, and the kernel schedules it and its load generator as two
+groups.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
     from docker.models.containers import Container
 
 ENGINE_VARIABLE = "SPIKELESS_SERVER"
-#: Engines that are not the path of a binary: this package's own, the default, and a container.
+#: Engines that are not the path of a binary: this package's own, the default, and a
+#: container.
 EMBEDDED, DOCKER = "embedded", "docker"
 IMAGE_VARIABLE = "SPIKELESS_IMAGE"
 DEFAULT_IMAGE = "spikeless/serving"
@@ -59,7 +61,8 @@ JEMALLOC_REMEDY = f"{JEMALLOC} is not installed: on Debian or Ubuntu run `apt-ge
 LOOPBACK = "127.0.0.1"
 ALLOCATORS = ("glibc", "jemalloc")
 
-#: Prints the platform configuration for flags of TensorFlow Serving, as the serving image does.
+#: Prints the platform configuration for flags of TensorFlow Serving, as the serving
+#: image does.
 _PLATFORM_CONFIG = 'fail() { echo "$1" >&2; exit 1; }; flags=("$@"); source "$0"; platform_config'
 _SERVING_FLAGS = Path(__file__).with_name("serving-flags.bash")
 
@@ -79,10 +82,10 @@ _State = get_model_status_pb2.ModelVersionStatus.State
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """What to start. What is None is chosen: free ports, a temporary log file, the engine."""
+    """What to start. Ports, log file and engine that are None are chosen."""
 
-    #: The one model to serve, and the folder of its versions; both None when ``flags`` name a
-    #: ``--model_config_file``.
+    #: The one model to serve, and the folder of its versions; both None when ``flags``
+    #: name a ``--model_config_file``.
     model_name: str | None = None
     model_base_path: Path | None = None
     #: Models that need an AVAILABLE version before the server is ready, by default
@@ -92,7 +95,8 @@ class LaunchSettings:
     #: Whether to open the REST port as well.
     rest: bool = False
     rest_port: int | None = None
-    #: Further flags in TensorFlow Serving's spelling, such as ``("--num_load_threads=1",)``.
+    #: Further flags in TensorFlow Serving's spelling, such as
+    #: ``("--num_load_threads=1",)``.
     flags: Sequence[str] = ()
     engine: str | None = None
     #: ``glibc`` or ``jemalloc``.
@@ -113,16 +117,17 @@ class LaunchSettings:
 
 
 def chosen_engine() -> str:
-    """What ``SPIKELESS_SERVER`` says: ``embedded``, ``docker`` or the path of a binary."""
+    """``SPIKELESS_SERVER``: ``embedded``, ``docker`` or the path of a binary."""
     return os.environ.get(ENGINE_VARIABLE) or EMBEDDED
 
 
 def unoptimizing(settings: LaunchSettings, directory: Path) -> LaunchSettings:
-    """The same server, told not to optimise graphs, for models that were optimised beforehand.
+    """The same server, for models whose graphs were optimised beforehand.
 
-    The embedded engine reads that from each model (`spikeless.formats.session_overrides`). For
-    TensorFlow Serving it takes a platform configuration for all models, which is written into
-    ``directory`` and repeats what the flags say, since it overrides them.
+    The embedded engine reads from each model that it should not optimise it again
+    (`spikeless.formats.session_overrides`). TensorFlow Serving reads a platform
+    configuration for all models, written into ``directory``; it overrides the flags and
+    therefore repeats what they say.
     """
     engine = settings.engine or chosen_engine()
     if engine == EMBEDDED:
@@ -232,12 +237,12 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """The process that serves: behind an entrypoint script its largest descendant."""
+        """The process that serves; in a container the largest process."""
         return self._started.pid
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code (of a child killed by a signal: negative), or None while it runs."""
+        """The exit code (negative: a signal killed it), or None while it runs."""
         return self._started.exit_code
 
     def log_tail(self, lines: int = _LOG_TAIL_LINES) -> str:
@@ -246,7 +251,7 @@ class ServerProcess:
         return "\n".join(text.splitlines()[-lines:])
 
     def wait_ready(self) -> None:
-        """Return when every awaited model has an AVAILABLE version and the allocator is the one asked for."""
+        """Wait until every awaited model is AVAILABLE; check the allocator."""
         names = self.settings.wait_for or ([self.settings.model_name] if self.settings.model_name else [])
         with grpc.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
             if names:
@@ -262,7 +267,7 @@ class ServerProcess:
             )
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:
-        """Wait until `condition` holds; a dead server fails the wait at once, with the end of its log."""
+        """Wait until ``condition`` holds; a dead server fails at once, with its log."""
         timeout = self.settings.ready_timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
         while True:
@@ -288,7 +293,7 @@ class ServerProcess:
         return allocator_of(self.pid)
 
     def stop(self, grace: float = 30.0) -> int | None:
-        """SIGTERM, then SIGKILL after ``grace`` seconds; returns the exit code, None if never started."""
+        """SIGTERM, then SIGKILL after ``grace`` seconds; returns the exit code."""
         return None if self._process is None else self._process.stop(grace)
 
     def __enter__(self) -> ServerProcess:
@@ -319,7 +324,8 @@ class _Child:
             if not jemalloc_installed():
                 raise NotFound(JEMALLOC_REMEDY)
             environment["LD_PRELOAD"] = JEMALLOC
-        # The streams go straight into the file: no pipe can fill up, and no output is lost with the caller.
+        # The streams go straight into the file: no pipe can fill up, and no output is
+        # lost with the caller.
         with server.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 server.command,
@@ -435,7 +441,7 @@ def allocator_of(pid: int) -> Allocator:
 
 
 def jemalloc_installed() -> bool:
-    """Whether the dynamic loader finds jemalloc by its soname (it only warns when it does not)."""
+    """Whether the dynamic loader finds jemalloc; on its own it only warns."""
     true = shutil.which("true")
     if true is None or sys.platform != "linux":
         return False
@@ -452,7 +458,7 @@ def free_port() -> int:
 
 
 def _available(stub: model_service_pb2_grpc.ModelServiceStub, name: str) -> bool:
-    """Whether a version of `name` is AVAILABLE; raises when every version has ended in an error."""
+    """Whether a version of ``name`` is AVAILABLE; Unavailable when all failed."""
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = name
     try:
@@ -467,7 +473,7 @@ def _available(stub: model_service_pb2_grpc.ModelServiceStub, name: str) -> bool
 
 
 def _binary_version(binary: str) -> str:
-    """The version that ``tensorflow_model_server --version`` states, for example ``2.20.0``."""
+    """The version that a ``tensorflow_model_server`` states, such as ``2.20.0``."""
     answer = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=60, check=False)
     for line in answer.stdout.splitlines():
         label, _, version = line.partition(":")

@@ -1,8 +1,8 @@
 """The images and the compose stack, built and run by a real engine.
 
-One stack goes through a day: up on a fresh clone, requests, a hot reload, a measured run,
-monitoring. Each test leaves it serving. `container_stack` says what is built, `engine` when all of
-this is skipped. SPIKELESS_CONTAINERS=0 leaves it out.
+One stack goes through a day: up on a fresh clone, requests, a hot reload, a measured
+run, monitoring. Each test leaves it serving. `container_stack` says what is built,
+`engine` when all of this is skipped. SPIKELESS_CONTAINERS=0 leaves it out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TMP = {"/tmp": ""}
 BLOCK = re.compile(r"(<!-- not run here: [^>]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
 
 
-# Helpers --------------------------------------------------------------------------------------------------
+# Helpers ------------------------------------------------------------------------------
 
 
 def fetch(url: str, data: object = None) -> str:
@@ -127,7 +127,7 @@ def is_healthy(container: Container) -> bool:
     return bool(health_of(container)["Status"] == "healthy")
 
 
-# Images ---------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------
 
 
 def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: Engine, images: Images) -> None:
@@ -140,7 +140,8 @@ def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: En
         assert config["Entrypoint"][0] != "/bin/sh", "exec form"
         if name in ("embedded", "serving"):
             assert config["Healthcheck"]["Test"] == ["CMD", "/usr/local/bin/health"]
-        # Whatever stands in for a published image says so, in everything that is built on it.
+        # Whatever stands in for a published image says so, in everything that is built
+        # on it.
         stands_in = images.serving_stands_in if name == "serving" else containers.private
         assert (STAND_IN in config["Labels"]) == stands_in, name
 
@@ -179,7 +180,7 @@ def test_the_tools_have_what_they_need(containers: Engine, images: Images) -> No
 def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
     containers: Engine, images: Images, tmp_path: Path
 ) -> None:
-    """What each build runs, against a package index whose certificate only the secret vouches for."""
+    """Each build's pip, with an index whose certificate only the secret vouches for."""
     folder, certificate = tmp_path / "simple" / "probe", tmp_path / "certificate"
     folder.mkdir(parents=True)
     files = {
@@ -241,7 +242,7 @@ def test_the_tagger_trains_in_an_environment_of_its_own(containers: Engine, imag
     assert "run directory: /tmp/runs/tagger-" in done.output
 
 
-# The stack ------------------------------------------------------------------------------------------------
+# The stack ----------------------------------------------------------------------------
 
 
 def test_compose_accepts_the_files(stack: Stack) -> None:
@@ -304,7 +305,8 @@ def test_the_least_privilege_holds_while_it_runs(up: Stack) -> None:
     assert host["LogConfig"]["Config"] == {"max-file": "3", "max-size": "10m"}
     prepare = state_of(up.container("prepare"))
     assert prepare["ExitCode"] == 0
-    # What writes gives its rights up before it does: the trained version belongs to nobody but the owner.
+    # What writes gives its rights up before it does: the trained version belongs to
+    # nobody but the owner.
     program = "import os; print(open('/proc/self/status').read())"
     shown = up.compose("run", "--rm", "tools", "python", "-c", program).stdout
     status = dict(line.split(":\t", 1) for line in shown.splitlines() if ":\t" in line)
@@ -395,7 +397,7 @@ def test_mapped_parameters_are_served_and_kept_in_memory(up: Stack, client: Clie
     up.compose("rm", "--stop", "--force", "keep")
 
 
-# Monitoring -----------------------------------------------------------------------------------------------
+# Monitoring ---------------------------------------------------------------------------
 
 
 def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) -> None:
@@ -441,7 +443,7 @@ def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) ->
 
 
 def test_monitoring_goes_on_after_the_server_was_restarted(up: Stack, images: Images) -> None:
-    """Without anybody's help, whether it was restarted or crashed and the engine started it again."""
+    """Whether it was restarted, or crashed and the engine started it again."""
     api = f"http://127.0.0.1:{up.ports['PROMETHEUS_PORT']}/api/v1/query?query="
     server, exporter = up.container("server"), up.container("exporter")
     exporting_since = state_of(exporter)["StartedAt"]
@@ -475,7 +477,7 @@ def test_monitoring_goes_on_after_the_server_was_restarted(up: Stack, images: Im
 
 
 def test_the_commands_of_the_readme_run(up: Stack, client: Client) -> None:
-    """From a clone without a model to a promoted version and down again, as docker/README.md shows it."""
+    """From a clone without a model to a promoted version and down again."""
     up.compose("--profile", "*", "down")
     shutil.rmtree(up.folder / "models" / "boston")
     text = (up.folder / "docker" / "README.md").read_text()
@@ -505,7 +507,7 @@ def test_the_commands_of_the_readme_run(up: Stack, client: Client) -> None:
     assert up.compose("--profile", "*", "ps", "--all", "--quiet").stdout == ""
 
 
-# One container --------------------------------------------------------------------------------------------
+# One container ------------------------------------------------------------------------
 
 
 def let_read(models: Path) -> None:
@@ -661,7 +663,7 @@ def test_sigterm_lets_requests_in_progress_end(
 def test_the_serving_image_starts_a_server_as_the_base_would_not(
     containers: Engine, images: Images, run: Runner, tmp_path: Path, saved_models: Path
 ) -> None:
-    """On a stand-in for its base (``serving_stand_in``): entrypoint, user, health and allocator."""
+    """On a stand-in for its base: entrypoint, user, health and allocator."""
     models = tmp_path / "models"
     publishing.publish(saved_models / "times_one", models, "m")
     container = run(images.serving, models, "--tensorflow_intra_op_parallelism=1")
@@ -678,7 +680,8 @@ def test_the_serving_image_starts_a_server_as_the_base_would_not(
     with Client(port_of(container, 8500)) as client:
         assert client.predict("m", {"x": np.asarray([2.0], np.float32)})["y"].tolist() == [2.0]
 
-    # The other allocator, the official image's way to name a model, and an init process before the server.
+    # The other allocator, the official image's way to name a model, and an init process
+    # before the server.
     environment = {"SPIKELESS_ALLOCATOR": "glibc", "MODEL_NAME": "m"}
     container = run(images.serving, models, "--rest_api_port=8501", environment=environment, init=True)
     wait_healthy(container)
@@ -725,7 +728,7 @@ def test_a_container_is_launched_like_any_server(
     assert not [container for container in listed if "com.docker.compose.project" not in container.labels]
 
 
-# Load -----------------------------------------------------------------------------------------------------
+# Load ---------------------------------------------------------------------------------
 
 
 class Seen:
@@ -738,7 +741,7 @@ class Seen:
 
 @contextmanager
 def load(stack: Stack, name: str, users: int = 4) -> Iterator[Seen]:
-    """Requests, one after the other, from several users, for the length of a ``with`` block."""
+    """Several users, each with one request at a time, for a ``with`` block."""
     seen, ended = Seen(), threading.Event()
 
     def user() -> None:

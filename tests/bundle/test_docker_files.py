@@ -42,11 +42,11 @@ def found(pattern: str, text: str) -> str:
 
 
 def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A Python tool of this very environment, whatever PYTHONPATH and its script's first line say."""
+    """A Python tool of this environment, whatever PYTHONPATH and its script say."""
     return run(sys.executable, "-I", "-m", name, *arguments)
 
 
-# Linters --------------------------------------------------------------------------------------------------
+# Linters ------------------------------------------------------------------------------
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
@@ -89,7 +89,8 @@ def test_every_service_has_the_least_privilege() -> None:
         if name == "keep":
             assert service["cap_add"] == ["IPC_LOCK"]
         elif service.get("user") == "0:0":
-            # A writer becomes the owner of the folder it writes to before it does anything.
+            # A writer becomes the owner of the folder it writes to before it does
+            # anything.
             assert service["cap_add"] == ["SETUID", "SETGID"], name
             assert service["entrypoint"][0] == "as-owner", name
         else:
@@ -99,10 +100,12 @@ def test_every_service_has_the_least_privilege() -> None:
     models, status = services["server"]["volumes"]
     assert models["target"] == "/models"
     assert models["read_only"] is True
-    # What the server may write is a few bytes for the exporter, which cannot write them.
+    # What the server may write is a few bytes for the exporter, which cannot write
+    # them.
     assert status == "status:/run/spikeless"
     assert "status:/run/spikeless:ro" in services["exporter"]["volumes"]
-    # Nothing that has to go on after a restart of the server is in the process namespace that ends with it.
+    # Nothing that has to go on after a restart of the server is in the process
+    # namespace that ends with it.
     assert [name for name, service in services.items() if "pid" in service] == ["bench"]
     assert "restart" not in services["bench"]
 
@@ -123,7 +126,7 @@ def test_build_arguments_choose_the_base_of_the_serving_image() -> None:
 
 
 def serving_base(**arguments: str) -> str:
-    """What the serving image is built on, as BuildKit reads the arguments before the first FROM."""
+    """What the serving image is built on, from the arguments before the first FROM."""
     lines = (DOCKER / "Dockerfile").read_text().splitlines()
     values: dict[str, str] = {}
     for line in lines[: next(number for number, line in enumerate(lines) if line.startswith("FROM "))]:
@@ -141,7 +144,7 @@ def test_the_server_drains_before_it_is_ended() -> None:
     assert int(grace) < int(period)
 
 
-# The entrypoint -------------------------------------------------------------------------------------------
+# The entrypoint -----------------------------------------------------------------------
 
 
 class Start(Protocol):
@@ -308,7 +311,7 @@ def test_what_a_platform_file_switches_off_is_said_again(start: Start, tmp_path:
 
 
 def platform_config(path: str) -> Any:
-    """Parse a PlatformConfigMap strictly; its inner messages, in no Python package, are stated here.
+    """Parse a PlatformConfigMap strictly; no Python package has its inner messages.
 
     What they contain of TensorFlow, the session's configuration, is TensorFlow's own.
     """
@@ -372,7 +375,7 @@ def platform_config(path: str) -> Any:
     return text_format.Parse(body, adapter).legacy_config
 
 
-# Monitoring -----------------------------------------------------------------------------------------------
+# Monitoring ---------------------------------------------------------------------------
 
 
 def test_the_dashboard_shows_only_what_is_recorded_or_exported() -> None:
@@ -383,7 +386,7 @@ def test_the_dashboard_shows_only_what_is_recorded_or_exported() -> None:
             assert name in recorded, query
 
 
-# Kubernetes -----------------------------------------------------------------------------------------------
+# Kubernetes ---------------------------------------------------------------------------
 
 
 def test_the_manifests_fit_the_kubernetes_schemas() -> None:
@@ -417,7 +420,8 @@ def test_the_manifests_belong_together() -> None:
     assert (target["kind"], target["name"]) == ("Deployment", manifests["Deployment"]["metadata"]["name"])
     assert manifests["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > 1
     assert "replicas" not in deployment, "applying a rollout would undo what the autoscaler has decided"
-    # Ready means what healthy means, and a rollout never takes a replica away before its successor is ready.
+    # Ready means what healthy means, and a rollout never takes a replica away before
+    # its successor is ready.
     health = json.loads(found(r"HEALTHCHECK .* CMD (\[.*\])", (DOCKER / "Dockerfile").read_text()))
     assert server["readinessProbe"]["exec"]["command"] == health
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}

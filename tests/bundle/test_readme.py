@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, its files exist, its links lead somewhere."""
+"""The README tells the truth: its commands run, its files and links exist."""
 
 from __future__ import annotations
 

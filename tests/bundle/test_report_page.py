@@ -58,7 +58,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two scenarios of 20,000 requests, the first with a spike and failures, the second repeated."""
+    """Two scenarios: the first with a spike and failures, the second repeated."""
     directory = tmp_path_factory.mktemp("report")
     runs = [
         with_failures(made_up_run("no warmup", 80, rate=1000), 5),
@@ -138,7 +138,7 @@ def test_the_swap_is_drawn(browser: webdriver.Chrome, page: Path) -> None:
             )
     zoom = [text.text for text in browser.find_elements(By.CSS_SELECTOR, "#zoom-0 .annotation-text")]
     assert zoom == ["publish v2", "v2 available", "v1 ended"]
-    # Every request over the SLO is a point of its own: 71 of the stall, and the slow start.
+    # Every request over the SLO is a point: 71 of the stall, and the slow start.
     points = "return document.getElementById('timeline-0').data.filter(trace => trace.mode === 'markers')"
     assert browser.execute_script(f"{points}[0].x.length") == 71 + 20
     assert browser.execute_script(f"{points}[1].text") == ["UNAVAILABLE"] * 5

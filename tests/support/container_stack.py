@@ -1,7 +1,8 @@
 """Images and a compose stack on a real engine, each made once.
 
-In: nothing. Out: ``images``, built from this tree, and ``stack``, a fresh clone of it with the
-compose command. Tests that use them are skipped, with the reason, where there is no engine.
+In: nothing. Out: ``images``, built from this tree, and ``stack``, a fresh clone of it
+with the compose command. Tests that use them are skipped, with the reason, where there
+is no engine.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def containers() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of this tree as git would clone them, changes included, owned by somebody."""
+    """This tree as git would clone it, with changes, owned by `OWNER`."""
     folder = tmp_path_factory.mktemp("clone") / "spikeless"
     listed = subprocess.run(
         # Whoever the tree belongs to: nothing of it is run by git here.
@@ -143,7 +144,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(containers: Engine, clone: Path) -> Images:
-    """Every image, built. What cannot be pulled stands on a stand-in that is labelled as one."""
+    """Every image, built. What cannot be pulled is built on a labelled stand-in."""
 
     def build(name: str, folder: Path, *arguments: str) -> str:
         image = f"spikeless/{name}:{TAG}"
@@ -169,7 +170,8 @@ def images(containers: Engine, clone: Path) -> Images:
             return image
         return build("stand-in-prometheus", SUPPORT / "prometheus_stand_in", f"--build-arg=BASE={BASE}")
 
-    # Side by side: while one downloads, another one computes. What they share is built once.
+    # Side by side: while one downloads, another one computes. What they share is built
+    # once.
     with ThreadPoolExecutor() as pool:
         served, tools, tagger, monitor = (
             pool.submit(serving),
@@ -191,7 +193,7 @@ def images(containers: Engine, clone: Path) -> Images:
 
 @pytest.fixture(scope="session")
 def stack(containers: Engine, images: Images, clone: Path) -> Iterator[Stack]:
-    """The clone, with images that are built and ports that are free; down again at the end."""
+    """The clone, with built images and free ports; down again at the end."""
     names = ("GRPC_PORT", "REST_PORT", "LOCUST_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
     ports = {name: launch.free_port() for name in names}
     environment = {

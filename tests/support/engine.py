@@ -1,21 +1,21 @@
-"""A container engine for the tests, where there may be neither an engine nor an image registry.
+"""A container engine for the tests, even without an engine or an image registry.
 
-In: nothing but the machine. Out: an `Engine` with the base image, whose environment makes
-``docker compose`` and ``docker buildx`` work. An engine that already runs is used as it is, or
-not at all: a second one would share its bridge and its firewall rules. Where none runs, as root
-on Debian or Ubuntu, one is started from the distribution's packages:
+In: nothing but the machine. Out: an `Engine` with the base image, whose environment
+makes ``docker compose`` and ``docker buildx`` work. An engine that already runs is used
+as it is, or not at all: a second one would share its bridge and its firewall rules.
+Where none runs, as root on Debian or Ubuntu, one is started from packages:
 
-- The packages are downloaded and unpacked below the cache, nothing is installed. Addresses,
-  keys and proxies are those of the machine's own apt.
-- A base image is built from the same archive (debootstrap) and tagged with the name that a
-  Dockerfile asks for. The label `STAND_IN` tells it from the published image.
+- The packages are downloaded and unpacked below the cache, nothing is installed.
+  Addresses, keys and proxies are those of the machine's own apt.
+- A base image is built from the same archive (debootstrap) and tagged with the name
+  that a Dockerfile asks for. The label `STAND_IN` tells it from the published image.
 
-Cache: ``$SPIKELESS_CACHE``, by default ``spikeless`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It
-keeps packages, image layers and build caches, 13 GB in all; a second run starts in seconds. The
-daemon is stopped on leaving, and by the kernel when its starter is killed; the next run removes
-the containers that it had then.
+Cache: ``$SPIKELESS_CACHE``, by default ``spikeless`` in ``$XDG_CACHE_HOME`` or
+``~/.cache``. It keeps packages, image layers and build caches, 13 GB in all; a second
+run starts in seconds. The daemon is stopped on leaving, and by the kernel when its
+starter is killed; the next run removes the containers that it had then.
 
-    python tests/support/engine.py docker compose up      # any command, with an engine for as long as it runs
+    python tests/support/engine.py docker compose up      # any command, with an engine
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ from typing import Any
 import docker
 from docker.models.containers import Container
 
-#: The label that every base image built here carries; its value says what the image really is.
+#: The label that every base image built here carries; its value says what the image
+#: really is.
 STAND_IN = "io.github.spikeless.stand-in"
 BASE = "debian:bookworm-slim"
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-#: Variables and settings that name a file of further certificate authorities, most specific first.
+#: Variables and settings that name a file of further certificate authorities, most
+#: specific first.
 CA_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 KEEP_BUILD_CACHE = 8 << 30
 FREE_BYTES = 16 << 30
@@ -111,7 +113,7 @@ class Finished:
 
 @contextlib.contextmanager
 def engine() -> Iterator[Engine]:
-    """An engine with base images, for the length of a ``with`` block. Raises NoEngine."""
+    """An engine with its base image, for a ``with`` block. Raises NoEngine."""
     ca_file = _ca_file()
     environment = dict(os.environ)
     if ca_file is not None:
@@ -204,7 +206,7 @@ def _cache() -> Path:
 
 
 def _ca_file() -> Path | None:
-    """The file of certificate authorities that pip uses on this machine, when it is told to use one."""
+    """The file of certificate authorities that pip is told to use, if any."""
     for name in CA_VARIABLES:
         if os.environ.get(name):
             return Path(os.environ[name])
@@ -212,11 +214,11 @@ def _ca_file() -> Path | None:
     return Path(answer.stdout.strip()) if answer.returncode == 0 else None
 
 
-# Packages -----------------------------------------------------------------------------------------------
+# Packages -----------------------------------------------------------------------------
 
 
 def _unpacked(cache: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Download and unpack the engine's packages, once; returns the environment to run its programs in."""
+    """Download and unpack the packages, once; returns their programs' environment."""
     release = platform.freedesktop_os_release()
     root = cache / f"packages-{release['ID']}-{release.get('VERSION_CODENAME', '')}"
     if not root.is_dir():
@@ -238,7 +240,7 @@ def _unpacked(cache: Path, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _download(folder: Path, release: Mapping[str, str]) -> list[Path]:
-    """Fetch the packages with an apt of our own, which reads the machine's sources but writes only here."""
+    """Fetch the packages; apt reads the machine's sources and writes only here."""
     codename = release["VERSION_CODENAME"]
     sources = _sources(codename)
     names = ["docker.io", "debootstrap", "docker-buildx"]
@@ -248,8 +250,9 @@ def _download(folder: Path, release: Mapping[str, str]) -> list[Path]:
         names += ["docker-cli", "docker-compose"]
     foreign: list[str] = []
     if codename == "bookworm":
-        # Its docker-compose is version 1 and it has no buildx: both come from the release after it. They are
-        # Go programs that need nothing but the C library, so their dependencies are left alone.
+        # Its docker-compose is version 1 and it has no buildx: both come from the
+        # release after it. They are Go programs that need nothing but the C library, so
+        # their dependencies are left alone.
         names.remove("docker-buildx")
         foreign = ["docker-compose/trixie", "docker-buildx/trixie"]
         sources += [_of_suite(line, codename, "trixie") for line in sources if f" {codename} " in line]
@@ -284,7 +287,7 @@ def _of_suite(source: str, codename: str, other: str) -> str:
 
 
 def _sources(codename: str) -> list[str]:
-    """The machine's own apt sources of its distribution, one line for each suite and component."""
+    """The machine's own apt sources, one line for each suite and component."""
     form = "$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)"
     answer = _run(["apt-get", "indextargets", "--format", form, "Created-By: Packages"])
     lines = [line.split("\t") for line in answer.stdout.splitlines()]
@@ -308,14 +311,14 @@ def _unpack(packages: Sequence[Path], root: Path) -> None:
     (links / "ip6tables").symlink_to("../usr/sbin/xtables-nft-multi")
 
 
-# The daemon ---------------------------------------------------------------------------------------------
+# The daemon ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _daemon(
     cache: Path, environment: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, str], docker.DockerClient]]:
-    """Run dockerd on a socket of its own; yields the environment for commands, and a client."""
+    """Run dockerd on its own socket; yields the commands' environment and a client."""
     _write_client_config(cache / "config", environment)
     pidfile = cache / "docker.pid"
     _end_orphan(pidfile)
@@ -323,8 +326,8 @@ def _daemon(
         run = Path(name)  # Short: the path of a socket may have 107 characters at most.
         host = f"unix://{run / 'docker.sock'}"
         command = [
-            # It ends with the process that started it, however that ends. Tests that measure something while
-            # it builds come first.
+            # It ends with the process that started it, however that ends. Tests that
+            # measure something while it builds come first.
             "setpriv",
             "--pdeathsig=TERM",
             "nice",
@@ -373,7 +376,7 @@ def _daemon(
 
 
 def _unmount_below(folder: Path) -> None:
-    """What the daemon has left mounted, such as the network that containers share with the machine."""
+    """Unmount what the daemon left, such as the network of containers."""
     mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for path in reversed(mounted):
         if path.startswith(f"{folder}/"):
@@ -381,7 +384,7 @@ def _unmount_below(folder: Path) -> None:
 
 
 def _forget_containers(client: docker.DockerClient) -> None:
-    """Remove what a killed run left behind; the daemon would start its services again."""
+    """Remove what a killed run left: the daemon would start its services again."""
     for container in client.containers.list(all=True):
         container.remove(force=True)
     for volume in client.volumes.list():
@@ -390,7 +393,7 @@ def _forget_containers(client: docker.DockerClient) -> None:
 
 
 def _end_orphan(pidfile: Path) -> None:
-    """Stop a daemon whose starter was killed: the lock is ours, so nobody uses it any more."""
+    """Stop a daemon whose starter was killed: we hold the lock, so nobody uses it."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(pidfile.read_text())
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
@@ -401,7 +404,7 @@ def _end_orphan(pidfile: Path) -> None:
 
 
 def _write_client_config(folder: Path, environment: Mapping[str, str]) -> None:
-    """The client's plugins, and the machine's proxies for whatever runs in a build or a container."""
+    """The client's plugins, and the machine's proxies for builds and containers."""
     plugins = folder / "cli-plugins"
     plugins.mkdir(parents=True, exist_ok=True)
     root = Path(environment["DEBOOTSTRAP_DIR"]).parents[2]
@@ -417,7 +420,7 @@ def _write_client_config(folder: Path, environment: Mapping[str, str]) -> None:
     (folder / "config.json").write_text(json.dumps({"proxies": {"default": proxies}} if proxies else {}))
 
 
-# Base images --------------------------------------------------------------------------------------------
+# Base images --------------------------------------------------------------------------
 
 
 def _import_base(started: Engine) -> None:
@@ -457,7 +460,7 @@ def _import_base(started: Engine) -> None:
 
 
 def _apt_settings() -> str:
-    """The machine's own ways of reaching its archive: proxies, and what it tells apt about dates."""
+    """How the machine's own apt reaches its archive: proxies, checks of dates."""
     lines = _run(["apt-config", "dump"]).stdout.splitlines()
     kept = ("Acquire::http::Proxy", "Acquire::https::Proxy", "Acquire::Check-")
     return "".join(line + "\n" for line in lines if line.startswith(kept))

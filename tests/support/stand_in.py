@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """A gRPC server that answers as a model server does, without a model.
 
-It takes the flags of a model server and serves the newest version. ``--behaviour`` makes it
-misbehave: ``exit`` at once, ``broken`` (every version failed to load), ``deaf`` (ignores SIGTERM).
-``--stall FROM,SECONDS`` stalls once, FROM seconds after the first request: answers due in the stall
-come at its end.
+It takes the flags of a model server and serves the newest version. ``--behaviour``
+makes it misbehave: ``exit`` at once, ``broken`` (no version can be loaded), ``deaf``
+(ignores SIGTERM). ``--stall FROM,SECONDS`` stalls once, FROM seconds after the first
+request: answers due in the stall come at its end.
 """
 
 import argparse

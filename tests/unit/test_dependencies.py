@@ -42,7 +42,7 @@ def distributions(module: str) -> set[str]:
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The modules of other packages that a file imports anywhere, by their first names."""
+    """The top-level modules that a file imports anywhere."""
     for node in ast.walk(ast.parse(file.read_text())):
         found: list[str] = []
         if isinstance(node, ast.Import):

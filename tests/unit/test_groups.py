@@ -1,4 +1,4 @@
-"""Tests that share something expensive are marked as a group, which one worker has to run."""
+"""Tests that share something expensive are a group, which one worker runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import pytest
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there is one process only")
 @pytest.mark.xdist_group("one")
 def test_a_group_stays_together(request: pytest.FixtureRequest) -> None:
-    """pytest-xdist sends tests out by a suffix of their ids; some versions of pytest do not take it over."""
+    """pytest-xdist groups by a suffix of test ids, which some pytest versions drop."""
     if request.config.getvalue("loadgroup"):
         assert request.node.nodeid.endswith("@one")

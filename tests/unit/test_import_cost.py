@@ -36,7 +36,7 @@ def test_tensorflow_can_still_be_imported_afterwards() -> None:
 
 
 def test_a_server_does_without_libraries_that_it_does_not_use() -> None:
-    """They would be private memory of every server, with metrics and REST or without."""
+    """Each would be private memory of every server, with metrics and REST or not."""
     program = (
         "import sys, spikeless.cli.serve\n"
         "assert not {'prometheus_client', 'waitress', 'rich'} & sys.modules.keys()"

@@ -1,4 +1,4 @@
-"""The ``spikeless`` command: one module per sub-command, imported only when it is called."""
+"""The ``spikeless`` command: one module per sub-command, imported when it is called."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import click
 from spikeless import __version__
 from spikeless.errors import SpikelessError, missing_extra
 
-#: Sub-command -> the module of this package that defines a click command ``command``, and its short help.
+#: Sub-command -> the module of this package that defines a click command ``command``,
+#: and its short help.
 COMMANDS: dict[str, str] = {
     "train": "Train one of the models in training/ and export it.",
     "warmup": "Build, inspect and verify warmup files.",
@@ -56,7 +57,7 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command: exit 0, 1 after ``spikeless: error: ...`` on standard error, 2 for wrong usage."""
+    """Run the command; exit with 0, with 1 after an error, with 2 for wrong usage."""
     try:
         result: Any = cli.main(args=arguments, prog_name="spikeless", standalone_mode=False)
     except SpikelessError as error:

@@ -87,7 +87,7 @@ def _option(name: str, kind: Any, default: Any, text: str) -> Any:
 
 
 def fleet_options(function: _Function) -> _Function:
-    """``--servers`` and how they take turns; `fleet_settings` makes `FleetSettings` of them."""
+    """``--servers`` and how they take turns; `fleet_settings` reads them."""
     for option in (
         _option("--patience", Duration(), "15s", "How long a server may be silent."),
         _option("--load-timeout", Duration(), "10m", "How long a load may take."),
@@ -117,7 +117,7 @@ def tell(line: str) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that whoever stops a change sees it put back.
+    """An event that Ctrl-C and SIGTERM set, so that a stopped change is put back.
 
     Asked a second time, Ctrl-C ends the process where it is.
     """
