@@ -1,7 +1,8 @@
 """The server that people write first: Flask, and a SavedModel that TensorFlow loaded.
 
-``python benchmarks/flask_server.py SAVED_MODEL PORT`` answers ``POST /predict`` with ``{"instances": [...]}``
-for its body. The benchmark compares the embedded engine with it.
+``python benchmarks/flask_server.py SAVED_MODEL PORT`` answers ``POST /predict`` with
+``{"instances": [...]}`` for its body. The benchmark compares the embedded engine with
+it.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/make_embedding_model.py runs/embedding --size 512MiB
 
-In: a size. Out: ``OUT/1``, ``OUT/2``, ...: SavedModels with the same graph and different parameters, each
-with warmup records that look up random rows; and ``OUT/requests``, many more such records to replay. ``OUT``
-appears whole or not at all.
+In: a size. Out: ``OUT/1``, ``OUT/2``, ...: SavedModels with the same graph and
+different parameters, each with warmup records that look up random rows; and
+``OUT/requests``, many more such records to replay. ``OUT`` appears whole or not at all.
 
 Kinds:
 
@@ -31,7 +31,8 @@ from spikeless.warmup.requests import predict
 KINDS = ("keras", "module", "sparse")
 WIDTH, IDS, HIDDEN = 64, 32, 256
 BLOCK_ROWS = 1 << 18
-#: The records of a warmup file, and those to replay: enough that most of a table of 512 MiB is looked up.
+#: The records of a warmup file, and those to replay: enough that most of a table of 512
+#: MiB is looked up.
 WARMUP_REQUESTS, REQUESTS = 20, 10_000
 
 
@@ -78,7 +79,8 @@ def _export_module(path: Path, rows: int, seed: int, kind: str) -> None:
     import tensorflow as tf
 
     model = tf.Module()
-    # Mapped from a file: with every step of making and saving it on the heap, a table of 8 GiB takes 24.
+    # Mapped from a file: with every step of making and saving it on the heap, a table
+    # of 8 GiB takes 24.
     values = path.with_name(f"{path.name}.values")
     _write_random(values, rows, seed)
     table = tf.raw_ops.ImmutableConst(

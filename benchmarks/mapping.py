@@ -3,9 +3,10 @@
     python benchmarks/mapping.py --size 512MiB --repeats 3            # about fifteen minutes
     python benchmarks/mapping.py --size 8GiB --part load --part swap  # 24 GiB of memory for the stock model
 
-In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out``, a file for each run:
-``.npz`` where there is open-loop load (see `spikeless.bench.run_file`; `spikeless report` draws them), else
-``.json``. Both name machine, engine and commit.
+In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out``, a
+file for each run: ``.npz`` where there is open-loop load (see
+`spikeless.bench.run_file`; `spikeless report` draws them), else ``.json``. Both name
+machine, engine and commit.
 
 Every part runs the kinds of model in turn, A B A B. They are rungs of the ladder
 (`spikeless.bench.rungs`), with glibc's allocator throughout:
@@ -18,8 +19,8 @@ tuned       the graph optimised beforehand as well (``spikeless map --optimize``
             the server
 bare        a model of a few rows, for the memory of a server without parameters
 
-Nothing else may run meanwhile. ``--show DIRECTORY`` prints the tables of the results in a directory
-and how they compare with the goals.
+Nothing else may run meanwhile. ``--show DIRECTORY`` prints the tables of the results in
+a directory and how they compare with the goals.
 
 load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and
             private memory, and the first requests to the new version, without warmup; also bare
@@ -75,7 +76,8 @@ NAME = "model"
 BARE_BYTES = 256 << 10
 #: Larger models are not loaded a second time to compare their outputs.
 VERIFIED_BYTES = 2 << 30
-#: Parts that depend on the model and not on how the server loads it: each form of the model is run once.
+#: Parts that depend on the model and not on how the server loads it: each form of the
+#: model is run once.
 MODEL_PARTS = ("load", "steady", "throughput", "soak", "squeeze")
 #: Of these, the parts that optimising cannot change.
 MEMORY_PARTS = ("soak", "squeeze")
@@ -246,7 +248,8 @@ def _served(
         shutil.rmtree(models, ignore_errors=True)
         stack.callback(shutil.rmtree, models, ignore_errors=True)
         source = model if warm else _cold(options, subject)
-        # Named twice, so that two versions that follow each other have no file in common.
+        # Named twice, so that two versions that follow each other have no file in
+        # common.
         staged = bench.staged([source, source], models, NAME, 1 + swaps, steps=())
         publish = stack.enter_context(staged)
         first = publish()

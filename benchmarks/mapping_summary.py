@@ -1,7 +1,7 @@
 """The table of what ``benchmarks/mapping.py`` measured, and what mapping is held to.
 
-In: a directory of its results. Out: Markdown. Each cell is the median of the repeats, with their extremes in
-brackets.
+In: a directory of its results. Out: Markdown. Each cell is the median of the repeats,
+with their extremes in brackets.
 """
 
 from __future__ import annotations
@@ -302,26 +302,23 @@ def _swap_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> I
 
 
 def _steady_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
-    for kind in _present(kinds["all"][0]["p50_ms"], *_CHANGED):
-        times = statistics.median(_ratios(kinds["all"], "p50_ms", kind))
-        yield _Bar(
-            f"steady p50, {kind}",
-            f"{P50_FACTOR} x stock",
-            f"{times:.3f} x",
-            _verdict(times <= P50_FACTOR, kind),
-        )
+    bar = f"{P50_FACTOR} x stock"
+    return _turn_bars(kinds, "p50_ms", "steady p50", bar, lambda times: times <= P50_FACTOR)
 
 
 def _throughput_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> Iterator[_Bar]:
     least = 1 - THROUGHPUT_SHARE
-    for kind in _present(kinds["all"][0]["requests_per_second"], *_CHANGED):
-        times = statistics.median(_ratios(kinds["all"], "requests_per_second", kind))
-        yield _Bar(
-            f"throughput, {kind}",
-            f"{least} x stock or more",
-            f"{times:.3f} x",
-            _verdict(times >= least, kind),
-        )
+    bar = f"{least} x stock or more"
+    return _turn_bars(kinds, "requests_per_second", "throughput", bar, lambda times: times >= least)
+
+
+def _turn_bars(
+    kinds: Mapping[str, list[Any]], name: str, what: str, bar: str, holds: Callable[[float], bool]
+) -> Iterator[_Bar]:
+    """The median of the ratios to stock in the same turn."""
+    for kind in _present(kinds["all"][0][name], *_CHANGED):
+        times = statistics.median(_ratios(kinds["all"], name, kind))
+        yield _Bar(f"{what}, {kind}", bar, f"{times:.3f} x", _verdict(holds(times), kind))
 
 
 def _soak_bars(kinds: Mapping[str, list[Run]], label: str, bare: list[Any]) -> Iterator[_Bar]:

@@ -1,14 +1,16 @@
 """What each step of training/input_pipeline.py is worth, on the same records.
 
-In: synthetic Criteo records, written by Spark when they are not there yet. Out: a table, the raw numbers and
-a plot in benchmarks/results/input_pipeline.md, .json and .svg.
+In: synthetic Criteo records, written by Spark when they are not there yet. Out: a
+table, the raw numbers and a plot in benchmarks/results/input_pipeline.md, .json and
+.svg.
 
     make bench-input-pipeline
 
-Each rung of the ladder adds one step to the rung before. A rung is timed over three epochs, once alone and
-once feeding a training step of a small network. A step may do something else in company than when it was
-added, so the tuned pipeline is also timed without each of its steps. All take turns, and the median of the
-repeats counts. Bar: the tuned pipeline gives at least five times the records of the naive loop.
+Each rung of the ladder adds one step to the rung before. A rung is timed over three
+epochs, once alone and once feeding a training step of a small network. A step may do
+something else in company than when it was added, so the tuned pipeline is also timed
+without each of its steps. All take turns, and the median of the repeats counts. Bar:
+the tuned pipeline gives at least five times the records of the naive loop.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from input_pipeline import BLOCK, CYCLE, batches, feature_specification, select
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.training import dataset
 
-# Settings -------------------------------------------------------------------------------------------------
+# Settings
+# -------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,7 +52,8 @@ parser.add_argument("--data", type=Path, default=ROOT / "runs" / ".data", help="
 parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where results go")
 settings = parser.parse_args()
 
-# Records --------------------------------------------------------------------------------------------------
+# Records
+# --------------------------------------------------------------------------------------------------
 
 # Those that `spikeless train ctr` would make and keep in the same place.
 made = criteo_synthetic.Settings(train_rows=settings.rows, test_rows=settings.rows // 4)
@@ -59,7 +63,8 @@ data = dataset.read(directory / "train")
 files = [str(shard.path) for shard in data.shards]
 specification = feature_specification(select(data, None))
 
-# The ladder ------------------------------------------------------------------------------------------------
+# The ladder
+# ------------------------------------------------------------------------------------------------
 
 STEPS = ("interleave", "vectorised parse", "parallel parse", "cache", "prefetch")
 #: How many times the records of the naive loop the tuned pipeline has to give.
@@ -97,7 +102,8 @@ NAIVE, TUNED, SHUFFLED = "naive loop", f"+ {STEPS[-1]}", "+ shuffle"
 LADDER: dict[str, Callable[[], tf.data.Dataset]] = {
     NAIVE: lambda: pipeline(()),
     **{f"+ {step}": partial(pipeline, STEPS[:count]) for count, step in enumerate(STEPS, start=1)},
-    # What training gets. In order it is the pipeline of all steps; shuffling costs, and no step replaces it.
+    # What training gets. In order it is the pipeline of all steps; shuffling costs, and
+    # no step replaces it.
     TUNED: lambda: batches(data, settings.batch_size),
     SHUFFLED: lambda: batches(data, settings.batch_size, seed=1),
 }
@@ -105,7 +111,8 @@ WITHOUT: dict[str, Callable[[], tf.data.Dataset]] = {
     step: partial(pipeline, [other for other in STEPS if other != step]) for step in STEPS
 }
 
-# Timing ---------------------------------------------------------------------------------------------------
+# Timing
+# ---------------------------------------------------------------------------------------------------
 
 integers = [field.name for field in data.fields if field.name.startswith("I")]
 network = tf.keras.Sequential([tf.keras.layers.Dense(64, "relu"), tf.keras.layers.Dense(1)])
@@ -156,7 +163,8 @@ for repeat in range(1, settings.repeats + 1):
         name = f"tuned without {step}"
         print(f"{repeat}/{settings.repeats} {name:28} {without[step][-1]:12,.0f} records/s", file=sys.stderr)
 
-# Results --------------------------------------------------------------------------------------------------
+# Results
+# --------------------------------------------------------------------------------------------------
 
 commit = source_commit()
 machine = describe_machine()

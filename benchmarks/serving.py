@@ -3,13 +3,15 @@
     python benchmarks/serving.py --saved-model runs/<id>/saved_model
     python benchmarks/serving.py --show benchmarks/results/serving.npz
 
-In: a SavedModel with one input. Out: one file with the latency of every call, the machine, the versions and
-the commit; and a table of p50, p99 and throughput. Four ways lead to the same model with the same row: the
-bare ``TF_SessionRun`` in a loop, the embedded engine over gRPC and over REST, and Flask with
-``tf.saved_model.load``. They take turns, round after round, so that what the machine does meanwhile meets
-all of them. The load is a closed loop: each client sends its next call when the last one is answered, so
-throughput is what can be had, and latency is that of a busy server. (How requests fare during a swap is
-another question, and needs an open loop: ``spikeless bench``.) Run it on a quiet machine.
+In: a SavedModel with one input. Out: one file with the latency of every call, the
+machine, the versions and the commit; and a table of p50, p99 and throughput. Four ways
+lead to the same model with the same row: the bare ``TF_SessionRun`` in a loop, the
+embedded engine over gRPC and over REST, and Flask with ``tf.saved_model.load``. They
+take turns, round after round, so that what the machine does meanwhile meets all of
+them. The load is a closed loop: each client sends its next call when the last one is
+answered, so throughput is what can be had, and latency is that of a busy server. (How
+requests fare during a swap is another question, and needs an open loop: ``spikeless
+bench``.) Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ METHOD = "/tensorflow.serving.PredictionService/Predict"
 # Kinds and flags of HTTP/2 frames.
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
-#: What the engine is held to: milliseconds over the bare call, and times the throughput of Flask.
+#: What the engine is held to: milliseconds over the bare call, and times the throughput
+#: of Flask.
 MOST_MILLISECONDS, LEAST_TIMES = 0.6, 2.0
 
 Ask = Callable[[], None]
@@ -130,8 +133,8 @@ def grpcio_client(target: str, path: Path) -> Ask:
 def grpc_client(target: str, path: Path) -> Ask:
     """The least that a gRPC client can do, as `http_client` is for HTTP: one socket, one call at a time.
 
-    The frames are those of RFC 9113. Headers go out as literals that are not indexed (RFC 7541, 6.2.2), so
-    that they are the same bytes in each call.
+    The frames are those of RFC 9113. Headers go out as literals that are not indexed
+    (RFC 7541, 6.2.2), so that they are the same bytes in each call.
     """
     content = grpc_request(path)
     headers = {

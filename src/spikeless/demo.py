@@ -1,9 +1,9 @@
-"""The main job, end to end: train, warm, publish, serve, swap under load, report.
+"""The whole pipeline: train, warm, publish, serve, swap under load, report.
 
-In: a clone of the project (its ``training/`` and ``warmup/`` folders). Out: a folder with a report, the raw
-results, the model repositories and the server logs. Two scenarios that differ in one thing, the warmup file,
-are run in turns (A, B, A, B), each time on a new server with a new repository, and each time version 2 is
-published while the load runs.
+In: a clone of the project (its ``training/`` and ``warmup/`` folders). Out: a folder
+with a report, the raw results, the model repositories and the server logs. Two
+scenarios, without and with a warmup file, take turns (A, B, A, B). Each run has a new
+server and a new repository, and version 2 is published while the load runs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ HEADLINES = (
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What `run` does; the defaults fit two cores and five minutes."""
+    """What `run` does; the defaults suit two cores and take five minutes."""
 
     #: The clone: where ``training/`` and ``warmup/`` are.
     root: Path = Path(".")
@@ -116,7 +116,7 @@ def _new_directory(reports: Path) -> Path:
 
 
 def _allocator(console: Console) -> tuple[str, list[str]]:
-    """jemalloc where it is installed, else glibc, with what the report should say about it."""
+    """jemalloc if it is installed, else glibc, and a note about that for the report."""
     if launch.jemalloc_installed():
         return "jemalloc", []
     note = f"measured with glibc's allocator, because {launch.JEMALLOC_REMEDY}"
@@ -125,7 +125,10 @@ def _allocator(console: Console) -> tuple[str, list[str]]:
 
 
 def _train_and_warm(settings: DemoSettings, directory: Path, console: Console) -> dict[str, list[Path]]:
-    """SavedModels of versions 1 and 2 for each scenario: the same exports, with a warmup file or without."""
+    """The SavedModels of versions 1 and 2 for each scenario.
+
+    The scenarios have the same exports, with a warmup file or without.
+    """
     models: dict[str, list[Path]] = {scenario: [] for scenario in SCENARIOS}
     for version in (1, 2):
         with console.status(f"training version {version}"):
@@ -167,9 +170,9 @@ def _train(root: Path, runs: Path, seed: int) -> Path:
 def _served(
     models: Path, saved_models: list[Path], directory: Path, allocator: str
 ) -> Iterator[tuple[launch.ServerProcess, Callable[[], Path]]]:
-    """A server on version 1, and what makes version 2 visible.
+    """A server on version 1, and a callable that publishes version 2.
 
-    Version 2 is copied and checked beforehand: in production another machine does that.
+    Version 2 is staged and checked beforehand; in production another machine does that.
     """
     first, second = saved_models
     publishing.publish(first, models, MODEL)

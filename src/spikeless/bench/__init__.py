@@ -1,12 +1,12 @@
-"""Measure what a version swap does to the latency of requests: open loop, every request kept.
+"""Measure what a version swap does to latency: open loop, every request kept.
 
-In: a running server and the model's warmup requests. Out: a raw result per run
+In: a running server and the model's warmup requests. Out: a raw result for each run
 (`run_file`), its numbers (`analysis`, `folding`) and the page that shows them
 (`report`).
 
-schedule -> load.openloop (load.connection, replayed, columns)    the load, inside Locust (load.locustfile)
-scenario (watch, load.generator_floor)                            one run: load, publishing, states, memory
-ladder                                                            one remedy after the other
+load       the load: an open loop (`schedule`, `replayed`, `columns`) inside Locust
+scenario   one run: load, publishing, and what `watch` sees of the server
+ladder     a run for each of the `rungs`
 """
 
 from spikeless.bench.analysis import RULES, Reload, Summary, Window, analyse

@@ -54,6 +54,6 @@ class RequestColumns:
         self.version[index] = version
 
     def ended(self) -> dict[str, NDArray[Any]]:
-        """The columns of the requests that ended; a run that is stopped early has fewer."""
+        """The columns of the requests that ended; fewer when a run is stopped early."""
         ended = ~np.isnan(self.latency)
         return {name: getattr(self, name)[ended].astype(dtype, copy=False) for name, dtype in COLUMNS.items()}

@@ -1,4 +1,4 @@
-"""Show how a run goes while it goes.
+"""The progress of a run.
 
 In: the moments that `spikeless.bench.scenario.run` reports. Out: a bar on a terminal, a
 line every few seconds elsewhere.
@@ -20,7 +20,10 @@ _LINE_SECONDS = 5.0
 
 @contextmanager
 def progress_bar(title: str, seconds: float, console: Console | None = None) -> Iterator[Progress]:
-    """A callable for ``run(progress=...)``; `seconds` is the length of the load. Writes to standard error."""
+    """A callable for ``run(progress=...)``; `seconds` is the duration of the load.
+
+    Without a console it writes to standard error.
+    """
     console = console or Console(stderr=True)
     if not console.is_terminal:
         yield _lines(title, seconds, console)
@@ -49,7 +52,7 @@ def _lines(title: str, seconds: float, console: Console) -> Progress:
 
 
 def describe(moment: Moment, seconds: float) -> str:
-    """One line of text, for example ``12/30 s, 3,600 sent, 0 failed, slowest 2.1 ms, v1 AVAILABLE``."""
+    """One line: ``12/30 s, 3,600 sent, 0 failed, slowest 2.1 ms, v1 AVAILABLE``."""
     states = ", ".join(f"v{version} {state}" for version, state in sorted(moment.states.items()))
     return (
         f"{max(moment.elapsed, 0.0):.0f}/{seconds:g} s, {moment.sent:,} sent, {moment.failed:,} failed, "

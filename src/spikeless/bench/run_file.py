@@ -1,10 +1,10 @@
-"""The raw result of a run: every request and all that is needed to judge it, in one self-describing file.
+"""The raw result of a run: every request, and what was measured, in one file.
 
 In and out: an ``.npz`` file (NumPy's zip of arrays, read without pickle) of
 
-``metadata``                one JSON text in UTF-8 bytes: the fields of `Facts`
-a column per fact           as in `spikeless.bench.columns.COLUMNS`, one row per request
-``sample_`` + a column      as in `spikeless.bench.watch.SAMPLES`, one row per sample of the server's memory
+``metadata``           one JSON text in UTF-8 bytes: the fields of `Facts`
+a column per fact      as in `spikeless.bench.columns.COLUMNS`, one row per request
+``sample_`` + column   as in `spikeless.bench.watch.SAMPLES`, one row per sample
 
 Times are seconds after the start of the run.
 """
@@ -35,33 +35,33 @@ _SAMPLE_PREFIX = "sample_"
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
-
-    model_name: the served model. requests: the file whose requests are replayed. rate
-    (requests per second), seconds, arrivals, seed: the schedule. timeout: each
-    request's deadline in seconds. processes: of the load generator. publish_at: when
-    the first version is published, in seconds after the start, or None for no
-    publishing at all. publishes: how many versions, one every publish_every seconds.
-    warm_seconds: left out of the steady window. slo_ms: a request slower than this
-    counts as part of a spike.
-    """
+    """What a run shall do."""
 
     model_name: str
+    #: The file whose requests are replayed.
     requests: str
+    #: The schedule: requests per second, its duration, and as in `Schedule`.
     rate: float = 300.0
     seconds: float = 30.0
     arrivals: str = "poisson"
     seed: int = 1
+    #: Deadline of each request, in seconds.
     timeout: float = 10.0
+    #: Processes of the load generator.
     processes: int = 1
+    #: When the first version is published, in seconds after the start; None: never.
     publish_at: float | None = None
+    #: How many versions are published,
     publishes: int = 1
+    #: and the seconds between two.
     publish_every: float = 10.0
+    #: Seconds at the start that are left out of the steady window.
     warm_seconds: float = 3.0
+    #: Slower requests count as part of a spike.
     slo_ms: float = 10.0
 
     def __post_init__(self) -> None:
-        _ = self.schedule  # Raises when it makes no sense.
+        _ = self.schedule  # Raises when it is invalid.
         if self.processes < 1:
             raise InvalidArgument(f"processes must be 1 or more, not {self.processes}")
         if not (self.timeout > 0 and self.slo_ms > 0 and self.warm_seconds >= 0):
@@ -94,12 +94,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What was measured. `allocator_proof` is the mapped library that says which allocator it was."""
+    """The server that was measured."""
 
     target: str
     engine: str = UNKNOWN
     engine_version: str = UNKNOWN
     allocator: str = UNKNOWN
+    #: The mapped library that shows which allocator it is.
     allocator_proof: str = UNKNOWN
     command: Sequence[str] = ()
     pid: int | None = None
@@ -107,16 +108,18 @@ class ServerFacts:
 
 @dataclass(frozen=True)
 class Publish:
-    """When publishing began and when it was done (seconds), and what it said."""
+    """One publishing."""
 
+    #: In seconds after the start of the run.
     begin: float
     end: float
+    #: What it returned, as text.
     result: str = ""
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The generator's own latency in milliseconds, against a server that answers at once."""
+    """The generator's own latency on a server that answers at once, in milliseconds."""
 
     rate: float
     requests: int
@@ -128,9 +131,10 @@ class Floor:
 
 @dataclass(frozen=True)
 class Facts:
-    """All of a run that is not a column. `started` is UTC in ISO 8601."""
+    """All of a run that is not a column."""
 
     scenario: str
+    #: UTC in ISO 8601.
     started: str
     commit: str
     settings: Settings
@@ -145,10 +149,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its facts, a column per fact of each request, and samples of the server's memory."""
+    """One run."""
 
     facts: Facts
+    #: By column, as in `COLUMNS`.
     requests: dict[str, NDArray[Any]]
+    #: By column, as in `SAMPLES`.
     samples: dict[str, NDArray[Any]] = field(default_factory=lambda: empty_samples())
 
     def save(self, path: str | os.PathLike[str]) -> None:

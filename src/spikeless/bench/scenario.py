@@ -1,8 +1,8 @@
-"""Run one scenario: load on a running server, versions published meanwhile, everything recorded.
+"""One run: load on a running server, and versions published meanwhile.
 
-In: settings, the server's facts, and what publishes. Out: a `Run`. The load runs in
-processes and a session of its own (`spikeless.bench.load.locustfile`); this process
-watches the server and publishes.
+In: settings, the server's facts, and what publishes. Out: a `Run`. The load has its own
+processes and session (`spikeless.bench.load.locustfile`); this process watches the
+server and publishes.
 """
 
 from __future__ import annotations
@@ -38,30 +38,28 @@ from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, Internal, NotFound
 from spikeless.repository import publishing
 
-#: For every server that is measured: none of its calls shall be refused for lack of a
-#: thread. Threads come as they are needed: this many when nothing is answered for as
-#: long as 4 s at 1000 requests/s.
+#: Of every server that is measured: enough threads that no call is refused, even when
+#: nothing is answered for 4 s at 1000 requests/s.
 SERVER_FLAGS = ("--grpc_max_threads=4096",)
 
-#: Beyond the schedule and the last deadline: starting Python, Locust and its workers,
-#: writing the file.
+#: Beyond the schedule and the last deadline: to start Locust and to write the file.
 _OVERHEAD_SECONDS = 60.0
 _OUTPUT_TAIL_LINES = 30
-#: How often the loop looks whether publishing has failed.
-_LOOK_SECONDS = 0.1
+#: How often the loop checks whether publishing has failed.
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a run is: seconds since its start (negative: not yet), and what happened until now.
+    """How far a run is."""
 
-    slowest_ms: of the last half second. states: version -> state.
-    """
-
+    #: Seconds since its start; negative before it.
     elapsed: float
     sent: int
     failed: int
+    #: Of the last half second.
     slowest_ms: float
+    #: Version -> state.
     states: dict[int, str]
 
 
@@ -83,7 +81,7 @@ def server_facts(server: launch.ServerProcess) -> ServerFacts:
 
 
 def running_server(target: str, model_name: str, pid: int | None = None) -> ServerFacts:
-    """What can be said about a server that somebody else started; without its `pid`, only where it is.
+    """What is known of a server that somebody else started; without `pid`, its address.
 
     Raises:
         SpikelessError: nothing answers at ``target``, or it does not serve the model
@@ -111,14 +109,14 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
 
 
 def result_path(directory: Path, result: Run) -> Path:
-    """Where a run's raw result goes: scenario and start make its name."""
+    """The file of a run's raw result, named after its scenario and start."""
     scenario = re.sub(r"[^A-Za-z0-9.-]+", "-", result.facts.scenario).strip("-.") or "run"
     started = datetime.datetime.fromisoformat(result.facts.started)
     return directory / f"{scenario}-{started:%Y%m%dT%H%M%SZ}.npz"
 
 
 def _portable(command: Sequence[str]) -> tuple[str, ...]:
-    """A command line without the places of this machine's interpreter and of the working directory."""
+    """A command line without the paths of the interpreter and the working directory."""
     program = "python" if command[0] == sys.executable else command[0]
     return (program, *map(_from_here, command[1:]))
 
@@ -139,10 +137,15 @@ def run(
 ) -> Run:
     """Drive the load and return its record.
 
-    scenario: the name that the report groups by. publish: makes the next version
-    visible; called once at each of ``settings.publish_moments``. What it returns is
-    kept as text (the path of the version, for example). progress: called a few times a
-    second.
+    Args:
+        scenario: the name that the report groups runs by.
+        settings: the load, and when to publish.
+        server: see `server_facts` and `running_server`.
+        publish: makes the next version visible; called at each of
+            ``settings.publish_moments``. The record keeps what it returns, as text.
+        floor: the generator's own latency.
+        progress: called a few times a second.
+        notes: what the report should say about the run.
 
     Raises:
         FailedPrecondition: publishing failed; the load is stopped.
@@ -183,15 +186,14 @@ def staged(
     steps: Sequence[publishing.Step] = publishing.STEPS,
     link: bool = False,
 ) -> Iterator[Callable[[], Path]]:
-    """Stage the next `count` versions; gives a callable that makes the next of them visible by one rename.
+    """Stage the next `count` versions; gives a callable that publishes the next one.
 
-    The SavedModels take turns. Give two (or one twice), so that the old and the new
-    version never share a file: loading would find everything where the old one has just
-    used it. Every further version is hard links to the earlier one of its turn, so that
-    many cost no more space than one, and nothing has to be done during the load. The
-    `steps` are done with the first ones. With `link` these are links too, to the
-    SavedModels, which then must not be changed. What was not published is gone at the
-    end of the block.
+    Publishing is one rename, so it takes no time from the load. The SavedModels take
+    turns. Give two (or one twice), so that the old and the new version share no file;
+    else the new one would find its files in the processor's caches. The `steps` run on
+    the first version of each SavedModel, and later ones are hard links to it. With
+    `link` the first ones are hard links to the SavedModels, which then must not be
+    changed. Versions that were not published are deleted at the end of the block.
 
     Raises:
         SpikelessError: what `spikeless.repository.publishing.stage` raises.
@@ -211,7 +213,7 @@ def staged(
 
 
 def publisher(command: str) -> Callable[[], object]:
-    """A callable that runs `command` (split as a shell would, without a shell) and fails when it fails."""
+    """A callable that runs `command`, split as by a shell, and fails when it fails."""
     arguments = shlex.split(command)
 
     def call() -> str:
@@ -245,7 +247,10 @@ def _drive(
     watcher: Watcher,
     progress: Progress | None,
 ) -> tuple[float, Sequence[Publish]]:
-    """Run the load generator to its end; returns its start (``time.monotonic``) and what was published."""
+    """Run the load generator to its end; returns its start and what was published.
+
+    The start is on the clock of ``time.monotonic``.
+    """
     lines: queue.Queue[str | None] = queue.Queue()
     tail: list[str] = []
     process = subprocess.Popen(
@@ -270,7 +275,7 @@ def _drive(
                 raise Internal("the load generator hangs; its output ends:\n" + "\n".join(tail))
             series.check()
             try:
-                line = lines.get(timeout=_LOOK_SECONDS)
+                line = lines.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 continue
             if line is None:
@@ -316,7 +321,7 @@ def _drain(stream: IO[str], lines: queue.Queue[str | None]) -> None:
 
 
 class _PublishingSeries:
-    """Calls `publish` at each moment (seconds after the start), in a thread, and keeps the times."""
+    """Calls `publish` in a thread, at each moment (seconds after the start)."""
 
     def __init__(self, moments: Sequence[float], publish: Callable[[], object] | None) -> None:
         self.published: list[Publish] = []
@@ -350,7 +355,7 @@ class _PublishingSeries:
             raise FailedPrecondition(f"publishing failed: {self._error}") from self._error
 
     def end(self) -> None:
-        """Call no more; returns when a call in progress is over."""
+        """Make no more calls, and wait for one in progress."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

@@ -1,8 +1,7 @@
-"""Watch the server beside the load: version states over a connection of its own, memory, processor.
+"""Watch the server during the load: version states by gRPC, memory and time from /proc.
 
-In: an address, a model name, a process id. Out: the changes of state, and samples.
-Moments are those of ``time.monotonic`` until `offsets` are taken from the start of the
-run.
+In: an address, a model name, a process id. Out: the changes of state, and samples, in
+seconds after the start of the run.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _State = get_model_status_pb2.ModelVersionStatus.State
 
 @dataclass(frozen=True)
 class StateChange:
-    """A version was first seen in `state` at `t`; the change itself came up to one poll earlier."""
+    """A version was first seen in `state` at `t`, up to one poll after the change."""
 
     t: float
     version: int
@@ -54,8 +53,7 @@ class StateChange:
 class Watcher:
     """Polls in threads while the block runs; a context manager.
 
-    `pid` is None when the server's process is not known or not on this machine: then
-    there are no samples.
+    Without the `pid` of a process on this machine there are no samples.
     """
 
     def __init__(self, target: str, model_name: str, pid: int | None) -> None:
@@ -64,8 +62,7 @@ class Watcher:
         self._request = get_model_status_pb2.GetModelStatusRequest()
         self._request.model_spec.name = model_name
         self._known: dict[int, str] = {}
-        # A local pool, so that the connection is not shared with another channel of
-        # this process.
+        # With a local pool no other channel of this process shares the connection.
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
         self._channel = grpc.insecure_channel(target, options=options)
         self._status = model_service_pb2_grpc.ModelServiceStub(self._channel).GetModelStatus
@@ -106,7 +103,7 @@ class Watcher:
         try:
             versions = self._status(self._request, timeout=1.0).model_version_status
         except grpc.RpcError:
-            return  # No answer is no state.
+            return  # Without an answer there is no state.
         now = time.monotonic()
         seen = {version.version: version for version in versions}
         for number, version in seen.items():
@@ -127,7 +124,7 @@ class Watcher:
         self._samples.append((time.monotonic(), memory.get("RssAnon", 0), file_backed, ticks, stolen))
 
     def state_changes(self, start: float) -> list[StateChange]:
-        """The changes, in seconds after `start`; those from before it stand at their (negative) time."""
+        """The changes, in seconds after `start`; negative before it."""
         return [dataclasses.replace(change, t=change.t - start) for change in self.changes]
 
     def samples(self, start: float) -> dict[str, NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""``spikeless bench``: drive load, swap versions in the middle of it, keep every request."""
+"""``spikeless bench``: measure latency under load while versions are swapped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def command() -> None:
 
 
 def _load_options(function: Any) -> Any:
-    """The options that say what the load is."""
+    """The options of the load: ``--requests``, and fields of `bench.Settings`."""
     options = [
         click.option("--model-name", default="boston", show_default=True, help="Name of the served model."),
         click.option(
@@ -59,37 +59,31 @@ def _load_options(function: Any) -> Any:
 @click.option("--pid", type=int, help="Its process id, to sample its memory.")
 @click.option("--models", type=_PATH, default="models", show_default=True, help="The model repository.")
 @click.option("--scenario", default="load", show_default=True, help="Name that the report groups runs by.")
-@click.option("--seconds", default=30.0, show_default=True, help="How long requests leave.")
+@click.option("--seconds", default=30.0, show_default=True, help="Duration of the load.")
 @click.option("--warm-seconds", default=3.0, show_default=True, help="Left out of the steady window.")
-@click.option("--slo-ms", default=10.0, show_default=True, help="A slower request is part of a spike.")
+@click.option("--slo-ms", default=10.0, show_default=True, help="Slower requests count as a spike.")
 @click.option(
     "--publish",
     "saved_models",
     type=_PATH,
     multiple=True,
-    help="SavedModel to publish as the next version. Repeatable: they take turns.",
+    help="SavedModel to publish as the next version. Several take turns.",
 )
 @click.option("--publish-command", help="Command that publishes a version instead.")
 @click.option("--publishes", default=1, show_default=True, help="How many versions to publish.")
 @click.option(
-    "--publish-every", type=float, help="Seconds between two.  [default: an equal share of the load]"
+    "--publish-every", type=float, help="Seconds between versions.  [default: an equal share of the load]"
 )
-@click.option("--publish-at", type=float, help="When the first, in seconds.  [default: 60 % of such a share]")
+@click.option("--publish-at", type=float, help="When the first one, in seconds.  [default: 60 % of a share]")
 @click.option("--allocator", type=click.Choice(launch.ALLOCATORS), default="glibc", show_default=True)
-@click.option("--server-flag", multiple=True, help="Further flag for the server that is started; repeatable.")
+@click.option("--server-flag", multiple=True, help="Another flag for the server that is started; repeatable.")
 @click.option("--floor/--no-floor", default=True, help="Measure the generator's own latency first.")
 @click.option(
     "--out", type=_PATH, default="reports/raw", show_default=True, help="Directory of the raw results."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def run_command(
-    model_name: str,
     requests: Path | None,
-    rate: float,
-    arrivals: str,
-    seed: int,
-    timeout: float,
-    processes: int,
     target: str | None,
     pid: int | None,
     models: Path,
@@ -107,12 +101,14 @@ def run_command(
     floor: bool,
     out: Path,
     as_json: bool,
+    **load: Any,
 ) -> None:
     """Drive load against a server and write one raw result.
 
-    Without --target a server is started on MODELS/MODEL_NAME (which engine: SPIKELESS_SERVER) and stopped
-    afterwards. With --publish or --publish-command the next version appears while the load runs, and with
-    --publishes one after the other. The requests are by default those of the newest version's warmup file.
+    Without --target a server is started on MODELS/MODEL_NAME and stopped afterwards;
+    SPIKELESS_SERVER names its engine. With --publish or --publish-command the next
+    version is published while the load runs, with --publishes several. By default the
+    requests are those of the newest version's warmup file.
     """
     if saved_models and publish_command is not None:
         raise click.UsageError("--publish and --publish-command exclude each other")
@@ -122,20 +118,16 @@ def run_command(
             "--publishes, --publish-at and --publish-every need --publish or --publish-command"
         )
     share = seconds / max(publishes, 1)
+    model_name = load["model_name"]
     settings = bench.Settings(
-        model_name=model_name,
         requests=str(requests or _own_requests(models, model_name)),
-        rate=rate,
         seconds=seconds,
-        arrivals=arrivals,
-        seed=seed,
-        timeout=timeout,
-        processes=processes,
         publish_at=(0.6 * share if publish_at is None else publish_at) if swaps else None,
         publishes=publishes,
         publish_every=share if publish_every is None else publish_every,
         warm_seconds=warm_seconds,
         slo_ms=slo_ms,
+        **load,
     )
     console = Console(stderr=True)
     with ExitStack() as stack:
@@ -173,31 +165,16 @@ def run_command(
 
 @command.command("floor")
 @_load_options
-@click.option("--seconds", default=bench.FLOOR_SECONDS, show_default=True, help="How long requests leave.")
+@click.option("--seconds", default=bench.FLOOR_SECONDS, show_default=True, help="Duration of the load.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-def floor_command(
-    model_name: str,
-    requests: Path | None,
-    rate: float,
-    arrivals: str,
-    seed: int,
-    timeout: float,
-    processes: int,
-    seconds: float,
-    as_json: bool,
-) -> None:
-    """Measure the load generator's own latency, against a server that answers at once."""
+def floor_command(requests: Path | None, seconds: float, as_json: bool, **load: Any) -> None:
+    """Measure the load generator's own latency on a server that answers at once."""
     with ExitStack() as stack:
         settings = bench.Settings(
-            model_name=model_name,
             requests=str(requests or stack.enter_context(built_in_requests())),
-            rate=rate,
             seconds=seconds,
-            arrivals=arrivals,
-            seed=seed,
-            timeout=timeout,
-            processes=processes,
             warm_seconds=0.0,
+            **load,
         )
         progress = stack.enter_context(bench.progress_bar("floor", seconds))
         measured = bench.measure_floor(settings, seconds, progress)
@@ -206,7 +183,7 @@ def floor_command(
 
 @command.command("ladder")
 @click.argument("saved_models", type=_PATH, nargs=-1, required=True)
-@click.option("--name", required=True, help="What the models are, for the name of the result directory.")
+@click.option("--name", required=True, help="Ends the name of the result directory.")
 @click.option("--requests", type=_PATH, help="As in `run`.  [default: the first model's warmup file]")
 @click.option(
     "--rung",
@@ -215,9 +192,9 @@ def floor_command(
     multiple=True,
     help="Only this rung; repeatable.  [default: all]",
 )
-@click.option("--rounds", default=2, show_default=True, help="How often all rungs are run, in turns.")
+@click.option("--rounds", default=2, show_default=True, help="How often all rungs take turns.")
 @click.option("--publishes", default=5, show_default=True, help="Versions published in each run.")
-@click.option("--publish-every", default=10.0, show_default=True, help="Seconds between two.")
+@click.option("--publish-every", default=10.0, show_default=True, help="Seconds between versions.")
 @click.option("--rate", default=200.0, show_default=True, help="Requests per second.")
 @click.option(
     "--out", type=_PATH, help="The result directory.  [default: benchmarks/results/<date>-<engine>-<name>]"
@@ -233,11 +210,12 @@ def ladder_command(
     rate: float,
     out: Path | None,
 ) -> None:
-    """Measure what each remedy against the reload spike is worth, on the engine that SPIKELESS_SERVER names.
+    """Measure what each remedy against the reload spike is worth.
 
-    Each rung adds one remedy to the one before; all are run in turns. Versions of the SAVED_MODELS, which
-    take turns and must have warmup files, are published one after the other while the load runs. A reload has
-    to be over in less than half of --publish-every, or there is no quiet time to hold it against.
+    SPIKELESS_SERVER names the engine. Each rung adds one remedy to the rung before. The
+    SAVED_MODELS must have warmup files; they are published in turn while the load runs.
+    A reload must take less than half of --publish-every, or there is no quiet time to
+    compare it with.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     settings = ladder.LadderSettings(
@@ -259,7 +237,7 @@ def ladder_command(
 @click.argument("merged", type=_PATH)
 @click.argument("parts", type=_PATH, nargs=-1, required=True)
 def merge_command(merged: Path, parts: tuple[Path, ...]) -> None:
-    """Put the files that the workers of one run wrote together into MERGED."""
+    """Merge the files that the workers of one run wrote into MERGED."""
     if merged.exists():
         raise InvalidArgument(f"{merged} is there already and is not overwritten")
     bench.merge([bench.read_run(part) for part in parts]).save(merged)

@@ -1,4 +1,4 @@
-"""``spikeless demo``: the whole bundle once, in a few minutes."""
+"""``spikeless demo``: the whole pipeline, in a few minutes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spikeless import demo
     "--repeats", type=int, default=demo.DemoSettings.repeats, show_default=True, help="Runs of each scenario."
 )
 def command(reports: Path, rate: float, seconds: float, repeats: int) -> None:
-    """Train, warm, publish, serve, swap under load, report: without a warmup file and with one.
+    """Train, warm, publish, serve, swap under load, report; with and without a warmup file.
 
     Run it in a clone of the project.
     """

@@ -1,4 +1,4 @@
-"""``spikeless report``: raw results become a page to look at."""
+"""``spikeless report``: raw results become an HTML page."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _PATH = click.Path(path_type=Path)
 @click.argument("results", type=_PATH, nargs=-1, required=True)
 @click.option("--out", type=_PATH, help="Directory of the report.  [default: reports/<time>]")
 def command(results: tuple[Path, ...], out: Path | None) -> None:
-    """Turn the raw RESULTS of `spikeless bench run` (files, or directories of them) into OUT/index.html.
+    """Turn the raw RESULTS of `spikeless bench` into OUT/index.html.
 
-    The page needs no network. The table goes to OUT/summary.md and to standard output as well.
+    RESULTS are files, or directories of them. The page needs no network. Its table is
+    also written to OUT/summary.md and to standard output.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     directory = out or Path("reports") / now.strftime("%Y%m%dT%H%M%SZ")

@@ -1,1 +1,1 @@
-"""The load generator: one open-loop schedule on a small HTTP/2 client, and its own latency's floor."""
+"""The load generator: open-loop requests, and the floor of its own latency."""

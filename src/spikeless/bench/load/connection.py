@@ -1,23 +1,19 @@
-"""A gRPC connection that costs little: one socket, unary calls as bytes, no thread and no event loop of its
-own.
+"""A minimal gRPC connection: one socket, unary calls as bytes, no event loop.
 
 In: method path and serialised message. Out: status, and the answer's bytes. The framing
-of gRPC over HTTP/2 is described in grpc's ``doc/PROTOCOL-HTTP2.md``; HTTP/2 itself is
-the h2 library's.
+of gRPC over HTTP/2 is described in grpc's ``doc/PROTOCOL-HTTP2.md``; h2 speaks HTTP/2.
 
-The caller waits on `fileno` and calls `receive` when there is something to read, so
-that it can stamp the time of arrival before anything is parsed. Sockets are the
-operating system's own even where gevent has patched them.
+The caller waits on `fileno`, then calls `read` and `parse`, so that it can take the
+time of arrival before anything is parsed. The sockets are those of the operating
+system, even where gevent has patched them.
 """
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-import h2.config
 import h2.connection
 import h2.errors
 import h2.exceptions
@@ -33,6 +29,7 @@ from h2.events import (
     WindowUpdated,
 )
 
+from spikeless.bench.load.http2 import PREFIX, configuration
 from spikeless.errors import Code, InvalidArgument, Unavailable
 
 _socket = get_original("socket", "socket")
@@ -42,15 +39,17 @@ _AF_UNSPEC, _SOCK_STREAM, _IPPROTO_TCP, _TCP_NODELAY = 0, 1, 6, 1
 _CONNECT_SECONDS = 1.0
 _RECEIVE_BYTES = 1 << 18
 _MAX_WINDOW = (1 << 31) - 1
-_PREFIX = struct.Struct(">BI")  # Compressed flag and length in front of each gRPC message.
 
 
 @dataclass
 class Reply:
-    """The end of a call: the caller's `tag`, the gRPC status, and the message when the status is OK."""
+    """The end of a call."""
 
+    #: The caller's.
     tag: int
+    #: The gRPC status.
     code: int
+    #: Empty unless the status is OK.
     message: bytes = b""
 
 
@@ -65,8 +64,7 @@ class _PendingCall:
 class Connection:
     """One HTTP/2 connection to a gRPC server. `target` is ``host:port``.
 
-    `ended` tells that the server has announced the end of the connection: nothing more
-    can be sent on it.
+    `ended`: the server has announced the end of the connection, so nothing can be sent.
     """
 
     def __init__(self, target: str) -> None:
@@ -81,7 +79,7 @@ class Connection:
         self._sock: Any = None
 
     def open(self, timeout: float) -> None:
-        """Connect. `timeout` (seconds) is the deadline that every call carries to the server.
+        """Connect. `timeout` (seconds) is the deadline that every call carries.
 
         Raises:
             Unavailable: nobody listens there.
@@ -101,18 +99,7 @@ class Connection:
         except OSError as error:
             self.close()
             raise Unavailable(f"cannot connect to {self.target}: {error}") from None
-        # The headers that leave are constant and well-formed: checking each again would
-        # only cost time.
-        self._h2 = h2.connection.H2Connection(
-            h2.config.H2Configuration(
-                client_side=True,
-                header_encoding=None,
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-                validate_inbound_headers=False,
-                normalize_inbound_headers=False,
-            )
-        )
+        self._h2 = h2.connection.H2Connection(configuration(client_side=True))
         self._h2.initiate_connection()
         self._h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: _MAX_WINDOW})
         self._h2.increment_flow_control_window(_MAX_WINDOW - 65535)
@@ -124,7 +111,7 @@ class Connection:
 
     @property
     def wants_write(self) -> bool:
-        """Whether bytes wait for the socket to take them: then call `flush` once it is writable."""
+        """Whether bytes wait: call `flush` once the socket is writable."""
         return bool(self._outgoing)
 
     def fileno(self) -> int:
@@ -132,7 +119,7 @@ class Connection:
         return number
 
     def close(self) -> list[Reply]:
-        """Close the socket; the calls that were under way end as UNAVAILABLE."""
+        """Close the socket; calls in flight end as UNAVAILABLE."""
         if self._sock is not None:
             self._sock.close()
             self._sock = None
@@ -144,8 +131,8 @@ class Connection:
         return [Reply(call.tag, Code.UNAVAILABLE) for call in calls]
 
     def send(self, tag: int, path: str, message: bytes) -> None:
-        """Start a call; its end comes out of `receive` with the same `tag`."""
-        call = _PendingCall(tag, memoryview(_PREFIX.pack(0, len(message)) + message))
+        """Start a call; `parse` returns its end with the same `tag`."""
+        call = _PendingCall(tag, memoryview(PREFIX.pack(0, len(message)) + message))
         if len(self._calls) < self._h2.remote_settings.max_concurrent_streams:
             self._start(path, call)
         else:
@@ -185,7 +172,7 @@ class Connection:
             call.body = call.body[size:]
 
     def flush(self) -> None:
-        """Hand what is ready to the operating system; what it does not take now waits for the next call."""
+        """Send what the socket takes; the rest waits for the next call."""
         self._outgoing += self._h2.data_to_send()
         if self._outgoing:
             try:
@@ -195,7 +182,7 @@ class Connection:
             self._outgoing = self._outgoing[taken:]
 
     def read(self) -> bytes:
-        """The bytes that have arrived; empty when the server closed the connection."""
+        """The bytes that have arrived; empty once the server has hung up."""
         content: bytes = self._sock.recv(_RECEIVE_BYTES)
         return content
 
@@ -221,7 +208,7 @@ class Connection:
                     call.code = int(headers.get(b"grpc-status", call.code))
             elif isinstance(event, StreamEnded):
                 if call := self._calls.pop(event.stream_id, None):
-                    message = b"".join(call.parts)[_PREFIX.size :]
+                    message = b"".join(call.parts)[PREFIX.size :]
                     replies.append(Reply(call.tag, call.code, message))
             elif isinstance(event, StreamReset):
                 if call := self._calls.pop(event.stream_id, None):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import select
 import socket
-import struct
 
-import h2.config
 import h2.connection
 import h2.events
 
+from spikeless.bench.load.http2 import PREFIX, configuration
 from spikeless.formats.protos import predict_pb2
 
 
@@ -23,15 +22,7 @@ def serve(listener: socket.socket) -> None:
     answer.model_spec.name = "floor"
     answer.model_spec.version.value = 1
     message = answer.SerializeToString()
-    body = struct.pack(">BI", 0, len(message)) + message
-    configuration = h2.config.H2Configuration(
-        client_side=False,
-        header_encoding=None,
-        validate_inbound_headers=False,
-        normalize_inbound_headers=False,
-        validate_outbound_headers=False,
-        normalize_outbound_headers=False,
-    )
+    body = PREFIX.pack(0, len(message)) + message
     connections: dict[socket.socket, h2.connection.H2Connection] = {}
     while True:
         readable, _, _ = select.select([listener, *connections], [], [])
@@ -39,7 +30,7 @@ def serve(listener: socket.socket) -> None:
             if sock is listener:
                 accepted, _ = listener.accept()
                 accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection = h2.connection.H2Connection(configuration)
+                connection = h2.connection.H2Connection(configuration(client_side=False))
                 connection.initiate_connection()
                 accepted.sendall(connection.data_to_send())
                 connections[accepted] = connection

@@ -1,14 +1,13 @@
-"""The load, as Locust runs it: one user per process, and that user is one open-loop schedule.
+"""The load in Locust: one user per process, which drives one open-loop schedule.
 
 In: Locust's ``--host HOST:PORT`` and the options below. Out: Locust's statistics, and
 with ``--record`` a raw result with every request (`spikeless.bench.run_file`). With
 workers (``--processes 2``, or ``--master`` and ``--worker``) the master gives all of
-them one start and each a share of the one schedule; each writes a file of its own,
-which `spikeless bench merge` puts together.
+them one start and each a share of the one schedule. Each writes its own file, and
+`spikeless bench merge` merges them.
 
-The user's thread is a real one, outside gevent: see `openloop`. Locust's statistics are
-fed from it a few milliseconds later, and only from the raw result should a percentile
-be read.
+The user's thread is a real one, outside gevent: see `openloop`. Take percentiles from
+the raw result: Locust's statistics are rounded and a few milliseconds late.
 """
 
 from __future__ import annotations
@@ -89,7 +88,11 @@ def _init(environment: Environment, runner: Runner, **_: Any) -> None:
 
 
 def _read(environment: Environment) -> tuple[Settings, list[ReplayedRequest]]:
-    """The settings and the requests that the options name; raises SpikelessError when they are wrong."""
+    """The settings and the requests that the options name.
+
+    Raises:
+        SpikelessError: they are wrong.
+    """
     options: Namespace = environment.parsed_options
     parse_target(environment.host or "")
     settings = Settings(
@@ -108,7 +111,7 @@ def _read(environment: Environment) -> tuple[Settings, list[ReplayedRequest]]:
 
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
-    """Decide when offset zero is, and give each worker its share."""
+    """Choose the moment of offset zero, and give each worker its share."""
     runner = environment.runner
     if isinstance(runner, WorkerRunner):
         return
@@ -131,12 +134,12 @@ def _share_done(**_: Any) -> None:
 
 
 def _tell(**facts: Any) -> None:
-    # One write, so that the lines of several processes do not run into each other.
+    # One write, so that lines of several processes do not mix.
     os.write(1, f"{LINE_PREFIX}{json.dumps(facts)}\n".encode())
 
 
 class OneUserPerProcess(LoadTestShape):
-    """Starts one user in each process and ends the test when all of them are through."""
+    """Starts one user in each process; ends the test when all have finished."""
 
     def tick(self) -> tuple[int, float] | None:
         if _Load.shares_given and _Load.shares_done >= _Load.shares_given:
@@ -147,7 +150,7 @@ class OneUserPerProcess(LoadTestShape):
 
 
 class OpenLoopUser(User):
-    """Drives one share of the schedule in a thread, and passes on what happens to Locust's statistics."""
+    """Drives one share of the schedule in a thread, and feeds Locust's statistics."""
 
     @task
     def drive(self) -> None:

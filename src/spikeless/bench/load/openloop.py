@@ -1,4 +1,4 @@
-"""The open loop: send each request at its time, answered or not, and record what happens.
+"""The open loop: send each request at its time, and record what happens to it.
 
 In: a schedule's offsets, the requests, an address. Out: filled `RequestColumns`.
 
