@@ -1,13 +1,14 @@
 """Generated sentences with named entities, in the format of the CoNLL-2003 shared task.
 
-In: how many sentences, a seed. Out: ``train.txt`` and ``test.txt``, one word a line with its tag in the last
-of four columns, a blank line after each sentence, ``-DOCSTART-`` before each document. The two in
-training/data/conll were made so:
+In: how many sentences, a seed. Out: ``train.txt`` and ``test.txt``, one word a line
+with its tag in the last of four columns, a blank line after each sentence,
+``-DOCSTART-`` before each document. The two in training/data/conll were made so:
 
     python training/conll_synthetic.py training/data/conll
 
-People, places and organisations share their words (``Hale``, ``Port Hale``, ``Hale Foundry``), and a part of
-the names in the test file are in no training sentence: what a word is follows from the words around it.
+People, places and organisations share their words (``Hale``, ``Port Hale``, ``Hale
+Foundry``), and a part of the names in the test file are in no training sentence: what a
+word is follows from the words around it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ ANY versus ANY : who wins ?
 more on ANY , ANY and ANY below .
 the NATION edition of the book by PER sold out in LOC .
 """.strip().splitlines()
-#: What is filled in (and ``ANY`` of the first three) -> the entity type that it is tagged as.
+#: What is filled in (and ``ANY`` of the first three) -> the entity type that it is
+#: tagged as.
 SLOTS = {"PER": "PER", "LOC": "LOC", "ORG": "ORG", "NATION": "MISC", "PRIZE": "MISC"}
 ONSETS = [
     "b",
@@ -137,7 +139,7 @@ class Names:
 
 
 def sentence(random: random.Random, names: Names) -> list[tuple[str, str]]:
-    """Words with their tags: ``B-`` begins an entity, ``I-`` continues it, ``O`` is none."""
+    """Words with tags: ``B-`` begins an entity, ``I-`` continues it, ``O`` is none."""
     made: list[tuple[str, str]] = []
     for word in random.choice(TEMPLATES).split():
         if word == "ANY":

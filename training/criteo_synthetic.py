@@ -1,14 +1,16 @@
-"""Synthetic click data in the Criteo format, with a signal to learn. None of it was ever clicked by anyone.
+"""Synthetic click data in the Criteo format, with a signal to learn.
 
-In: how many rows, a seed. Out: tab-separated files without a header, as Criteo's: a label (1 for a click), 13
-integers I1-I13, 26 categories C1-C26 of 8 hexadecimal digits; any of them but the label may be empty.
+In: how many rows, a seed. Out: tab-separated files without a header, as Criteo's: a
+label (1 for a click), 13 integers I1-I13, 26 categories C1-C26 of 8 hexadecimal digits;
+any of them but the label may be empty.
 
-    python training/criteo_synthetic.py runs/criteo-synthetic --train-rows 200000 --test-rows 50000
+    python training/criteo_synthetic.py runs/criteo --train-rows 200000
 
-The click probability of a row is sigmoid of: an effect of each category; a dot product between two groups of
-categories (the user's C1-C13 and the candidate's C14-C26), which no linear model can express; and a curved
-effect of the integers. Since it is known, so is the best AUC that any model can reach on the test rows: the
-ceiling, in ``synthetic.json``.
+The click probability of a row is sigmoid of: an effect of each category; a dot product
+between two groups of categories (the user's C1-C13 and the candidate's C14-C26), which
+no linear model can express; and a curved effect of the integers. Since it is known, so
+is the best AUC that any model can reach on the test rows: the ceiling, in
+``synthetic.json``.
 """
 
 from __future__ import annotations
@@ -42,14 +44,15 @@ class Settings:
     train_rows: int = 200_000
     test_rows: int = 50_000
     seed: int = 1
-    #: Different values of the rarest category column; the others have fewer, down to ten.
+    #: Different values of the rarest category column; the others have fewer, down to
+    #: ten.
     vocabulary: int = 500
     #: Part of the integers and categories that are empty.
     missing: float = 0.05
 
 
 class Clicks:
-    """The world that the rows are drawn from: the categories' frequencies, and what each does to a click."""
+    """What rows are drawn from: the categories' frequencies and effects on a click."""
 
     RANK = 2
 
@@ -58,7 +61,8 @@ class Clicks:
         self.settings = settings
         self.random = random
         self.sizes = np.geomspace(10, settings.vocabulary, CATEGORIES).astype(int)
-        # Half of the columns with many values belong to the user, half to the candidate.
+        # Half of the columns with many values belong to the user, half to the
+        # candidate.
         self.sizes = np.concatenate([self.sizes[0::2], self.sizes[1::2]])
         self.effects = [random.normal(0, 0.25, size) for size in self.sizes]
         self.factors = [random.normal(0, 0.3, (size, self.RANK)) for size in self.sizes]
@@ -66,7 +70,7 @@ class Clicks:
         self.weights = random.normal(0, 0.25, INTEGERS)
 
     def draw(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Labels, click probabilities [rows]; integers [rows, 13], categories [rows, 26]; -1 is empty."""
+        """Labels, probabilities [n], integers [n, 13], categories [n, 26]; -1 empty."""
         random = self.random
         # Few values are frequent and most are rare, as in real logs.
         categories = np.stack([(size * random.random(rows) ** 3).astype(int) for size in self.sizes], axis=1)
@@ -101,7 +105,7 @@ class Clicks:
 
 
 def generate(directory: Path, settings: Settings) -> None:
-    """Write ``train.tsv``, ``test.tsv`` and ``synthetic.json``; the directory appears whole or not at all."""
+    """Write ``train.tsv``, ``test.tsv`` and ``synthetic.json``, all of them or none."""
     if directory.exists():
         raise AlreadyExists(f"{directory} exists; remove it or name another directory")
     world = Clicks(settings)
@@ -121,7 +125,7 @@ def generate(directory: Path, settings: Settings) -> None:
 
 
 def records(directory: Path, settings: Settings) -> dict[str, Any]:
-    """The same rows as TFRecords, in ``train`` and ``test`` below ``directory``; nothing is made twice.
+    """The same rows as TFRecords, in ``train`` and ``test``, unless they exist.
 
     Returns what ``synthetic.json`` says.
 

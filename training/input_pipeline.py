@@ -1,16 +1,17 @@
 """Read a directory of TFRecords with tf.data as it should be read.
 
-In: a directory that training/spark_to_tfrecord.py wrote. Out: batches, a dictionary of tensors by column:
-[batch] for a scalar column, a ragged [batch, None] for an array; int64, float32 or string.
+In: a directory that training/spark_to_tfrecord.py wrote. Out: batches, a dictionary of
+tensors by column: [batch] for a scalar column, a ragged [batch, None] for an array;
+int64, float32 or string.
 
-    python training/input_pipeline.py clicks-tfrecord       # how many records a second it gives here
+    python training/input_pipeline.py clicks-tfrecord       # its records a second here
 
 benchmarks/read_training_records.py measures what each step is worth:
 
-    interleave    several shards are read at once, which hides the wait for storage, block by block
+    interleave    several shards are read at once, which hides the wait for storage
     parse         a whole block of tf.Examples in one call, blocks in parallel
     cache         parsed blocks are kept: the second epoch reads and parses nothing
-    shuffle       blocks in random order, then records inside several blocks at once: one gather, no loop
+    shuffle       blocks in random order, then records inside several blocks at once
     prefetch      the next batch is made while the model works on this one
 """
 
@@ -28,7 +29,8 @@ import tensorflow as tf
 from spikeless.errors import InvalidArgument, SpikelessError
 from spikeless.training import dataset
 
-#: Records that are read, parsed and cached together: enough that a block's overhead does not matter.
+#: Records that are read, parsed and cached together: enough that a block's overhead
+#: does not matter.
 BLOCK = 1024
 #: Shards that are read at once.
 CYCLE = 8
@@ -51,17 +53,18 @@ def batches(
     seed: int | None = None,
     drop_remainder: bool = False,
 ) -> tf.data.Dataset:
-    """One epoch of a dataset, batched; iterate again for the next one, in another order.
+    """One epoch of a dataset, batched; another iteration is another order.
 
     Args:
         data: what `spikeless.training.dataset.read` returned.
         batch_size: records a batch.
         columns: the columns wanted; all of them if None.
-        required: columns in which a null is an error (see `naming_faults`). Elsewhere it becomes an empty
-            string, 0.0, or ``null_integer``.
-        cache: keep parsed records in memory; or in files, given a path to start their names with; or not.
-        seed: shuffle, in an order that this seed and TensorFlow's global one decide; None keeps the order
-            of the shards.
+        required: columns in which a null is an error (see `naming_faults`). Elsewhere
+            it becomes an empty string, 0.0, or ``null_integer``.
+        cache: keep parsed records in memory; or in files, given a path to start their
+            names with; or not.
+        seed: shuffle, in an order that this seed and TensorFlow's global one decide;
+            None keeps the order of the shards.
         drop_remainder: leave out a last batch that is not full.
 
     Raises:
@@ -98,7 +101,8 @@ def batches(
     made = blocks.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(tf.data.AUTOTUNE)
 
     options = tf.data.Options()
-    # With a seed, the same order every time is what was asked for; without one, that of the shards.
+    # With a seed, the same order every time is what was asked for; without one, that of
+    # the shards.
     options.deterministic = True
     return made.with_options(options)
 
@@ -106,7 +110,7 @@ def batches(
 def select(
     data: dataset.Dataset, columns: Sequence[str] | None, required: Sequence[str] = ()
 ) -> tuple[dataset.Field, ...]:
-    """The fields of ``columns``, nullable unless ``required``; ``InvalidArgument`` if one is not there."""
+    """The fields of ``columns``, nullable unless ``required``; all must exist."""
     known = {field.name: field for field in data.fields}
     names = list(known) if columns is None else list(columns)
     for name in [*names, *required]:
@@ -135,7 +139,7 @@ def feature_specification(
 
 @contextmanager
 def naming_faults(data: dataset.Dataset, fields: Sequence[dataset.Field]) -> Iterator[None]:
-    """Turn TensorFlow's reading and parsing errors into ones that name the file and the record."""
+    """Report TensorFlow's reading and parsing errors with the file and the record."""
     try:
         yield
     except (tf.errors.DataLossError, tf.errors.InvalidArgumentError):

@@ -1,20 +1,23 @@
 """Write a Spark DataFrame as sharded TFRecords of tf.Example, and read them back.
 
-In: anything that Spark reads. Out: a directory that `spikeless.training.dataset` describes: shards, schema,
-counts and a success marker. It appears whole or not at all; a job that fails or is interrupted leaves nothing
-behind. After a `kill -9` or a power cut one hidden directory beside it, .<name>.<job>.tmp, can be deleted.
+In: anything that Spark reads. Out: a directory that `spikeless.training.dataset`
+describes: shards, schema, counts and a success marker. It appears whole or not at all;
+a job that fails or is interrupted leaves nothing behind. After a `kill -9` or a power
+cut one hidden directory beside it, .<name>.<job>.tmp, can be deleted.
 
     python training/spark_to_tfrecord.py clicks.parquet clicks-tfrecord --shards 8
-    python training/spark_to_tfrecord.py day_0.tsv day-0 --format csv --option 'sep=\\t' \\
-        --schema training/data/criteo.ddl
+    python training/spark_to_tfrecord.py day_0.tsv day-0 --format csv \\
+        --option 'sep=\\t' --schema training/data/criteo.ddl
 
-It runs on this machine's cores unless spark-submit, --master or spark-defaults.conf name a cluster. There,
-the workers need this project's Python environment (PYSPARK_PYTHON) and the output directory must be on a
-file system that all of them mount at the same place. From other Spark programs, the data source ``tfrecord``:
+It runs on this machine's cores unless spark-submit, --master or spark-defaults.conf
+name a cluster. There, the workers need this project's Python environment
+(PYSPARK_PYTHON) and the output directory must be on a file system that all of them
+mount at the same place. From other Spark programs, the data source ``tfrecord``:
 
     from spark_to_tfrecord import TFRecordDataSource
     spark.dataSource.register(TFRecordDataSource)
-    frame.write.format("tfrecord").mode("overwrite").option("compression", "gzip").save("/data/clicks")
+    writer = frame.write.format("tfrecord").mode("overwrite")
+    writer.option("compression", "gzip").save("/data/clicks")
     spark.read.format("tfrecord").load("/data/clicks")
 
 Spark needs Java 17 or newer.
@@ -61,11 +64,11 @@ from spikeless.training import dataset
 if TYPE_CHECKING:
     import pyarrow
 
-# The data source ------------------------------------------------------------------------------------------
+# The data source ----------------------------------------------------------------------
 
 
 class TFRecordDataSource(DataSource):
-    """Options: ``path``, and for writing ``compression`` (none or gzip) and ``job``, a part of file names."""
+    """Options: ``path``; to write also ``compression`` and ``job`` (in file names)."""
 
     @classmethod
     def name(cls) -> str:
@@ -114,7 +117,7 @@ def staging_of(target: Path, job: str) -> Path:
 
 
 class TFRecordReader(DataSourceReader):
-    """One partition a shard; an empty dataset has one partition without any, because Spark wants one."""
+    """One partition a shard; Spark wants one for an empty dataset too."""
 
     def __init__(self, source: dataset.Dataset, fields: tuple[dataset.Field, ...]) -> None:
         self.shards = source.shards
@@ -140,10 +143,11 @@ class Written(WriterCommitMessage):
 
 
 class TFRecordWriter(DataSourceArrowWriter):
-    """Tasks write into a hidden directory beside the target; `commit` completes it and renames it once.
+    """Tasks write into a hidden directory beside the target, which `commit` renames.
 
-    The driver creates that directory and takes it away in `abort`. A task that is still running then finds no
-    place for its file and fails, instead of leaving something behind.
+    The driver creates that directory and takes it away in `abort`. A task that is still
+    running then finds no place for its file and fails, instead of leaving something
+    behind.
     """
 
     def __init__(
@@ -156,7 +160,8 @@ class TFRecordWriter(DataSourceArrowWriter):
         self.job = job
         self.previous: dataset.Dataset | None = None
         if target.is_dir() and any(target.iterdir()):
-            # Also when it is to be replaced: what is not a complete dataset is not ours to delete.
+            # Also when it is to be replaced: what is not a complete dataset is not ours
+            # to delete.
             self.previous = dataset.read(target)
         elif target.exists() and not target.is_dir():
             raise AlreadyExists(f"{target} is a file; name a directory")
@@ -185,7 +190,8 @@ class TFRecordWriter(DataSourceArrowWriter):
             raw = stack.enter_context(open(file, "xb"))
             out: Any = raw
             if self.suffix == dataset.SUFFIXES["gzip"]:
-                # Neither name nor time in the header: the same rows give the same bytes.
+                # Neither name nor time in the header: the same rows give the same
+                # bytes.
                 out = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
             for batch in iterator:
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -240,22 +246,23 @@ class TFRecordWriter(DataSourceArrowWriter):
             shutil.rmtree(doomed)
 
 
-# Workers import nothing from this folder: what they need of this module travels with the job.
+# Workers import nothing from this folder: what they need of this module travels with
+# the job.
 if __name__ != "__main__":
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 # Those of Spark's that PySpark knows, and the others.
 SPARK_ERRORS = (PySparkException, Py4JJavaError)
 
-# The command ----------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------
 
 
 def session(master: str | None = None, *, verbose: bool = False) -> SparkSession:
     """A Spark session with the data source registered.
 
     Args:
-        master: ``local[2]``, ``spark://host:7077``, ``yarn``, ...; None for what Spark was configured with,
-            and without that all cores of this machine.
+        master: ``local[2]``, ``spark://host:7077``, ``yarn``, ...; None for what Spark
+            was configured with, and without that all cores of this machine.
         verbose: Spark's own warnings and stack traces on standard error.
     """
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
@@ -286,10 +293,11 @@ def read_input(
     schema: str | None = None,
     options: dict[str, str] | None = None,
 ) -> DataFrame:
-    """Anything that Spark reads. Malformed rows fail the job, and so does a null in a NOT NULL column.
+    """Anything that Spark reads; malformed rows and forbidden nulls fail the job.
 
     Args:
-        schema: Spark DDL, such as ``label INT NOT NULL, name STRING``; None for the input's own.
+        schema: Spark DDL, such as ``label INT NOT NULL, name STRING``; None for the
+            input's own.
     """
     reader = spark.read.format(format).options(**{"mode": "FAILFAST", **(options or {})})
     if schema is None:
@@ -307,7 +315,7 @@ def read_input(
 
 
 def write(frame: DataFrame, path: Path, *, mode: str, compression: str = "none") -> dataset.Dataset:
-    """Write a DataFrame and return what was written; Spark's errors come as one `SpikelessError`.
+    """Write a DataFrame and return what was written; raises one `SpikelessError`.
 
     Args:
         mode: ``new`` (nothing may be there), ``append`` or ``overwrite``.
@@ -330,9 +338,10 @@ def write(frame: DataFrame, path: Path, *, mode: str, compression: str = "none")
 
 @contextmanager
 def cancelled_by_interrupt(spark: SparkSession) -> Iterator[None]:
-    """Ctrl-C and SIGTERM cancel Spark's jobs and are raised when Spark has cleaned up; main thread only.
+    """Ctrl-C and SIGTERM cancel Spark's jobs first, and are raised when Spark is done.
 
-    PySpark's own handler talks to Spark over the connection that it interrupts, which fails.
+    PySpark's own handler talks to Spark over the connection that it interrupts, which
+    fails.
     """
     interrupted, over = threading.Event(), threading.Event()
 
@@ -366,7 +375,7 @@ def stop(spark: SparkSession) -> None:
 
 
 def cause(error: Exception) -> str:
-    """The sentences that matter in an error of Spark's, which is mostly stack traces."""
+    """The sentences that matter in a Spark error, which is mostly stack traces."""
     text = str(error)
     ours = re.findall(r"^spikeless\.errors\.\w+: (.*)$", text, re.MULTILINE)
     if ours:

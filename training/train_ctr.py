@@ -1,19 +1,21 @@
-"""Train a Wide & Deep click-through model with hashed embeddings on records in the Criteo format.
+"""Train a Wide & Deep click-through model with hashed embeddings on Criteo records.
 
-In: TFRecords that training/spark_to_tfrecord.py wrote; if none are given, synthetic ones are made.
-Out: a run directory with a SavedModel that ranks up to 100 candidates for one user in a request.
+In: TFRecords that training/spark_to_tfrecord.py wrote; if none are given, synthetic
+ones are made. Out: a run directory with a SavedModel that ranks up to 100 candidates
+for one user in a request.
 
-    spikeless train ctr                                    # about 3 min on 2 cores, test AUC over 0.80
-    spikeless train ctr --table-rows 60000000              # with 4 GB of embeddings; takes 13 GB of memory
+    spikeless train ctr                         # about 3 min on 2 cores, AUC over 0.80
+    spikeless train ctr --table-rows 60000000   # 4 GB of embeddings, 13 GB of memory
 
-The model (Cheng et al., Wide & Deep Learning for Recommender Systems, 2016), for a row with categories c and
-integers n:
+The model (Cheng et al., Wide & Deep Learning for Recommender Systems, 2016), for a row
+with categories c and integers n:
 
     click = sigmoid(wide + deep)
-    wide  = b + sum of one weight for each c, and for each pair of a user's and a candidate's category
+    wide  = b + one weight for each c, and for each pair of a user's and a candidate's c
     deep  = network of the embeddings of all c, and of log(1 + n)
 
-It is the kind of model whose hot reloads hurt most: gigabytes of embeddings, and milliseconds to answer in.
+It is the kind of model whose hot reloads hurt most: gigabytes of embeddings, and
+milliseconds to answer in.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from spikeless.errors import InvalidArgument
 from spikeless.training import dataset
 from spikeless.training.export import export
 
-# Settings -------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------
 
 parser = argparse.ArgumentParser(
     prog="spikeless train ctr",
@@ -78,14 +80,15 @@ if min(settings.hidden) < 1:
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
 
-# Data -----------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------
 
 INTEGER_NAMES = [f"I{number}" for number in range(1, INTEGERS + 1)]
 CATEGORY_NAMES = [f"C{number}" for number in range(1, CATEGORIES + 1)]
 COLUMNS = ["label", *INTEGER_NAMES, *CATEGORY_NAMES]
 #: I1-I6 describe the user, as C1-C13 do; the rest describes the candidate.
 USER_INTEGERS = 6
-#: Integers are counts; this stands for one that is not known, and Criteo's few below zero are taken for it.
+#: Integers are counts; this stands for one that is not known, and Criteo's few below
+#: zero are taken for it.
 MISSING = -1
 
 metrics = {}
@@ -114,7 +117,7 @@ def check_types(data: dataset.Dataset) -> None:
 
 
 def labels_of(data: dataset.Dataset) -> np.ndarray:
-    """The labels [records]; refuses data that has others than 0 and 1, or only one of them."""
+    """The labels [records]; refuses data without both 0 and 1, or with others."""
     fields = select(data, ["label"], ["label"])
     with naming_faults(data, fields):
         made = batches(data, 4096, columns=["label"], required=["label"], cache=False)
@@ -144,9 +147,10 @@ train_batches = batches(train, settings.batch_size, seed=settings.seed, **readin
 test_batches = batches(test, 4096, **reading)
 print(f"{train.records} records to train on, {test.records} to test on, {train_labels.mean():.1%} clicks")
 
-# Model ----------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------
 
-# The same value means something else in another column: each column turns its hashes in a way of its own.
+# The same value means something else in another column: each column turns its hashes in
+# a way of its own.
 SALTS = tf.constant(np.random.default_rng(0).integers(0, 1 << 62, CATEGORIES), tf.int64)
 limit = math.sqrt(1 / settings.dimensions)
 embeddings = tf.Variable(
@@ -163,12 +167,12 @@ network = keras.Sequential(
 
 
 def hash_of(categories: tf.Tensor, salts: tf.Tensor) -> tf.Tensor:
-    """[batch, n] string -> [batch, n] int64, not negative, different for each column."""
+    """[batch, n] string -> [batch, n] int64, not negative, different by column."""
     return tf.bitwise.bitwise_xor(tf.strings.to_hash_bucket_fast(categories, 1 << 62), salts)
 
 
 def rows_of(hashes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Hashes [batch, 26] -> rows of the embeddings [batch, 26] and of the wide weights [batch, 39]."""
+    """Hashes [batch, 26] -> rows of embeddings [batch, 26], of weights [batch, 39]."""
     user, candidate = hashes[:, :USER_CATEGORIES], hashes[:, USER_CATEGORIES:]
     pairs = tf.bitwise.bitwise_xor(user, candidate * 3)
     return hashes % settings.table_rows, tf.concat([hashes, pairs], axis=1) % settings.table_rows
@@ -176,7 +180,7 @@ def rows_of(hashes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 @tf.function(jit_compile=settings.xla)
 def logits_of(vectors: tf.Tensor, wide: tf.Tensor, integers: tf.Tensor) -> tf.Tensor:
-    """Embeddings [batch, 26, d], wide weights [batch, 39], integers [batch, 13] -> logits [batch]."""
+    """Embeddings [n, 26, d], wide weights [n, 39], integers [n, 13] -> logits [n]."""
     known = tf.cast(integers >= 0, tf.float32)
     magnitudes = tf.math.log1p(tf.cast(tf.maximum(integers, 0), tf.float32))
     flat = tf.reshape(vectors, [-1, CATEGORIES * settings.dimensions])
@@ -191,11 +195,12 @@ def predict_hashes(integers: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
     return tf.sigmoid(logits_of(vectors, wide, integers))
 
 
-# Training -------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------
 
 optimizer = keras.optimizers.Adam(settings.learning_rate)
 dense = [bias, *network.trainable_variables]
-# Adagrad with one sum a row: what a step touches are the rows of its batch, however large the table is.
+# Adagrad with one sum a row: what a step touches are the rows of its batch, however
+# large the table is.
 sums = {
     table.ref(): tf.Variable(tf.fill([settings.table_rows], 0.1), trainable=False)
     for table in (embeddings, weights)
@@ -203,7 +208,7 @@ sums = {
 
 
 def update(table: tf.Variable, rows: tf.Tensor, gradient: tf.Tensor) -> None:
-    """One Adagrad step on the ``rows`` [n] of a table, given their gradient [n] or [n, d]."""
+    """One Adagrad step on the ``rows`` [n] of a table; gradient [n] or [n, d]."""
     square = tf.square(gradient)
     if gradient.shape.rank > 1:
         square = tf.reduce_mean(square, axis=1)
@@ -259,11 +264,11 @@ with naming_faults(train, select(train, COLUMNS, ["label"])):
             metrics["test_auc"] = test_auc()
         print(f"epoch {epoch}: training loss {loss.result():.4f}, test AUC {metrics['test_auc']:.4f}")
 
-# Baseline: a logistic regression on the same columns ------------------------------------------------------
+# Baseline: a logistic regression on the same columns ----------------------------------
 
 
 def one_hot(data: dataset.Dataset) -> scipy.sparse.csr_matrix:
-    """[records, 2**16 + 26]: a one for each category, and the integers as the model sees them."""
+    """[records, 2**16 + 26]: a one for each category, and the model's integers."""
     width = 1 << 16
     parts = []
     for batch in batches(data, 4096, cache=False, **reading):
@@ -285,7 +290,7 @@ metrics["test_auc_logistic"] = float(roc_auc_score(test_labels, baseline.decisio
 metrics["test_click_rate"] = float(test_labels.mean())
 print("test AUC: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "auc" in name))
 
-# Export ---------------------------------------------------------------------------------------------------
+# Export -------------------------------------------------------------------------------
 
 
 @tf.function(
@@ -295,7 +300,7 @@ print("test AUC: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.
     ]
 )
 def predict(integers, categories):
-    """Rows: integers [batch, 13] (-1 if not known) and categories [batch, 26] -> probability [batch]."""
+    """Integers [n, 13] (-1: not known), categories [n, 26] -> probability [n]."""
     return {"probability": predict_hashes(integers, hash_of(categories, SALTS))}
 
 
@@ -308,7 +313,7 @@ def predict(integers, categories):
     ]
 )
 def rank(user_integers, user_categories, candidate_integers, candidate_categories):
-    """One user [1, ...] and the candidates [n, ...] -> probability [n]; the user is sent and hashed once."""
+    """One user [1, ...], hashed once, and candidates [n, ...] -> probability [n]."""
     count = tf.shape(candidate_integers)[0]
     user_hashes = hash_of(user_categories, SALTS[:USER_CATEGORIES])
     candidate_hashes = hash_of(candidate_categories, SALTS[USER_CATEGORIES:])

@@ -1,11 +1,13 @@
-"""Train a second-order factorization machine on the breast cancer data that scikit-learn ships.
+"""Train a second-order factorization machine on scikit-learn's breast cancer data.
 
-In: 569 rows of 30 measurements of cell nuclei, each labelled malignant or benign. Nothing is downloaded.
-Out: a run directory with a SavedModel that takes the raw measurements, sample requests and metrics.
+In: 569 rows of 30 measurements of cell nuclei, each labelled malignant or benign.
+Nothing is downloaded. Out: a run directory with a SavedModel that takes the raw
+measurements, sample requests and metrics.
 
-    spikeless train factorization_machine          # about 10 s on 2 cores, test AUC over 0.97
+    spikeless train factorization_machine     # about 10 s on 2 cores, AUC over 0.97
 
-The model (Rendle, Factorization Machines, 2010), for a row x of n features, weights w [n], factors v [n, k]:
+The model (Rendle, Factorization Machines, 2010), for a row x of n features, weights w
+[n], factors v [n, k]:
 
     y(x) = b + sum_i w_i x_i + sum_{i<j} <v_i, v_j> x_i x_j
          = b + sum_i w_i x_i + 1/2 sum_f [ (sum_i v_if x_i)^2 - sum_i v_if^2 x_i^2 ]
@@ -24,7 +26,7 @@ from sklearn.model_selection import train_test_split
 
 from spikeless.training.export import export
 
-# Settings -------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------
 
 parser = argparse.ArgumentParser(
     prog="spikeless train factorization_machine",
@@ -48,7 +50,7 @@ started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
 tf.config.experimental.enable_op_determinism()
 
-# Data -----------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------
 
 data = load_breast_cancer()
 names = [str(name).replace(" ", "_") for name in data.feature_names]  # mean_radius, mean_texture, ...
@@ -59,7 +61,7 @@ train_features, test_features, train_labels, test_labels = train_test_split(
 )
 print(f"{len(train_labels)} rows to train on, {len(test_labels)} to test on, {len(names)} features")
 
-# Model ----------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------
 
 
 class FactorizationMachine(keras.layers.Layer):
@@ -93,7 +95,7 @@ inputs = keras.Input([len(names)], name="features")
 logits = FactorizationMachine(settings.factors, settings.l2)(standardise(inputs))
 model = keras.Model(inputs, keras.layers.Activation("sigmoid")(logits))
 
-# Training -------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------
 
 model.compile(keras.optimizers.Adam(settings.learning_rate), "binary_crossentropy")
 model.fit(
@@ -112,7 +114,7 @@ def auc(features: np.ndarray, labels: np.ndarray) -> float:
 metrics = {"train_auc": auc(train_features, train_labels), "test_auc": auc(test_features, test_labels)}
 print(f"AUC: {metrics['train_auc']:.4f} on the training rows, {metrics['test_auc']:.4f} on the test rows")
 
-# Export ---------------------------------------------------------------------------------------------------
+# Export -------------------------------------------------------------------------------
 
 
 @tf.function(input_signature=[tf.TensorSpec([None, len(names)], tf.float32, name="features")])
@@ -122,14 +124,14 @@ def predict(features):
 
 
 def parse(examples):
-    """Serialized tf.Examples [batch], one float per feature name -> raw features [batch, 30]."""
+    """tf.Examples [batch], one float per feature name -> raw features [batch, 30]."""
     columns = tf.io.parse_example(examples, {name: tf.io.FixedLenFeature([], tf.float32) for name in names})
     return tf.stack([columns[name] for name in names], axis=1)
 
 
 @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
 def classify(inputs):
-    """Serialized tf.Examples [batch] -> class names and their probabilities, both [batch, 2]."""
+    """tf.Examples [batch] -> class names and their probabilities, both [batch, 2]."""
     probability = model(parse(inputs))
     scores = tf.stack([1 - probability, probability], axis=1)
     classes = tf.broadcast_to(tf.constant(["benign", "malignant"]), tf.shape(scores))

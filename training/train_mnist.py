@@ -1,14 +1,16 @@
-"""Train a convolutional network on handwritten digits with MirroredStrategy, on several devices at once.
+"""Train a convolutional network on handwritten digits, on several devices at once.
 
-In: MNIST from tensorflow_datasets where it can be downloaded; scikit-learn's bundled digits, 8x8 pixels
-enlarged to 28x28, where it cannot. Out: a run directory with a SavedModel that takes pictures.
+In: MNIST from tensorflow_datasets where it can be downloaded; scikit-learn's bundled
+digits, 8x8 pixels enlarged to 28x28, where it cannot. Out: a run directory with a
+SavedModel that takes pictures.
 
-    spikeless train mnist                           # all GPUs, or the CPU; about 1 min on 2 cores with digits
-    spikeless train mnist --logical-devices 2       # two devices made of one CPU, to try it without GPUs
+    spikeless train mnist                       # all GPUs, or the CPU; 1 min on 2 cores
+    spikeless train mnist --logical-devices 2   # two devices made of one CPU, to try it
 
-Each device computes the gradients of its share of a batch, and all apply their sum: batch and learning rate
-grow with the number of devices, and the result stays the same within noise. A killed run goes on from its
-last epoch when it is started again with the same settings.
+Each device computes the gradients of its share of a batch, and all apply their sum:
+batch and learning rate grow with the number of devices, and the result stays the same
+within noise. A killed run goes on from its last epoch when it is started again with the
+same settings.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import tensorflow as tf
 from spikeless.errors import InvalidArgument, Unavailable
 from spikeless.training.export import export
 
-# Settings -------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------
 
 parser = argparse.ArgumentParser(
     prog="spikeless train mnist",
@@ -56,7 +58,7 @@ for key, value in vars(settings).items():
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
 
-# Devices --------------------------------------------------------------------------------------------------
+# Devices ------------------------------------------------------------------------------
 
 if settings.logical_devices:
     (cpu,) = tf.config.list_physical_devices("CPU")
@@ -70,7 +72,7 @@ devices = strategy.num_replicas_in_sync
 global_batch = settings.batch_size * devices
 print(f"{devices} device(s), {settings.batch_size} pictures on each, {global_batch} a step")
 
-# Data -----------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------
 
 
 #: One of the files that tensorflow_datasets downloads.
@@ -78,7 +80,7 @@ MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/t10k-labels-idx1-uby
 
 
 def mnist() -> tuple[np.ndarray, ...]:
-    """Pictures [n, 28, 28] uint8 and labels [n] int64, to train on and then to test on; downloads them."""
+    """Pictures [n, 28, 28] uint8, labels [n] int64 to train on, to test on."""
     import tensorflow_datasets
 
     if not tensorflow_datasets.builder("mnist").is_prepared():
@@ -128,15 +130,16 @@ pictures = tf.data.Dataset.from_tensor_slices((train_pictures, train_labels)).ca
 
 
 def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-    """All pictures in the order of this epoch, whichever epochs came before in this process."""
+    """All pictures in the order of this epoch, whichever epochs came before."""
     return pictures.shuffle(len(train_labels), settings.seed + epoch).batch(global_batch, drop_remainder=True)
 
 
 test = tf.data.Dataset.from_tensor_slices((test_pictures, test_labels)).batch(global_batch).cache()
 
-# Model ----------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------
 
-# The rate grows with the devices, since a step covers as many more pictures; it climbs first, then falls.
+# The rate grows with the devices, since a step covers as many more pictures; it climbs
+# first, then falls.
 peak = settings.learning_rate * devices
 warmup_steps = int(settings.warmup_fraction * epochs * steps)
 schedule = keras.optimizers.schedules.CosineDecay(
@@ -166,9 +169,10 @@ with strategy.scope():
         metrics=["accuracy"],
     )
 
-# Checkpoints ----------------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------
 
-# Everything that decides the result names the folder that a killed run is taken up from.
+# Everything that decides the result names the folder that a killed run is taken up
+# from.
 identity = {key: value for key, value in vars(settings).items() if key not in ("runs", "fresh")}
 identity |= {"data": used, "devices": devices, "epochs": epochs}
 key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -178,9 +182,11 @@ if settings.fresh:
 with strategy.scope():
     model.optimizer.build(model.trainable_variables)
 epochs_done = tf.Variable(0, dtype=tf.int64, trainable=False)
-# Weights, the optimizer's moments and the random state of Dropout: what the next step depends on.
+# Weights, the optimizer's moments and the random state of Dropout: what the next step
+# depends on.
 state = [variable.value for variable in (*model.variables, *model.optimizer.variables)]
-# A checkpoint counts when the file that names it was renamed into place: a kill never leaves half of one.
+# A checkpoint counts when the file that names it was renamed into place: a kill never
+# leaves half of one.
 checkpoints = tf.train.CheckpointManager(
     tf.train.Checkpoint(state=state, epochs_done=epochs_done), str(work / "checkpoints"), max_to_keep=1
 )
@@ -188,7 +194,7 @@ if checkpoints.restore_or_initialize():
     print(f"taking up the run in {work} after epoch {int(epochs_done)}; --fresh starts it anew")
 train = tf.data.Dataset.range(epochs_done, epochs).flat_map(one_epoch).prefetch(tf.data.AUTOTUNE)
 
-# Training -------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -200,7 +206,7 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 class LogLearningRate(keras.callbacks.Callback):
-    """Adds the learning rate to what the other callbacks log, and prints a line an epoch."""
+    """Logs the learning rate for the other callbacks, and prints a line an epoch."""
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         logs["learning_rate"] = float(schedule(self.model.optimizer.iterations))
@@ -220,12 +226,12 @@ model.fit(
 loss, accuracy = model.evaluate(test, verbose=0)
 print(f"test accuracy {accuracy:.4f} on {used}")
 
-# Export ---------------------------------------------------------------------------------------------------
+# Export -------------------------------------------------------------------------------
 
 
 @tf.function(input_signature=[tf.TensorSpec([None, 28, 28], tf.uint8, name="pictures")])
 def predict(pictures):
-    """Grey pictures [batch, 28, 28], white on black -> digit [batch] and probabilities [batch, 10]."""
+    """Pictures [n, 28, 28], white on black -> digit [n], probabilities [n, 10]."""
     probabilities = tf.nn.softmax(model(pictures, training=False))
     return {"digit": tf.argmax(probabilities, axis=1), "probabilities": probabilities}
 

@@ -1,16 +1,19 @@
-"""Train a named-entity tagger with a conditional random field (tf2crf) on CoNLL-2003-style files.
+"""Train a named-entity tagger with a conditional random field on CoNLL-2003 files.
 
-In: two files, one word a line, its tag in the last column, a blank line after each sentence; by default
-those in training/data/conll. Out: a run directory with a SavedModel that takes sentences as they are.
+In: two files, one word a line, its tag in the last column, a blank line after each
+sentence; by default those in training/data/conll. Out: a run directory with a
+SavedModel that takes sentences as they are.
 
-    spikeless train tagger                          # about 1 min on 2 cores, test F1 over 0.93
+    spikeless train tagger              # about 1 min on 2 cores, test F1 over 0.93
     spikeless train tagger --train eng.train --test eng.testb
 
-The model: Embedding, Bidirectional GRU, Dense, CRF. The Dense layer scores each tag for each word, the CRF
-adds what follows what, and Viterbi finds the best path. The same network without it is trained beside it.
+The model: Embedding, Bidirectional GRU, Dense, CRF. The Dense layer scores each tag for
+each word, the CRF adds what follows what, and Viterbi finds the best path. The same
+network without it is trained beside it.
 
-tf2crf needs TensorFlow 2.15. Its environment, .venv-tagger, is made by `make` when it is first needed, and
-this script goes on in there; the SavedModel is served by TensorFlow 2.20 like any other.
+tf2crf needs TensorFlow 2.15. Its environment, .venv-tagger, is made by `make` when it
+is first needed, and this script goes on in there; the SavedModel is served by
+TensorFlow 2.20 like any other.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from pathlib import Path
 from spikeless import errors
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 
-# Settings -------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
 parser = argparse.ArgumentParser(
@@ -51,11 +54,11 @@ for key, value in vars(settings).items():
     if type(value) is int and key != "seed" and value < 1:
         parser.error(f"--{key.replace('_', '-')} must be 1 or more")
 
-# Data -----------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------
 
 
 def read(file: Path, known: set[str] | None = None) -> list[tuple[list[str], list[str]]]:
-    """Sentences as words and tags. An ``I-`` that continues nothing begins an entity, as in the older files.
+    """Sentences as words and tags; an ``I-`` that continues nothing begins an entity.
 
     Args:
         known: the tags that may occur; any well-formed one if None.
@@ -114,7 +117,7 @@ PADDING, UNKNOWN, FIRST = 0, 1, 2
 word_ids = {word: number for number, word in enumerate(vocabulary, start=FIRST)}
 tag_ids = {tag: number for number, tag in enumerate(TAGS)}
 
-# Environment ----------------------------------------------------------------------------------------------
+# Environment --------------------------------------------------------------------------
 
 #: Tells the process in the other environment which Python has the rest of Spikeless.
 MAIN_PYTHON = "SPIKELESS_PYTHON"
@@ -144,7 +147,7 @@ from seqeval.metrics import f1_score, precision_score, recall_score  # noqa: E40
 
 from spikeless.training.export import export  # noqa: E402
 
-# Batches --------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------
 
 started = time.monotonic()
 tf.keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
@@ -155,7 +158,7 @@ print(
 
 
 def batches(sentences: list[tuple[list[str], list[str]]], *, shuffle: bool = False) -> tf.data.Dataset:
-    """Word ids and tag ids [batch, longest], padded with 0, and the weight of each word: 0 for padding."""
+    """Word ids, tag ids, weights [batch, longest]; padding is 0 in all of them."""
 
     def encoded():
         for words, tags in sentences:
@@ -171,11 +174,11 @@ def batches(sentences: list[tuple[list[str], list[str]]], *, shuffle: bool = Fal
 
 train_batches, test_batches = batches(train, shuffle=True), batches(test)
 
-# Model ----------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------
 
 
 def network() -> tf.keras.Sequential:
-    """Word ids [batch, length] -> a score for each tag [batch, length, tags]; padding is masked."""
+    """Word ids [batch, length] -> scores [batch, length, tags]; padding is masked."""
     return tf.keras.Sequential(
         [
             tf.keras.Input([None], dtype="int64"),
@@ -198,7 +201,7 @@ without_crf.compile(
     tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
 )
 
-# Training -------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------
 
 verbose = 1 if sys.stdout.isatty() else 2
 print("with the CRF:")
@@ -209,7 +212,7 @@ without_crf.fit(train_batches, epochs=settings.epochs, verbose=verbose)
 
 @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int64)])
 def viterbi(ids):
-    """Word ids [batch, length], padded at the end -> tag ids [batch, length] of the most likely path."""
+    """Word ids [batch, length], padded at the end -> tag ids of the best path."""
     length = tf.shape(ids)[1]
     ids = tf.pad(ids, [[0, 0], [0, tf.maximum(1 - length, 0)]])  # a GRU cannot take sentences of no word
     return tf.cast(with_crf(ids, training=False)[0], tf.int64)[:, :length]
@@ -248,7 +251,7 @@ metrics = {
 }
 print(f"entity F1: {metrics['test_f1']:.4f} with the CRF, {metrics['test_f1_without_crf']:.4f} without")
 
-# Export ---------------------------------------------------------------------------------------------------
+# Export -------------------------------------------------------------------------------
 
 names = tf.constant(TAGS)
 
@@ -273,14 +276,14 @@ with tempfile.TemporaryDirectory() as folder:
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="sentences")])
     def tag_sentences(sentences):
-        """Sentences [batch], words between spaces -> words and tags [batch, longest], "" after the end."""
+        """Sentences [batch] -> words, tags [batch, longest], padded with ""."""
         words = tf.strings.split(sentences)
         ids = words.with_values(table.lookup(words.values) + FIRST).to_tensor(PADDING)
         return {"words": words.to_tensor(""), "tags": named(ids, viterbi(ids))}
 
     @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int64, name="ids")])
     def tag_ids_of(ids):
-        """Word ids [batch, length], padded with 0 -> tag ids and names [batch, length]."""
+        """Word ids [batch, length], padded with 0 -> tag ids, names [batch, length]."""
         tags = viterbi(ids)
         return {"tag_ids": tags, "tags": named(ids, tags)}
 

@@ -88,7 +88,7 @@ def test_records_become_warmup_and_golden_requests(target, scales, tmp_path):
 
 
 def test_the_relay_changes_nothing(target, tmp_path):
-    """Errors with their codes, deadlines, metadata and unknown methods come through as they are."""
+    """Error codes, deadlines, metadata and unknown methods come through unchanged."""
     with Client(target) as direct, capturing(target, tmp_path / "out") as (relayed, capture):
         for call in (
             lambda client: client.predict(NAME, {"x": X}),

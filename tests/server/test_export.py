@@ -1,4 +1,4 @@
-"""The export helper: what it writes, what it refuses, and that it leaves nothing half-written."""
+"""The export helper: what it writes, what it refuses, that nothing is half-written."""
 
 from __future__ import annotations
 
@@ -205,12 +205,13 @@ def test_an_interrupt_while_training_leaves_no_run_and_exits_130(tmp_path, numbe
         assert child.stdout is not None
         assert any(line.startswith("Epoch 2/") for line in child.stdout)
         while child.poll() is None:
-            # Again if need be: TensorFlow drops an interrupt that arrives inside one of its callbacks.
+            # Again if need be: TensorFlow drops an interrupt that arrives inside one of
+            # its callbacks.
             child.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 _, errors = child.communicate(timeout=10)
-    # An interrupt that comes while Python is already on its way out ends it by the signal itself, which a
-    # shell shows as 130 too.
+    # An interrupt that comes while Python is already on its way out ends it by the
+    # signal itself, which a shell shows as 130 too.
     assert child.returncode in (130, -number), errors
     if child.returncode == 130:
         assert errors.splitlines()[-1] == "spikeless: interrupted"

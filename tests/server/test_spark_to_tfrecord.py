@@ -1,4 +1,4 @@
-"""The Spark data source against real Spark: local, and a standalone cluster of separate processes."""
+"""The Spark data source on real Spark: local, and a cluster of separate processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def test_every_type_comes_back(spark: SparkSession, tmp_path: Path, compression:
     names = leftovers(tmp_path / "data set")
     assert [name for name in names if name.startswith("_")] == ["_SUCCESS", "_counts.json", "_schema.json"]
     assert leftovers(tmp_path) == ["data set"]
-    # TensorFlow reads the same: a null is a missing feature, an empty array a feature without values.
+    # TensorFlow reads the same: a null is a missing feature, an empty array a feature
+    # without values.
     records = tf.data.TFRecordDataset(
         [str(shard.path) for shard in written.shards], "GZIP" if compression == "gzip" else ""
     )
@@ -192,7 +193,7 @@ def test_nan_and_infinity_survive(spark: SparkSession, tmp_path: Path) -> None:
     assert infinity == float("-inf")
 
 
-# The command ----------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -200,7 +201,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_writes_the_same_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``local-cluster`` is Spark's standalone cluster, with executors in processes of their own."""
+    """``local-cluster`` is Spark's standalone cluster: executors are own processes."""
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
     monkeypatch.setenv("SPARK_WORKER_DIR", str(tmp_path / "workers"))
     source = tmp_path / "in.tsv"
@@ -245,7 +246,7 @@ def test_bad_input_is_one_clear_error(spark: SparkSession, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    """The signal goes to the process group, as a terminal and `timeout` send it: Spark gets it as well."""
+    """The signal goes to the process group, as a terminal's does: Spark gets it too."""
     program = """
 import pathlib, sys, time, spark_to_tfrecord
 from pyspark.sql import functions as F

@@ -1,4 +1,4 @@
-"""The training scripts as users run them, and what they export, served by TensorFlow's own runtime."""
+"""The training scripts as users run them, and what they export, served."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ def test_the_served_model_tells_malignant_from_benign_in_raw_rows(model):
 
 def test_only_what_serving_needs_is_exported(boston_run):
     variables = boston_run / "saved_model" / "variables" / "variables.data-00000-of-00001"
-    # mean, variance, bias, linear [30], factors [30, 8] as float32, and the object graph; no optimizer.
+    # mean, variance, bias, linear [30], factors [30, 8] as float32, and the object
+    # graph; no optimizer.
     assert 4 * (30 + 30 + 1 + 30 + 240) <= variables.stat().st_size < 4000
 
 

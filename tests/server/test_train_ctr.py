@@ -1,4 +1,4 @@
-"""The click model, trained small on synthetic records, exported, and served by the embedded engine."""
+"""The click model, trained small on synthetic records, exported and served."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def only_run(runs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything from nothing: rows are made, Spark writes them, the model is trained on them."""
+    """The whole pipeline: rows are made, Spark writes them, the model is trained."""
     runs = tmp_path_factory.mktemp("runs")
     done = spikeless("train", "ctr", "--runs", runs, "--synthetic-rows", 8000, *SMALL)
     assert done.returncode == 0, done.stderr
@@ -145,7 +145,7 @@ def test_the_input_pipelines_benchmark_measures_all_of_its_steps(data: Path, tmp
 
 
 def write_label(source: Path, target: Path, label: int | None) -> None:
-    """A copy of a dataset in which the last record of the second shard has another label."""
+    """A copy of a dataset; the last record of the second shard has another label."""
     shutil.copytree(source, target)
     read = dataset.read(target)
     rows = list(dataset.rows(read.shards[1], read.fields, gzipped=False))

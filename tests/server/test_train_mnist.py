@@ -1,4 +1,4 @@
-"""The digit classifier on one device and on two, killed and taken up again, exported and served."""
+"""The digit classifier on one device and two, killed and resumed, exported, served."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_killed_run_is_taken_up_where_it_was(tmp_path: Path) -> None:
 
 
 def test_mnist_is_read_where_tensorflow_datasets_has_it(tmp_path: Path) -> None:
-    """Digits under MNIST's name, in the files that a download would have been turned into."""
+    """Digits under MNIST's name, in the files that a download would have left."""
     tfds = pytest.importorskip("tensorflow_datasets", reason="it needs Python 3.11")
     data = load_digits()
     pictures = tf.cast(tf.image.resize(data.images[..., None] * (255 / 16), [28, 28]), tf.uint8)

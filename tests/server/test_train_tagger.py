@@ -1,4 +1,4 @@
-"""The tagger, trained in its own environment with TensorFlow 2.15, served by TensorFlow 2.20."""
+"""The tagger, trained with TensorFlow 2.15 in its own environment, served by 2.20."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from trained_models import spikeless
 
 from spikeless import warmup
 
-# One worker: the fixtures are trained once, and the environment, when it is missing, is made once.
+# One worker: the fixtures are trained once, and the environment, when it is missing, is
+# made once.
 pytestmark = [
     pytest.mark.xdist_group("tagger"),
     pytest.mark.skipif(
@@ -29,7 +30,7 @@ CORPUS = ROOT / "training" / "data" / "conll"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run directory, and the test sentences as the training environment tagged them."""
+    """A run directory, and the test sentences as tagged in the training environment."""
     folder = tmp_path_factory.mktemp("tagger")
     done = spikeless(
         *("train", "tagger", "--epochs", 4, "--runs", folder / "runs"),

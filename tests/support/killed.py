@@ -1,6 +1,7 @@
-"""Do something over and over, killed with SIGKILL at every point at which the file system is touched.
+"""Repeat something, killed with SIGKILL at every point that touches the file system.
 
-In: what prepares a folder, and what is done in a child. Out: one line per kill, and the child's exit code.
+In: what prepares a folder, and what is done in a child. Out: one line per kill, and the
+child's exit code.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _EVENTS = frozenset(
 def at_every_touch(directory: str, prepare: Callable[[Path], object], act: Callable[[Path], object]) -> None:
     """``prepare`` makes ``directory/<n>``, and ``act`` works on it in a child.
 
-    It is killed as it is about to touch the folder for the n-th time, n from 0 until one comes through.
+    It is killed as it is about to touch the folder for the n-th time, n from 0 until
+    one comes through.
     """
     for number in range(10_000):
         folder = Path(directory, str(number))

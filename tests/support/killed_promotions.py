@@ -1,8 +1,9 @@
-"""Promote or roll back, and die of SIGKILL at a line of progress; there is one before and after every step.
+"""Promote or roll back, killed with SIGKILL at a line of progress, as each step has.
 
     python killed_promotions.py promote|rollback MODELS TARGET N|TEXT
 
-Dies at the N-th line, or at the first that contains TEXT; ends with 0 when there is none.
+Dies at the N-th line, or at the first that contains TEXT; ends with 0 when there is
+none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Publish version 2 beside version 1 in ``DIRECTORY/<n>``, killed at every point (see `killed`).
+"""Publish version 2 beside version 1 in ``DIRECTORY/<n>``, killed at every point.
 
 python killed_publishers.py SAVED_MODEL DIRECTORY
 """

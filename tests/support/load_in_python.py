@@ -1,6 +1,7 @@
-"""Load each model with TensorFlow's Python loaders, original and mapped, and compare what they answer.
+"""Load original and mapped models with TensorFlow's Python loaders; compare answers.
 
-In: ``python load_in_python.py ORIGINALS MAPPED NAME...``. Exits 0 if all answers are the same, bit by bit.
+In: ``python load_in_python.py ORIGINALS MAPPED NAME...``. Exits 0 if all answers are
+the same, bit by bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Small SavedModels of every kind that can be mapped, exported by TensorFlow itself.
 
-In: as a script, ``python mapping_models.py DIRECTORY``. Out: one SavedModel for each of ``BUILDERS``. Their
-large variables have ``BIG`` rows or columns and thus 8 KiB or more, the small ones 2 KiB or less.
+In: as a script, ``python mapping_models.py DIRECTORY``. Out: one SavedModel for each of
+``BUILDERS``. Their large variables have ``BIG`` rows or columns and thus 8 KiB or more,
+the small ones 2 KiB or less.
 """
 
 from __future__ import annotations
@@ -77,8 +78,10 @@ def keras3_shared(path: Path) -> None:
 
 @builder
 def never_restored(path: Path) -> None:
-    """Keras 3 models saved by ``tf.saved_model.save`` itself cannot be served, mapped or not: their signature
-    reads variables that nothing restores."""
+    """A Keras 3 model saved by ``tf.saved_model.save``, which cannot be served.
+
+    Its signature reads variables that nothing restores.
+    """
     import keras
 
     ids = keras.Input((4,), dtype="int32", name="ids")
@@ -248,7 +251,7 @@ def written_to(path: Path) -> None:
 
 @builder
 def written_in_place(path: Path) -> None:
-    """An old operation that writes into its input, here what was read from a variable."""
+    """An old operation that writes into its input, here a variable's value."""
     model = tf.Module()
     model.table = tf.Variable(values(BIG, WIDTH), name="table")
 
@@ -419,7 +422,7 @@ def v1_partitioned_resources(path: Path) -> None:
 
 @builder
 def v1_several_graphs(path: Path) -> None:
-    """Two meta graphs for serving on CPUs, which share their variables, and one for GPUs."""
+    """Two meta graphs for CPUs, which share their variables, and one for GPUs."""
     builder = v1.saved_model.Builder(str(path))
     for tags in (["serve"], ["serve", "quick"], ["serve", "gpu"]):
         with tf.Graph().as_default(), v1.Session() as session:
@@ -486,8 +489,11 @@ def v1_unusual(path: Path) -> None:
 
 @builder
 def estimator_like(path: Path) -> None:
-    """As an Estimator exports: Example parsing, vocabulary assets, several signatures, global step, a
-    training meta graph beside the serving one."""
+    """As an Estimator exports.
+
+    Example parsing, vocabulary assets, several signatures, global step, and a training
+    meta graph beside the serving one.
+    """
     vocabulary = path.with_name(f"{path.name}-vocabulary.txt")
     vocabulary.write_text("".join(f"word{i}\n" for i in range(50)))
     builder = v1.saved_model.Builder(str(path))
@@ -555,7 +561,7 @@ class _variables:
 
 
 def large(kind: str, path: Path) -> None:
-    """64 MiB of parameters, looked up sparsely and densely, in a ``tf.Module`` or a reference variable."""
+    """64 MiB of parameters, read sparsely and densely; or in a reference variable."""
     table = values(1 << 18, 64)
     if kind == "references":
 

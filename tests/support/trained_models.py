@@ -1,7 +1,7 @@
 """The factorization machine, trained as a user would.
 
-In: nothing. Out: the session fixture ``boston_run``, its run directory; ``spikeless`` runs the command;
-``NEEDS_JAVA`` marks what Spark has to be there for.
+In: nothing. Out: the session fixture ``boston_run``, its run directory; ``spikeless``
+runs the command; ``NEEDS_JAVA`` marks what Spark has to be there for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NEEDS_JAVA = pytest.mark.skipif(
 
 
 def spikeless(*arguments: object, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, where not said otherwise from the root of the bundle."""
+    """Run the command to its end, from the root of the bundle by default."""
     done: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-m", "spikeless", *map(str, arguments)],
         capture_output=True,

@@ -66,7 +66,7 @@ def test_content_is_on_the_disk_before_it_gets_its_name_and_the_name_after(tmp_p
 
 
 def test_a_killed_writer_leaves_the_old_content(tmp_path):
-    """A process killed in the middle of writing: the name still holds the old content."""
+    """A process is killed while it writes: the name still holds the old content."""
     path = tmp_path / "file"
     write_atomically(path, b"old")
     script = """

@@ -1,4 +1,4 @@
-"""The tf.data pipeline on records written by hand: what comes out, in which order, and what is refused."""
+"""The tf.data pipeline on records written by hand: output, order, refusals."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def test_every_record_once_an_epoch_in_another_order(
     expected = [row(number) for number in range(5000)]
     assert first != second
     assert sorted(first) == sorted(second) == expected
-    # Mixed across all shards, not within them: neighbours have nothing to do with each other.
+    # Mixed across all shards, not within them: neighbours have nothing to do with each
+    # other.
     ids = np.array([values[0] for values in first])
     assert abs(np.corrcoef(ids[:-1], ids[1:])[0, 1]) < 0.1
     tf.random.uniform([])

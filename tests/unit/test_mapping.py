@@ -1,4 +1,4 @@
-"""Mapping SavedModels: every kind of export, every refusal, and the memory it is about."""
+"""Mapping SavedModels: every kind of export, every refusal, and the memory taken."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from spikeless.mapping import (
     COPIED_BYTES,
     MANIFEST_FILE,
     MapSettings,
-    State,
+    VariableState,
     check,
     inspect,
     is_mapped,
@@ -40,7 +40,7 @@ from spikeless.mapping import (
     rewrite,
 )
 from spikeless.mapping.manifest import mapping_nodes
-from spikeless.mapping.plan import Plan
+from spikeless.mapping.plan import MappingPlan
 from spikeless.repository import publishing
 from spikeless.runtime import Session
 
@@ -55,8 +55,8 @@ MIN_BYTES = 4096
 SETTINGS = MapSettings(min_bytes=MIN_BYTES)
 #: Models that no comparison can be made with.
 REFUSED = {"never_restored", "clock"}
-#: tf.saved_model.load renames each handle, so that those that share a variable do not find it any more, in
-#: the original neither.
+#: tf.saved_model.load renames each handle, so that those that share a variable do not
+#: find it any more, in the original neither.
 NOT_IN_PYTHON = {"v1_unusual"}
 
 
@@ -105,7 +105,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the models of mapping_models.py, and those that TensorFlow 2.15 exported."""
+    """The models of mapping_models.py, and those that TensorFlow 2.15 exported."""
     directory = tmp_path_factory.mktemp("originals")
     command = [sys.executable, SUPPORT / "mapping_models.py", directory]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
@@ -130,14 +130,14 @@ def mapped(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_kind(mapped: Path, originals: Path, name: str) -> None:
     expected, path = EXPECTED[name], mapped / name
     manifest = check(path, str(path))
-    states = {state: [v for v in manifest.variables if v.state is state] for state in State}
-    assert len(states[State.MAPPED]) == expected.mapped
-    assert len(states[State.DROPPED]) == expected.dropped
-    reasons = {v.name: v.reason for v in states[State.RESTORED] if "smaller than" not in v.reason}
+    states = {state: [v for v in manifest.variables if v.state is state] for state in VariableState}
+    assert len(states[VariableState.MAPPED]) == expected.mapped
+    assert len(states[VariableState.DROPPED]) == expected.dropped
+    reasons = {v.name: v.reason for v in states[VariableState.RESTORED] if "smaller than" not in v.reason}
     assert reasons.keys() == expected.reasons.keys()
     for variable, reason in expected.reasons.items():
         assert reason in reasons[variable]
-    for variable in states[State.MAPPED]:
+    for variable in states[VariableState.MAPPED]:
         assert variable.bytes is not None
         assert variable.bytes >= 1024
         assert variable.file is not None
@@ -182,7 +182,7 @@ def test_sparse_reads_become_dense_reads(mapped: Path) -> None:
 )
 def test_what_is_only_looked_up_is_known(mapped: Path, name: str, looked_up: set[str]) -> None:
     manifest = read_manifest(mapped / name)
-    variables = [variable for variable in manifest.variables if variable.state is State.MAPPED]
+    variables = [variable for variable in manifest.variables if variable.state is VariableState.MAPPED]
     assert {variable.name for variable in variables if variable.by_row} == looked_up
     files = {variable.file for variable in variables if variable.name in looked_up}
     assert set(manifest.files_read_by_row()) == files
@@ -217,7 +217,9 @@ def test_the_training_graph_is_left_alone(mapped: Path, originals: Path) -> None
 def test_each_meta_graph_for_cpus_is_mapped_from_the_same_files(mapped: Path, originals: Path) -> None:
     name = "v1_several_graphs"
     variables = inspect(mapped / name)
-    files = {(variable.name, variable.file) for variable in variables if variable.state is State.MAPPED}
+    files = {
+        (variable.name, variable.file) for variable in variables if variable.state is VariableState.MAPPED
+    }
     assert {variable.tags for variable in variables} == {("serve",), ("quick", "serve")}
     assert len(files) == 2, "table in both graphs, kernel in one"
     with Session.load(mapped / name, ("serve", "quick")) as session:
@@ -234,7 +236,7 @@ def test_each_meta_graph_for_cpus_is_mapped_from_the_same_files(mapped: Path, or
     "name", ["keras3", "module", "v1_references", "tables_and_assets", "tensorflow_2_15/keras2_export"]
 )
 def test_optimized(originals: Path, tmp_path: Path, name: str) -> None:
-    """The same answers, which writing it proves, from a graph that asks not to be optimised again."""
+    """The same answers, as writing it proves, from a graph optimised only once."""
     settings = MapSettings(min_bytes=1024, optimize=True)
     manifest = map_saved_model(originals / name, tmp_path / "out", settings)
     assert manifest.optimized
@@ -242,7 +244,8 @@ def test_optimized(originals: Path, tmp_path: Path, name: str) -> None:
     assert session_overrides.path_in(tmp_path / "out").read_bytes() == bytes.fromhex("0a021801")
     config = session_overrides.session_config(tmp_path / "out")
     assert config.graph_options.rewrite_options.disable_meta_optimizer
-    # Calls are inlined, layers fused as a server would, without a word about its devices.
+    # Calls are inlined, layers fused as a server would, without a word about its
+    # devices.
     before, after = (
         savedmodel.read(path).meta_graph().graph_def for path in (originals / name, tmp_path / "out")
     )
@@ -251,7 +254,7 @@ def test_optimized(originals: Path, tmp_path: Path, name: str) -> None:
         assert "_FusedMatMul" in {node.op for node in after.node}
     assert {node.device for node in after.node} <= {node.device for node in before.node} | {""}
     assert sum(1 for _ in mapping_nodes(savedmodel.read(tmp_path / "out").proto)) == len(
-        [variable for variable in manifest.variables if variable.state is State.MAPPED]
+        [variable for variable in manifest.variables if variable.state is VariableState.MAPPED]
     )
 
 
@@ -361,7 +364,7 @@ def _edit(path: Path, change: Callable) -> None:
 
 
 def _restoring(graph: MetaGraphDef, variable: str) -> tuple[NodeDef, NodeDef]:
-    """The assignment that restores a reference variable, and the operation that waits for all of them."""
+    """The assignment that restores a reference variable, and what waits for all."""
     nodes = {node.name: node for node in graph.graph_def.node}
     shard = nodes["save/restore_shard"]
     restoring = [nodes[name.removeprefix("^")] for name in shard.input]
@@ -427,7 +430,7 @@ def test_what_is_restored_in_an_unusual_way_is_left_alone(
 
 def _reason(path: Path, name: str) -> str:
     (variable,) = (variable for variable in inspect(path, MIN_BYTES) if variable.name == name)
-    assert (variable.state is State.MAPPED) == (not variable.reason)
+    assert (variable.state is VariableState.MAPPED) == (not variable.reason)
     return variable.reason
 
 
@@ -511,7 +514,7 @@ def test_a_model_that_answers_otherwise_is_refused(
 ) -> None:
     apply = rewrite.apply
 
-    def broken(plan: Plan, files: dict) -> None:
+    def broken(plan: MappingPlan, files: dict) -> None:
         apply(plan, files)
         graph = plan.meta_graph.graph_def
         for function in graph.library.function:
@@ -667,7 +670,7 @@ with runtime.Session.load(sys.argv[1]):
 
 
 def _export(path: Path, variables: dict[str, str], outputs: str) -> None:
-    """A model with these variables that looks ``ids`` up; initial values and outputs are Python's words."""
+    """A model that looks ``ids`` up; values and outputs are Python expressions."""
     made = "".join(
         f"        self.{name} = tf.Variable({v}, name={name!r})\n" for name, v in variables.items()
     )
@@ -703,7 +706,8 @@ def test_a_small_mapped_variable_is_copied_and_inspect_says_so(tmp_path: Path) -
     assert "TensorFlow copies it" not in shown["large"]
 
 
-#: Loads a SavedModel as a server does and prints the mapped files that the kernel expects single pages of.
+#: Loads a SavedModel as a server does and prints the mapped files that the kernel
+#: expects single pages of.
 _ADVISED = """
 import sys
 from pathlib import Path
@@ -758,7 +762,8 @@ model = Model()
 tf.saved_model.save(model, sys.argv[1], signatures=model.look)
 """
 
-#: Prints a column of the rows before, at and after two gigabytes, and the private memory that loading took.
+#: Prints a column of the rows before, at and after two gigabytes, and the private
+#: memory that loading took.
 _LOOK = """
 import sys
 import numpy as np
@@ -777,7 +782,7 @@ with runtime.Session.load(sys.argv[1]) as session:
 
 @pytest.fixture
 def roomy(tmp_path: Path) -> Iterator[Path]:
-    """A folder for gigabytes: in memory where there is room, because some disks take minutes."""
+    """A folder for gigabytes: in memory if there is room; some disks take minutes."""
     memory = Path("/dev/shm")
     if not memory.is_dir() or shutil.disk_usage(memory).free < 6 << 30:
         yield tmp_path
@@ -814,8 +819,9 @@ def tf_loads(model: Path, ids: list[int]) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-#: Loads a model and runs it from four threads. Prints its private memory beyond the bare runtime's in bytes,
-#: and how often its parameters' file is mapped, then and after it is closed.
+#: Loads a model and runs it from four threads. Prints its private memory beyond the
+#: bare runtime's in bytes, and how often its parameters' file is mapped, then and after
+#: it is closed.
 _MEMORY = """
 import sys, threading
 import numpy as np
@@ -845,12 +851,12 @@ print(mappings())
 
 @pytest.mark.parametrize(("kind", "optimize"), [("module", False), ("module", True), ("references", False)])
 def test_private_memory(tmp_path: Path, kind: str, optimize: bool) -> None:
-    """No copy of the parameters is made, at load or later, with sparse and dense reads at once."""
+    """No copy of the parameters is made, at load or by reads of either kind."""
     size = (1 << 18) * 64 * 4
     command = [sys.executable, SUPPORT / "mapping_models.py", "--large", kind, tmp_path / "stock"]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     manifest = map_saved_model(tmp_path / "stock", tmp_path / "mapped", MapSettings(optimize=optimize))
-    assert [v.bytes for v in manifest.variables if v.state is State.MAPPED] == [size]
+    assert [v.bytes for v in manifest.variables if v.state is VariableState.MAPPED] == [size]
 
     def measure(name: str) -> list[int]:
         command = [sys.executable, "-c", _MEMORY, tmp_path / name]

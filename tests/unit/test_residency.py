@@ -86,7 +86,8 @@ def _locked_bytes(pid: int | str = "self") -> int:
     return proc.memory(pid)["VmLck"]
 
 
-#: Gives up the right to lock beyond the limit, which takes hold with the next program, and tries to lock.
+#: Gives up the right to lock beyond the limit, which takes hold with the next program,
+#: and tries to lock.
 _LIMITED = """
 import ctypes, os, resource, sys
 from spikeless.disk import pages
@@ -126,12 +127,12 @@ def test_keeper_follows_what_is_served(tmp_path: Path) -> None:
     _version(tmp_path, "b", 7, SIZE)
     (tmp_path / "plain" / "1").mkdir(parents=True)
     with Keeper(lambda: served_versions(tmp_path), 10 * SIZE) as keeper:
-        kept = keeper.look()
+        kept = keeper.poll()
         assert (len(kept.locked), kept.released, kept.left_out, kept.bytes) == (3, (), (), 3 * SIZE)
         assert _locked_bytes() == 3 * SIZE
-        assert keeper.look().locked == ()
+        assert keeper.poll().locked == ()
         second = _version(tmp_path, "a", 2, SIZE)
-        kept = keeper.look()
+        kept = keeper.poll()
         assert {path.parents[1] for path in kept.locked} == {second}
         assert {path.parents[1] for path in kept.released} == {first}
         assert _locked_bytes() == kept.bytes == 2 * SIZE
@@ -142,7 +143,7 @@ def test_a_version_that_goes_away_is_passed_over(tmp_path: Path) -> None:
     version = _version(tmp_path, "a", 1, SIZE, SIZE)
     next((version / "variables").iterdir()).unlink()
     with Keeper(lambda: served_versions(tmp_path), 10 * SIZE) as keeper:
-        assert keeper.look().bytes == SIZE
+        assert keeper.poll().bytes == SIZE
 
 
 def test_keeper_spends_its_budget_on_the_newest_first(tmp_path: Path) -> None:
@@ -151,11 +152,11 @@ def test_keeper_spends_its_budget_on_the_newest_first(tmp_path: Path) -> None:
     other = _version(tmp_path, "b", 1, SIZE)
     served = {"a": [new, old], "b": [other]}
     with Keeper(lambda: served, 2 * SIZE) as keeper:
-        kept = keeper.look()
+        kept = keeper.poll()
         assert {path.parents[1] for path in kept.locked} == {new, other}
         assert {path.parents[1] for path in kept.left_out} == {old}
         served = {"a": [new, old]}
-        assert {path.parents[1] for path in keeper.look().locked} == {old}
+        assert {path.parents[1] for path in keeper.poll().locked} == {old}
 
 
 def test_served_versions_are_those_of_the_configuration(tmp_path: Path) -> None:
@@ -200,7 +201,8 @@ def test_the_command_keeps_until_it_is_told_to_stop(tmp_path: Path) -> None:
         changes = [next(lines).partition(":")[0] for _ in range(3)]
         assert changes == ["locked", "locked", "released"]
         assert next(lines) == f"keeping {2 * SIZE:,} of {64 * SIZE:,} bytes\n"
-        # A configuration that cannot be read changes nothing, and is complained of once.
+        # A configuration that cannot be read changes nothing, and is complained of
+        # once.
         config = tmp_path / models_config.FILE_NAME
         write_atomically(config, b"model_config_list {")
         assert next(lines).startswith(f"what is locked stays locked: {config} cannot be read: ")

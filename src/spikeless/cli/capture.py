@@ -38,11 +38,12 @@ def command(
     max_bytes: int,
     redact: tuple[str, ...],
 ) -> None:
-    """Relay gRPC calls to a server, and record a sample of the requests with their answers.
+    """Relay gRPC calls to a server and record a sample of the requests and answers.
 
-    Callers use the address of --listen instead of the server's. The file holds PredictionLog records, for
-    `spikeless warmup build` and for `spikeless publish --golden`. When it cannot be written, calls go on all
-    the same. Ctrl-C ends it; the same command again goes on with the file.
+    Callers use the address of --listen instead of the server's. The file holds
+    PredictionLog records, for `spikeless warmup build` and for `spikeless publish
+    --golden`. When it cannot be written, calls go on all the same. Ctrl-C ends it; the
+    same command again goes on with the file.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     settings = RecorderSettings(out, limit, per_shape, max_bytes, redact)

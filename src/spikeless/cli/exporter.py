@@ -1,4 +1,4 @@
-"""``spikeless exporter``: version states and memory of a model server, for Prometheus."""
+"""``spikeless exporter``: a server's version states and memory, for Prometheus."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from spikeless.sidecars.exporter import Exporter, ExporterSettings
 def command(
     target: str, models: Path, pid: int | None, status_file: Path | None, host: str, port: int
 ) -> None:
-    """Export what a model server does not: version states, load errors, reloads and memory.
+    """Export what a server does not: version states, load errors, reloads and memory.
 
     Prometheus scrapes http://HOST:PORT/metrics. SIGTERM and SIGINT end it.
     """

@@ -13,7 +13,7 @@ from rich.table import Table
 from spikeless.cli.options import Size
 from spikeless.disk import pages
 from spikeless.formats.tensors import shape_text
-from spikeless.mapping import COPIED_BYTES, State, inspect, is_mapped
+from spikeless.mapping import COPIED_BYTES, VariableState, inspect, is_mapped
 from spikeless.mapping.manifest import VariableRecord
 
 
@@ -28,10 +28,10 @@ from spikeless.mapping.manifest import VariableRecord
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(saved_model: Path, min_bytes: int, as_json: bool) -> None:
-    """Show each variable of SAVED_MODEL: what is mapped, what is restored and why, what is dropped.
+    """Show which variables of SAVED_MODEL are mapped, restored (and why) or dropped.
 
-    For a SavedModel that is not mapped, it shows what `spikeless map` would do. The resident share of a
-    mapped file is what the page cache holds of it now.
+    For a SavedModel that is not mapped, it shows what `spikeless map` would do. The
+    resident share of a mapped file is what the page cache holds of it now.
     """
     mapped = is_mapped(saved_model)
     variables = inspect(saved_model, min_bytes)
@@ -76,10 +76,10 @@ def _table(mapped: bool, variables: tuple[VariableRecord, ...], shares: dict[str
 
 
 def _why(variable: VariableRecord) -> str:
-    if variable.state is State.DROPPED:
+    if variable.state is VariableState.DROPPED:
         return "no signature reaches it"
-    if variable.state is State.MAPPED and (variable.bytes or 0) < COPIED_BYTES:
+    if variable.state is VariableState.MAPPED and (variable.bytes or 0) < COPIED_BYTES:
         return f"TensorFlow copies it: smaller than {COPIED_BYTES:,} bytes"
-    if variable.state is State.MAPPED and variable.by_row:
+    if variable.state is VariableState.MAPPED and variable.by_row:
         return "looked up row by row"
     return variable.reason

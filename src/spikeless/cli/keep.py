@@ -21,23 +21,24 @@ from spikeless.sidecars.keep import Keeper, Kept, served_versions
 )
 @click.option("--once", is_flag=True, help="Look once, say what would be kept, and exit.")
 def command(models: Path, budget: int, poll: float, once: bool) -> None:
-    """Map and lock the parameter files of the versions in MODELS that are served, until terminated.
+    """Keep the parameters of the versions in MODELS that are served in memory.
 
-    Run it beside the server, on the same machine and files: the kernel then keeps the pages that the server
-    maps. It follows models.config and the version folders. It prints a line whenever something changes, and
-    goes on with what it has when it can lock no more or models.config cannot be read.
+    Run it beside the server, on the same machine and files: the kernel then keeps the
+    pages that the server maps. It follows models.config and the version folders. It
+    prints a line whenever something changes, and goes on with what it has when it can
+    lock no more or models.config cannot be read.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     complaint = ""
     with Keeper(lambda: served_versions(models), budget) as keeper:
-        kept = keeper.look()  # what is wrong at the start ends it
+        kept = keeper.poll()  # what is wrong at the start ends it
         _report(kept, budget)
         while not once and not stop.wait(poll):
             before = kept.left_out
             try:
-                kept = keeper.look()
+                kept = keeper.poll()
             except SpikelessError as error:
                 if str(error) != complaint:
                     click.echo(f"what is locked stays locked: {error}", err=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from spikeless.cli.options import Size
-from spikeless.mapping import Manifest, MapSettings, State, map_saved_model, repin
+from spikeless.mapping import Manifest, MapSettings, VariableState, map_saved_model, repin
 
 
 @click.command("map")
@@ -43,11 +43,12 @@ def command(
     repin_only: bool,
     as_json: bool,
 ) -> None:
-    """Write to OUT a copy of SAVED_MODEL whose large variables are mapped from files, not restored.
+    """Write to OUT a copy of SAVED_MODEL whose large variables are mapped from files.
 
-    The copy serves the same answers, which is checked bit by bit. It loads in the time that its graph needs,
-    and its parameters take no private memory. The paths of its files are written into it: where the server
-    sees the version at another path, say so with --serving-root, and when it is moved, run --repin.
+    The copy serves the same answers, which is checked bit by bit. It loads in the time
+    that its graph needs, and its parameters take no private memory. The paths of its
+    files are written into it: where the server sees the version at another path, say so
+    with --serving-root, and when it is moved, run --repin.
     """
     if repin_only:
         if out is not None:
@@ -67,9 +68,9 @@ def command(
 
 
 def summary(manifest: Manifest) -> str:
-    """What became of the variables, in a line each, and on how many requests the answers were compared."""
+    """How many variables are in each state, and how many requests were compared."""
     lines = []
-    for state in State:
+    for state in VariableState:
         chosen = [variable for variable in manifest.variables if variable.state is state]
         total = sum(variable.bytes or 0 for variable in chosen)
         lines.append(f"{state.value:<9} {len(chosen):>5} variables {total / 2**20:>12,.1f} MiB")

@@ -1,7 +1,7 @@
 """``spikeless train``: run one of the training scripts.
 
-In: the name of a script, ``training/train_<name>.py``, and its options. Out: what that script writes: a
-run directory (`spikeless.training.export`).
+In: the name of a script, ``training/train_<name>.py``, and its options. Out: what that
+script writes: a run directory (`spikeless.training.export`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PREFIX = "train_"
 @click.argument("name", required=False)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def command(folder: Path, name: str | None, options: tuple[str, ...]) -> None:
-    """Train the model NAME and export it to a run directory. Without NAME, list the models there are.
+    """Train the model NAME and export it. Without NAME, list the models there are.
 
     OPTIONS go to the training script: `spikeless train NAME --help` shows them.
     """
@@ -50,11 +50,14 @@ def command(folder: Path, name: str | None, options: tuple[str, ...]) -> None:
         return
     if name not in scripts:
         raise NotFound(f"{folder}/ has no training script for {name!r}; there is: {', '.join(scripts)}")
-    # TensorFlow's start-up notices about absent GPUs and the like; errors still come as exceptions.
+    # TensorFlow's start-up notices about absent GPUs and the like; errors still come as
+    # exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # SIGTERM (`docker stop`, a batch system) ends a training as Ctrl-C does: what was staged is removed.
+    # SIGTERM (`docker stop`, a batch system) ends a training as Ctrl-C does: what was
+    # staged is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # As `python training/train_<name>.py` would have it, but with this command's handling of errors.
+    # As `python training/train_<name>.py` would have it, but with this command's
+    # handling of errors.
     script = str(scripts[name])
     sys.argv = [script, *options]
     sys.path.insert(0, str(folder.resolve()))

@@ -1,1 +1,1 @@
-"""The file system: what appears whole or not at all, locks between processes, pages in memory."""
+"""The file system: atomic writes, locks, the page cache, ``/proc``."""

@@ -1,9 +1,11 @@
 """Files and directories that appear whole or not at all.
 
-In: a path and what goes there. Out: the old content or the new, never half of it, and on the disk before its
-name shows; for directories, private staging space beside them and copies that depend on nothing outside.
+In: a path and what goes there. Out: the old content or the new, never half of it, and
+on the disk before its name shows; for directories, private staging space beside them
+and copies that depend on nothing outside.
 
-Only the standard library is used, so that training environments of their own can import this module.
+Only the standard library is used, so that training environments of their own can import
+this module.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ UNFINISHED_SUFFIX = ".tmp"
 
 
 @contextmanager
-def errors_told(what: str) -> Iterator[None]:
-    """Turn what the file system says in the block into an error that names what was being done.
+def reported_errors(what: str) -> Iterator[None]:
+    """Report the block's OSErrors as errors that say what was being done.
 
     Raises:
         ResourceExhausted: no space is left.
@@ -54,15 +56,17 @@ def errors_told(what: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file to write to that takes the place of ``path`` when the block ends well.
+    """A binary file that replaces ``path`` when the block ends without an error.
 
-    It is written beside ``path`` under a hidden name, fsynced, renamed, and its directory fsynced. When the
-    block raises, it is removed and what was at ``path`` stays. The directory must exist.
+    It is written beside ``path`` under a hidden name, fsynced, renamed, and its
+    directory fsynced. When the block raises, it is removed and what was at ``path``
+    stays. The directory must exist.
     """
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}{UNFINISHED_SUFFIX}")
     try:
-        # "x" never follows a planted link; the mode is the umask's, so that other users may read it.
+        # "x" never follows a planted link; the mode is the umask's, so that other users
+        # may read it.
         with open(unfinished, "xb") as file:
             yield file
             file.flush()
@@ -84,8 +88,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def staging(directory: Path, prefix: str = "") -> Iterator[Path]:
     """A new private directory below ``directory``, removed at the end whatever happens.
 
-    It is locked while its owner lives. Whoever stages next in the same place removes what a killed process
-    left behind, and nothing that is still in use.
+    It is locked while its owner lives. Whoever stages next in the same place removes
+    what a killed process left behind, and nothing that is still in use.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # The lock keeps others from removing the new directory before it has its owner.
@@ -101,7 +105,7 @@ def staging(directory: Path, prefix: str = "") -> Iterator[Path]:
 
 
 def staged(directory: Path) -> list[Path]:
-    """The staging directories below ``directory`` that are in use; what killed processes left is removed."""
+    """The staging directories in use; what killed processes left is removed."""
     if not directory.is_dir():
         return []
     with locks.acquire(directory / _LOCK):
@@ -118,12 +122,14 @@ def _remove_stale(directory: Path) -> None:
 def copy_tree(source: Path, target: Path, *, link: bool = False) -> None:
     """Copy a directory to ``target``, which must not exist, readable by every user.
 
-    Links are followed: the copy holds what they point at and depends on nothing outside itself. With ``link``
-    the copy's files are hard links to the source's wherever their modes and the file system allow it: it
-    costs no space, and nobody may write to either from then on.
+    Links are followed: the copy holds what they point at and depends on nothing outside
+    itself. With ``link`` the copy's files are hard links to the source's wherever their
+    modes and the file system allow it: it costs no space, and nobody may write to
+    either from then on.
 
     Raises:
-        InvalidArgument: a link that leads nowhere or back into itself, a pipe, a socket or a device.
+        InvalidArgument: a link that leads nowhere or back into itself, a pipe, a socket
+            or a device.
         OSError: what the file system says, such as no space left.
     """
     _copy_directory(source, target, _link_file if link else _copy_file, ())
@@ -158,7 +164,7 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _link_file(source: Path, target: Path) -> None:
-    """A second name for the file, or a copy where its mode, which a link would share, has to change."""
+    """A second name for the file, or a copy where its mode has to change."""
     real = source.resolve()
     mode = stat.S_IMODE(real.stat().st_mode)
     if mode == _allowed(mode, _READABLE):
@@ -179,7 +185,7 @@ def size_of(path: Path) -> int:
 
 
 def make_readable(root: Path) -> None:
-    """Let every user read a directory and everything in it, and nobody but its owner write."""
+    """Let every user read a directory and its content, and only its owner write."""
     for directory, _, names in os.walk(root):
         _allow(Path(directory), DIRECTORY_MODE)
         for name in names:

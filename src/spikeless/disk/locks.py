@@ -1,7 +1,7 @@
 """Locks between processes.
 
-In: a file that is used for nothing but its lock. Out: the lock, as a context manager. The
-kernel releases a lock when its holder dies, however it dies.
+In: a file that is used for nothing but its lock. Out: the lock, as a context manager.
+The kernel releases a lock when its holder dies, however it dies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.1
 
 
 def acquire(file: Path, *, shared: bool = False) -> IO[str]:
-    """Lock a file, which is created when it is missing; waits for whoever holds the lock.
+    """Lock a file, which is created when it is missing; waits until the lock is free.
 
     Returns:
         A context manager; closing it releases the lock.
@@ -33,7 +33,7 @@ def acquire(file: Path, *, shared: bool = False) -> IO[str]:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a process holds the exclusive lock of a file. A file of another user counts as locked."""
+    """Whether a file is locked exclusively; another user's file counts as locked."""
     try:
         with open(file, "rb") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -55,10 +55,12 @@ def model_lock(
 ) -> Iterator[None]:
     """Hold the lock that allows one change at a time to the model ``name``.
 
-    The lock is in the model's ``.spikeless`` directory, ``state``. It contains a note of who holds it.
+    The lock is in the model's ``.spikeless`` directory, ``state``. It contains a note
+    of who holds it.
 
     Raises:
-        FailedPrecondition: another process holds it, and ``wait`` is False; or it cannot be created.
+        FailedPrecondition: another process holds it, and ``wait`` is False; or it
+            cannot be created.
         Cancelled: ``interrupted`` was set while waiting.
     """
     interrupted = interrupted or threading.Event()

@@ -1,7 +1,7 @@
-"""Files in the page cache: bring them in, see how much of them is there, keep them there.
+"""Files in the page cache: read them in, measure how much is there, keep them there.
 
-In: paths. Out: bytes. Linux's ``posix_fadvise``, ``mincore``, ``mlock`` and ``madvise`` (see their manual
-pages, section 2), all but the first through the C library.
+In: paths. Out: bytes. Linux's ``posix_fadvise``, ``mincore``, ``mlock`` and ``madvise``
+(see their manual pages, section 2), all but the first through the C library.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Mapping:
 def resident(path: str | os.PathLike[str]) -> int:
     """How many of a file's bytes are in the page cache now.
 
-    The kernel tells only those who own the file or may write to it; to others everything seems resident.
+    The kernel tells only those who own the file or may write to it; to others
+    everything seems resident.
     """
     if not os.path.getsize(path):
         return 0
@@ -97,23 +98,25 @@ def resident(path: str | os.PathLike[str]) -> int:
 
 
 def prefetch(path: str | os.PathLike[str]) -> None:
-    """Bring a whole file into the page cache; returns when it is there (memory permitting)."""
+    """Read a whole file into the page cache, as far as there is memory for it."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_SEQUENTIAL)
         os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
-        # The advice only starts reading, and the kernel may cut it short: reading makes sure.
+        # The advice only starts reading, and the kernel may cut it short: reading makes
+        # sure.
         buffer = bytearray(_CHUNK_BYTES)
         while file.readinto(buffer):
             pass
 
 
 def expect_single_pages(paths: Iterable[str | os.PathLike[str]]) -> int:
-    """Tell the kernel that these files, where this process has them mapped, are read a page here and there.
+    """Tell the kernel that this process reads single pages of these mapped files.
 
-    A page that was dropped then comes back alone (``MADV_RANDOM``). Otherwise the kernel reads its
-    neighbourhood with it, as much as ``read_ahead_kb`` of the disk says (128 KiB to some MiB), and where
-    memory is short that pushes out the pages that the next request needs.
+    A page that was dropped then comes back alone (``MADV_RANDOM``). Otherwise the
+    kernel reads its neighbourhood with it, as much as ``read_ahead_kb`` of the disk
+    says (128 KiB to some MiB), and where memory is short that pushes out the pages that
+    the next request needs.
 
     Returns:
         How many mappings were found.

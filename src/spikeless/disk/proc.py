@@ -1,8 +1,9 @@
 """The one reader of ``/proc``: what the kernel says of a process and of the processors.
 
-In: a process id, this process's by default. Out: bytes, clock ticks, mapped files. The formats are those of
-proc_pid_status(5), proc_pid_maps(5), proc_pid_stat(5), proc_stat(5) and proc_cpuinfo(5). Every function
-raises OSError when the process is gone, belongs to another user, or when there is no ``/proc``.
+In: a process id, this process's by default. Out: bytes, clock ticks, mapped files. The
+formats are those of proc_pid_status(5), proc_pid_maps(5), proc_pid_stat(5),
+proc_stat(5) and proc_cpuinfo(5). Every function raises OSError when the process is
+gone, belongs to another user, or when there is no ``/proc``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ _PROC = Path("/proc")
 def memory(pid: int | str = "self") -> dict[str, int]:
     """The memory of a process in bytes, by the kernel's names.
 
-    ``RssAnon`` is private and counts against a container's limit, ``RssFile`` is pages of files, ``RssShmem``
-    is shared memory, ``VmLck`` is locked, ``VmHWM`` was the most so far.
+    ``RssAnon`` is private and counts against a container's limit, ``RssFile`` is pages
+    of files, ``RssShmem`` is shared memory, ``VmLck`` is locked, ``VmHWM`` was the most
+    so far.
     """
     return memory_in(_PROC / str(pid) / "status")
 
@@ -39,7 +41,8 @@ def private_memory(pid: int | str = "self") -> int:
 class MappedFile(NamedTuple):
     """A part of a process's memory that holds a file, or what was a file."""
 
-    #: As the process that reads sees it; it ends with ``(deleted)`` when the file has no name any more.
+    #: As the process that reads sees it; it ends with ``(deleted)`` when the file has
+    #: no name any more.
     path: str
     #: Device and inode: see `file_key`.
     key: tuple[str, str]
@@ -60,7 +63,7 @@ def mapped_files(pid: int | str = "self") -> list[MappedFile]:
 
 
 def file_key(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """A file's device and inode as in `MappedFile.key`, whatever path it is mapped by."""
+    """A file's device and inode as in `MappedFile.key`, the same by every path."""
     status = os.stat(path)
     return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
 
@@ -78,15 +81,17 @@ class Counters(NamedTuple):
 
 def counters(pid: int | str = "self") -> Counters:
     """Page faults and processor time of a process."""
-    # The name of the program may hold anything, parentheses included: count from behind it.
+    # The name of the program may hold anything, parentheses included: count from behind
+    # it.
     fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     return Counters(*(int(fields[index]) for index in (7, 9, 11, 12)))
 
 
 def processor_ticks() -> tuple[int, int]:
-    """Clock ticks of all processors since boot, and how many of them the hypervisor gave to others."""
+    """Clock ticks of all processors since boot, and those that the hypervisor stole."""
     fields = (_PROC / "stat").read_text().partition("\n")[0].split()
-    # "cpu", then user nice system idle iowait irq softirq steal; guest time, which follows, is in user too.
+    # "cpu", then user nice system idle iowait irq softirq steal; guest time, which
+    # follows, is in user too.
     ticks = [int(field) for field in fields[1:9]]
     return sum(ticks), ticks[7]
 

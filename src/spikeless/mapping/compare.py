@@ -1,7 +1,8 @@
 """Prove that a mapped model answers as its original does, bit by bit.
 
-In: both SavedModels, and requests: the warmup records of the original, others, or generated ones. Out:
-how many there were, or an error that names the first request whose answers differ.
+In: both SavedModels, and requests: the warmup records of the original, others, or
+generated ones. Out: how many there were, or an error that names the first request whose
+answers differ.
 """
 
 from __future__ import annotations
@@ -40,19 +41,21 @@ def verify(
     tags: Collection[str] = savedmodel.SERVE_TAGS,
     records: Path | None = None,
 ) -> int:
-    """Load one model after the other, send both the same requests in the same order and compare the answers.
+    """Send both models the same requests in the same order, and compare the answers.
 
     Args:
         original: takes as much memory as it does on a server.
         mapped: its graph names files that exist here.
         tags: the meta graph to compare.
-        records: a warmup file; None: that of ``original``, or else inputs generated for each signature.
+        records: a warmup file; None: that of ``original``, or else inputs generated for
+            each signature.
 
     Returns:
         The number of requests.
 
     Raises:
-        FailedPrecondition: the answers differ, or a signature answers nothing, so that nothing is proved.
+        FailedPrecondition: the answers differ, or a signature answers nothing, so that
+            nothing is proved.
     """
     requests = list(_requests(original, tags, records))
     if not requests:
@@ -126,7 +129,7 @@ def _describe(request: Record) -> str:
 
 
 def _generated(meta_graph: meta_graph_pb2.MetaGraphDef) -> Iterator[Record]:
-    """Two requests for every signature: one that any model should answer, and one with random values."""
+    """Two requests for every signature: a plain one, and one with random values."""
     servable = Servable(meta_graph, savedmodel.signatures_of(meta_graph), {})
     logs = []
     for key, signature in servable.signatures.items():

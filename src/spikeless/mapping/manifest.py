@@ -1,7 +1,8 @@
 """What ``spikeless map`` writes about its result: ``assets.extra/spikeless.json``.
 
-In: a mapped SavedModel. Out: its files with sizes and digests, its variables and what became of each, and the
-check that a server which sees the version at a given path will find every file there.
+In: a mapped SavedModel. Out: its files with sizes and digests, its variables and what
+became of each, and the check that a server which sees the version at a given path will
+find every file there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotF
 from spikeless.formats import savedmodel
 from spikeless.formats.graph import all_nodes, attribute
 from spikeless.formats.protos import node_def_pb2, saved_model_pb2
-from spikeless.mapping.plan import State
+from spikeless.mapping.plan import VariableState
 from spikeless.mapping.rewrite import FILE_ATTRIBUTE, MAPPED_OPERATION
 
 MANIFEST_FILE = "spikeless.json"
@@ -52,7 +53,7 @@ class VariableRecord:
     shape: tuple[int, ...] | None
     #: Bytes in the checkpoint; None if it is not from there.
     bytes: int | None
-    state: State
+    state: VariableState
     #: Why it is not mapped.
     reason: str
     #: The mapped file, relative to the SavedModel.
@@ -76,7 +77,8 @@ class Manifest:
     optimized: bool
     files: tuple[FileRecord, ...]
     variables: tuple[VariableRecord, ...]
-    #: Requests to which original and mapped model gave the same answers; 0: they were not compared.
+    #: Requests to which original and mapped model gave the same answers; 0: they were
+    #: not compared.
     compared: int = 0
 
     def to_json(self) -> str:
@@ -87,7 +89,7 @@ class Manifest:
         return [file for file in self.files if file.mapped]
 
     def files_read_by_row(self) -> list[str]:
-        """The mapped files of which single rows are read, relative to the SavedModel."""
+        """The mapped files that are read by row, relative to the SavedModel."""
         whole = {variable.file for variable in self.variables if not variable.by_row}
         return [file.path for file in self.mapped_files() if file.path not in whole]
 
@@ -120,7 +122,7 @@ def read_manifest(saved_model: str | os.PathLike[str]) -> Manifest:
                     **variable,
                     "tags": tuple(variable["tags"]),
                     "shape": None if variable["shape"] is None else tuple(variable["shape"]),
-                    "state": State(variable["state"]),
+                    "state": VariableState(variable["state"]),
                 }
             )
             for variable in content["variables"]
@@ -144,12 +146,12 @@ def mapped_path(node: node_def_pb2.NodeDef) -> str:
 
 
 def pinned_path(serving_root: str, file: str) -> str:
-    """Where a server that sees the version at ``serving_root`` finds one of its files."""
+    """Where a server that sees the version at ``serving_root`` finds a file of it."""
     return str(PurePosixPath(serving_root) / file)
 
 
 def check(saved_model: str | os.PathLike[str], serving_root: str, *, digests: bool = True) -> Manifest:
-    """Make sure that a server which sees this mapped SavedModel at ``serving_root`` can load it.
+    """Check that a server which sees the model at ``serving_root`` can load it.
 
     Args:
         saved_model: the SavedModel, here.
@@ -176,7 +178,7 @@ def check(saved_model: str | os.PathLike[str], serving_root: str, *, digests: bo
 
 
 def check_files(saved_model: str | os.PathLike[str], manifest: Manifest, *, digests: bool = True) -> None:
-    """Make sure that a mapped SavedModel's files are those that were written; raises as ``check`` does."""
+    """Check that the files are those that were written; raises as ``check`` does."""
     for record in manifest.files:
         path = Path(saved_model) / record.path
         if not path.is_file():
@@ -189,7 +191,7 @@ def check_files(saved_model: str | os.PathLike[str], manifest: Manifest, *, dige
 
 
 def absolute(serving_root: str) -> str:
-    """The root as it goes into paths; ``InvalidArgument`` unless it is absolute and plain."""
+    """The root as it goes into paths; it must be absolute and plain."""
     root = PurePosixPath(serving_root)
     if not root.is_absolute() or ".." in root.parts:
         raise InvalidArgument(f"serving root {serving_root!r} must be an absolute path without '..'")

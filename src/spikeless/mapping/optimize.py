@@ -1,15 +1,17 @@
 """Do at publish time what a server would do at each load: optimise the graph.
 
-In: a meta graph. Out: the same, as TensorFlow's own optimiser (Grappler) leaves it: functions inlined,
-constants folded, everything that no signature needs gone. A server that is told so by the model
-(`spikeless.formats.session_overrides`) need not optimise it again; any other finds little left to do.
+In: a meta graph. Out: the same, as TensorFlow's own optimiser (Grappler) leaves it:
+functions inlined, constants folded, everything that no signature needs gone. A server
+that is told so by the model (`spikeless.formats.session_overrides`) need not optimise
+it again; any other finds little left to do.
 
-What is lost is what only Python sees, the exported object with its functions: an optimised model is for
-servers. The graph belongs to the version of TensorFlow that optimised it, or a later one.
+What is lost is what only Python sees, the exported object with its functions: an
+optimised model is for servers. The graph belongs to the version of TensorFlow that
+optimised it, or a later one.
 
-As a program, it reads a ``MetaGraphDef`` and writes the ``GraphDef`` of its fetches (the ``train_op``
-collection). It runs in a process of its own: TensorFlow's Python package is large, and an optimiser may
-crash.
+As a program, it reads a ``MetaGraphDef`` and writes the ``GraphDef`` of its fetches
+(the ``train_op`` collection). It runs in a process of its own: TensorFlow's Python
+package is large, and an optimiser may crash.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from spikeless.formats.protos import graph_pb2, meta_graph_pb2
 from spikeless.mapping.plan import serving_roots
 
 _FETCHES = "train_op"
-#: Where a server places operations before it optimises a graph. Those of unknown place are not fused.
+#: Where a server places operations before it optimises a graph. Those of unknown place
+#: are not fused.
 _DEVICE = "/job:localhost/replica:0/task:0/device:CPU:0"
 _MESSAGE_CHARACTERS = 2000
 
 
 def optimize(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
-    """Optimise what serves; what restores stays as it is, since folding it would copy mapped memory.
+    """Optimise what serves, not what restores: folding that would copy mapped memory.
 
     Args:
         meta_graph: is changed.
@@ -61,7 +64,8 @@ def optimize(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
             node.device = ""
     present = {node.name for node in optimized.node}
     restoring = ancestors(graph, [meta_graph.saver_def.restore_op_name]) - serving
-    # The variables' handles are in both parts; an operation that the optimiser removed may still be needed.
+    # The variables' handles are in both parts; an operation that the optimiser removed
+    # may still be needed.
     needed = ancestors(graph, restoring) - present
     optimized.node.extend(node for node in graph.node if node.name in needed)
     library = library_of(graph)

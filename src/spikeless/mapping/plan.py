@@ -1,14 +1,19 @@
-"""Decide, for each variable of a SavedModel, whether its bytes can be mapped from a file.
+"""Decide for each variable of a SavedModel whether its bytes can be mapped from a file.
 
-In: a meta graph and its checkpoint. Out: a ``Plan`` with every variable and what is to become of it:
+In: a meta graph and its checkpoint. Out: a ``MappingPlan`` with every variable and what
+is to become of it:
 
-* **mapped**: one assignment restores it from the checkpoint, and everybody else only reads it.
-* **restored**: left as it is, with the reason. A variable that an operation might write to must stay on the
-  heap: mapped memory is read-only, and writing to it would kill the server.
-* **dropped**: no signature and no initialiser reaches it, so there is no need to restore it at all.
+* **mapped**: one assignment restores it from the checkpoint, and everybody else only
+  reads it.
+* **restored**: left as it is, with the reason. A variable that an operation might write
+  to must stay on the heap: mapped memory is read-only, and writing to it would kill the
+  server.
+* **dropped**: no signature and no initialiser reaches it, so there is no need to restore
+  it at all.
 
-Reading is proved, not assumed: the handle is followed from the variable through every function call, loop and
-branch to the operations that take it, and an operation that is not known to only read is a reason not to map.
+Reading is proved, not assumed: the handle is followed from the variable through every
+function call, loop and branch to the operations that take it, and an operation that is
+not known to only read is a reason not to map.
 """
 
 from __future__ import annotations
@@ -34,28 +39,32 @@ from spikeless.formats.protos import meta_graph_pb2, node_def_pb2, op_def_pb2, t
 from spikeless.formats.savedmodel import INIT_SIGNATURE
 from spikeless.formats.tensors import NUMPY_DTYPES, dtype_name
 
-#: Collections that name operations which run at load (``tensorflow/cc/saved_model/constants.h``).
+#: Collections that name operations which run at load
+#: (``tensorflow/cc/saved_model/constants.h``).
 _INIT_COLLECTIONS = ("saved_model_main_op", "legacy_init_op")
 
 _VARIABLES = frozenset({"VarHandleOp", "VariableV2", "Variable"})
 #: Operations on a handle that neither write to the variable nor copy it.
 _READS = frozenset({"ReadVariableOp", "VariableShape", "VarIsInitializedOp", "DisableCopyOnRead"})
-#: Sparse reads. They may copy the whole variable and make later dense reads copy it each time
-#: (``EnsureSparseVariableAccess`` in training_op_helpers.h), so they are rewritten.
+#: Sparse reads. They may copy the whole variable and make later dense reads copy it
+#: each time (``EnsureSparseVariableAccess`` in training_op_helpers.h), so they are
+#: rewritten.
 GATHERS: Mapping[str, str] = {"ResourceGather": "GatherV2", "ResourceGatherNd": "GatherNd"}
-#: Operations that read, of their first input, single rows: axis 0 is given, or their only one.
+#: Operations that read, of their first input, single rows: axis 0 is given, or their
+#: only one.
 _ROW_READS = frozenset(
     {"Gather", "GatherNd", *GATHERS}
     | {f"SparseSegment{how}{more}" for how in ("Sum", "Mean", "SqrtN") for more in ("", "WithNumSegments")}
 )
 #: Operations that read none of it.
 _NO_READS = _READS - {"ReadVariableOp"} | {"Shape", "Size", "Rank"}
-#: Operations that write into the very tensor they are given, even where it is a variable's.
+#: Operations that write into the very tensor they are given, even where it is a
+#: variable's.
 _WRITES_IN_PLACE = frozenset({"InplaceUpdate", "InplaceAdd", "InplaceSub"})
 _ASSIGNS = frozenset({"AssignVariableOp", "Assign"})
 
 
-class State(enum.Enum):
+class VariableState(enum.Enum):
     MAPPED = "mapped"
     RESTORED = "restored"
     DROPPED = "dropped"
@@ -68,30 +77,32 @@ class Variable:
     name: str
     node: node_def_pb2.NodeDef
     dtype: int
-    #: As stored in the checkpoint, or as declared where it is not from there; None for an unknown shape.
+    #: As stored in the checkpoint, or as declared where it is not from there; None for
+    #: an unknown shape.
     shape: tuple[int, ...] | None = None
     #: Bytes in the checkpoint; None if it is not from there.
     size: int | None = None
     #: Its entries in the checkpoint's index.
     pieces: Pieces | None = None
-    state: State = State.RESTORED
+    state: VariableState = VariableState.RESTORED
     #: Why it is not mapped.
     reason: str = ""
     #: The assignments that restore it.
     restores: list[Use] = field(default_factory=list)
     #: Where its handle is read sparsely.
     gathers: list[Use] = field(default_factory=list)
-    #: Whether nothing ever reads more of it than the rows it asks for, as of an embedding.
+    #: Whether nothing ever reads more of it than the rows it asks for, as of an
+    #: embedding.
     by_row: bool = False
 
     @property
     def is_reference(self) -> bool:
-        """A variable of TensorFlow 1, whose output is its value by reference instead of a handle."""
+        """A variable of TensorFlow 1: its output is a reference instead of a handle."""
         return bool(self.node.op != "VarHandleOp")
 
 
 @dataclass
-class Plan:
+class MappingPlan:
     """What is to be done to one meta graph."""
 
     meta_graph: meta_graph_pb2.MetaGraphDef
@@ -102,30 +113,34 @@ class Plan:
     variables: list[Variable]
 
     def mapped(self) -> list[Variable]:
-        return [variable for variable in self.variables if variable.state is State.MAPPED]
+        return [variable for variable in self.variables if variable.state is VariableState.MAPPED]
 
 
-def make(meta_graph: meta_graph_pb2.MetaGraphDef, checkpoint: Checkpoint | None, min_bytes: int) -> Plan:
-    """Look at every variable of ``meta_graph``.
+def plan_variables(
+    meta_graph: meta_graph_pb2.MetaGraphDef, checkpoint: Checkpoint | None, min_bytes: int
+) -> MappingPlan:
+    """Decide what becomes of each variable of ``meta_graph``.
 
     Args:
         meta_graph: is pruned to what a server can feed, fetch or run (see ``tidy``).
         checkpoint: None for a SavedModel without variables.
-        min_bytes: smaller variables are restored as before: a file and a mapping each would not pay.
+        min_bytes: smaller variables are restored as before: a file and a mapping each
+            would not pay.
     """
     tidy(meta_graph)
     serving = ancestors(meta_graph.graph_def, serving_roots(meta_graph))
-    plan = Plan(meta_graph, Program(meta_graph.graph_def), serving, [])
+    plan = MappingPlan(meta_graph, Program(meta_graph.graph_def), serving, [])
     planner = _Planner(plan, checkpoint, min_bytes)
     plan.variables = sorted(planner.variables(), key=lambda variable: variable.name)
     return plan
 
 
 def tidy(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
-    """Remove from a meta graph what no server can reach: saving, training, initial values.
+    """Remove what no server can reach: saving, training, initial values.
 
-    Functions that ``tf.saved_model.load`` makes available stay. A saved graph's collections describe the
-    variables to Python; entries that name removed operations would break ``tf.compat.v1.saved_model.load``.
+    Functions that ``tf.saved_model.load`` makes available stay. A saved graph's
+    collections describe the variables to Python; entries that name removed operations
+    would break ``tf.compat.v1.saved_model.load``.
     """
     graph = meta_graph.graph_def
     restore = meta_graph.saver_def.restore_op_name
@@ -144,13 +159,14 @@ def python_functions(meta_graph: meta_graph_pb2.MetaGraphDef) -> list[str]:
 
 
 class _Planner:
-    def __init__(self, plan: Plan, checkpoint: Checkpoint | None, min_bytes: int) -> None:
+    def __init__(self, plan: MappingPlan, checkpoint: Checkpoint | None, min_bytes: int) -> None:
         self.program, self.serving = plan.program, plan.serving
         self.checkpoint = checkpoint
         self.min_bytes = min_bytes
         self.operations = {op.name: op for op in plan.meta_graph.meta_info_def.stripped_op_list.op}
         self.named_tensors = {_main_tensor(name) for name in serving_roots(plan.meta_graph)}
-        # A function that something else calls too, now or after tf.saved_model.load, is no place for surgery.
+        # A function that something else calls too, now or after tf.saved_model.load, is
+        # no place for surgery.
         library, nodes = self.program.library, self.program.main.nodes.values()
         serving = called(library, (node for node in nodes if node.name in self.serving))
         others = closure(library, {*serving, *python_functions(plan.meta_graph)})
@@ -175,15 +191,15 @@ class _Planner:
             sharing[identity] = sharing.get(identity, 0) + 1
         for scope, node in sources:
             variable = Variable(node.name, node, attribute(node, "dtype").type, _declared_shape(node))
-            variable.reason = self._look(scope, variable, alone=sharing[_identity(node)] == 1)
+            variable.reason = self._examine(scope, variable, alone=sharing[_identity(node)] == 1)
             if not variable.reason:
-                variable.state = State.MAPPED
-            elif variable.state is State.DROPPED:
+                variable.state = VariableState.MAPPED
+            elif variable.state is VariableState.DROPPED:
                 variable.reason = ""
             yield variable
 
-    def _look(self, scope: Scope, variable: Variable, alone: bool) -> str:
-        """Fill in what the uses of a variable tell; returns why it is not to be mapped, if so."""
+    def _examine(self, scope: Scope, variable: Variable, alone: bool) -> str:
+        """Fill in a variable from its uses; returns why it cannot be mapped, if so."""
         output = scope.output(variable.node, "resource", 0)
         reached = [*self.program.follow(scope, output)]
         uses = scope.uses(output) if variable.is_reference else reached
@@ -191,7 +207,7 @@ class _Planner:
         variable.by_row = self._read_by_row(variable, reached)
         key_problem = self._find_entry(variable)
         if scope.name == MAIN and variable.name not in self.serving and not problems and alone:
-            variable.state = State.DROPPED
+            variable.state = VariableState.DROPPED
             return "no signature reaches it"
         if _main_tensor(variable.name) in self.named_tensors and scope.name == MAIN:
             problems.append("a signature names it")
@@ -209,7 +225,7 @@ class _Planner:
         return problems[0] if problems else ""
 
     def _problem(self, variable: Variable, use: Use) -> str:
-        """Sort one use of a variable; returns what is wrong with it if it is not known to be harmless."""
+        """Sort one use of a variable; returns why it may be harmful, if so."""
         node = use.node
         restores = use.scope.name in self.restore_scopes and (
             use.scope.name != MAIN or node.name not in self.serving
@@ -240,7 +256,7 @@ class _Planner:
         return bool(reads) and all(map(_looks_up_rows, reads))
 
     def _find_entry(self, variable: Variable) -> str:
-        """Find what is restored into a variable; returns why that cannot be done, if so."""
+        """Find what is restored into a variable; returns why it cannot, if so."""
         if len(variable.restores) != 1:
             return "nothing restores it" if not variable.restores else "it is restored more than once"
         (use,) = variable.restores
@@ -273,7 +289,7 @@ def _looks_up_rows(use: Use) -> bool:
 
 
 def restored_from(use: Use) -> tuple[node_def_pb2.NodeDef, int] | None:
-    """The ``RestoreV2`` and the number of its output that an assignment takes, or None."""
+    """The ``RestoreV2`` that an assignment takes, and the number of its output."""
     source = use.scope.producer(use.node.input[1])
     while source is not None and source[0].op == "Identity":
         source = use.scope.producer(source[0].input[0])
@@ -281,7 +297,7 @@ def restored_from(use: Use) -> tuple[node_def_pb2.NodeDef, int] | None:
 
 
 def restore_strings(scope: Scope, restore: node_def_pb2.NodeDef, position: int) -> list[str] | None:
-    """The tensor names (input 1) or the slice specifications (input 2) of a ``RestoreV2``, if constant."""
+    """Tensor names (input 1) or slices (input 2) of a ``RestoreV2``, if constant."""
     texts = scope.constant(restore.input[position])
     if texts is None:
         return None
@@ -289,7 +305,7 @@ def restore_strings(scope: Scope, restore: node_def_pb2.NodeDef, position: int) 
 
 
 def _takes_reference(operation: op_def_pb2.OpDef | None, node: node_def_pb2.NodeDef, position: int) -> bool:
-    """Whether an operation takes this input by reference, by its definition; True if that is unknown."""
+    """Whether an operation takes this input by reference; True if that is unknown."""
     if operation is None:
         return True
     for argument in operation.input_arg:

@@ -1,7 +1,7 @@
 """Carry out a plan: change a meta graph so that it maps what it used to restore.
 
-In: a ``Plan`` and the absolute path of each mapped variable's file. Out: the plan's meta graph, changed in
-place.
+In: a ``MappingPlan`` and the absolute path of each mapped variable's file. Out: the
+plan's meta graph, changed in place.
 """
 
 from __future__ import annotations
@@ -15,27 +15,36 @@ from spikeless.formats.checkpoint import Pieces
 from spikeless.formats.graph import Program, Scope, Use, attribute, replace
 from spikeless.formats.protos import function_pb2, node_def_pb2, types_pb2
 from spikeless.formats.tensors import to_proto
-from spikeless.mapping.plan import GATHERS, Plan, State, Variable, restore_strings, restored_from, tidy
+from spikeless.mapping.plan import (
+    GATHERS,
+    MappingPlan,
+    Variable,
+    VariableState,
+    restore_strings,
+    restored_from,
+    tidy,
+)
 
 #: The operation whose value is a file's memory, and its attribute that names the file
 #: (``tensorflow/core/kernels/immutable_constant_op.cc``).
 MAPPED_OPERATION = "ImmutableConst"
 FILE_ATTRIBUTE = "memory_region_name"
-#: TensorFlow folds an operation without inputs into a constant, which would copy the mapped memory to the
-#: heap. It leaves those with this attribute alone (``IsConstantFoldable`` in constant_folding.cc); an empty
-#: list has no other effect.
+#: TensorFlow folds an operation without inputs into a constant, which would copy the
+#: mapped memory to the heap. It leaves those with this attribute alone
+#: (``IsConstantFoldable`` in constant_folding.cc); an empty list has no other effect.
 _NOT_FOLDED = "_scoped_allocator"
 
 
-def apply(plan: Plan, files: Mapping[Pieces, str]) -> None:
+def apply(plan: MappingPlan, files: Mapping[Pieces, str]) -> None:
     """Rewrite ``plan.meta_graph``.
 
     Args:
         plan: is used up: its graph is another one afterwards.
-        files: the path that the server maps, by the variable's pieces in the checkpoint.
+        files: the path that the server maps, by the variable's pieces in the
+            checkpoint.
     """
     mapped = plan.mapped()
-    dropped = [variable for variable in plan.variables if variable.state is State.DROPPED]
+    dropped = [variable for variable in plan.variables if variable.state is VariableState.DROPPED]
     edits = [use for variable in (*mapped, *dropped) for use in variable.restores]
     scopes = {use.scope.name: use.scope for use in edits}
     chains = {
@@ -59,8 +68,9 @@ def apply(plan: Plan, files: Mapping[Pieces, str]) -> None:
 def _assign_mapped(variable: Variable, use: Use, path: str) -> None:
     """Let the assignment that restores a variable take the mapped file instead.
 
-    ``AssignVariableOp`` adopts the tensor that it is given, so the mapping becomes the variable's storage: it
-    is made once, when the model is loaded, and lives as long as the variable.
+    ``AssignVariableOp`` adopts the tensor that it is given, so the mapping becomes the
+    variable's storage: it is made once, when the model is loaded, and lives as long as
+    the variable.
     """
     source = restored_from(use)
     assert source is not None
@@ -101,7 +111,7 @@ def _make_resource(variable: Variable, use: Use) -> None:
 
 
 def _read_densely(use: Use) -> None:
-    """Make a sparse read of a handle a dense read, which shares the buffer, and a lookup in it."""
+    """Replace a sparse read by a dense read, which shares the buffer, and a lookup."""
     scope, node = use.scope, use.node
     dtype, indices = node.attr["dtype"].type, node.attr["Tindices"].type
     batch_dims = attribute(node, "batch_dims").i
@@ -117,7 +127,8 @@ def _read_densely(use: Use) -> None:
     node.attr["Tindices"].type = indices
     if node.op == "GatherV2":
         axis = _constant(scope, f"{node.name}/axis", np.array(batch_dims, np.int32), like=node)
-        # Through this edge the constant is in the same loop as the read, if it is in one.
+        # Through this edge the constant is in the same loop as the read, if it is in
+        # one.
         axis.input.append(f"^{read.name}")
         node.input.insert(2, scope.output(axis, "output", 0))
         node.attr["Taxis"].type = types_pb2.DT_INT32
@@ -135,7 +146,7 @@ def _constant(
 
 
 def _chain(uses: Iterable[Use]) -> Iterator[str]:
-    """The operations that produce what these assignments assign, back to the names in the checkpoint."""
+    """The operations that produce what these assignments assign."""
     for use in uses:
         pending = [use.node.input[1]]
         while pending:
@@ -182,7 +193,7 @@ def _shrink(scope: Scope, restore: node_def_pb2.NodeDef) -> None:
 
 
 def _drop_unused_arguments(program: Program, function: function_pb2.FunctionDef) -> None:
-    """Take the handles of dropped variables from a restore function and from the calls of it."""
+    """Remove the handles of dropped variables from a restore function and its calls."""
     signature = function.signature
     calls = program.callers(signature.name)
     if any(node.op not in ("PartitionedCall", "StatefulPartitionedCall") for _, node in calls):

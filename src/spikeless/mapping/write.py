@@ -1,4 +1,4 @@
-"""Write a mapped SavedModel, pin it to another path, and say what becomes of each variable of one."""
+"""Write a mapped SavedModel, pin it to another path, and inspect its variables."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from spikeless.formats.protos import meta_graph_pb2, saved_model_pb2
 from spikeless.formats.savedmodel import SavedModel
 from spikeless.formats.tensors import dtype_name
 from spikeless.mapping import manifest as manifests
-from spikeless.mapping import plan as planning
 from spikeless.mapping import rewrite
 from spikeless.mapping.compare import verify
 from spikeless.mapping.manifest import FileRecord, Manifest, VariableRecord
 from spikeless.mapping.optimize import optimize
-from spikeless.mapping.plan import Plan, State
+from spikeless.mapping.plan import MappingPlan, VariableState, plan_variables
 from spikeless.mapping.rewrite import FILE_ATTRIBUTE
 
 DEFAULT_MIN_BYTES = 1 << 20
-#: A constant of fewer bytes is evaluated by TensorFlow's graph optimiser when a model is loaded, so that its
-#: variable gets a copy after all (``kMaxConstantSize`` in ``grappler/optimizers/constant_folding.cc``).
+#: A constant of fewer bytes is evaluated by TensorFlow's graph optimiser when a model
+#: is loaded, so that its variable gets a copy after all (``kMaxConstantSize`` in
+#: ``grappler/optimizers/constant_folding.cc``).
 COPIED_BYTES = 100 << 10
 _VARIABLES_DIRECTORY = "variables"
 _VARIABLES_PREFIX = "variables/variables"
@@ -42,12 +42,14 @@ class MapSettings:
 
     #: Variables of fewer bytes are restored as before.
     min_bytes: int = DEFAULT_MIN_BYTES
-    #: The absolute path at which the server sees the result, such as ``/models/ctr/3``; None: where it is
-    #: here.
+    #: The absolute path at which the server sees the result, such as ``/models/ctr/3``;
+    #: None: where it is here.
     serving_root: str | None = None
-    #: Compare the outputs of original and mapped model; needs the memory to load the original.
+    #: Compare the outputs of original and mapped model; needs the memory to load the
+    #: original.
     verify: bool = True
-    #: Optimise the graph now, and ask the server not to do so again (`spikeless.mapping.optimize`).
+    #: Optimise the graph now, and ask the server not to do so again
+    #: (`spikeless.mapping.optimize`).
     optimize: bool = False
     #: Warmup records to compare on; None: those of the model, or generated inputs.
     records: Path | None = None
@@ -67,8 +69,8 @@ def map_saved_model(
     It appears there whole or not at all, synced to disk. ``source`` is not changed.
 
     Raises:
-        AlreadyExists: there is something at ``out``.
-        ResourceExhausted, FailedPrecondition: the file system has no room, or does not allow it.
+        AlreadyExists: there is something at ``out``. ResourceExhausted,
+        FailedPrecondition: the file system has no room, or does not allow it.
         SpikelessError: what ``write_mapped`` raises.
     """
     source, out = Path(source), Path(out)
@@ -77,7 +79,7 @@ def map_saved_model(
     settings = settings or MapSettings()
     if settings.serving_root is None:
         settings = dataclasses.replace(settings, serving_root=str(out.absolute()))
-    with atomic.errors_told(f"map {source} to {out}"):
+    with atomic.reported_errors(f"map {source} to {out}"):
         # Not where publishers stage theirs: ``out`` may be beside versions.
         with atomic.staging(out.absolute().parent / ".spikeless" / "mapping") as staging:
             manifest = write_mapped(source, staging / "model", settings)
@@ -90,13 +92,16 @@ def map_saved_model(
 def write_mapped(
     source: str | os.PathLike[str], target: str | os.PathLike[str], settings: MapSettings
 ) -> Manifest:
-    """Write a mapped copy of ``source`` into the new folder ``target``, for a caller that stages by itself.
+    """Write a mapped copy of ``source`` to the new folder ``target``, without staging.
 
-    ``target`` may be half-written when this raises. Everything in it is synced to disk when it returns.
+    ``target`` may be half-written when this raises. Everything in it is synced to disk
+    when it returns.
 
     Raises:
-        NotFound, InvalidArgument, DataLoss, Unimplemented: ``source`` is no SavedModel that can be read.
-        FailedPrecondition: ``source`` is mapped already, or the result does not answer as ``source`` does.
+        NotFound, InvalidArgument, DataLoss, Unimplemented: ``source`` is no SavedModel
+        that can be read.
+        FailedPrecondition: ``source`` is mapped already, or the result does not answer
+            as ``source`` does.
     """
     source, target = Path(source), Path(target)
     serving_root = manifests.absolute(settings.serving_root or str(target.absolute()))
@@ -149,7 +154,7 @@ def write_mapped(
 
 
 def map_in_place(saved_model: Path, settings: MapSettings | None = None) -> Manifest:
-    """Replace a staged SavedModel that nobody reads yet by its mapped copy; raises as ``write_mapped``."""
+    """Replace a staged SavedModel by its mapped copy; raises as ``write_mapped``."""
     mapped = saved_model.with_name(f"{saved_model.name}-mapped")
     settings = dataclasses.replace(settings or MapSettings(), serving_root=str(saved_model.absolute()))
     manifest = write_mapped(saved_model, mapped, settings)
@@ -163,16 +168,19 @@ def repin(
 ) -> Manifest:
     """Let a mapped SavedModel that was moved name its files where they are now.
 
-    Only the graph is written, whole or not at all; a server that has loaded the model does not notice.
+    Only the graph is written, whole or not at all; a server that has loaded the model
+    does not notice.
 
     Args:
         saved_model: a SavedModel that ``spikeless map`` wrote.
-        serving_root: the absolute path at which the server sees it; None: where it is here.
+        serving_root: the absolute path at which the server sees it; None: where it is
+            here.
         digests: first compare the content of every file, not only its size.
 
     Raises:
-        NotFound, DataLoss: it is not mapped, or one of its files is missing, cut short or changed.
-        ResourceExhausted, FailedPrecondition: the file system has no room, or does not allow it.
+        NotFound, DataLoss: it is not mapped, or one of its files is missing, cut short
+        or changed. ResourceExhausted, FailedPrecondition: the file system has no room,
+        or does not allow it.
     """
     saved_model = Path(saved_model)
     manifest = manifests.read_manifest(saved_model)
@@ -180,7 +188,7 @@ def repin(
     manifests.check_files(saved_model, manifest, digests=digests)
     proto = savedmodel.read(saved_model).proto
     _pin(proto, root)
-    with atomic.errors_told(f"repin {saved_model}"):
+    with atomic.reported_errors(f"repin {saved_model}"):
         atomic.write_atomically(saved_model / savedmodel.SAVED_MODEL_FILE, proto.SerializeToString())
     return manifests.check(saved_model, root, digests=False)
 
@@ -188,7 +196,7 @@ def repin(
 def inspect(
     saved_model: str | os.PathLike[str], min_bytes: int = DEFAULT_MIN_BYTES
 ) -> tuple[VariableRecord, ...]:
-    """Every variable: what became of it if the SavedModel is mapped, else what mapping would make of it."""
+    """Every variable and what became of it, or would if the SavedModel were mapped."""
     path = Path(saved_model)
     if manifests.is_mapped(path):
         return manifests.read_manifest(path).variables
@@ -196,11 +204,12 @@ def inspect(
     return tuple(_variable_records(path, plans, {}))
 
 
-def plan_all(model: SavedModel, min_bytes: int) -> list[Plan]:
-    """A plan for each meta graph that is served on CPUs; the others stay as they are, on the same checkpoint.
+def plan_all(model: SavedModel, min_bytes: int) -> list[MappingPlan]:
+    """A plan for each meta graph that is served on CPUs; the others stay as they are.
 
     Raises:
-        FailedPrecondition: there is no such graph, or nothing in it that a server could run.
+        FailedPrecondition: there is no such graph, or nothing in it that a server could
+            run.
     """
     graphs = [graph for graph in model.proto.meta_graphs if _is_served(graph)]
     if not graphs:
@@ -211,7 +220,7 @@ def plan_all(model: SavedModel, min_bytes: int) -> list[Plan]:
     if not all(map(savedmodel.signatures_of, graphs)):
         raise FailedPrecondition(f"{model.path} has no signature that a server could run; export it with one")
     source = _checkpoint(model.path)
-    return [planning.make(graph, source, min_bytes) for graph in graphs]
+    return [plan_variables(graph, source, min_bytes) for graph in graphs]
 
 
 def _is_served(meta_graph: meta_graph_pb2.MetaGraphDef) -> bool:
@@ -220,13 +229,15 @@ def _is_served(meta_graph: meta_graph_pb2.MetaGraphDef) -> bool:
 
 
 def _checkpoint(path: Path) -> Checkpoint | None:
-    """The SavedModel's checkpoint; None for one without variables, which has no folder for them."""
+    """The SavedModel's checkpoint; None for one without variables."""
     return Checkpoint.read(path / _VARIABLES_PREFIX) if (path / _VARIABLES_DIRECTORY).is_dir() else None
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Copy what is neither graph nor checkpoint. Empty folders are left out: a server's load walks each
-    folder."""
+    """Copy what is neither graph nor checkpoint.
+
+    Empty folders are left out: a server's load walks each folder.
+    """
     for child in sorted(source.iterdir()):
         if child.name in (savedmodel.SAVED_MODEL_FILE, _VARIABLES_DIRECTORY):
             continue
@@ -236,9 +247,11 @@ def _copy_rest(source: Path, target: Path) -> None:
             atomic.copy_tree(child, target / child.name)
 
 
-def _write_checkpoint(source: Path, target: Path, plans: Sequence[Plan]) -> Mapping[Pieces, DataFile]:
-    """Write the checkpoint; returns the file of each mapped variable, and of everything else as the empty
-    key."""
+def _write_checkpoint(source: Path, target: Path, plans: Sequence[MappingPlan]) -> Mapping[Pieces, DataFile]:
+    """Write the checkpoint; returns the file of each mapped variable.
+
+    The file of everything else has the empty key.
+    """
     original = _checkpoint(source)
     if original is None:
         return {}
@@ -259,11 +272,11 @@ def _file_records(target: Path, written: Mapping[Pieces, DataFile]) -> Iterator[
 
 
 def _variable_records(
-    target: Path, plans: Sequence[Plan], written: Mapping[Pieces, DataFile]
+    target: Path, plans: Sequence[MappingPlan], written: Mapping[Pieces, DataFile]
 ) -> Iterator[VariableRecord]:
     for plan in plans:
         for variable in plan.variables:
-            file = written.get(variable.pieces or ()) if variable.state is State.MAPPED else None
+            file = written.get(variable.pieces or ()) if variable.state is VariableState.MAPPED else None
             yield VariableRecord(
                 tags=tuple(sorted(plan.meta_graph.meta_info_def.tags)),
                 name=variable.name,

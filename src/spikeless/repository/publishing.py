@@ -48,7 +48,7 @@ class Candidate:
         Raises:
             AlreadyExists: something is in the way.
         """
-        with atomic.errors_told(f"publish to {self.target.parent}"):
+        with atomic.reported_errors(f"publish to {self.target.parent}"):
             return _rename(self.path, self.target)
 
 
@@ -154,7 +154,7 @@ def stage(
     for step in steps:
         step.early(source)
     with ExitStack() as stack:
-        with atomic.errors_told(f"publish to {directory}"):
+        with atomic.reported_errors(f"publish to {directory}"):
             number, staging = stack.enter_context(_reserved(directory, version))
             candidate = Candidate(staging / "version", name, number, directory / str(number))
             progress("copying")

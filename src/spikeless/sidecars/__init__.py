@@ -1,1 +1,1 @@
-"""Processes that stand beside a server: what it has in memory, what it serves, what it is asked."""
+"""Processes beside a server: they keep memory, export states, record calls."""

@@ -1,8 +1,9 @@
-"""Capture: a gRPC relay between callers and a server, which records a sample of the calls.
+"""Capture: a gRPC relay in front of a server that records a sample of the calls.
 
-In: calls of any method of a model server, as bytes. Out: the server's answers as they are, with their status
-and metadata, and a file of records (`recording`). Deadlines and cancellations are passed on. Nothing is
-parsed on the way, and a call never waits for its record.
+In: calls of any method of a model server, as bytes. Out: the server's answers as they
+are, with their status and metadata, and a file of records (`recording`). Deadlines and
+cancellations are passed on. Nothing is parsed on the way, and a call never waits for
+its record.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import grpc
 from spikeless.errors import InvalidArgument, SpikelessError, Unavailable
 from spikeless.sidecars.recording import Recorder, RecorderSettings
 
-#: The one method of a model server that answers more than once; all others take one message and give one.
+#: The one method of a model server that answers more than once; all others take one
+#: message and give one.
 _WATCH = "/grpc.health.v1.Health/Watch"
 #: Metadata that belongs to one connection, not to the call.
 _OWN_METADATA = frozenset({"user-agent", "te", "content-type", "accept-encoding"})
@@ -39,11 +41,14 @@ _SERVER_OPTIONS = [
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """Where calls come from and go to. sample: the share of calls that is recorded."""
+    """Where calls come from and go to."""
 
+    #: The server's gRPC address, ``host:port``.
     target: str
+    #: Where callers connect, ``host:port``; port 0 picks a free one.
     listen: str
     recorder: RecorderSettings
+    #: The share of calls that is recorded.
     sample: float = 0.01
 
     def __post_init__(self) -> None:
@@ -54,7 +59,7 @@ class CaptureSettings:
 
 
 class Capture:
-    """A relay that runs on a thread of its own: ``start`` (returns the port), ``stop``."""
+    """A relay on a thread of its own: ``start`` (returns the port), ``stop``."""
 
     def __init__(self, settings: CaptureSettings) -> None:
         self.settings = settings
@@ -91,7 +96,7 @@ class Capture:
         return int(port)
 
     def stop(self, grace: float = 10.0) -> None:
-        """Let calls in progress end within ``grace`` seconds, and write what was recorded."""
+        """Wait ``grace`` seconds for calls in progress, and write what was recorded."""
         asyncio.run_coroutine_threadsafe(self._stop(grace), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -104,7 +109,7 @@ class Capture:
         if self._channel is not None:
             await self._channel.close(None)
 
-    # --- calls --------------------------------------------------------------------------------------
+    # --- calls ----------------------------------------------------------------------
 
     async def one(self, method: str, request: bytes, context: Any) -> bytes:
         """Relay a call of one message and one answer."""

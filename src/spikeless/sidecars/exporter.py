@@ -1,18 +1,25 @@
-"""What a model server does not export itself: the states of its versions, and its memory, for Prometheus.
+"""Metrics that a model server lacks: the states of its versions, and its memory.
 
-In: a server's gRPC address, the model repository that it serves, and its process when that can be seen, or
-a copy of its status that something beside it keeps fresh, as ``docker/entrypoint`` does. Out: metrics over
-HTTP. It works with any server that has TensorFlow Serving's ``ModelService``.
+In: a server's gRPC address, the model repository that it serves, and its process when
+that can be seen, or a copy of its status that something beside it keeps fresh, as
+``docker/entrypoint`` does. Out: metrics over HTTP. It works with any server that has
+TensorFlow Serving's ``ModelService``.
 
-    spikeless_server_up                                      1 while the server answers
-    spikeless_version_state{model_name, version, state}      1 for the state that a version is in, else 0
-    spikeless_version_error{model_name, version, status}     1 for a version that could not be loaded
-    spikeless_reloads_total{model_name}                      how often the AVAILABLE versions changed
-    spikeless_memory_private_bytes                           what counts against a memory limit (RssAnon)
-    spikeless_memory_mapped_bytes                            pages of files, which can be given back (RssFile)
+    spikeless_server_up
+        1 while the server answers
+    spikeless_version_state{model_name, version, state}
+        1 for the state that a version is in, else 0
+    spikeless_version_error{model_name, version, status}
+        1 for a version that could not be loaded
+    spikeless_reloads_total{model_name}
+        how often the AVAILABLE versions changed
+    spikeless_memory_private_bytes
+        what counts against a memory limit (RssAnon)
+    spikeless_memory_mapped_bytes
+        pages of files, which can be given back (RssFile)
 
-Versions that have ended are left out, unless they could not be loaded and are still on disk. Where the
-embedded engine has a metric of the same name, it means the same.
+Versions that have ended are left out, unless they could not be loaded and are still on
+disk. Where the embedded engine has a metric of the same name, it means the same.
 """
 
 from __future__ import annotations
@@ -33,7 +40,8 @@ from spikeless.formats.versions import list_versions
 
 #: The kernel's name of a kind of memory -> the metric's.
 _MEMORY = {"RssAnon": "private", "RssFile": "mapped"}
-#: A copy of a process's status that is older than this is of a process that is gone. Seconds.
+#: A copy of a process's status that is older than this is of a process that is gone.
+#: Seconds.
 MAX_STATUS_AGE = 10.0
 
 
@@ -43,13 +51,14 @@ class ExporterSettings:
 
     #: The server's gRPC address, ``host:port``.
     target: str
-    #: The model repository; every folder in it that is not hidden is the name of a model to ask for.
+    #: The model repository; every folder in it that is not hidden is the name of a
+    #: model to ask for.
     models: Path
     #: The server's process, when this process can see it.
     pid: int | None = None
     #: Where it cannot: a fresh copy of the ``/proc/<pid>/status`` of that process.
     status_file: Path | None = None
-    #: Seconds between two looks; a swap shorter than this is still counted as a reload.
+    #: Seconds between two polls; a swap shorter than this is still counted as a reload.
     interval: float = 0.5
 
 
@@ -70,8 +79,8 @@ class Exporter:
         self._thread = threading.Thread(target=self._follow, name="exporter", daemon=True)
 
     def start(self) -> None:
-        """Look once, then go on looking."""
-        self.look()
+        """Ask once, then go on asking."""
+        self.poll()
         self._thread.start()
 
     def stop(self) -> None:
@@ -81,9 +90,9 @@ class Exporter:
 
     def _follow(self) -> None:
         while not self._stopping.wait(self.settings.interval):
-            self.look()
+            self.poll()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Ask the server for the states of every model's versions."""
         found: dict[str, list[VersionStatus]] = {}
         up = False
@@ -104,8 +113,8 @@ class Exporter:
                 if before is not None and _available(before) != _available(statuses):
                     self._reloads[name] += 1
             if up:
-                # What was known before the server went away is kept, so that its return counts as a reload
-                # only when it serves something else.
+                # What was known before the server went away is kept, so that its return
+                # counts as a reload only when it serves something else.
                 self._statuses = found
 
     def collect(self) -> Iterator[Metric]:
@@ -168,7 +177,7 @@ def _names(models: Path) -> list[str]:
 
 
 def _matters(status: VersionStatus, on_disk: bool) -> bool:
-    """A server lists what has ended for ever; of interest is only what should be there and is not."""
+    """Leave out what has ended, which a server lists for ever, unless it failed."""
     return status.state is not State.END or (status.error is not None and on_disk)
 
 

@@ -1,9 +1,10 @@
-"""Keep the mapped files of served versions in memory, beside the server, without touching it.
+"""Keep the mapped files of served versions in memory, from beside the server.
 
-In: a model repository and a budget. Out: locked files. The server's mapped parameters are pages of the page
-cache, and under memory pressure the kernel may take them back; a process that maps the same files and locks
-them keeps them. What is locked follows what is served: a version that a promotion brings is locked as soon as
-it is there, one that is not served any more is let go.
+In: a model repository and a budget. Out: locked files. The server's mapped parameters
+are pages of the page cache, and under memory pressure the kernel may take them back; a
+process that maps the same files and locks them keeps them. What is locked follows what
+is served: the files of a new version are locked as soon as it is there, those of a
+version that is no longer served are released.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Served = Callable[[], dict[str, list[Path]]]
 
 @dataclass(frozen=True)
 class Kept:
-    """What one look changed and left."""
+    """What one poll changed, and what it left out."""
 
     locked: tuple[Path, ...]
     released: tuple[Path, ...]
@@ -41,7 +42,7 @@ class Kept:
 
 
 class Keeper:
-    """Locks the mapped files of the versions that are served; a context manager that lets all of them go.
+    """Locks the mapped files of served versions; a context manager that releases them.
 
     Args:
         served: says which versions are served.
@@ -53,14 +54,16 @@ class Keeper:
         self._budget = budget
         self._held: dict[tuple[int, int], Mapping] = {}
 
-    def look(self) -> Kept:
-        """Lock what is served and is not locked yet, let go of what is not served any more.
+    def poll(self) -> Kept:
+        """Lock what is served and is not locked yet, release what is no longer served.
 
-        The first version of each model comes before the second of any, so that a small budget is spent on
-        what takes the traffic. A file counts once, however many versions link to it.
+        The first version of each model comes before the second of any, so that a small
+        budget is spent on what takes the traffic. A file counts once, however many
+        versions link to it.
 
         Raises:
-            ResourceExhausted: the process may not lock that much; what it holds stays locked.
+            ResourceExhausted: the process may not lock that much; what it holds stays
+                locked.
         """
         wanted = self._wanted()
         released = [self._held.pop(identity) for identity in self._held.keys() - wanted.keys()]
@@ -92,7 +95,7 @@ class Keeper:
         return sum(mapping.size for mapping in self._held.values())
 
     def _wanted(self) -> dict[tuple[int, int], tuple[Path, int]]:
-        """Path and size of each file to lock, by device and inode, the most important first."""
+        """Path and size of each file to lock, by device and inode, by priority."""
         versions = list(self._served().values())
         wanted: dict[tuple[int, int], tuple[Path, int]] = {}
         for rank in range(max(map(len, versions), default=0)):
@@ -116,10 +119,11 @@ class Keeper:
 
 
 def served_versions(models: Path) -> dict[str, list[Path]]:
-    """The versions of a model repository that its servers should serve, newest first, by model.
+    """The versions that servers of a repository should serve, newest first, by model.
 
-    ``models.config`` says which; the base paths in it are the server's, and the models' folders are taken to
-    have the same names here. Without that file, the newest version of each folder counts.
+    ``models.config`` says which; the base paths in it are the server's, and the models'
+    folders are taken to have the same names here. Without that file, the newest version
+    of each folder counts.
 
     Raises:
         NotFound: there is no such folder.
@@ -149,7 +153,7 @@ def _model_folders(models: Path) -> list[str]:
 
 
 def _mapped_files(version: Path) -> list[Path]:
-    """The mapped files of a version that are there; none for a version that is not mapped."""
+    """The mapped files of a version; none for a version that is not mapped."""
     try:
         files = read_manifest(version).mapped_files() if is_mapped(version) else []
     except (NotFound, DataLoss) as error:

@@ -1,8 +1,9 @@
-"""Recording: real requests and their answers become a file of ``PredictionLog`` records.
+"""Recording: write real requests and answers to a file of ``PredictionLog`` records.
 
-In: calls as bytes, from whoever relays them. Out: a TFRecord file to build warmup from and to publish golden
-requests with. Calls are handed over without waiting; a thread of its own parses, thins out and writes. What
-does not fit into its memory, or cannot be written, is counted and forgotten.
+In: calls as bytes, from whoever relays them. Out: a TFRecord file to build warmup from
+and to publish golden requests with. Calls are handed over without waiting; a thread of
+its own parses, thins out and writes. What does not fit into its memory, or cannot be
+written, is counted and forgotten.
 """
 
 from __future__ import annotations
@@ -33,24 +34,25 @@ METHODS = {kind.path: kind for kind in KINDS}
 #: Bytes of calls that may wait for the writer.
 MAX_PENDING_BYTES = 64 << 20
 
-#: What makes two requests alike: kind, model, signature, and the types and shapes of what they send.
+#: What makes two requests alike: kind, model, signature, and the types and shapes of
+#: what they send.
 Shape = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class RecorderSettings:
-    """What is recorded, and how much of it.
+    """What is recorded, and how much of it."""
 
-    out: the file; one that is there is gone on with.
-    limit: records at most. per_shape: of requests with the same signature and shapes. max_bytes: of the file.
-    redact: inputs (of Predict) and features (of examples) whose values become zeros or empty strings; the
-        answer to such a request is left out.
-    """
-
+    #: The file; an existing one is continued.
     out: Path
+    #: Records at most.
     limit: int = 1000
+    #: Records at most of requests with the same signature and shapes.
     per_shape: int = 1
+    #: Size of the file at most.
     max_bytes: int = 256 << 20
+    #: Inputs (of Predict) and features (of examples) whose values become zeros or empty
+    #: strings. The answer to such a request is left out.
     redact: Collection[str] = ()
 
     def __post_init__(self) -> None:
@@ -63,13 +65,16 @@ class Counts:
     """Calls that were handed over, and what became of them."""
 
     recorded: int = 0
+    #: As many as wanted had the same signature and shapes already.
     alike: int = 0
+    #: They did not fit into memory or the file, or could not be parsed.
     dropped: int = 0
+    #: The disk did not take them.
     unwritten: int = 0
 
 
 @dataclass(frozen=True)
-class _Call:
+class _RelayedCall:
     kind: Kind
     request: bytes
     response: bytes
@@ -88,7 +93,7 @@ class Recorder:
         self._seen: Counter[Shape] = Counter()
         self._records = 0
         self._file, self._end = self._open()
-        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_RelayedCall | None] = queue.SimpleQueue()
         self._pending = 0
         self._lock = threading.Lock()
         self._complained = False
@@ -105,7 +110,7 @@ class Recorder:
         kind = METHODS.get(method)
         if kind is None or self.full:
             return
-        call = _Call(kind, request, response)
+        call = _RelayedCall(kind, request, response)
         with self._lock:
             if self._pending + call.size > MAX_PENDING_BYTES:
                 self.counts.dropped += 1
@@ -125,19 +130,20 @@ class Recorder:
             self._complain(error)
 
     def _open(self) -> tuple[FileIO, int]:
-        """The file to go on with, and where its last whole record ends."""
+        """The file to append to, and where its last whole record ends."""
         out = self.settings.out
         try:
             if out.exists():
-                self._go_on_with(out)
-            # Without a buffer, in which bytes that did not fit onto the disk would stay.
+                self._continue(out)
+            # Without a buffer, in which bytes that did not fit onto the disk would
+            # stay.
             file = open(out, "ab", buffering=0)  # noqa: SIM115 (closed by close)
             return file, file.seek(0, os.SEEK_END)
         except OSError as error:
             raise FailedPrecondition(f"{out} cannot be written: {error.strerror}") from None
 
-    def _go_on_with(self, out: Path) -> None:
-        """Count what is in the file, and cut off the record that a kill left unfinished."""
+    def _continue(self, out: Path) -> None:
+        """Count the records in the file, and cut off an unfinished one."""
         whole = []
         try:
             for record in read(out):
@@ -164,7 +170,7 @@ class Recorder:
                 self.counts.unwritten += 1
                 self._complain(error)
 
-    def _write(self, call: _Call) -> None:
+    def _write(self, call: _RelayedCall) -> None:
         record = Record(self._records + 1, _prediction_log(call), call.size)
         shape = _shape(record)
         if self._seen[shape] >= self.settings.per_shape:
@@ -192,7 +198,7 @@ class Recorder:
         self._complained = True
 
 
-def _prediction_log(call: _Call) -> prediction_log_pb2.PredictionLog:
+def _prediction_log(call: _RelayedCall) -> prediction_log_pb2.PredictionLog:
     log = prediction_log_pb2.PredictionLog()
     entry = getattr(log, call.kind.log_field)
     entry.request.ParseFromString(call.request)

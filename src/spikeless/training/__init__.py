@@ -1,1 +1,1 @@
-"""For training scripts: what they read (`dataset`) and what they leave behind (`export`)."""
+"""For training scripts: what they read (`dataset`) and what they write (`export`)."""

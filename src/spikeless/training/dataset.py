@@ -1,15 +1,16 @@
-"""Directories of ``tf.Example`` records: sharded TFRecord files with a schema and counts beside them.
+"""Directories of ``tf.Example`` records: TFRecord shards with a schema and counts.
 
 In: rows of typed columns. Out, and the other way round:
 
-    part-00000-<job>.tfrecord      records of ``tf.Example``; ``.tfrecord.gz`` when compressed as a whole
-    _schema.json                   columns and types, in the JSON form of a Spark ``StructType``
-    _counts.json                   records and bytes of each shard
-    _SUCCESS                       empty, written last: without it the directory is not complete
+    part-00000-<job>.tfrecord   records of ``tf.Example``; ``.tfrecord.gz``: compressed
+    _schema.json                columns and types, as JSON of a Spark ``StructType``
+    _counts.json                records and bytes of each shard
+    _SUCCESS                    empty, written last: without it, the rest is incomplete
 
 A column's value is a list of int64, float32 or bytes, as ``tf.Example`` has them
-(``tensorflow/core/example/feature.proto``). A null is a feature that is not there; an empty array is one
-without values. TensorFlow is not imported, so that a cluster's workers need none.
+(``tensorflow/core/example/feature.proto``). A null is a feature that is not there; an
+empty array is one without values. TensorFlow is not imported, so that a cluster's
+workers need none.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Field:
-    """One column: its name, the type of its elements, and whether it holds arrays of them."""
+    """One column: its name, the type of its elements, and whether it holds arrays."""
 
     name: str
-    #: A key of `KINDS`. Doubles are stored as float32, the only float type that ``tf.Example`` has.
+    #: A key of `KINDS`. Doubles are stored as float32, the only float type that
+    #: ``tf.Example`` has.
     element: str
     array: bool = False
     nullable: bool = True
@@ -94,7 +96,8 @@ def fields_of(schema: Mapping[str, Any], source: str = "the schema") -> tuple[Fi
     """The columns of a Spark ``StructType`` given as JSON.
 
     Raises:
-        InvalidArgument: no column, two of one name, or a type that ``tf.Example`` cannot hold.
+        InvalidArgument: no column, two of one name, or a type that ``tf.Example``
+            cannot hold.
     """
     fields: dict[str, Field] = {}
     try:
@@ -122,12 +125,13 @@ def _type_text(data_type: Any) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> Dataset:
-    """Read what a dataset says of itself, and check its files against it without reading the records.
+    """Read a dataset's description and check its files, but not the records.
 
     Raises:
         NotFound: there is no such directory.
         FailedPrecondition: it is no dataset, or not a complete one.
-        DataLoss: a shard is missing, has another size than it was written with, or belongs to nothing.
+        DataLoss: a shard is missing, has another size than it was written with, or
+            belongs to nothing.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -180,12 +184,16 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def rows(shard: Shard, fields: Sequence[Field], *, gzipped: bool) -> Iterator[list[Any]]:
-    """The rows of one shard: for each field an ``int``, ``float``, ``bool``, ``str`` or ``bytes``, a list of
-    these for an array, or None.
+    """The rows of one shard, a value for each field.
+
+    A value is an ``int``, ``float``, ``bool``, ``str`` or ``bytes``, a list of these
+    for an array, or None.
 
     Raises:
-        DataLoss: a damaged file, or one with another number of records than it was written with.
-        InvalidArgument: a record that does not fit the fields. Both name the file and the record.
+        DataLoss: a damaged file, or one with another number of records than it was
+            written with.
+        InvalidArgument: a record that does not fit the fields. Both name the file and
+            the record.
     """
     number = 0
     for number, record in enumerate(tfrecord.read(shard.path, gzipped=gzipped), start=1):
@@ -197,10 +205,10 @@ def rows(shard: Shard, fields: Sequence[Field], *, gzipped: bool) -> Iterator[li
 
 
 def find_fault(dataset: Dataset, fields: Sequence[Field]) -> None:
-    """Read every record and raise what `rows` raises for the first one that is damaged or does not fit.
+    """Read every record and raise the error of `rows` for the first bad one.
 
-    TensorFlow's readers and parsers name neither the file nor the record that they fail on. This is the slow
-    way to find out, for when they did.
+    TensorFlow's readers and parsers name neither the file nor the record that they fail
+    on. This is the slow way to find out, for when they did.
     """
     for shard in dataset.shards:
         for _ in rows(shard, fields, gzipped=dataset.compression == "gzip"):
@@ -208,7 +216,7 @@ def find_fault(dataset: Dataset, fields: Sequence[Field]) -> None:
 
 
 def encode(values: Sequence[Any], fields: Sequence[Field], where: str) -> bytes:
-    """One row, a value for each field, as a serialized ``tf.Example``. The same row gives the same bytes.
+    """One row, a value for each field, as a serialized ``tf.Example``; deterministic.
 
     Args:
         where: what the row is called in errors.

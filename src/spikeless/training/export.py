@@ -1,15 +1,16 @@
-"""The last step of every training script: a trained model becomes a run directory that can be published.
+"""The last step of every training script: write a run directory that can be published.
 
-In: the model's signatures as TensorFlow functions, sample requests, settings and metrics.
-Out: ``<runs>/<name>-<UTC time>/``, which appears whole or not at all, with
+In: the model's signatures as TensorFlow functions, sample requests, settings and
+metrics. Out: ``<runs>/<name>-<UTC time>/``, which appears whole or not at all, with
 
-    saved_model/     the SavedModel to map and publish, with its warmup file if that was asked for
-    samples.jsonl    sample requests, one TensorFlow Serving REST request a line; warmup is built from them
+    saved_model/     the SavedModel to map and publish, with warmup if asked for
+    samples.jsonl    sample requests to build warmup from, one REST request a line
     metrics.json     settings, metrics, wall time, versions, commit
     README.md        the model card
 
-Without the warmup file, nothing but the standard library and TensorFlow is needed, and both TensorFlow 2.15
-with Keras 2 and TensorFlow 2.20 with Keras 3 will do, so that a script may run in an environment of its own.
+Without the warmup file, nothing but the standard library and TensorFlow is needed, and
+both TensorFlow 2.15 with Keras 2 and TensorFlow 2.20 with Keras 3 will do, so that a
+script may run in an environment of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from spikeless.disk import atomic
 from spikeless.disk.git import commit
 from spikeless.errors import InvalidArgument
 
-#: Methods that a signature may have, as TensorFlow Serving names them in ``signature_constants.h``.
+#: Methods that a signature may have, as TensorFlow Serving names them in
+#: ``signature_constants.h``.
 METHODS = {
     "predict": "tensorflow/serving/predict",
     "classify": "tensorflow/serving/classify",
@@ -68,31 +70,39 @@ def export(
     folders: Mapping[str, Path] | None = None,
     runs: str | Path = "runs",
 ) -> Path:
-    """Write a run directory and return its path. Interrupted or failing at any point, it leaves none.
+    """Write a run directory and return its path; a failure leaves none behind.
 
     Args:
         name: what the run is called; the name of the training script.
-        signatures: signature key -> ``tf.function`` with an input signature that returns a dictionary of
-            tensors. The variables that these functions use are exported, and no others: an optimizer's
-            slots would treble the size of every load.
+        signatures: signature key -> ``tf.function`` with an input signature that
+            returns a dictionary of tensors. The variables that these functions use are
+            exported, and no others: an optimizer's slots would treble the size of every
+            load.
         samples: request bodies of TensorFlow Serving's REST API, such as
             ``{"signature_name": "serving_default", "instances": [[1.0, 2.0]]}``.
-        settings: a dataclass or a mapping: everything needed to run the same again, the seed included.
+        settings: a dataclass or a mapping: everything needed to run the same again, the
+            seed included.
         metrics: metric -> value, such as ``{"test_auc": 0.99}``.
         seconds: wall time of the training.
-        card: the model card's text (markdown, without a title): what the model does, the data it comes
-            from, what it should not be used for. Metrics and settings are added to it.
-        methods: signature key -> ``classify`` or ``regress`` where it is not ``predict``.
-        resources: lookup tables, assets, and layers that hold some, which the signatures use.
-        warmup_batch_sizes: build the warmup file from the samples, put into batches of each of these sizes;
-            empty leaves them as they are. None leaves warmup to ``spikeless warmup build``.
-        warmup_python: the Python that builds it, where this one lacks the packages of `spikeless.warmup`.
+        card: the model card's text (markdown, without a title): what the model does,
+            the data it comes from, what it should not be used for. Metrics and settings
+            are added to it.
+        methods: signature key -> ``classify`` or ``regress`` where it is not
+            ``predict``.
+        resources: lookup tables, assets, and layers that hold some, which the
+            signatures use.
+        warmup_batch_sizes: build the warmup file from the samples, put into batches of
+            each of these sizes; empty leaves them as they are. None leaves warmup to
+            ``spikeless warmup build``.
+        warmup_python: the Python that builds it, where this one lacks the packages of
+            `spikeless.warmup`.
         folders: name in the run directory -> a folder to copy there, such as logs.
         runs: where run directories are kept.
 
     Raises:
-        InvalidArgument: a sample or method that names no signature, a signature that TensorFlow Serving
-            would refuse for its method, no sample at all, a sample that does not fit its signature.
+        InvalidArgument: a sample or method that names no signature, a signature that
+            TensorFlow Serving would refuse for its method, no sample at all, a sample
+            that does not fit its signature.
     """
     import tensorflow as tf
 
@@ -161,7 +171,7 @@ def _check_names(
 
 
 def _check_method(key: str, method: str, function: Any) -> None:
-    """Ask of a signature what TensorFlow Serving will (its ``classifier.cc`` and ``regressor.cc``)."""
+    """Check what TensorFlow Serving does (``classifier.cc``, ``regressor.cc``)."""
     import tensorflow as tf
 
     arguments, keywords = function.structured_input_signature
@@ -189,7 +199,7 @@ def _check_method(key: str, method: str, function: Any) -> None:
 
 
 def _variables(functions: Iterable[Any]) -> dict[str, Any]:
-    """The variables that concrete functions use, each once, by name; equal names are numbered."""
+    """The variables that functions use, by name; equal names are numbered."""
     named: dict[str, Any] = {}
     seen = set()
     for variable in itertools.chain.from_iterable(function.variables for function in functions):
@@ -209,7 +219,7 @@ def _numbered(name: str) -> Iterator[str]:
 
 
 def _set_methods(saved_model: Path, methods: Mapping[str, str]) -> None:
-    """Set method names in ``saved_model.pb``: ``tf.saved_model.save`` calls every signature a predict one."""
+    """Set method names in ``saved_model.pb``; TensorFlow writes predict only."""
     import tensorflow as tf
 
     updater = tf.compat.v1.saved_model.signature_def_utils.MethodNameUpdater(str(saved_model))
@@ -223,7 +233,8 @@ def _warm(saved_model: Path, samples: Path, batch_sizes: Sequence[int], python: 
         command = [python, "-m", "spikeless", "warmup", "build", saved_model, "--samples", samples]
         if batch_sizes:
             command += ["--batch-sizes", ",".join(map(str, batch_sizes))]
-        # Standard error says what is wrong; standard output, where the file is now, which it will not stay.
+        # Standard error says what is wrong; standard output, where the file is now,
+        # which it will not stay.
         if subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL).returncode:
             raise InvalidArgument("no run directory was written: its warmup file could not be built")
         return
@@ -234,7 +245,7 @@ def _warm(saved_model: Path, samples: Path, batch_sizes: Sequence[int], python: 
 
 
 def _rename(run: Path, runs: Path, name: str) -> Path:
-    """Move the staged run to its name, numbered when another one was exported in the same second."""
+    """Move the staged run to its name, numbered when another has the same second."""
     for target in (runs / numbered for numbered in _numbered(name)):
         try:
             run.rename(target)
@@ -289,5 +300,5 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy values as JSON: arrays as nested lists, scalars as numbers; paths and the like as text."""
+    """NumPy values as JSON: nested lists, numbers; others as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
