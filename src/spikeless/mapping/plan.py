@@ -8,8 +8,8 @@ is to become of it:
 * **restored**: left as it is, with the reason. A variable that an operation might write
   to must stay on the heap: mapped memory is read-only, and writing to it would kill the
   server.
-* **dropped**: no signature and no initialiser reaches it, so there is no need to restore
-  it at all.
+* **dropped**: no signature and no initialiser reaches it, so there is no need to
+  restore it at all.
 
 Reading is proved, not assumed: the handle is followed from the variable through every
 function call, loop and branch to the operations that take it, and an operation that is
