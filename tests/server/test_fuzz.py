@@ -64,7 +64,7 @@ SIGNATURES = ("float32", "string", "bool", "bfloat16", "int8", "complex64")
 def status_of(shared: Running, method: str, content: bytes) -> grpc.StatusCode:
     """The status that a call with these bytes as its message gets."""
     with grpc.insecure_channel(shared.server.target) as channel:
-        call = channel.unary_unary(method)
+        call = channel.unary_unary(method, None, None)
         try:
             call(content, timeout=30)
         except grpc.RpcError as error:
@@ -221,7 +221,7 @@ def test_any_body(connection: http.client.HTTPConnection, body: bytes | str) -> 
 def test_any_path(shared: Running, path: str) -> None:
 
     address = urlsplit(shared.rest_url)
-    with socket.create_connection((address.hostname, address.port), timeout=60) as raw:
+    with socket.create_connection((address.hostname, address.port or 0), timeout=60) as raw:
         raw.sendall(b"GET /v1/models/" + path.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         received = b""
         while part := raw.recv(65536):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -83,7 +85,7 @@ def test_predict_answers_with_values_version_and_signature(client: Client) -> No
     ],
 )
 def test_every_dtype_comes_back_as_sent(
-    client: Client, signature: str, values: np.ndarray, encoding: str
+    client: Client, signature: str, values: np.ndarray[Any, Any], encoding: str
 ) -> None:
     sent = to_proto(values, as_field=encoding == "typed field")
     answer = to_numpy(predict(client, "dtypes", signature, x=sent).outputs["y"])
@@ -98,7 +100,7 @@ def test_nan_is_a_value(client: Client) -> None:
 
 
 def shaped(dtype: int, *dims: int, **fields: object) -> tensor_pb2.TensorProto:
-    proto = tensor_pb2.TensorProto(dtype=dtype, **fields)  # type: ignore[arg-type]
+    proto = tensor_pb2.TensorProto(dtype=dtype, **fields)
     for dim in dims:
         proto.tensor_shape.dim.add(size=dim)
     return proto
@@ -281,7 +283,7 @@ def test_an_error_of_a_kernel_reaches_the_caller(client: Client) -> None:
 def test_a_deadline_ends_the_call(shared: Running) -> None:
     impatient = Client(shared.server.target, timeout=0.2)
     with impatient, refused(Code.DEADLINE_EXCEEDED):
-        impatient.predict("times", {"steps": np.int32(1_000_000)}, signature="spin")
+        impatient.predict("times", {"steps": np.array(1_000_000, np.int32)}, signature="spin")
     assert shared.client.predict("times", {"x": np.ones(1, np.float32)})["y"] == [2]
 
 
@@ -415,7 +417,7 @@ def test_how_multi_inference_refuses(client: Client) -> None:
 # --- GetModelMetadata -----------------------------------------------------------------
 
 
-def metadata(client: Client, *fields: str, name: str = "signatures") -> object:
+def metadata(client: Client, *fields: str, name: str = "signatures") -> Any:
     request = get_model_metadata_pb2.GetModelMetadataRequest(
         model_spec=model_spec(name), metadata_field=fields
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -38,8 +38,9 @@ POLL = "--file_system_poll_wait_seconds=1"
 THREADS = ("--num_load_threads=1", "--num_unload_threads=1")
 
 
-def answer(client: Client, **choice: object) -> list[float]:
-    return client.predict("times", X, **choice)["y"].tolist()  # type: ignore[arg-type]
+def answer(client: Client, **choice: Any) -> list[float]:
+    values: list[float] = client.predict("times", X, **choice)["y"].tolist()
+    return values
 
 
 # --- hot reload -----------------------------------------------------------------------
@@ -50,7 +51,9 @@ def test_a_swap_under_load_fails_no_request(saved_models: Path, tmp_path: Path, 
     put_version(saved_models / "times_one", models, 1)
     with serve(POLL, *THREADS, model_name="times", model_base_path=models) as running:
         assert states(running.client, "times") == {1: State.AVAILABLE}
-        stop, failures, seen = threading.Event(), [], [set(), set(), set(), set()]
+        stop = threading.Event()
+        failures: list[Exception] = []
+        seen: list[set[Any]] = [set(), set(), set(), set()]
 
         def load(number: int) -> None:
             request = predict_pb2.PredictRequest(model_spec=model_spec("times"))
@@ -354,7 +357,7 @@ def bound_by_permissions(start: Callable[[], T]) -> T:
         return pool.submit(drop_and_start).result()
 
 
-def warmup_record(name: str, **inputs: np.ndarray) -> prediction_log_pb2.PredictionLog:
+def warmup_record(name: str, **inputs: np.ndarray[Any, Any]) -> prediction_log_pb2.PredictionLog:
     log = prediction_log_pb2.PredictionLog()
     log.predict_log.request.model_spec.name = name
     for alias, value in inputs.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import ServerFactory
 from places import SUPPORT
 
 from spikeless.disk import proc
@@ -23,14 +24,14 @@ PAGE = 4096
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "model"
-    command = [sys.executable, MAKE, "--large", "references", path]
+    command = [sys.executable, str(MAKE), "--large", "references", str(path)]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     return path
 
 
 @pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize("mapped", [False, True], ids=["stock", "mapped"])
-def test_what_a_swap_takes(serve, saved_model: Path, tmp_path: Path, mapped: bool) -> None:
+def test_what_a_swap_takes(serve: ServerFactory, saved_model: Path, tmp_path: Path, mapped: bool) -> None:
     models = tmp_path / "models"
     steps = [publishing.map_step(MapSettings(verify=False))] if mapped else []
     publishing.publish(saved_model, models, "m", steps=steps)

@@ -11,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
@@ -181,7 +182,7 @@ def test_it_listens_on_loopback(embedded: None, shared: Running) -> None:
 
 def test_services_that_there_are_not(shared: Running) -> None:
     with grpc.insecure_channel(shared.server.target) as channel:
-        call = channel.unary_unary("/tensorflow.serving.NoSuchService/Anything")
+        call = channel.unary_unary("/tensorflow.serving.NoSuchService/Anything", None, None)
         with pytest.raises(grpc.RpcError) as caught:
             call(b"", timeout=30)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -193,11 +194,12 @@ def test_sigterm_lets_calls_in_progress_end(embedded: None, models: Path, serve:
     flag = f"--monitoring_config_file={monitoring}"
     with serve(flag, "--grace=60", model_name="times", model_base_path=models, rest=True) as running:
         address = urlsplit(running.rest_url).netloc
-        answers: dict[str, object] = {}
+        answers: dict[str, Any] = {}
 
         def ask_grpc() -> None:
             with Client(running.server.target, timeout=60) as client:
-                answers["grpc"] = client.predict("times", {"steps": np.int32(10_000)}, signature="spin")["y"]
+                steps = np.array(10_000, np.int32)
+                answers["grpc"] = client.predict("times", {"steps": steps}, signature="spin")["y"]
 
         def ask_rest() -> None:
             connection = http.client.HTTPConnection(address, timeout=60)

@@ -83,7 +83,7 @@ COLUMNS = {key: [row[key] for row in ROWS] for key in ROWS[0]}
 
 
 def test_several_inputs_and_outputs(request_: Http) -> None:
-    body = {"signature_name": "mixed", "instances": ROWS}
+    body: dict[str, Any] = {"signature_name": "mixed", "instances": ROWS}
     assert predict(request_, "signatures", body) == {
         "predictions": [{"text": "a-1", "total": 4.5}, {"text": "b-2", "total": -4.0}]
     }
@@ -124,7 +124,7 @@ def test_every_type_that_json_can_hold(request_: Http, signature: str, values: l
         (answer,) = predict(request_, "dtypes", {"signature_name": signature, key: values}).values()
         assert back in predict(request_, "dtypes", {"signature_name": signature, key: values})
         if signature == "float32":
-            assert np.array_equal(np.float32(answer), np.float32(values))
+            assert np.array_equal(np.array(answer, np.float32), np.array(values, np.float32))
         else:
             assert answer == values
             assert [type(value) for row in answer for value in row] == [
@@ -337,7 +337,7 @@ def test_classify(request_: Http) -> None:
 
 
 def test_regress(request_: Http) -> None:
-    body = {"signature_name": "regress", "examples": [ONES, TENS]}
+    body: dict[str, Any] = {"signature_name": "regress", "examples": [ONES, TENS]}
     status, answer = request_("POST", "/v1/models/examples/versions/1:regress", body)
     assert (status, answer) == (200, {"results": [4.0, 40.5]})
     body = {"signature_name": "regress", "context": {"bias": 2.5}, "examples": [ONES, ONES]}
@@ -483,7 +483,7 @@ def test_slow_clients_hold_no_worker(
     with serve(*flags, model_name="times", model_base_path=tmp_path / "times", rest=True) as running:
         address = urlsplit(running.rest_url)
         half = b"POST /v1/models/times:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
-        slow = [socket.create_connection((address.hostname, address.port)) for _ in range(20)]
+        slow = [socket.create_connection((address.hostname, address.port or 0)) for _ in range(20)]
         try:
             for number, connection in enumerate(slow):
                 connection.sendall(half[: 20 + 5 * number])
@@ -504,7 +504,7 @@ def test_bodies_that_unpack_to_too_much(embedded: None, request_: Http) -> None:
 
 def test_a_length_over_the_limit_is_refused_at_once(embedded: None, shared: Running) -> None:
     address = urlsplit(shared.rest_url)
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+    with socket.create_connection((address.hostname, address.port or 0), timeout=30) as connection:
         connection.sendall(
             b"POST /v1/models/times:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
         )
@@ -519,7 +519,7 @@ def test_what_is_refused_by_http_has_an_error_body(
     embedded: None, shared: Running, request_line: str, status: int
 ) -> None:
     address = urlsplit(shared.rest_url)
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+    with socket.create_connection((address.hostname, address.port or 0), timeout=30) as connection:
         connection.sendall(request_line.encode() + b"\r\n\r\n")
         response = http.client.HTTPResponse(connection)
         response.begin()
@@ -530,7 +530,7 @@ def test_what_is_refused_by_http_has_an_error_body(
 def test_head_gets_no_body(shared: Running) -> None:
     """Or the body would be taken for the beginning of the next answer."""
     address = urlsplit(shared.rest_url)
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+    with socket.create_connection((address.hostname, address.port or 0), timeout=30) as connection:
         connection.sendall(b"HEAD /v1/models/times HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         received = b"".join(iter(lambda: connection.recv(65536), b""))
     assert received.startswith(b"HTTP/1.1 400 ")
@@ -548,7 +548,7 @@ def test_bodies_that_come_in_pieces(request_: Http) -> None:
 def test_a_client_that_waits_to_be_told_to_go_on(shared: Running) -> None:
     address = urlsplit(shared.rest_url)
     head = b"POST /v1/models/times:predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+    with socket.create_connection((address.hostname, address.port or 0), timeout=30) as connection:
         connection.sendall(head + b"Content-Length: 20\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
         connection.sendall(b'{"instances": [1.0]}')
@@ -559,7 +559,7 @@ def test_a_client_that_waits_to_be_told_to_go_on(shared: Running) -> None:
 def test_connections_that_are_not_kept(shared: Running, version: str, header: str) -> None:
     address = urlsplit(shared.rest_url)
     request = f"GET /v1/models/times HTTP/{version}\r\nHost: x\r\n{header}\r\n"
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+    with socket.create_connection((address.hostname, address.port or 0), timeout=30) as connection:
         connection.sendall(request.encode())
         received = b"".join(iter(lambda: connection.recv(65536), b""))
     assert b" 200 " in received.splitlines()[0]
@@ -571,6 +571,6 @@ def test_connections_that_are_not_kept(shared: Running, version: str, header: st
 )
 def test_what_is_no_http(request_: Http, shared: Running, garbage: bytes) -> None:
     address = urlsplit(shared.rest_url)
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+    with socket.create_connection((address.hostname, address.port or 0), timeout=30) as connection:
         connection.sendall(garbage)
     assert predict(request_, "times", {"instances": [1.0]}) == {"predictions": [2.0]}

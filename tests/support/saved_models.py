@@ -117,7 +117,7 @@ def build_dtypes(path: str) -> None:
     """An identity signature for each of ``DTYPES``."""
     import tensorflow as tf
 
-    def identity(dtype: Any) -> Any:
+    def identity(dtype: str) -> Any:
         @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.as_dtype(dtype), "x")])
         def function(x: Any) -> Any:
             return {"y": tf.identity(x)}
@@ -143,7 +143,7 @@ def build_examples(path: str) -> None:
     v1 = tf.compat.v1
     with v1.Graph().as_default(), v1.Session() as session:
 
-        def parse(name: Any) -> Any:
+        def parse(name: str) -> Any:
             serialized = v1.placeholder(tf.string, [None], name=name)
             return serialized, v1.io.parse_example(
                 serialized,
@@ -163,7 +163,7 @@ def build_examples(path: str) -> None:
 
         info = v1.saved_model.build_tensor_info
 
-        def signature(method: Any, inputs: Any, outputs: Any) -> Any:
+        def signature(method: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> Any:
             return v1.saved_model.build_signature_def(
                 {alias: info(tensor) for alias, tensor in inputs.items()},
                 {alias: info(tensor) for alias, tensor in outputs.items()},

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,46 +19,48 @@ from spikeless.formats.protos import types_pb2
 from spikeless.formats.savedmodel import TensorSpec
 from spikeless.formats.tensors import dtype_name, numpy_dtype
 
+Array = np.ndarray[Any, Any]
 
-def specs(**dtypes):
+
+def specs(**dtypes: str) -> dict[str, TensorSpec]:
     return {
         alias: TensorSpec(alias, f"{alias}:0", types_pb2.DataType.Value(f"DT_{dtype.upper()}"), None)
         for alias, dtype in dtypes.items()
     }
 
 
-def inputs(document, **dtypes):
+def inputs(document: Any, **dtypes: str) -> dict[str, Array]:
     text = document if isinstance(document, str) else json.dumps(document)
     return rest_json.predict_inputs(rest_json.parse(text), specs(**dtypes))
 
 
-def only(document, dtype):
+def only(document: Any, dtype: str) -> Array:
     return inputs(document, x=dtype)["x"]
 
 
-def test_plain_rows():
+def test_plain_rows() -> None:
     array = only({"instances": [[1, 2.5], [3, -4]]}, "float")
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array, [[1, 2.5], [3, -4]])
 
 
-def test_rows_of_scalars_and_of_base64():
+def test_rows_of_scalars_and_of_base64() -> None:
     assert only({"instances": [1, 2, 3]}, "int32").shape == (3,)
     assert only({"instances": [{"b64": "aGk="}, "text"]}, "string").tolist() == [b"hi", b"text"]
 
 
-def test_named_rows():
+def test_named_rows() -> None:
     rows = [{"a": [1, 2], "b": "x"}, {"b": {"b64": "/w=="}, "a": [3, 4]}]
     result = inputs({"signature_name": "s", "instances": rows}, a="int64", b="string")
     np.testing.assert_array_equal(result["a"], [[1, 2], [3, 4]])
     assert result["b"].tolist() == [b"x", b"\xff"]
 
 
-def test_named_rows_for_one_input():
+def test_named_rows_for_one_input() -> None:
     assert inputs({"instances": [{"x": 1}, {"x": 2}]}, x="int64")["x"].tolist() == [1, 2]
 
 
-def test_columns():
+def test_columns() -> None:
     result = inputs({"inputs": {"a": [[1], [2]], "b": 0.5, "ignored": None}}, a="int8", b="double")
     assert result["a"].shape == (2, 1)
     assert result["a"].dtype == np.int8
@@ -66,24 +69,24 @@ def test_columns():
     assert result.keys() == {"a", "b"}
 
 
-def test_strict_columns():
+def test_strict_columns() -> None:
     document = rest_json.parse('{"inputs": {"x": 1, "y": 2}}')
     with pytest.raises(InvalidArgument, match='unknown input "y"; the signature has: x'):
         rest_json.predict_inputs(document, specs(x="float"), strict=True)
 
 
-def test_plain_columns_and_a_base64_scalar():
+def test_plain_columns_and_a_base64_scalar() -> None:
     np.testing.assert_array_equal(only({"inputs": [[1, 2]]}, "float"), [[1, 2]])
     assert only({"inputs": {"b64": "aGk"}}, "string").tolist() == b"hi"
 
 
-def test_not_a_number_and_infinity():
+def test_not_a_number_and_infinity() -> None:
     array = only('{"instances": [NaN, Infinity, -Infinity]}', "float")
     assert math.isnan(array[0])
     assert array[1:].tolist() == [math.inf, -math.inf]
 
 
-def test_empty_lists():
+def test_empty_lists() -> None:
     assert only({"instances": [[], []]}, "float").shape == (2, 0)
     assert only({"inputs": []}, "string").shape == (0,)
     assert only({"inputs": []}, "int32").shape == (0,)
@@ -149,13 +152,13 @@ def test_empty_lists():
         ({"inputs": [10**400]}, "double", "too big"),
     ],
 )
-def test_refusals(document, dtype, message):
+def test_refusals(document: Any, dtype: str, message: str) -> None:
     text = document if isinstance(document, str | bytes) else json.dumps(document)
     with pytest.raises(InvalidArgument, match=message):
         rest_json.predict_inputs(rest_json.parse(text), specs(x=dtype))
 
 
-def test_signature_name():
+def test_signature_name() -> None:
     assert rest_json.signature_name({}) == ""
     assert rest_json.signature_name({"signature_name": "s"}) == "s"
     with pytest.raises(InvalidArgument, match="key must be a string"):
@@ -164,25 +167,25 @@ def test_signature_name():
         rest_json.signature_name({"signature_name": "\ud800"})
 
 
-def test_large_numbers_that_fit():
+def test_large_numbers_that_fit() -> None:
     assert only({"inputs": [2**24 - 1, 16777216.0, 3e38, 2**70]}, "float").dtype == np.float32
     assert only({"inputs": [2**63 - 1, -(2**63)]}, "int64").tolist() == [2**63 - 1, -(2**63)]
     assert only({"inputs": [2**64 - 1]}, "uint64").tolist() == [2**64 - 1]
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])
-def test_several_inputs_need_names(kind):
+def test_several_inputs_need_names(kind: str) -> None:
     document = {"instances": [[1]]} if kind == "rows" else {"inputs": [1]}
     with pytest.raises(InvalidArgument, match="expecting"):
         inputs(document, a="float", b="float")
 
 
-def test_a_signature_without_inputs():
+def test_a_signature_without_inputs() -> None:
     with pytest.raises(InvalidArgument, match="Failed to get input map for signature: DEFAULT"):
         inputs({"inputs": []})
 
 
-def test_types_that_json_requests_cannot_hold():
+def test_types_that_json_requests_cannot_hold() -> None:
     for dtype in ("half", "complex64"):
         with pytest.raises(Unimplemented, match=dtype):
             only({"inputs": [1]}, dtype)
@@ -192,13 +195,13 @@ def test_types_that_json_requests_cannot_hold():
             only({"instances": [1]}, dtype)
 
 
-def test_long_values_are_cut_in_messages():
+def test_long_values_are_cut_in_messages() -> None:
     with pytest.raises(InvalidArgument) as info:
         inputs({"instances": [{"x": ["y" * 100] * 100000, "z": 1}]}, x="string")
     assert len(str(info.value)) < 500
 
 
-_NUMBERS = {
+_NUMBERS: dict[int, st.SearchStrategy[Any]] = {
     types_pb2.DT_FLOAT: st.floats(width=32, allow_nan=False),
     types_pb2.DT_DOUBLE: st.floats(allow_nan=False),
     types_pb2.DT_INT64: st.integers(-(2**63), 2**63 - 1),
@@ -209,7 +212,7 @@ _NUMBERS = {
 
 
 @given(st.data(), st.lists(st.integers(0, 4), max_size=3), st.sampled_from(sorted(_NUMBERS)))
-def test_round_trip(data, shape, dtype):
+def test_round_trip(data: st.DataObject, shape: list[int], dtype: int) -> None:
     count = math.prod(shape)
     flat = np.empty(count, numpy_dtype(dtype))
     flat[:] = data.draw(st.lists(_NUMBERS[dtype], min_size=count, max_size=count))
@@ -217,7 +220,7 @@ def test_round_trip(data, shape, dtype):
     # A zero dimension hides those behind it from JSON.
     visible = shape[: shape.index(0) + 1] if 0 in shape else shape
 
-    def encode(value):
+    def encode(value: Any) -> Any:
         if isinstance(value, list):
             return [encode(item) for item in value]
         return {"b64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
@@ -230,7 +233,7 @@ def test_round_trip(data, shape, dtype):
     np.testing.assert_array_equal(result, array.reshape(visible))
 
 
-_JSON = st.recursive(
+_JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["x", "b64", "y"]), inner),
     max_leaves=8,
@@ -243,17 +246,18 @@ _JSON = st.recursive(
     ),
     st.sampled_from(["float", "int8", "uint64", "bool", "string", "half"]),
 )
-def test_any_json_gives_tensors_or_a_spikeless_error(document, dtype):
-    for convert in (lambda: rest_json.predict_inputs(document, specs(x=dtype)), lambda: examples(document)):
-        with contextlib.suppress(SpikelessError):
-            convert()
+def test_any_json_gives_tensors_or_a_spikeless_error(document: dict[str, Any], dtype: str) -> None:
+    with contextlib.suppress(SpikelessError):
+        rest_json.predict_inputs(document, specs(x=dtype))
+    with contextlib.suppress(SpikelessError):
+        examples(document)
 
 
-def examples(document):
+def examples(document: dict[str, Any]) -> Any:
     return rest_json.examples_input(document)
 
 
-def test_examples():
+def test_examples() -> None:
     document = rest_json.parse(
         '{"examples": [{"f": 1.5, "i": [1, true], "s": ["a", {"b64": "/w=="}], "none": []},'
         ' {"f": [2.0, 3.5]}]}'
@@ -267,7 +271,7 @@ def test_examples():
     assert second.features.feature["f"].float_list.value == [2.0, 3.5]
 
 
-def test_examples_with_context():
+def test_examples_with_context() -> None:
     result = examples({"examples": [{"a": 1}], "context": {"c": "x"}}).example_list_with_context
     assert result.context.features.feature["c"].bytes_list.value == [b"x"]
     assert len(result.examples) == 1
@@ -289,6 +293,6 @@ def test_examples_with_context():
         ({"examples": [{"a": 1e39}]}, "without loss of precision"),
     ],
 )
-def test_examples_refusals(document, message):
+def test_examples_refusals(document: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         examples(document)

@@ -6,7 +6,9 @@ import gc
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,21 +20,23 @@ from spikeless.errors import Code, FailedPrecondition, InvalidArgument, Spikeles
 from spikeless.formats.protos import config_pb2
 from spikeless.runtime import Session
 
+Array = np.ndarray[Any, Any]
+
 
 def tensor(session: Session, signature: str, alias: str) -> str:
     definition = session.meta_graph.signature_def[signature]
     infos = definition.inputs if alias in definition.inputs else definition.outputs
-    return infos[alias].name
+    return str(infos[alias].name)
 
 
-def run(session: Session, signature: str, output: str, **inputs: np.ndarray) -> np.ndarray:
+def run(session: Session, signature: str, output: str, **inputs: Array) -> Array:
     feeds = {tensor(session, signature, alias): value for alias, value in inputs.items()}
     (result,) = session.run(feeds, [tensor(session, signature, output)])
     return result
 
 
 @pytest.fixture(scope="module")
-def times(saved_models: Path) -> Session:
+def times(saved_models: Path) -> Iterator[Session]:
     with Session.load(saved_models / "times_two") as session:
         yield session
 
@@ -69,7 +73,7 @@ def test_outputs_outlive_the_session(saved_models: Path) -> None:
     ],
     ids=lambda value: f"{value.dtype}{value.shape}",
 )
-def test_values_come_back(saved_models: Path, value: np.ndarray) -> None:
+def test_values_come_back(saved_models: Path, value: Array) -> None:
     with Session.load(saved_models / "dtypes") as session:
         result = run(session, value.dtype.newbyteorder("=").name, "y", x=value)
     assert result.tolist() == value.tolist()
@@ -164,7 +168,7 @@ def test_where_a_load_runs_is_told_to_tensorflow(saved_models: Path) -> None:
 
 
 def test_where_a_run_runs_is_told_to_tensorflow(times: Session) -> None:
-    feeds = {tensor(times, "serving_default", "x"): np.float32([1, 2])}
+    feeds = {tensor(times, "serving_default", "x"): np.array([1, 2], np.float32)}
     fetches = [tensor(times, "serving_default", "y")]
     for pool in (runtime.CALLING_THREAD, 0, None):
         (result,) = times.run(feeds, fetches, inter_op_thread_pool=pool)
@@ -176,10 +180,10 @@ def test_where_a_run_runs_is_told_to_tensorflow(times: Session) -> None:
 def test_closing_waits_for_the_last_run(saved_models: Path) -> None:
     session = Session.load(saved_models / "times_two")
     results: list[object] = []
-    run(session, "spin", "y", steps=np.int32(1))  # so that the next run looks nothing up
+    run(session, "spin", "y", steps=np.array(1, np.int32))  # so that the next run looks nothing up
 
     def spin() -> None:
-        results.append(run(session, "spin", "y", steps=np.int32(3000)))
+        results.append(run(session, "spin", "y", steps=np.array(3000, np.int32)))
 
     thread = threading.Thread(target=spin)
     thread.start()
