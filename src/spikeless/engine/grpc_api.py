@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from spikeless.engine.core import ServerCore
 from spikeless.engine.handlers import Calls, require_spec
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.formats.kinds import KINDS, Kind
@@ -96,8 +95,7 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore[misc]
     """Model states and configuration."""
 
-    def __init__(self, core: ServerCore, calls: Calls) -> None:
-        self._core = core
+    def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
     @_answering
@@ -116,7 +114,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):  # type: ignor
                 "Only ModelConfigList is currently supported"
             )
         _log.info("reloading the configuration: %d models", len(request.config.model_config_list.config))
-        self._core.reload_config(request.config)
+        self._calls.core.reload_config(request.config)
         response = model_management_pb2.ReloadConfigResponse()
         response.status.SetInParent()
         return response

@@ -30,67 +30,64 @@ MAX_REQUEST_BYTES = 256 << 20
 class Call:
     """One call in progress, from the beginning of a ``with`` statement to its end."""
 
-    def __init__(
-        self, core: ServerCore, spec: model_pb2.ModelSpec, api: str, entrypoint: str, metrics: Metrics | None
-    ) -> None:
-        self._core = core
+    def __init__(self, calls: Calls, spec: model_pb2.ModelSpec, api: str) -> None:
+        self._calls = calls
         self._spec = spec
         self._api = api
-        self._entrypoint = entrypoint
-        self._metrics = metrics
         self._started = 0.0
         self._lent: AbstractContextManager[Model] | None = None
-        #: The version that answers; None until it is found.
-        self.version: int | None = None
-        #: Examples in its input; None for calls that have none.
-        self.examples: int | None = None
+        # The version that answers; None until it is found.
+        self._version: int | None = None
+        # Examples in its input; None for calls that have none.
+        self._examples: int | None = None
 
     def model(self) -> Model:
         """The model of the call, lent until it ends; raises as `ServerCore.use`."""
-        self._lent = self._core.use(self._spec)
+        self._lent = self._calls.core.use(self._spec)
         model = self._lent.__enter__()
-        self.version = model.version
+        self._version = model.version
         return model
 
     def answer(self, kind: Kind, request: Any, timeout: float | None) -> Any:
         """That model's response to a request message, within ``timeout`` seconds."""
         if kind.takes_examples:
-            self.examples = len(kinds.examples(request.input))
+            self._examples = len(kinds.examples(request.input))
         return self.model().answer(kind, request, timeout)
 
     def __enter__(self) -> Call:
-        if self._metrics is not None:
+        if self._calls.metrics is not None:
             self._started = time.perf_counter()
-            self._metrics.started(self._entrypoint)
+            self._calls.metrics.started(self._calls.entrypoint)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._lent is not None:
             self._lent.__exit__(kind, error, trace)
-        if self._metrics is None:
+        core, metrics = self._calls.core, self._calls.metrics
+        if metrics is None:
             return
         code = Code.OK
         if error is not None:
             code = error.code if isinstance(error, SpikelessError) else Code.INTERNAL
         # A name that nobody configured must not become a time series of its own.
-        name = self._spec.name if self._core.is_configured(self._spec.name) else ""
+        name = self._spec.name if core.is_configured(self._spec.name) else ""
         elapsed = time.perf_counter() - self._started
-        self._metrics.ended(name, self.version, self._api, self._entrypoint, code, elapsed)
-        if self.examples is not None and code is Code.OK:
-            self._metrics.examples(name, self.examples)
+        metrics.ended(name, self._version, self._api, self._calls.entrypoint, code, elapsed)
+        if self._examples is not None and code is Code.OK:
+            metrics.examples(name, self._examples)
 
 
 class Calls:
     """The calls of one transport: of the ``entrypoint`` ``GRPC`` or ``REST``."""
 
     def __init__(self, core: ServerCore, entrypoint: str, metrics: Metrics | None = None) -> None:
-        self._core = core
-        self._entrypoint = entrypoint
-        self._metrics = metrics
+        self.core = core
+        self.entrypoint = entrypoint
+        self.metrics = metrics
 
     def counted(self, spec: model_pb2.ModelSpec, api: str) -> Call:
         """Count a ``with`` block as a call of ``api``, such as ``Predict``."""
-        return Call(self._core, spec, api, self._entrypoint, self._metrics)
+        return Call(self, spec, api)
 
     def metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest
@@ -109,7 +106,7 @@ class Calls:
                 raise InvalidArgument(f"Metadata field {name} is not supported")
         response = get_model_metadata_pb2.GetModelMetadataResponse()
         signatures = get_model_metadata_pb2.SignatureDefMap()
-        with self._core.use(request.model_spec) as model:
+        with self.core.use(request.model_spec) as model:
             response.model_spec.name = request.model_spec.name
             if model.version is not None:
                 response.model_spec.version.value = model.version
@@ -130,7 +127,7 @@ class Calls:
         require_spec(request)
         response = get_model_status_pb2.GetModelStatusResponse()
         # The highest version first, as TensorFlow Serving lists them.
-        for status in reversed(self._core.statuses(request.model_spec)):
+        for status in reversed(self.core.statuses(request.model_spec)):
             entry = response.model_version_status.add(version=status.version, state=int(status.state))
             entry.status.SetInParent()
             if status.error is not None:

@@ -106,7 +106,9 @@ def read_monitoring_path(file: str | os.PathLike[str]) -> str:
 class Metrics:
     """What one server counts, in a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str = DEFAULT_PATH) -> None:
+        #: Where below the REST port Prometheus finds them.
+        self.path = path
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self._registry = CollectorRegistry()
         self._requests = _Counter(

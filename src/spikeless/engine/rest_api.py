@@ -11,7 +11,7 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 from google.protobuf import json_format
@@ -28,9 +28,6 @@ from spikeless.formats.protos import (
     model_pb2,
 )
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
-
-if TYPE_CHECKING:
-    from spikeless.engine.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -77,21 +74,18 @@ _StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 class RestApi:
     """The WSGI application."""
 
-    def __init__(
-        self, calls: Calls, flags: ServerFlags, metrics: Metrics | None = None, metrics_path: str = ""
-    ) -> None:
+    def __init__(self, calls: Calls, flags: ServerFlags) -> None:
         self._calls = calls
         self._has_cors = flags.rest_api_enable_cors_support
-        self._metrics = metrics
-        self._metrics_path = metrics_path
         timeout = flags.rest_api_timeout_in_ms
         self._timeout = timeout / 1000 if timeout > 0 else None
 
     def __call__(self, environ: _Environ, start_response: _StartResponse) -> Iterable[bytes]:
         parts = urlsplit(environ["REQUEST_URI"])
-        if self._metrics is not None and parts.path == self._metrics_path:
+        metrics = self._calls.metrics
+        if metrics is not None and parts.path == metrics.path:
             start_response("200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")])
-            return [self._metrics.page()]
+            return [metrics.page()]
         # As for TensorFlow Serving, a query is part of the path, where it fits nothing.
         path = urlunsplit(("", "", *parts[2:])) if parts.query or parts.fragment else parts.path
         headers = [rest_json.HEADER, *(_CORS if self._has_cors else ())]

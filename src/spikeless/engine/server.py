@@ -76,13 +76,11 @@ class Server:
             )
         self._flags = flags
         self._metrics: Metrics | None = None
-        self._metrics_path = ""
         if flags.monitoring_config_file:
             from spikeless.engine.metrics import Metrics, read_monitoring_path
 
-            self._metrics_path = read_monitoring_path(flags.monitoring_config_file)
-            if self._metrics_path:
-                self._metrics = Metrics()
+            if path := read_monitoring_path(flags.monitoring_config_file):
+                self._metrics = Metrics(path)
         self.core = ServerCore(ModelLoader(flags, self._metrics), flags)
         if self._metrics is not None:
             self.core.manager.add_listener(self._metrics.version_changed)
@@ -133,7 +131,7 @@ class Server:
         )
         calls = Calls(self.core, "GRPC", self._metrics)
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionServicer(calls), server)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core, calls), server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         port = _bind(server, f"{self._flags.host}:{self._flags.port}")
         if self._flags.grpc_socket_path:
@@ -151,7 +149,7 @@ class Server:
         from spikeless.engine.rest_server import RestServer
 
         calls = Calls(self.core, "REST", self._metrics)
-        self._rest = RestServer(RestApi(calls, self._flags, self._metrics, self._metrics_path), self._flags)
+        self._rest = RestServer(RestApi(calls, self._flags), self._flags)
         port = self._rest.start()
         _log.info("Exporting HTTP/REST API at:%s:%d ...", self._flags.host, port)
         return port
