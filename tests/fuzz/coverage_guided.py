@@ -52,6 +52,8 @@ SEEDS: dict[str, list[bytes]] = {
     "checkpoint": [],
 }
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
+#: Where a target puts its input, if it reads files.
+_directory: Path
 
 
 def read_json(content: bytes) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 from trained_models import spikeless
 
 
-def test_boston(boston_run, tmp_path):
+def test_boston(boston_run: Path, tmp_path: Path) -> None:
     model = shutil.copytree(boston_run / "saved_model", tmp_path / "model")
     samples = (
         "--samples",

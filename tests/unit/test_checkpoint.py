@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,10 +96,10 @@ def test_a_rewritten_checkpoint_reads_the_same(written: Path, tmp_path: Path) ->
     rows = sliced.find("rows")
     assert rows is not None
     assert len(rows) == 3
-    name = sliced.find("\u00fc")
-    assert name is not None
-    assert len(name) == 2
-    rewrite(sliced, tmp_path / "sliced", [rows, name])
+    other = sliced.find("\u00fc")
+    assert other is not None
+    assert len(other) == 2
+    rewrite(sliced, tmp_path / "sliced", [rows, other])
     for name in ("plain", "sliced"):
         command = [sys.executable, "-c", _COMPARE, str(written / name), str(tmp_path / name)]
         subprocess.run(command, check=True, timeout=240)
@@ -161,7 +162,9 @@ def test_copies_where_file_systems_cannot_share(
         ),
     ],
 )
-def test_damage_is_refused(written: Path, tmp_path: Path, damage, error, message) -> None:
+def test_damage_is_refused(
+    written: Path, tmp_path: Path, damage: Callable[[Path], None], error: type[Exception], message: str
+) -> None:
     prefix = tmp_path / "damaged"
     for file in written.glob("plain.*"):
         (tmp_path / file.name.replace("plain", "damaged")).write_bytes(file.read_bytes())

@@ -48,7 +48,8 @@ def protos(draw: st.DrawFn, number: int) -> tensor_pb2.TensorProto:
     return proto
 
 
-def tensorflow_reads(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any] | None:
+def tensorflow_reads(proto: tensor_pb2.TensorProto) -> Any:
+    """An array, the bytes of a scalar string, or None where TensorFlow refuses."""
     try:
         return tf.io.parse_tensor(proto.SerializeToString(), tf.as_dtype(proto.dtype)).numpy()
     except tf.errors.InvalidArgumentError:

@@ -7,6 +7,9 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import hypothesis
 import ml_dtypes
@@ -32,28 +35,31 @@ from spikeless.formats.tensors import to_numpy, to_proto
 from spikeless.runtime import Session
 from spikeless.runtime.model import Model
 from spikeless.warmup import BuildSettings, SampleFile, build, make_requests, replay, warmup_file
-from spikeless.warmup.records import read
+from spikeless.warmup.records import Record, read
 from spikeless.warmup.requests import Servable
+
+Log: TypeAlias = prediction_log_pb2.PredictionLog
+Change = Callable[[Log], None]
 
 
 @pytest.fixture
-def signatures(saved_models, tmp_path):
+def signatures(saved_models: Path, tmp_path: Path) -> Path:
     """A copy of the model with many signatures."""
     return shutil.copytree(saved_models / "signatures", tmp_path / "signatures")
 
 
 @pytest.fixture
-def examples(saved_models, tmp_path):
+def examples(saved_models: Path, tmp_path: Path) -> Path:
     """A copy of the model that takes examples."""
     return shutil.copytree(saved_models / "examples", tmp_path / "examples")
 
 
-def settings(*files, **more):
-    samples = tuple(file if isinstance(file, SampleFile) else SampleFile(file) for file in files)
+def settings(*files: str | Path | SampleFile, **more: Any) -> BuildSettings:
+    samples = tuple(file if isinstance(file, SampleFile) else SampleFile(Path(file)) for file in files)
     return BuildSettings(samples=samples, **more)
 
 
-def built(model, settings):
+def built(model: Path, settings: BuildSettings) -> list[Record]:
     """The records that ``build`` writes, after the model has answered them all."""
     path = build(model, settings)
     assert path == warmup_file(model)
@@ -63,20 +69,20 @@ def built(model, settings):
     return list(read(path))
 
 
-def tensors(record):
+def tensors(record: Record) -> dict[str, Any]:
     return {alias: to_numpy(tensor) for alias, tensor in record.request.inputs.items()}
 
 
-def kinds(records):
+def kinds(records: list[Record]) -> list[tuple[str, ...]]:
     return [
-        (record.kind.name, *(task.model_spec.signature_name for task in record.request.tasks))
-        if record.kind.name == "MultiInference"
-        else (record.kind.name, record.request.model_spec.signature_name)
+        (str(record.kind), *(task.model_spec.signature_name for task in record.request.tasks))
+        if str(record.kind) == "MultiInference"
+        else (str(record.kind), record.request.model_spec.signature_name)
         for record in records
     ]
 
 
-def refused(model, settings, error, message):
+def refused(model: Path, settings: BuildSettings, error: type[SpikelessError], message: str) -> None:
     """``build`` raises, and neither writes nor changes a file."""
     before = sorted(os.walk(model))
     with pytest.raises(error, match=message) as info:
@@ -85,13 +91,13 @@ def refused(model, settings, error, message):
     assert sorted(os.walk(model)) == before
 
 
-def write_json(tmp_path, *documents, name="samples.json"):
+def write_json(tmp_path: Path, *documents: Any, name: str = "samples.json") -> Path:
     path = tmp_path / name
     path.write_text("\n".join(json.dumps(document) for document in documents))
     return path
 
 
-def example(**features):
+def example(**features: Sequence[Any]) -> example_pb2.Example:
     message = example_pb2.Example()
     for name, values in features.items():
         feature = message.features.feature[name]
@@ -110,17 +116,17 @@ X = [1.0, 2.0, 3.0, 4.0]
 # From samples
 
 
-def test_json_document(signatures, tmp_path):
+def test_json_document(signatures: Path, tmp_path: Path) -> None:
     path = tmp_path / "pretty.json"
     path.write_text(json.dumps({"instances": [X, X]}, indent=2))
     (record,) = built(signatures, settings(path))
-    assert record.kind.name == "Predict"
+    assert str(record.kind) == "Predict"
     assert record.request.model_spec.name == "default"
     assert record.request.model_spec.signature_name == "serving_default"
     np.testing.assert_array_equal(tensors(record)["x"], [X, X])
 
 
-def test_json_lines_for_several_signatures(signatures, tmp_path):
+def test_json_lines_for_several_signatures(signatures: Path, tmp_path: Path) -> None:
     mixed = {
         "signature_name": "mixed",
         "inputs": {
@@ -140,7 +146,7 @@ def test_json_lines_for_several_signatures(signatures, tmp_path):
     assert tensors(records[1])["name"].tolist() == [b"\xff"]
 
 
-def test_npz(signatures, tmp_path):
+def test_npz(signatures: Path, tmp_path: Path) -> None:
     np.savez(
         tmp_path / "mixed.npz",
         ids=np.array([1, 2]),
@@ -153,7 +159,7 @@ def test_npz(signatures, tmp_path):
     assert tensors(record)["ids"].tolist() == [1, 2]
 
 
-def test_npz_of_a_type_that_numpy_does_not_know(saved_models, tmp_path):
+def test_npz_of_a_type_that_numpy_does_not_know(saved_models: Path, tmp_path: Path) -> None:
     model = shutil.copytree(saved_models / "dtypes", tmp_path / "dtypes")
     array = np.array([[1, 2]], ml_dtypes.bfloat16)
     np.savez(tmp_path / "s.npz", x=array)
@@ -161,7 +167,7 @@ def test_npz_of_a_type_that_numpy_does_not_know(saved_models, tmp_path):
     np.testing.assert_array_equal(tensors(record)["x"], array)
 
 
-def test_csv_of_features_with_and_without_header(signatures, tmp_path):
+def test_csv_of_features_with_and_without_header(signatures: Path, tmp_path: Path) -> None:
     (tmp_path / "bare.csv").write_text("1,2,3,4\n5,6,7,8\n")
     (tmp_path / "header.csv").write_text("\ufeffa, b, c, d\r\n1,2,3,4\r\n\r\n5,6,7,8\r\n", encoding="utf-8")
     for name in ("bare.csv", "header.csv"):
@@ -169,7 +175,7 @@ def test_csv_of_features_with_and_without_header(signatures, tmp_path):
         assert [tensors(record)["x"].tolist() for record in records] == [[[1, 2, 3, 4]], [[5, 6, 7, 8]]]
 
 
-def test_csv_of_inputs(signatures, saved_models, tmp_path):
+def test_csv_of_inputs(signatures: Path, saved_models: Path, tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text("rate,x\n2,0.5\n3,1e3\n")
     records = built(signatures, settings(SampleFile(tmp_path / "s.csv", "scaled")))
     assert [tensors(record) for record in records] == [{"rate": 2, "x": [0.5]}, {"rate": 3, "x": [1000]}]
@@ -178,7 +184,7 @@ def test_csv_of_inputs(signatures, saved_models, tmp_path):
     assert tensors(record)["ids"].tolist() == [7]
 
 
-def test_csv_of_every_dtype(saved_models, tmp_path):
+def test_csv_of_every_dtype(saved_models: Path, tmp_path: Path) -> None:
     model = shutil.copytree(saved_models / "dtypes", tmp_path / "dtypes")
     cells = {"bool": "true,0", "string": "x,y"}
     files = []
@@ -192,7 +198,7 @@ def test_csv_of_every_dtype(saved_models, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_examples_go_to_every_signature_that_takes_them(examples, tmp_path, zipped):
+def test_examples_go_to_every_signature_that_takes_them(examples: Path, tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "examples.tfrecord"
     tfrecord.write(path, [example(x=X).SerializeToString(), example(x=X, bias=[1.0]).SerializeToString()])
     if zipped:
@@ -221,23 +227,23 @@ def test_examples_go_to_every_signature_that_takes_them(examples, tmp_path, zipp
     ]
 
 
-def test_json_examples_with_context(examples, tmp_path):
+def test_json_examples_with_context(examples: Path, tmp_path: Path) -> None:
     document = {"signature_name": "regress", "context": {"bias": 2.0}, "examples": [{"x": X}]}
     (record,) = built(examples, settings(write_json(tmp_path, document)))
-    assert record.kind.name == "Regress"
+    assert str(record.kind) == "Regress"
     assert record.request.input.example_list_with_context.context == example(bias=[2.0])
 
 
-def test_examples_for_a_predict_signature_go_serialized(signatures, tmp_path):
+def test_examples_for_a_predict_signature_go_serialized(signatures: Path, tmp_path: Path) -> None:
     path = tmp_path / "examples"
     message = example(x=X, tag=[b"t"], ids=[1, 2])
     tfrecord.write(path, [message.SerializeToString()])
     (record,) = built(signatures, settings(SampleFile(path, "parsed")))
-    assert record.kind.name == "Predict"
+    assert str(record.kind) == "Predict"
     assert example_pb2.Example.FromString(tensors(record)["examples"][0]) == message
 
 
-def test_prediction_logs_keep_the_request_only(signatures, tmp_path):
+def test_prediction_logs_keep_the_request_only(signatures: Path, tmp_path: Path) -> None:
     log = prediction_log_pb2.PredictionLog()
     request = log.predict_log.request
     request.model_spec.name, request.model_spec.version.value = "mine", 7
@@ -264,7 +270,7 @@ def test_prediction_logs_keep_the_request_only(signatures, tmp_path):
 # From the signature alone
 
 
-def test_every_signature_without_samples(signatures):
+def test_every_signature_without_samples(signatures: Path) -> None:
     records = built(signatures, settings(dims={None: (5,), "x": (4,)}))
     assert kinds(records) == [("Predict", key) for key in Servable.read(signatures).signatures]
     by_key = {record.request.model_spec.signature_name: tensors(record) for record in records}
@@ -282,12 +288,12 @@ def test_every_signature_without_samples(signatures):
     assert warmup_file(signatures).read_bytes() == first
 
 
-def test_every_dtype_without_samples(saved_models, tmp_path):
+def test_every_dtype_without_samples(saved_models: Path, tmp_path: Path) -> None:
     model = shutil.copytree(saved_models / "dtypes", tmp_path / "dtypes")
     assert len(built(model, settings(batch_sizes=(1, 3)))) == 2 * len(DTYPES)
 
 
-def test_examples_without_samples(examples):
+def test_examples_without_samples(examples: Path) -> None:
     records = built(examples, settings(multi_inference=(("classify", "regress", "regress_other"),)))
     assert kinds(records) == [
         ("Classify", "classify"),
@@ -301,13 +307,13 @@ def test_examples_without_samples(examples):
     assert set(message.features.feature) == {"x", "bias"}
 
 
-def test_named_signatures_that_no_sample_is_for_are_made_up(signatures, tmp_path):
+def test_named_signatures_that_no_sample_is_for_are_made_up(signatures: Path, tmp_path: Path) -> None:
     path = write_json(tmp_path, {"instances": [X]}, {"signature_name": "gather", "instances": [9]})
     records = built(signatures, settings(path, signatures=("serving_default", "fixed")))
     assert kinds(records) == [("Predict", "serving_default"), ("Predict", "gather"), ("Predict", "fixed")]
 
 
-def test_a_kind_that_the_method_name_does_not_tell(signatures):
+def test_a_kind_that_the_method_name_does_not_tell(signatures: Path) -> None:
     chosen = settings(signatures=("classes",), kinds={"classes": "Classify"})
     assert [request.kind.name for request in make_requests(signatures, chosen)] == ["Classify"]
 
@@ -315,14 +321,14 @@ def test_a_kind_that_the_method_name_does_not_tell(signatures):
 # Batches
 
 
-def test_batches_are_cut_from_all_samples_and_filled_from_the_first(signatures, tmp_path):
+def test_batches_are_cut_from_all_samples_and_filled_from_the_first(signatures: Path, tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text("".join(f"{row},0,0,0\n" for row in range(5)))
     records = built(signatures, settings(tmp_path / "s.csv", batch_sizes=(1, 2, 8)))
     rows = [tensors(record)["x"][:, 0].tolist() for record in records]
     assert rows == [[0], [1], [2], [3], [4], [0, 1], [2, 3], [4, 0], [0, 1, 2, 3, 4, 0, 1, 2]]
 
 
-def test_rows_that_differ_in_shape_or_in_fixed_inputs_stay_apart(signatures, tmp_path):
+def test_rows_that_differ_in_shape_or_in_fixed_inputs_stay_apart(signatures: Path, tmp_path: Path) -> None:
     path = write_json(
         tmp_path,
         {"signature_name": "sequence", "instances": [[1, 2]]},
@@ -342,7 +348,7 @@ def test_rows_that_differ_in_shape_or_in_fixed_inputs_stay_apart(signatures, tmp
     assert len(records) == 5
 
 
-def test_batches_of_examples_keep_their_context(examples, tmp_path):
+def test_batches_of_examples_keep_their_context(examples: Path, tmp_path: Path) -> None:
     path = write_json(
         tmp_path,
         {"signature_name": "regress", "examples": [{"x": X}]},
@@ -362,7 +368,9 @@ def test_batches_of_examples_keep_their_context(examples, tmp_path):
 
 @hypothesis.settings(deadline=None)  # it reads and writes files
 @given(st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=3))
-def test_every_row_is_in_every_batch_size(saved_models, tmp_path_factory, rows, sizes):
+def test_every_row_is_in_every_batch_size(
+    saved_models: Path, tmp_path_factory: pytest.TempPathFactory, rows: int, sizes: list[int]
+) -> None:
     path = tmp_path_factory.getbasetemp() / "rows.csv"
     path.write_text("".join(f"{row},0,0,0\n" for row in range(rows)))
     requests = make_requests(saved_models / "signatures", settings(path, batch_sizes=tuple(sizes)))
@@ -376,12 +384,12 @@ def test_every_row_is_in_every_batch_size(saved_models, tmp_path_factory, rows, 
 # Refusals
 
 
-def test_a_directory_that_is_no_saved_model(tmp_path):
+def test_a_directory_that_is_no_saved_model(tmp_path: Path) -> None:
     refused(tmp_path, settings(), NotFound, "is no SavedModel")
     refused(tmp_path / "none", settings(), NotFound, "does not exist")
 
 
-def test_unknown_names(signatures, tmp_path):
+def test_unknown_names(signatures: Path, tmp_path: Path) -> None:
     path = write_json(tmp_path, {"instances": [X]})
     named = write_json(tmp_path, {"signature_name": "none", "instances": [X]}, name="named.json")
     have = "there is no signature 'none'; the model has: any_rank, "
@@ -396,12 +404,12 @@ def test_unknown_names(signatures, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["s.json", "s.jsonl", "s.csv", "s.tfrecord"])
-def test_empty_files(signatures, tmp_path, name):
+def test_empty_files(signatures: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("" if name == "s.tfrecord" else "\n")
     refused(signatures, settings(tmp_path / name), InvalidArgument, f"{name} holds no sample")
 
 
-def test_an_empty_archive_and_a_csv_with_nothing_but_a_header(signatures, tmp_path):
+def test_an_empty_archive_and_a_csv_with_nothing_but_a_header(signatures: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz")
     refused(signatures, settings(tmp_path / "s.npz"), InvalidArgument, r"s\.npz holds no sample")
     (tmp_path / "s.csv").write_text("a,b,c,d\n")
@@ -422,7 +430,7 @@ def test_an_empty_archive_and_a_csv_with_nothing_but_a_header(signatures, tmp_pa
         ({"examples": [{"x": 1}]}, "examples cannot be sent to Predict signature 'serving_default'"),
     ],
 )
-def test_json_that_does_not_fit(signatures, tmp_path, document, message):
+def test_json_that_does_not_fit(signatures: Path, tmp_path: Path, document: Any, message: str) -> None:
     refused(
         signatures, settings(write_json(tmp_path, document)), InvalidArgument, rf"samples\.json: .*{message}"
     )
@@ -430,7 +438,7 @@ def test_json_that_does_not_fit(signatures, tmp_path, document, message):
     refused(signatures, settings(lines), InvalidArgument, rf"s\.jsonl: line 2: .*{message}")
 
 
-def test_json_that_is_broken(signatures, tmp_path):
+def test_json_that_is_broken(signatures: Path, tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text('{\n"instances": [[1,,]]\n}')
     refused(signatures, settings(tmp_path / "s.json"), InvalidArgument, r"s\.json: JSON Parse error.*line 2")
     (tmp_path / "s.jsonl").write_text('{"instances": [[1, 2, 3, 4]]}\n{"instances": [[1')
@@ -450,12 +458,14 @@ def test_json_that_is_broken(signatures, tmp_path):
         ({"x": np.array(["2020-01-01"], "M8[D]")}, "no TensorFlow type for NumPy dtype"),
     ],
 )
-def test_npz_that_does_not_fit(signatures, tmp_path, arrays, message):
+def test_npz_that_does_not_fit(
+    signatures: Path, tmp_path: Path, arrays: dict[str, Any], message: str
+) -> None:
     np.savez(tmp_path / "s.npz", **arrays)
     refused(signatures, settings(tmp_path / "s.npz"), InvalidArgument, rf"s\.npz.*{message}")
 
 
-def test_npz_that_is_damaged_or_lacks_an_input(signatures, tmp_path):
+def test_npz_that_is_damaged_or_lacks_an_input(signatures: Path, tmp_path: Path) -> None:
     path = tmp_path / "s.npz"
     np.savez(path, ids=np.ones(3, np.int64))
     lacking = "lacks input 'flag', 'name', 'weight'"
@@ -484,7 +494,9 @@ def test_npz_that_is_damaged_or_lacks_an_input(signatures, tmp_path):
         ("mixed", "flag,ids,name,weight\nmaybe,1,a,1\n", "'maybe': not all are values of type DT_BOOL"),
     ],
 )
-def test_csv_that_does_not_fit(signatures, tmp_path, signature, text, message):
+def test_csv_that_does_not_fit(
+    signatures: Path, tmp_path: Path, signature: str, text: str, message: str
+) -> None:
     (tmp_path / "s.csv").write_text(text)
     refused(signatures, settings(SampleFile(tmp_path / "s.csv", signature)), InvalidArgument, message)
 
@@ -497,13 +509,13 @@ def test_csv_that_does_not_fit(signatures, tmp_path, signature, text, message):
         (example(x=[1, 2, 3, 4]), "record 1: feature 'x' is a int64_list, but the model parses"),
     ],
 )
-def test_examples_that_do_not_fit(examples, tmp_path, message, text):
+def test_examples_that_do_not_fit(examples: Path, tmp_path: Path, message: Any, text: str) -> None:
     path = tmp_path / "records"
     tfrecord.write(path, [message.SerializeToString()])
     refused(examples, settings(path), InvalidArgument, text)
 
 
-def test_tfrecords_that_hold_something_else(signatures, examples, tmp_path):
+def test_tfrecords_that_hold_something_else(signatures: Path, examples: Path, tmp_path: Path) -> None:
     path = tmp_path / "records"
     tfrecord.write(path, [b"\xff\xff"])
     refused(
@@ -518,35 +530,35 @@ def test_tfrecords_that_hold_something_else(signatures, examples, tmp_path):
     refused(signatures, settings(path), DataLoss, "record 1 is truncated")
 
 
-def test_prediction_logs_that_do_not_fit(signatures, examples, tmp_path):
+def test_prediction_logs_that_do_not_fit(signatures: Path, examples: Path, tmp_path: Path) -> None:
     path = tmp_path / "logs"
 
-    def check(model, change, error, message):
+    def check(model: Path, change: Change, error: type[SpikelessError], message: str) -> None:
         log = prediction_log_pb2.PredictionLog()
         change(log)
         tfrecord.write(path, [log.SerializeToString()])
         refused(model, settings(path), error, message)
 
-    def predict(log):
+    def predict(log: Log) -> None:
         log.predict_log.request.inputs["x"].CopyFrom(to_proto(np.ones([1, 4], np.float32)))
 
-    def unknown_output(log):
+    def unknown_output(log: Log) -> None:
         predict(log)
         log.predict_log.request.output_filter.append("none")
 
-    def damaged(log):
+    def damaged(log: Log) -> None:
         predict(log)
         log.predict_log.request.inputs["x"].tensor_content = b"123"
 
-    def classify(log):
+    def classify(log: Log) -> None:
         log.classify_log.request.model_spec.signature_name = "regress"
         log.classify_log.request.input.example_list.examples.append(example(x=X))
 
-    def no_example(log):
+    def no_example(log: Log) -> None:
         log.regress_log.request.model_spec.signature_name = "regress"
 
-    def tasks(*keys, method=REGRESS_METHOD):
-        def change(log):
+    def tasks(*keys: str, method: str = REGRESS_METHOD) -> Change:
+        def change(log: Log) -> None:
             request = log.multi_inference_log.request
             request.input.example_list.examples.append(example(x=X))
             for key in keys:
@@ -565,12 +577,12 @@ def test_prediction_logs_that_do_not_fit(signatures, examples, tmp_path):
     check(examples, tasks("regress", method="x"), Unimplemented, "cannot ask for method 'x'")
 
 
-def test_multi_inference_of_predict_signatures(examples):
+def test_multi_inference_of_predict_signatures(examples: Path) -> None:
     joined = settings(multi_inference=(("classify", "serving_default"),))
     refused(examples, joined, InvalidArgument, "'serving_default' is Predict")
 
 
-def test_unknown_dimensions_without_a_size(signatures):
+def test_unknown_dimensions_without_a_size(signatures: Path) -> None:
     refused(
         signatures,
         settings(signatures=("sequence",)),
@@ -588,7 +600,7 @@ def test_unknown_dimensions_without_a_size(signatures):
     )
 
 
-def test_sizes_that_cannot_be(signatures):
+def test_sizes_that_cannot_be(signatures: Path) -> None:
     refused(signatures, settings(batch_sizes=(0,)), InvalidArgument, "batch size 0: it must be 1 or more")
     refused(signatures, settings(dims={"x": (-1,)}), InvalidArgument, "of x: none may be negative")
 
@@ -596,14 +608,16 @@ def test_sizes_that_cannot_be(signatures):
 @pytest.mark.parametrize(
     ("model", "signature"), [("signatures", "serving_default"), ("examples", "classify")]
 )
-def test_batches_that_no_message_can_hold(saved_models, tmp_path, model, signature):
+def test_batches_that_no_message_can_hold(
+    saved_models: Path, tmp_path: Path, model: Path, signature: str
+) -> None:
     """Refused before memory is taken for them."""
     copied = shutil.copytree(saved_models / model, tmp_path / "model")
     too_large = settings(signatures=(signature,), batch_sizes=(10**9,))
     refused(copied, too_large, ResourceExhausted, "a batch of 1000000000")
 
 
-def test_inputs_that_disagree_about_the_batch(signatures, tmp_path):
+def test_inputs_that_disagree_about_the_batch(signatures: Path, tmp_path: Path) -> None:
     document = {
         "signature_name": "mixed",
         "inputs": {"ids": [1, 2], "name": ["a"], "flag": [[True]], "weight": [[1, 2, 3]]},
@@ -614,7 +628,7 @@ def test_inputs_that_disagree_about_the_batch(signatures, tmp_path):
     )
 
 
-def test_a_thousand_records_and_one_more(signatures, tmp_path):
+def test_a_thousand_records_and_one_more(signatures: Path, tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
     path.write_text("1,2,3,4\n" * 1000)
     assert len(built(signatures, settings(path))) == 1000
@@ -623,14 +637,14 @@ def test_a_thousand_records_and_one_more(signatures, tmp_path):
     assert len(built(signatures, settings(path, batch_sizes=(100,)))) == 11
 
 
-def test_a_refusal_keeps_the_file_that_is_there(signatures, tmp_path):
+def test_a_refusal_keeps_the_file_that_is_there(signatures: Path, tmp_path: Path) -> None:
     path = build(signatures, settings(write_json(tmp_path, {"instances": [X]})))
     content = path.read_bytes()
     refused(signatures, settings(signatures=("none",)), NotFound, "none")
     assert path.read_bytes() == content
 
 
-def test_a_directory_that_cannot_be_written_to(signatures):
+def test_a_directory_that_cannot_be_written_to(signatures: Path) -> None:
     (signatures / "assets.extra").write_text("a file")
     with pytest.raises(FailedPrecondition, match="tf_serving_warmup_requests cannot be written"):
         build(signatures, settings(signatures=("serving_default",)))
@@ -638,7 +652,9 @@ def test_a_directory_that_cannot_be_written_to(signatures):
 
 
 @given(st.binary(max_size=200), st.sampled_from(["json", "jsonl", "npz", "csv", "tfrecord"]))
-def test_any_bytes_are_samples_or_a_spikeless_error(saved_models, tmp_path_factory, content, suffix):
+def test_any_bytes_are_samples_or_a_spikeless_error(
+    saved_models: Path, tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
     path.write_bytes(content)
     with pytest.raises(SpikelessError):

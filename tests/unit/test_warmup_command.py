@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,17 +18,20 @@ from spikeless.formats import tfrecord
 from spikeless.formats.protos import prediction_log_pb2, tensor_pb2
 from spikeless.formats.tensors import to_proto
 
+#: Exit code, standard output and standard error of a command.
+Spikeless = Callable[..., tuple[Any, str, str]]
+
 
 @pytest.fixture
-def model(saved_models, tmp_path):
+def model(saved_models: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved_models / "signatures", tmp_path / "signatures")
 
 
 @pytest.fixture
-def spikeless(capsys):
+def spikeless(capsys: pytest.CaptureFixture[str]) -> Spikeless:
     """Run the command: its exit code, standard output and standard error."""
 
-    def run(*arguments):
+    def run(*arguments: object) -> tuple[Any, str, str]:
         with pytest.raises(SystemExit) as info:
             main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
@@ -34,7 +40,7 @@ def spikeless(capsys):
     return run
 
 
-def test_build_inspect_verify(spikeless, model, tmp_path):
+def test_build_inspect_verify(spikeless: Spikeless, model: Path, tmp_path: Path) -> None:
     samples = tmp_path / "samples.jsonl"
     samples.write_text('{"instances": [[1, 2, 3, 4]]}\n{"signature_name": "gather", "instances": [9]}\n')
     code, out, err = spikeless(
@@ -78,7 +84,7 @@ def test_build_inspect_verify(spikeless, model, tmp_path):
     assert "6 records replayed in " in out
 
 
-def test_every_kind(spikeless, saved_models, tmp_path):
+def test_every_kind(spikeless: Spikeless, saved_models: Path, tmp_path: Path) -> None:
     model = shutil.copytree(saved_models / "examples", tmp_path / "examples")
     code, out, _ = spikeless("warmup", "build", model, "--multi-inference", "classify,regress")
     assert code == 0
@@ -97,7 +103,7 @@ def test_every_kind(spikeless, saved_models, tmp_path):
     assert [str(summary) for summary in record.inputs] == ["examples: tf.Example [1]"]
 
 
-def test_samples_with_a_signature_and_a_kind(spikeless, model, tmp_path):
+def test_samples_with_a_signature_and_a_kind(spikeless: Spikeless, model: Path, tmp_path: Path) -> None:
     (tmp_path / "a=b.csv").write_text("1,2,3,4\n")
     np.savez(tmp_path / "ids.npz", ids=np.array([3], np.int32))
     code, _, err = spikeless(
@@ -108,7 +114,9 @@ def test_samples_with_a_signature_and_a_kind(spikeless, model, tmp_path):
     assert [record.signatures for record in warmup.inspect(model)] == [("serving_default",), ("gather",)]
 
 
-def test_verify_names_the_first_bad_record_and_its_cause(spikeless, model, tmp_path):
+def test_verify_names_the_first_bad_record_and_its_cause(
+    spikeless: Spikeless, model: Path, tmp_path: Path
+) -> None:
     samples = tmp_path / "samples.jsonl"
     rows = ({"signature_name": "gather", "instances": [index]} for index in (1, 10, 20))
     samples.write_text("\n".join(map(json.dumps, rows)))
@@ -120,7 +128,7 @@ def test_verify_names_the_first_bad_record_and_its_cause(spikeless, model, tmp_p
     )
 
 
-def test_verify_without_a_model_or_a_file(spikeless, model, tmp_path):
+def test_verify_without_a_model_or_a_file(spikeless: Spikeless, model: Path, tmp_path: Path) -> None:
     code, _, err = spikeless("warmup", "verify", model)
     assert code == 1
     assert f"does not exist; write it with `spikeless warmup build {model}`" in err
@@ -129,7 +137,9 @@ def test_verify_without_a_model_or_a_file(spikeless, model, tmp_path):
     assert "is no SavedModel" in err
 
 
-def test_records_that_cannot_be_replayed_are_still_listed(spikeless, model, tmp_path):
+def test_records_that_cannot_be_replayed_are_still_listed(
+    spikeless: Spikeless, model: Path, tmp_path: Path
+) -> None:
     session_run, nothing, odd = (prediction_log_pb2.PredictionLog() for _ in range(3))
     session_run.session_run_log.SetInParent()
     odd.predict_log.request.inputs["[x]"].CopyFrom(tensor_pb2.TensorProto(dtype=99))
@@ -151,7 +161,7 @@ def test_records_that_cannot_be_replayed_are_still_listed(spikeless, model, tmp_
         warmup.verify(model)
 
 
-def test_inspect_refuses_what_is_no_warmup_file(spikeless, tmp_path):
+def test_inspect_refuses_what_is_no_warmup_file(spikeless: Spikeless, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="cannot be read"):
         list(warmup.inspect(tmp_path))
     tfrecord.write(tmp_path / "f", [to_proto(np.ones(3)).SerializeToString(), b"\xff"])
@@ -174,13 +184,13 @@ def test_inspect_refuses_what_is_no_warmup_file(spikeless, tmp_path):
         ["none"],
     ],
 )
-def test_wrong_usage_exits_2(spikeless, arguments):
+def test_wrong_usage_exits_2(spikeless: Spikeless, arguments: list[str]) -> None:
     code, out, err = spikeless("warmup", *arguments)
     assert (code, out) == (2, "")
     assert "Usage: spikeless warmup" in err
 
 
-def test_an_error_exits_1_and_writes_nothing(spikeless, model):
+def test_an_error_exits_1_and_writes_nothing(spikeless: Spikeless, model: Path) -> None:
     code, out, err = spikeless("warmup", "build", model)
     assert (code, out) == (1, "")
     assert err.startswith("spikeless: error: Predict any_rank without samples: input 'x' has shape [...]")

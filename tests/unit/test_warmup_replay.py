@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 
 from spikeless.errors import Code, DataLoss, InvalidArgument
 from spikeless.formats import tfrecord
+from spikeless.formats.kinds import Kind
 from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2
 from spikeless.formats.savedmodel import CLASSIFY_METHOD, REGRESS_METHOD
 from spikeless.formats.tensors import to_proto
@@ -18,15 +22,17 @@ from spikeless.runtime import Session
 from spikeless.runtime.model import Model
 from spikeless.warmup import WarmupError, replay, warmup_file
 
+Log: TypeAlias = prediction_log_pb2.PredictionLog
+
 
 @pytest.fixture(scope="module")
-def model(saved_models):
+def model(saved_models: Path) -> Iterator[Model]:
     with Session.load(saved_models / "signatures") as session:
         yield Model(session)
 
 
 @pytest.fixture(scope="module")
-def examples_model(saved_models):
+def examples_model(saved_models: Path) -> Iterator[Model]:
     with Session.load(saved_models / "examples") as session:
         yield Model(session)
 
@@ -34,16 +40,16 @@ def examples_model(saved_models):
 class Counting:
     """A model that counts the requests on their way to it, by kind."""
 
-    def __init__(self, model):
+    def __init__(self, model: Model) -> None:
         self.model = model
-        self.calls = []
+        self.calls: list[str] = []
 
-    def answer(self, kind, request):
+    def answer(self, kind: Kind, request: Any) -> Any:
         self.calls.append(kind.name)
         return self.model.answer(kind, request)
 
 
-def predict_log(signature="serving_default", name="any", **inputs):
+def predict_log(signature: str = "serving_default", name: str = "any", **inputs: Any) -> Log:
     log = prediction_log_pb2.PredictionLog()
     request = log.predict_log.request
     request.model_spec.name, request.model_spec.signature_name = name, signature
@@ -52,27 +58,27 @@ def predict_log(signature="serving_default", name="any", **inputs):
     return log
 
 
-def examples(count=1):
+def examples(count: int = 1) -> input_pb2.Input:
     example = example_pb2.Example()
     example.features.feature["x"].float_list.value.extend([1, 2, 3, 4])
     return input_pb2.Input(example_list=input_pb2.ExampleList(examples=[example] * count))
 
 
-def write(tmp_path, *logs):
+def write(tmp_path: Path, *logs: Log) -> Path:
     path = tmp_path / "warmup"
     tfrecord.write(path, [log.SerializeToString() for log in logs])
     return path
 
 
-def test_where_a_server_looks(tmp_path):
+def test_where_a_server_looks(tmp_path: Path) -> None:
     assert warmup_file(tmp_path) == tmp_path / "assets.extra" / "tf_serving_warmup_requests"
 
 
-def test_no_file_is_fine(model, tmp_path):
+def test_no_file_is_fine(model: Model, tmp_path: Path) -> None:
     assert replay(model, tmp_path / "none") == 0
 
 
-def test_every_replayed_kind(examples_model, tmp_path):
+def test_every_replayed_kind(examples_model: Model, tmp_path: Path) -> None:
     predict = predict_log(x=np.ones([2, 4], np.float32))
     classify, regress, multi = (prediction_log_pb2.PredictionLog() for _ in range(3))
     for request, key in (
@@ -94,14 +100,14 @@ def test_every_replayed_kind(examples_model, tmp_path):
     ]
 
 
-def test_a_record_without_a_request_counts_and_does_nothing(model, tmp_path):
+def test_a_record_without_a_request_counts_and_does_nothing(model: Model, tmp_path: Path) -> None:
     counting = Counting(model)
     assert replay(counting, write(tmp_path, prediction_log_pb2.PredictionLog(), predict_log())) == 2
     assert counting.calls == ["Predict"]
 
 
 @pytest.mark.parametrize("field", ["session_run_log", "predict_streamed_log"])
-def test_kinds_that_no_server_replays(model, tmp_path, field):
+def test_kinds_that_no_server_replays(model: Model, tmp_path: Path, field: str) -> None:
     log = prediction_log_pb2.PredictionLog()
     getattr(log, field).SetInParent()
     with pytest.raises(
@@ -112,7 +118,7 @@ def test_kinds_that_no_server_replays(model, tmp_path, field):
     assert info.value.number == 2
 
 
-def test_the_first_failing_record_ends_it_with_its_number_and_cause(model, tmp_path):
+def test_the_first_failing_record_ends_it_with_its_number_and_cause(model: Model, tmp_path: Path) -> None:
     bad = predict_log("gather", ids=np.array([10], np.int32))
     counting = Counting(model)
     with pytest.raises(WarmupError, match=r"warmup record 2 of .*/warmup: .*indices\[0\] = 10") as info:
@@ -124,7 +130,7 @@ def test_the_first_failing_record_ends_it_with_its_number_and_cause(model, tmp_p
     assert info.value.code is Code.FAILED_PRECONDITION
 
 
-def test_a_thousand_records_and_one_more(model, tmp_path):
+def test_a_thousand_records_and_one_more(model: Model, tmp_path: Path) -> None:
     empty = prediction_log_pb2.PredictionLog()
     assert replay(model, write(tmp_path, *[empty] * 1000)) == 1000
     with pytest.raises(WarmupError, match=r"record 1001 .* exceeds the maximum \(1000\)") as info:
@@ -132,7 +138,7 @@ def test_a_thousand_records_and_one_more(model, tmp_path):
     assert info.value.code is Code.INVALID_ARGUMENT
 
 
-def test_files_that_are_no_warmup_records(model, tmp_path):
+def test_files_that_are_no_warmup_records(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "warmup"
     path.write_text("no records at all")
     with pytest.raises(DataLoss, match="verify your warmup data is in TFRecord format"):
@@ -150,7 +156,7 @@ from pathlib import Path
 from spikeless.engine.loader import ModelLoader
 from spikeless.warmup import replay, warmup_file
 
-def switches():
+def switches() -> None:
     lines = [line for task in Path("/proc/self/task").iterdir() if task.name != main
              for line in (task / "status").read_text().splitlines()]
     return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
@@ -163,12 +169,12 @@ print(warmed, switches() - warmed)
 """
 
 
-def test_a_version_is_warmed_on_the_thread_that_loads_it(saved_models, tmp_path):
+def test_a_version_is_warmed_on_the_thread_that_loads_it(saved_models: Path, tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(saved_models / "signatures", path)
     warmup_file(path).parent.mkdir(exist_ok=True)
     shutil.move(write(tmp_path, *[predict_log()] * 500), warmup_file(path))
-    command = [sys.executable, "-c", _THREADS, path]
+    command = [sys.executable, "-c", _THREADS, str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     warming, requests = map(int, done.stdout.split())
     assert warming < 250 < requests, "requests run on TensorFlow's threads, warmup does not"
