@@ -1,4 +1,4 @@
-"""Runs made up for tests: latencies that are known exactly, in the form in which a benchmark records them."""
+"""Made-up benchmark runs, with exactly known latencies."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ MACHINE = Machine("Debian 12", "Linux 6.1", "x86_64", "a processor", 2, 8 << 30,
 def made_up_run(scenario: str = "warmup", *spikes_ms: float, rate: float = 200, **facts: Any) -> Run:
     """A run with 20 s for each spike (one of 0 ms by default) at constant arrivals.
 
-    Requests take 1 ms (the first 20 after the start 150 ms). In each 20 s the next version is published at
-    10 s and AVAILABLE at 11.2 s; the old one ends at 11.4 s. The server stalls for the spike's length from
-    11.2 s on, and every request that is due meanwhile waits for the stall's end.
+    Requests take 1 ms (the first 20 after the start 150 ms). In each 20 s the next
+    version is published at 10 s and AVAILABLE at 11.2 s; the old one ends at 11.4 s.
+    The server stalls for the spike's length from 11.2 s on, and every request that is
+    due meanwhile waits for the stall's end.
     """
     spikes = spikes_ms or (0.0,)
     seconds = SETTINGS.seconds * len(spikes)

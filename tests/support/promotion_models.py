@@ -1,7 +1,8 @@
-"""A repository of small versions whose answers tell them apart, servers that serve it, and load on them.
+"""Small versions whose answers tell them apart, their servers, and load on these.
 
-Version ``n`` answers ``x * n``: a caller knows whose answer it has got. The SavedModels are built by
-TensorFlow in a process of its own, once: the fixture ``scales`` is a directory with one for each of `SCALES`.
+Version ``n`` answers ``x * n``: a caller knows whose answer it has got. The SavedModels
+are built by TensorFlow in a process of its own, once: the fixture ``scales`` is a
+directory with one for each of `SCALES`.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def golden_file(path: Path, factor: float) -> Path:
 def add_version(
     saved_model: Path, models: Path, number: int, *, warmup: bool = True, expected: float | None = None
 ) -> Path:
-    """Put a version into a repository, with a warmup record and the answer that it should give."""
+    """Put a version into a repository, with a warmup record and its expected answer."""
     version = models / NAME / str(number)
     shutil.copytree(saved_model, version)
     extra = version / "assets.extra"
@@ -162,7 +163,7 @@ def served(client: Client, name: str = NAME, **spec: Any) -> int:
 
 
 class Load:
-    """Callers that never stop: without a label, and for ``stable``; it counts what they get."""
+    """Callers that never stop, with label ``stable`` and without; counts answers."""
 
     def __init__(self, target: str, threads: int = 2) -> None:
         self.answers: Counter[tuple[str, float]] = Counter()
