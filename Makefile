@@ -16,7 +16,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-# The tagger's training has an environment of its own, made when it is first needed: TensorFlow 2.15.
+# The tagger's training has its own environment with TensorFlow 2.15, made on first use.
 TAGGER_PYTHON ?= python3.11
 TAGGER_READY  := .venv-tagger/.ready
 
@@ -34,16 +34,16 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# In the order of the folders, so that what takes longest, the containers, begins at once.
+# In the order of the folders: the containers take longest and begin first.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# Images and the compose stack on a real container engine, which is prepared from the distribution's packages if need
-# be; `make test` has them too, and SPIKELESS_CONTAINERS=0 leaves them out there.
+# Images and the compose stack on a real container engine, started from the distribution's packages where none runs.
+# `make test` includes them unless SPIKELESS_CONTAINERS=0.
 test-containers: $(READY)
 	$(BIN)/python -m pytest tests/bundle/test_containers.py
 
-# What reads bytes from outside, along its branches, for FUZZ_SECONDS each. Findings are left in reports/.
+# Fuzz each parser of foreign bytes for FUZZ_SECONDS. Findings go to reports/.
 FUZZ_SECONDS ?= 600
 FUZZ_TARGETS := json tensor tfrecord warmup checkpoint
 fuzz: $(READY)
@@ -53,7 +53,7 @@ fuzz: $(READY)
 demo: $(READY)
 	$(BIN)/spikeless demo
 
-# Benchmarks want a machine that is idle otherwise.
+# Run benchmarks on an otherwise idle machine.
 
 # What each step of reading training records is worth.
 bench-input-pipeline: $(READY)

@@ -1,6 +1,6 @@
-# Functions about flags of tensorflow_model_server, for bash: docker/entrypoint and spikeless.launch use them.
+# Bash functions about flags of tensorflow_model_server, for docker/entrypoint and spikeless.launch.
 #
-# Whoever sources this has the flags in the array `flags`, and a function `fail MESSAGE` that exits.
+# They need the flags in the array `flags`, and a function `fail MESSAGE` that exits.
 # shellcheck shell=bash disable=SC2154
 
 # given NAME: whether the flag is among the arguments; its value is then in $value.
@@ -29,9 +29,9 @@ given_file() {
     text=$(< "$value")$'\n'
 }
 
-# A platform file switches the flags about sessions, batching, warmup, tags and TensorFlow Lite off without a word, so
-# their values are said again inside it. It is needed for what has no flag: a version is restored on the thread
-# that loads it instead of the threads that requests run on, and warmup can have several threads.
+# Prints a platform configuration. It silently overrides the flags about sessions, batching, warmup, tags and
+# TensorFlow Lite, so it repeats their values. It says what has no flag: a version is restored on the thread that
+# loads it instead of the threads that requests run on, and warmup can have several threads.
 platform_config() {
     local name tag session=
     given_file tensorflow_session_config_file && session=$text
