@@ -11,7 +11,7 @@ import logging
 import sys
 
 import tensorflow as tf
-from flask import Flask, jsonify, request
+from flask import Flask, Response, jsonify, request
 
 app = Flask(__name__)
 predict = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
@@ -22,7 +22,7 @@ logging.getLogger("werkzeug").setLevel(logging.ERROR)
 
 
 @app.post("/predict")
-def answer():
+def answer() -> Response:
     outputs = predict(**{name: tf.constant(request.get_json()["instances"], spec.dtype)})
     return jsonify(predictions={alias: value.numpy().tolist() for alias, value in outputs.items()})
 

@@ -60,7 +60,7 @@ from mapping_summary import BARE, STOCK
 
 from spikeless import bench, launch, warmup
 from spikeless.bench.machine import describe_machine, source_commit
-from spikeless.bench.replayed import read_requests
+from spikeless.bench.replayed import ReplayedRequest, read_requests
 from spikeless.bench.rungs import Rung, kinds
 from spikeless.bench.scenario import server_facts
 from spikeless.cli.options import Size
@@ -82,7 +82,7 @@ MODEL_PARTS = ("load", "steady", "throughput", "soak", "squeeze")
 #: Of these, the parts that optimising cannot change.
 MEMORY_PARTS = ("soak", "squeeze")
 PARTS = ("load", "swap", *MODEL_PARTS[1:])
-_MAKE = Path(__file__).with_name("make_embedding_model.py")
+_MAKE = str(Path(__file__).with_name("make_embedding_model.py"))
 READY_SECONDS = 600
 CONNECTIONS = 4
 #: Between two versions: a reload has to be over in less than half of it.
@@ -216,7 +216,17 @@ def _exported(options: Options, name: str, size: int, sparse: bool) -> Path:
         made = model.with_name(f"{name}.unfinished")
         shutil.rmtree(made, ignore_errors=True)
         kind = "sparse" if sparse else "module"
-        command = [sys.executable, _MAKE, made, "--size", str(size), "--kind", kind, "--versions", "1"]
+        command = [
+            sys.executable,
+            str(_MAKE),
+            str(made),
+            "--size",
+            str(size),
+            "--kind",
+            kind,
+            "--versions",
+            "1",
+        ]
         subprocess.run(command, check=True, capture_output=True)
         (made / "requests").rename(_requests(model))
         (made / "1").rename(model)
@@ -289,7 +299,7 @@ def load(options: Options, scenario: str, subject: Subject) -> Path:
     with _served(options, subject, warm=False) as (server, client, publish):
         first = read_requests(subject.requests, NAME)[0]
         with grpc.insecure_channel(server.target) as channel:
-            call = channel.unary_unary(first.path)
+            call = _call(channel, first)
             call(first.message)  # version 1, so that only what is version 2's own is cold
             before = _process(server.pid)
             peak = [before["rss_anon"]]
@@ -361,7 +371,7 @@ def _turns(
     name: str,
     measure: Callable[[Sequence[Call], Sequence[bytes]], float],
 ) -> Path:
-    """The servers of all kinds at once, in turns: what drifts meanwhile, drifts for all."""
+    """The servers of all kinds run at once and take turns, so that drift affects all."""
     with ExitStack() as stack:
         calls: dict[str, list[Call]] = {}
         for subject in subjects:
@@ -371,8 +381,7 @@ def _turns(
                 grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1)])
                 for _ in range(CONNECTIONS)
             ]
-            path = requests[0].kind.path
-            calls[subject.kind] = [stack.enter_context(channel).unary_unary(path) for channel in channels]
+            calls[subject.kind] = [_call(stack.enter_context(channel), requests[0]) for channel in channels]
         messages = [request.message for request in requests]
         values: dict[str, list[float]] = {kind: [] for kind in calls}
         for turn in range(-2, TURNS):  # the first two are for warming
@@ -382,6 +391,10 @@ def _turns(
                     values[kind].append(value)
         measured = {"turn_seconds": TURN_SECONDS, "connections": CONNECTIONS, name: values}
         return _save(options, scenario, server, measured)
+
+
+def _call(channel: grpc.Channel, request: ReplayedRequest) -> Call:
+    return channel.unary_unary(request.kind.path, lambda message: message, lambda answer: answer)
 
 
 def _ask(call: Call, messages: Sequence[bytes], first: int, step: int) -> list[float]:

@@ -82,9 +82,9 @@ def pipeline(steps: Collection[str]) -> tf.data.Dataset:
         return records.batch(BLOCK) if vectorised else records
 
     def parse(records: tf.Tensor) -> dict[str, tf.Tensor]:
-        if vectorised:
-            return tf.io.parse_example(records, specification)
-        return tf.io.parse_single_example(records, specification)
+        parser = tf.io.parse_example if vectorised else tf.io.parse_single_example
+        parsed: dict[str, tf.Tensor] = parser(records, specification)
+        return parsed
 
     if "interleave" in steps:
         made = tf.data.Dataset.from_tensor_slices(files)

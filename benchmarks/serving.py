@@ -111,14 +111,17 @@ def bare(path: Path, seconds: float) -> list[int]:
 
 def bare_turn(path: Path, seconds: float) -> list[int]:
     command = [sys.executable, __file__, "--saved-model", str(path), "--bare", str(seconds)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    taken: list[int] = json.loads(done.stdout)
+    return taken
 
 
 def grpc_request(path: Path) -> bytes:
     alias, value = row(path)
     request = predict_pb2.PredictRequest(model_spec=model_spec(MODEL))
     request.inputs[alias].CopyFrom(to_proto(value))
-    return request.SerializeToString()
+    content: bytes = request.SerializeToString()
+    return content
 
 
 def grpcio_client(target: str, path: Path) -> Ask:
@@ -126,8 +129,12 @@ def grpcio_client(target: str, path: Path) -> Ask:
     content = grpc_request(path)
     # A connection of its own for each client.
     channel = grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
-    call = channel.unary_unary(METHOD)
-    return lambda: call(content) and None
+    call = channel.unary_unary(METHOD, lambda message: message, lambda answer: answer)
+
+    def ask() -> None:
+        call(content)
+
+    return ask
 
 
 def grpc_client(target: str, path: Path) -> Ask:

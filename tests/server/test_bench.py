@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ def test_a_server_that_dies_and_returns(models: Path, requests: Path) -> None:
     server = stand_in(models)
     load = OpenLoop(Schedule(100, 120).offsets(), read_requests(requests, "boston"), server.target, 30)
 
-    def wait_until(condition) -> None:
+    def wait_until(condition: Callable[[], bool]) -> None:
         server.wait_for(condition, "the load to go on", 60)
 
     thread = threading.Thread(target=load.run, args=(time.monotonic(),))
@@ -187,9 +187,9 @@ def test_an_interrupted_run_keeps_what_it_has(
         "--headless",
         "--only-summary",
     ]
-    command += ["--host", server.target, "--requests", requests, "--rate", "100", "--seconds", "300"]
+    command += ["--host", server.target, "--requests", str(requests), "--rate", "100", "--seconds", "300"]
     process = subprocess.Popen(
-        [*map(str, command), "--record", str(record)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [*command, "--record", str(record)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     with process:
         assert process.stdout is not None
@@ -244,7 +244,7 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     first = spikeless("publish", source, "--name", "boston", "--models", models)
     assert first.returncode == 0, first.stderr
 
-    load = ("--rate", 100, "--seconds", 18, "--warm-seconds", 1, "--timeout", 60)
+    load: tuple[str | int, ...] = ("--rate", 100, "--seconds", 18, "--warm-seconds", 1, "--timeout", 60)
     load += ("--publishes", 3, "--publish-at", 3, "--publish-every", 5)
     place = ("--models", models, "--out", tmp_path / "raw")
     options = (*load, *place, "--publish", source, "--scenario", "warm", "--no-floor", "--json")

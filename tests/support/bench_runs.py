@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from spikeless.bench import Facts, Floor, Publish, Run, ServerFacts, Settings
+from spikeless.bench.analysis import Reload, Summary, Window
 from spikeless.bench.columns import COLUMNS
 from spikeless.bench.machine import Machine
 from spikeless.bench.watch import StateChange
@@ -111,3 +112,15 @@ def write_requests(path: Path, *sizes: int, alias: str = "x", width: int = 4) ->
         records.append(log.SerializeToString())
     tfrecord.write(path, records)
     return path
+
+
+def reload_of(summary: Summary) -> Window:
+    """The reload window of a run in which something was published."""
+    assert summary.reload is not None
+    return summary.reload
+
+
+def control_of(reload: Reload) -> Window:
+    """The control window of a reload that has one."""
+    assert reload.control is not None
+    return reload.control

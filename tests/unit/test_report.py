@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from bench_runs import MACHINE, made_up_run, with_failures
 
-from spikeless.bench import report
+from spikeless.bench import Run, report
 from spikeless.errors import InvalidArgument, NotFound
 
 
-def rows(*runs) -> dict[str, list[str]]:
+def rows(*runs: Run) -> dict[str, list[str]]:
     return {row.label: list(row.cells) for row in report.table(report.group(runs))}
 
 
