@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+import hypothesis
 from places import ROOT
 
 # Tests fork only to start other programs. What gRPC does for more than that breaks
@@ -13,6 +14,10 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 #: Training scripts import each other by their bare names, as scripts do; tests import
 #: them the same way.
 sys.path.append(str(ROOT / "training"))
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ("saved_models", "trained_models", "promotion_models")
 

@@ -19,7 +19,6 @@ from spikeless.formats.protos import predict_pb2, tensor_pb2, types_pb2
 
 EXAMPLES = settings(
     max_examples=150,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 NUMBERS = sorted(types_pb2.DataType.values())
