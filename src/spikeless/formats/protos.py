@@ -2,7 +2,7 @@
 
 The generated modules live inside the ``tensorflow`` package, so a plain import of one
 of them runs ``tensorflow/__init__.py``: seconds of time, half a gigabyte of memory and
-a full garbage collection of about 100 ms that looks like a reload spike. Here a bare
+a garbage collection of about 100 ms that looks like a reload spike. Here a bare
 package of that name stands in while the messages are imported (tens of milliseconds)
 and is taken away afterwards, so that a later ``import tensorflow`` gets the real one
 and shares the message classes.

@@ -1,10 +1,9 @@
 """``assets.extra/saved_model_config.pb``: what one model asks of its server's sessions.
 
-In and out: the file, a ``tensorflow.serving.SavedModelConfig``, of which only one field
+In and out: the file, a ``tensorflow.serving.SavedModelConfig``, of which one field
 matters here: ``session_overrides.disable_meta_optimizer``, for a graph that was
-optimised when it was published. The embedded engine reads the file. Its format is
-TensorFlow Serving's, but the public sources of that leave reading it unimplemented: its
-published builds take no notice of the file.
+optimised when it was published. The embedded engine reads it. TensorFlow Serving's
+published builds ignore it: its public sources do not implement reading the file.
 
 The message is not among those of the ``tensorflow-serving-api`` wheel, so the field is
 declared here, numbered as in

@@ -56,7 +56,7 @@ def read(path: str | os.PathLike[str], *, gzipped: bool | None = False) -> Itera
 
     Args:
         path: the file.
-        gzipped: whether the whole file is gzip-compressed; None finds out. TensorFlow
+        gzipped: whether the file is gzip-compressed; None detects it. TensorFlow
             Serving reads its warmup file uncompressed only.
 
     Raises:

@@ -1,7 +1,7 @@
 """Protocol buffer encoding, where a message object would cost too much.
 
-In: serialized messages. Out: their top-level fields as views, nothing looked into and
-nothing copied. The format is described in "Encoding" of the protocol buffer
+In: serialized messages. Out: their top-level fields as views, without a copy. The
+format is described in "Encoding" of the protocol buffer
 documentation.
 """
 

@@ -220,9 +220,9 @@ def _shape(record: Record) -> Shape:
         return (kind.name, targets, len(given), features)
     inputs = tuple(
         (alias, tensor.dtype, tuple(dim.size for dim in tensor.tensor_shape.dim))
-        for alias, tensor in sorted(request.inputs.items())
+        for alias, tensor in sorted(getattr(request, "inputs", {}).items())
     )
-    return (kind.name, targets, tuple(sorted(request.output_filter)), inputs)
+    return (kind.name, targets, tuple(sorted(getattr(request, "output_filter", ()))), inputs)
 
 
 def _examples(given: input_pb2.Input) -> list[Any]:

@@ -1,9 +1,8 @@
-"""The same samples in every batch size asked for.
+"""The same samples in every requested batch size.
 
-In: requests of any batch size. Out: requests of exactly the sizes asked for, made of
-the same rows. The rows of all requests that differ in nothing else are put one after
-the other and cut into batches; the last batch starts over from the first row, so that
-it is full as well.
+In: requests of any batch size. Out: requests of exactly the given sizes, made of the
+same rows. Requests that differ only in their rows are concatenated and cut into
+batches; the last batch is filled up from the first row.
 """
 
 from __future__ import annotations
@@ -40,8 +39,10 @@ def rebatch(
         groups.setdefault(_group(servable, request), []).append(request)
     batches: list[WarmupRequest] = []
     for group in groups.values():
-        make = _predict_batches if group[0].kind == PREDICT else _example_batches
-        batches.extend(make(servable, group, sizes))
+        if group[0].kind.takes_examples:
+            batches.extend(_example_batches(group, sizes))
+        else:
+            batches.extend(_predict_batches(servable, group, sizes))
     return batches
 
 
@@ -53,7 +54,7 @@ def _group(servable: Servable, request: WarmupRequest) -> tuple[Any, ...]:
         for alias in _batched(servable, request):
             shapes.append((alias, to_numpy(rest.message.inputs[alias]).shape[1:]))
             del rest.message.inputs[alias]
-    else:
+    elif rest.kind.takes_examples:
         del examples(rest.message.input)[:]
     return (*shapes, rest.log.SerializeToString(deterministic=True))
 
@@ -98,7 +99,7 @@ def _indices(group: list[WarmupRequest], rows: int, size: int) -> list[Any]:
 def _predict_batches(
     servable: Servable, group: list[WarmupRequest], sizes: Sequence[int]
 ) -> list[WarmupRequest]:
-    aliases = _batched(servable, group[0])
+    aliases = _batched(servable, group[0]) if group[0].kind == PREDICT else []
     if not aliases:
         return group
     rows = {
@@ -116,9 +117,7 @@ def _predict_batches(
     return batches
 
 
-def _example_batches(
-    servable: Servable, group: list[WarmupRequest], sizes: Sequence[int]
-) -> list[WarmupRequest]:
+def _example_batches(group: list[WarmupRequest], sizes: Sequence[int]) -> list[WarmupRequest]:
     rows = [example for request in group for example in examples(request.message.input)]
     batches = []
     for size in sizes:

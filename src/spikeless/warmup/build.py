@@ -22,8 +22,7 @@ from spikeless.warmup.requests import Servable, WarmupRequest
 from spikeless.warmup.samples import Router, SampleFile
 from spikeless.warmup.validation import validate
 
-#: What TensorFlow Serving calls a model when it is not told; MultiInference requests
-#: must have some name.
+#: TensorFlow Serving's default name of a model.
 DEFAULT_MODEL_NAME = "default"
 
 
@@ -31,25 +30,23 @@ DEFAULT_MODEL_NAME = "default"
 class BuildSettings:
     """What goes into a warmup file."""
 
-    #: Files of sample requests. Without any, requests are made up from the signatures
-    #: alone.
+    #: Files of sample requests. Without any, requests are generated from the
+    #: signatures.
     samples: tuple[SampleFile, ...] = ()
-    #: The signatures to warm; those that no sample is for get a made-up request.
-    #: Without any: those that the samples are for, or all where there are no samples.
+    #: The signatures to warm; without a sample, one gets a generated request. Default:
+    #: the signatures of the samples, or all where there are no samples.
     signatures: tuple[str, ...] = ()
-    #: Signature key -> ``Predict``, ``Classify`` or ``Regress``, where it is not the
-    #: one that its method name says; TensorFlow 2 calls every signature that it exports
-    #: Predict.
+    #: Signature key -> ``Predict``, ``Classify`` or ``Regress``, where its method name
+    #: says something else; TensorFlow 2 exports every signature as Predict.
     kinds: Mapping[str, str] = field(default_factory=dict)
-    #: For each MultiInference request wanted, the Classify and Regress signatures that
-    #: it joins.
+    #: The Classify and Regress signatures of each MultiInference request.
     multi_inference: tuple[tuple[str, ...], ...] = ()
     #: The batch sizes of the requests; empty leaves samples as they are.
     batch_sizes: tuple[int, ...] = ()
-    #: Sizes of unknown dimensions in made-up requests.
+    #: Sizes of unknown dimensions in generated requests.
     dims: synthetic.Dims = field(default_factory=dict)
-    #: The model name in the requests; None keeps the name in a PredictionLog sample,
-    #: else ``default``. Servers do not look at it when they warm up.
+    #: The model name in the requests, which servers ignore when they warm up. None
+    #: keeps the name in a PredictionLog sample, else ``default``.
     model_name: str | None = None
 
 
@@ -95,8 +92,11 @@ def make_requests(saved_model: str | os.PathLike[str], settings: BuildSettings) 
 def build(saved_model: str | os.PathLike[str], settings: BuildSettings | None = None) -> Path:
     """Write the warmup file of ``saved_model``, over an older one; returns its path.
 
-    Raises what `make_requests` does, and FailedPrecondition where the file cannot be
-    written; nothing is left behind then, and an older warmup file stays.
+    On any error an older warmup file stays as it is.
+
+    Raises:
+        SpikelessError: as `make_requests` does.
+        FailedPrecondition: the file cannot be written.
     """
     requests = make_requests(saved_model, settings or BuildSettings())
     path = warmup_file(saved_model)

@@ -1,7 +1,7 @@
 """Replay a warmup file, as a server does before a version becomes AVAILABLE.
 
-In: a loaded model and the file. Out: nothing but a warm model; the answers are thrown
-away. The rules are those of TensorFlow Serving's ``saved_model_warmup.cc`` and
+In: a loaded model and the file. Out: a warm model; responses are dropped. The rules are
+those of TensorFlow Serving's ``saved_model_warmup.cc`` and
 ``saved_model_warmup_util.cc``.
 """
 
@@ -35,9 +35,8 @@ class WarmupError(SpikelessError):
 def replay(model: Inference, path: str | os.PathLike[str], *, request_iterations: int = 1) -> int:
     """Run every record of the warmup file ``path`` through ``model``, in order.
 
-    The model's name and version in a record are not looked at: it is replayed into the
-    version that it came with. A record that holds no request at all counts, and does
-    nothing.
+    Model name and version in a record are ignored: it is replayed into the version that
+    it came with. A record without a request counts, and does nothing.
 
     Args:
         model: a loaded model.

@@ -11,7 +11,7 @@ In: a file that the user has. Out: the requests in it. The name tells the form:
   an input of one value. Otherwise the columns are, in order, the features of a
   signature with one numeric input [?, N]; a header is skipped.
 - anything else: TFRecords, gzip-compressed or not, of ``tf.Example`` (one request each)
-  or ``PredictionLog`` (whose requests are taken, and whose responses are not).
+  or ``PredictionLog`` (whose responses are dropped).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SampleFile:
     """A file of sample requests."""
 
     path: Path
-    #: The signature of those samples that name none themselves.
+    #: The signature of samples that name none.
     signature: str | None = None
 
 
@@ -51,15 +51,15 @@ class SampleFile:
 class Router:
     """Where samples go: the signature that they or their file name, or the only one.
 
-    Where it has not exactly one, tensors go to ``serving_default``, and examples to all
-    of its Classify and Regress signatures. Examples that name no signature also go into
-    the MultiInference requests asked for.
+    Otherwise tensors go to ``serving_default``, and examples to all Classify and
+    Regress signatures. Examples that name no signature also go into the requested
+    MultiInference requests.
     """
 
     servable: Servable
     #: The signatures named for the build; empty for all.
     named: Sequence[Target] = ()
-    #: The MultiInference requests asked for.
+    #: The requested MultiInference requests.
     joined: Sequence[Target] = ()
 
     def for_tensors(self, key: str | None) -> Signature:
@@ -297,7 +297,7 @@ def _parse(message: Any, content: bytes) -> Any:
 
 
 def _request_only(log: prediction_log_pb2.PredictionLog) -> prediction_log_pb2.PredictionLog:
-    """The log without its response and metadata, which no server looks at."""
+    """The log without its response and metadata, which servers ignore."""
     field = log.WhichOneof("log_type")
     if field not in kinds.BY_LOG_FIELD:
         raise Unimplemented(f"no server replays a {field}, only {', '.join(kinds.BY_NAME)} requests")

@@ -1,10 +1,9 @@
 """Requests from a signature alone, for models that come without samples.
 
-In: a signature, and a size for each unknown dimension behind the batch. Out: one
-request of batch size 1, always the same: floats count 0, 0.1 ... 0.9, integers are 1
-(in every vocabulary, and no bad divisor or length), booleans true, strings ``1``. A
-string input that is parsed as ``tf.Example`` gets an example with every feature that
-the model parses.
+In: a signature, and a size for each unknown dimension after the batch. Out: one request
+of batch size 1, always the same: floats count 0, 0.1 ... 0.9, integers are 1 (which any
+vocabulary has, and no divisor or length fails on), booleans true, strings ``1``. A
+string input that the model parses as ``tf.Example`` gets one with all its features.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from spikeless.formats.tensors import numpy_dtype, shape_text
 from spikeless.warmup.features import FeatureSpec, to_feature
 from spikeless.warmup.requests import Servable, Target, WarmupRequest, predict, with_examples
 
-#: Input alias -> sizes of its unknown dimensions behind the batch, in order. None is
-#: for all other inputs, and has one size for all of their unknown dimensions.
+#: Input alias -> sizes of its unknown dimensions after the batch, in order. None is for
+#: all other inputs, with one size for all of their unknown dimensions.
 Dims = Mapping[str | None, tuple[int, ...]]
 
 _Array = np.ndarray[Any, Any]
@@ -66,7 +65,7 @@ def _takes_one_string(signature: Signature) -> bool:
 
 
 def values(dtype: int, shape: list[int]) -> _Array:
-    """The array of a type and shape that stands for a sample."""
+    """The generated value of this type and shape."""
     if dtype == types_pb2.DT_STRING:
         return np.full(shape, b"1", dtype=object)
     numpy = numpy_dtype(dtype)

@@ -1,7 +1,7 @@
-"""Whether a request fits the signature that it is for, told before any server tries it.
+"""Check that a request fits its signature, before any server tries it.
 
-In: a request and the model's signatures. Out: nothing, or the error that says what does
-not fit.
+In: a request and the model's signatures. Out: nothing, or an error that
+says what does not fit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Try a warmup file as a server would, and see what it gains.
+"""Try a warmup file as a server would, and measure the gain.
 
 In: a SavedModel with a warmup file. Out: the latency of the first request to each
 signature, cold and after warmup; or the error that would fail the load.
@@ -61,7 +61,7 @@ def verify(saved_model: str | os.PathLike[str], *, request_iterations: int = 1) 
         DataLoss: the warmup file is truncated, damaged or no TFRecord file.
         TensorFlowError: the model cannot be loaded at all.
     """
-    savedmodel.read(saved_model)  # says what is wrong with the directory better than the runtime does
+    savedmodel.read(saved_model)  # its errors are clearer than the runtime's
     path = warmup_file(saved_model)
     if not path.is_file():
         raise NotFound(f"{path} does not exist; write it with `spikeless warmup build {saved_model}`")
