@@ -441,7 +441,7 @@ def v1_several_graphs(path: Path) -> None:
     builder.save()
 
 
-class _Doubled(saveable_object.SaveableObject):  # type: ignore[misc]
+class _Doubled(saveable_object.SaveableObject):
     """Restores twice what was saved."""
 
     def __init__(self, variable: Any) -> None:

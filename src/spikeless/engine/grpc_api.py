@@ -72,7 +72,7 @@ def _model_spec(kind: Kind, request: Any) -> model_pb2.ModelSpec:
     return parts[0].model_spec
 
 
-class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
+class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
     """A method for each kind of request, and one for signatures."""
 
     def __init__(self, calls: Calls) -> None:
@@ -92,7 +92,7 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
         return self._calls.metadata(request)
 
 
-class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore[misc]
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     """Model states and configuration."""
 
     def __init__(self, calls: Calls) -> None:

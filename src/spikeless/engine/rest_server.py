@@ -47,7 +47,7 @@ class RestLimits:
 _LIMITS = RestLimits()
 
 
-class _RequestParser(HTTPRequestParser):  # type: ignore[misc]
+class _RequestParser(HTTPRequestParser):
     """Answers 400 where waitress hangs up: half an IPv6 address in a request line."""
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -57,7 +57,7 @@ class _RequestParser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError(str(error)) from None
 
 
-class _Task(WSGITask):  # type: ignore[misc]
+class _Task(WSGITask):
     """Sends the head of an answer together with its body, in one packet if it is small.
 
     To HEAD the body is only its length.
@@ -77,7 +77,7 @@ class _Task(WSGITask):  # type: ignore[misc]
         self.content_bytes_written = len(data)
 
 
-class _ErrorTask(ErrorTask):  # type: ignore[misc]
+class _ErrorTask(ErrorTask):
     """Gives a JSON body to errors that do not reach the application."""
 
     def execute(self) -> None:
@@ -90,7 +90,7 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
-class _Channel(HTTPChannel):  # type: ignore[misc]
+class _Channel(HTTPChannel):
     """A connection that is closed when a request takes too long to arrive.
 
     Its loop leaves a connection alone while a worker sends on it.

@@ -147,7 +147,7 @@ class Capture:
             call.cancel()
 
 
-class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg]
+class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
 
