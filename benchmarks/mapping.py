@@ -260,7 +260,7 @@ def _served(
         source = model if warm else _cold(options, subject)
         # Named twice, so that two versions that follow each other have no file in
         # common.
-        staged = bench.staged([source, source], models, NAME, 1 + swaps, steps=())
+        staged = bench.staged([source, source], models, NAME, 1 + swaps, gates=())
         publish = stack.enter_context(staged)
         first = publish()
         if confine is not None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from spikeless.errors import SpikelessError as SpikelessError
     from spikeless.mapping import MapSettings as MapSettings
     from spikeless.mapping import map_saved_model as map_saved_model
-    from spikeless.repository.gates import Gates as Gates
     from spikeless.repository.gates import GateSettings as GateSettings
     from spikeless.repository.publishing import publish as publish
     from spikeless.rollout.fleet import FleetSettings as FleetSettings
@@ -36,7 +35,6 @@ _HOMES = {
     "Client": "spikeless.client:Client",
     "FleetSettings": "spikeless.rollout.fleet:FleetSettings",
     "GateSettings": "spikeless.repository.gates:GateSettings",
-    "Gates": "spikeless.repository.gates:Gates",
     "MapSettings": "spikeless.mapping:MapSettings",
     "PromotionSettings": "spikeless.rollout.promotion:PromotionSettings",
     "SpikelessError": "spikeless.errors:SpikelessError",

@@ -42,7 +42,7 @@ from spikeless.errors import SpikelessError, Unavailable
 from spikeless.formats.protos import predict_pb2
 from spikeless.formats.states import State
 from spikeless.formats.tensors import to_proto
-from spikeless.repository import publishing
+from spikeless.repository import layout, publishing
 
 pytestmark = [
     pytest.mark.xdist_group("containers"),
@@ -102,7 +102,7 @@ def available(client: Client, name: str) -> set[int]:
 
 
 def versions_on_disk(stack: Stack) -> set[int]:
-    return set(publishing.versions(stack.folder / "models", "boston"))
+    return set(layout.versions(stack.folder / "models", "boston"))
 
 
 def break_version(source: Path, version: Path) -> None:

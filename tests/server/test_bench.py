@@ -25,7 +25,7 @@ from spikeless.bench.load.openloop import OpenLoop
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.schedule import Schedule
 from spikeless.errors import Code, FailedPrecondition
-from spikeless.repository import publishing
+from spikeless.repository import layout
 
 STAND_IN = SUPPORT / "stand_in.py"
 
@@ -218,9 +218,9 @@ def test_versions_are_staged_beforehand_and_take_turns(saved_models: Path, tmp_p
         shutil.copytree(saved_models / "signatures", source)
     models = tmp_path / "models"
     with bench.staged(sources, models, "boston", 4, link=True) as publish:
-        assert publishing.versions(models, "boston") == {}
+        assert layout.versions(models, "boston") == {}
         assert [publish().name for _ in range(3)] == ["1", "2", "3"]
-    graphs = [version / "saved_model.pb" for version in publishing.versions(models, "boston").values()]
+    graphs = [version / "saved_model.pb" for version in layout.versions(models, "boston").values()]
     assert len(graphs) == 3, "what was not published is gone"
     assert graphs[0].samefile(graphs[2])
     assert graphs[0].samefile(sources[0] / "saved_model.pb")

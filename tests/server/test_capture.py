@@ -22,7 +22,7 @@ from spikeless.client import Client, model_spec
 from spikeless.errors import Code, FailedPrecondition, InvalidArgument, SpikelessError
 from spikeless.formats.protos import predict_pb2, prediction_log_pb2
 from spikeless.formats.tensors import to_numpy, to_proto
-from spikeless.repository import golden, publishing
+from spikeless.repository import golden, layout
 from spikeless.sidecars.capture import Capture, CaptureSettings
 from spikeless.sidecars.recording import MAX_PENDING_BYTES, Recorder, RecorderSettings
 from spikeless.warmup.records import read
@@ -80,7 +80,7 @@ def test_records_become_warmup_and_golden_requests(target, scales, tmp_path):
     arguments = ["--name", NAME, "--models", tmp_path / "published", "--golden", out]
     done = spikeless("publish", copy, *arguments)
     assert done.returncode == 0, done.stderr
-    (version,) = publishing.versions(tmp_path / "published", NAME).values()
+    (version,) = layout.versions(tmp_path / "published", NAME).values()
     assert len(golden.of_version(version).records) == 3
     done = spikeless("publish", scales / "3", *arguments)
     assert done.returncode == 1

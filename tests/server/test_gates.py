@@ -12,17 +12,16 @@ from trained_models import spikeless
 from spikeless.errors import InvalidArgument
 from spikeless.formats import savedmodel, tfrecord
 from spikeless.formats.protos import prediction_log_pb2
-from spikeless.repository import golden, publishing
-from spikeless.repository.gates import Gates, GateSettings, breaking_changes, stable_version
+from spikeless.repository import golden, layout, publishing
+from spikeless.repository.gates import GateSettings, breaking_changes, pipeline
 from spikeless.repository.golden import Tolerance
+from spikeless.repository.journal import Journal
+from spikeless.repository.layout import stable_version
 from spikeless.repository.trial import GateError
 
 
 def publish(source, models, **options):
-    gates = Gates(models, NAME, GateSettings(**options))
-    published = publishing.publish(source, models, NAME, steps=gates.steps)
-    gates.record(published)
-    return published, gates.findings
+    return publishing.publish(source, models, NAME, gates=pipeline(GateSettings(**options)))
 
 
 def test_a_good_version_passes_and_carries_its_golden_requests(scales, models, tmp_path):
@@ -40,15 +39,29 @@ def test_a_good_version_passes_and_carries_its_golden_requests(scales, models, t
     assert findings["memory"] > 0
     assert findings["first"] > 0
     assert findings["load"] > 0
+    assert record["gates"] == ["files", "warmup", "golden", "signatures", "trial"]
+    assert not record["allow_breaking"]
+
+
+def test_the_python_api_passes_the_same_gates_and_writes_the_same_record(scales, models):
+    publishing.publish(scales / "3", models, NAME)
+    publish(scales / "whole", models, allow_breaking=True, load=False)
+    first, second = Journal(models, NAME).records()
+    assert (first.version, first.stable, first.allow_breaking) == (3, 1, False)
+    assert first.gates == ("files", "warmup", "signatures", "trial")
+    assert first.findings.stable_requests == 1
+    assert (second.version, second.gates, second.allow_breaking) == (4, ("files", "warmup"), True)
+    with pytest.raises(GateError, match="gate signatures"):
+        publishing.publish(scales / "whole", models, NAME)
 
 
 def test_each_gate_names_itself_the_numbers_and_the_remedy(scales, models, tmp_path):
-    versions = set(publishing.versions(models, NAME))
+    versions = set(layout.versions(models, NAME))
 
     def refused(source, **options):
         with pytest.raises(GateError) as caught:
             publish(source, models, **options)
-        assert set(publishing.versions(models, NAME)) == versions
+        assert set(layout.versions(models, NAME)) == versions
         return caught.value.gate, str(caught.value)
 
     gate, message = refused(scales / "3", golden=golden_file(tmp_path / "golden", 4.0))
@@ -60,7 +73,7 @@ def test_each_gate_names_itself_the_numbers_and_the_remedy(scales, models, tmp_p
     assert gate == "signatures"
     for text in ("input x was DT_FLOAT and is DT_INT32", "output y is gone", "--allow-breaking"):
         assert text in message
-    published, _ = publish(scales / "whole", models, allow_breaking=True)
+    published = publish(scales / "whole", models, allow_breaking=True)
     versions.add(int(published.name))
 
     gate, message = refused(scales / "2", memory=1000)
@@ -89,17 +102,17 @@ def test_requests_of_the_stable_versions_callers_must_be_answered(scales, models
     publish(scales / "3", models, allow_breaking=True)
 
 
-def test_golden_files_are_looked_at_before_anything_is_copied(scales, models, tmp_path):
+def test_golden_files_are_read_before_anything_is_copied(tmp_path):
     file = tmp_path / "golden"
     tfrecord.write(file, [prediction_log().SerializeToString()])
     with pytest.raises(InvalidArgument, match="record 1 has no response"):
-        Gates(models, NAME, GateSettings(golden=file))
+        pipeline(GateSettings(golden=file))
     tfrecord.write(file, [])
     with pytest.raises(InvalidArgument, match="has no records"):
-        Gates(models, NAME, GateSettings(golden=file))
+        pipeline(GateSettings(golden=file))
     tfrecord.write(file, [prediction_log_pb2.PredictionLog().SerializeToString()])
     with pytest.raises(InvalidArgument, match="which has no answer"):
-        Gates(models, NAME, GateSettings(golden=file))
+        pipeline(GateSettings(golden=file))
 
 
 def test_the_stable_version_is_the_labelled_one(models):

@@ -15,6 +15,7 @@ from spikeless.disk import proc
 from spikeless.formats.states import State
 from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
+from spikeless.repository.gates import GateSettings, pipeline
 
 MAKE = SUPPORT / "mapping_models.py"
 SIZE = (1 << 18) * 64 * 4
@@ -33,14 +34,15 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mapped", [False, True], ids=["stock", "mapped"])
 def test_what_a_swap_takes(serve: ServerFactory, saved_model: Path, tmp_path: Path, mapped: bool) -> None:
     models = tmp_path / "models"
-    steps = [publishing.map_step(MapSettings(verify=False))] if mapped else []
-    publishing.publish(saved_model, models, "m", steps=steps)
+    mapping = MapSettings(verify=False) if mapped else None
+    gates = pipeline(GateSettings(mapping=mapping, load=False))
+    publishing.publish(saved_model, models, "m", gates=gates)
     inputs = {"ids": np.arange(40, dtype=np.int32).reshape(10, 4)}
     with serve(model_name="m", model_base_path=models / "m") as running:
         first = running.client.predict("m", inputs)
         pid = running.server.pid
         faults_before, private_before = proc.counters(pid).minor_faults, proc.private_memory(pid)
-        publishing.publish(saved_model, models, "m", steps=steps)
+        publishing.publish(saved_model, models, "m", gates=gates)
         running.wait("m", {1: State.END, 2: State.AVAILABLE})
         second = running.client.predict("m", inputs)
         taken = (proc.counters(pid).minor_faults - faults_before) * PAGE

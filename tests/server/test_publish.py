@@ -14,18 +14,14 @@ from places import ROOT, SUPPORT
 from trained_models import spikeless
 
 from spikeless import warmup
-from spikeless.errors import DataLoss, FailedPrecondition, SpikelessError
+from spikeless.errors import SpikelessError
 from spikeless.formats import tfrecord
 from spikeless.formats.tensors import to_proto
-from spikeless.repository import checks
-from spikeless.repository.publishing import (
-    CHECK_FILES,
-    CHECK_LOAD,
-    CHECK_WARMUP,
-    Step,
-    publish,
-    versions,
-)
+from spikeless.repository import trial
+from spikeless.repository.gates import FILES, GATES, WARMUP, Gate
+from spikeless.repository.layout import versions
+from spikeless.repository.publishing import publish
+from spikeless.repository.trial import GateError
 from spikeless.warmup import records
 
 SAMPLES = ROOT / "warmup" / "boston" / "samples.jsonl"
@@ -81,7 +77,7 @@ def test_a_kill_at_any_point_leaves_every_visible_version_whole_and_the_next_pub
         found = versions(models, "boston")
         assert all(tree(path) == expected for path in found.values()), kill
         outcomes.append(list(found))
-        publish(source, models, "boston", steps=[CHECK_FILES])
+        publish(source, models, "boston", gates=[FILES])
         assert len(versions(models, "boston")) == len(found) + 1, kill
         assert not leftovers(models), kill
     renamed = next(number for number, kill in enumerate(kills) if kill.startswith("os.rename")) + 1
@@ -142,7 +138,7 @@ def test_a_warmup_record_that_would_fail_the_load_is_refused_without_one(
 ):
     rewrite_records(saved_model, change)
     with pytest.raises(SpikelessError, match=f"{saved_model}/assets.extra/.*{message}"):
-        publish(saved_model, tmp_path / "models", "boston", steps=[CHECK_FILES, CHECK_WARMUP])
+        publish(saved_model, tmp_path / "models", "boston", gates=[FILES, WARMUP])
     assert not (tmp_path / "models").exists()
 
 
@@ -159,8 +155,8 @@ def test_a_warmup_file_is_replayed_before_its_version_is_published(saved_model, 
 
         rewrite_records(candidate.path, cut)
 
-    with pytest.raises(SpikelessError, match=r"cannot be loaded: warmup record 1 of assets\.extra/"):
-        publish(saved_model, tmp_path / "models", "boston", steps=[Step("cut", incomplete), CHECK_LOAD])
+    with pytest.raises(SpikelessError, match=r"gate warmup: warmup record 1 of assets\.extra/"):
+        publish(saved_model, tmp_path / "models", "boston", gates=[Gate("cut", "cut", incomplete), GATES[-1]])
     assert list(versions(tmp_path / "models", "boston")) == [1]
 
 
@@ -168,13 +164,14 @@ def test_a_truncated_warmup_file_is_refused(saved_model, tmp_path):
     rewrite_records(saved_model, lambda log: None)
     file = warmup.warmup_file(saved_model)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataLoss, match="tf_serving_warmup_requests"):
-        publish(saved_model, tmp_path / "models", "boston", steps=[CHECK_WARMUP])
+    with pytest.raises(GateError, match=r"gate warmup: .*tf_serving_warmup_requests"):
+        publish(saved_model, tmp_path / "models", "boston", gates=[WARMUP])
 
 
 def test_a_model_that_kills_the_process_that_loads_it_is_refused(saved_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "_LOAD", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(FailedPrecondition, match="TensorFlow died of SIGSEGV"):
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr(trial, "_COMMAND", (sys.executable, "-c", program))
+    with pytest.raises(GateError, match=r"gate load: .*TensorFlow died of SIGSEGV"):
         publish(saved_model, tmp_path / "models", "boston")
     assert not leftovers(tmp_path / "models")
 

@@ -16,8 +16,8 @@ from trained_models import spikeless
 
 from spikeless.client import Client
 from spikeless.errors import InvalidArgument, NotFound, Unavailable
-from spikeless.repository import models_config, publishing
-from spikeless.repository.journal import Journal
+from spikeless.repository import layout, models_config
+from spikeless.repository.journal import ChangeBegun, Journal
 from spikeless.repository.models_config import new_block, with_versions
 from spikeless.rollout.promotion import promote
 from spikeless.rollout.prune import prune
@@ -62,7 +62,7 @@ def test_status_and_prune_follow_a_promotion(models, scales):
         pruned = json.loads(done.stdout)
         assert pruned["removed"] == [3]
         assert pruned["freed"] > 1000
-        assert set(publishing.versions(models, NAME)) == {1, 2, 4, 5}
+        assert set(layout.versions(models, NAME)) == {1, 2, 4, 5}
         assert pruned["kept"]["1"] == f"configured for {NAME}"
         assert pruned["kept"]["2"] == "labelled stable"
         assert pruned["kept"]["4"] == "younger than a day"
@@ -78,9 +78,7 @@ def test_status_says_what_does_not_agree(models, scales):
         gone = "127.0.0.1:1"
         block = models_config.read(models).block(NAME)
         models_config.edit(models, {NAME: with_versions(block, [2, 9], {"stable": 2, "new": 9})})
-        Journal(models / NAME / ".spikeless").append(
-            "begin", id="1", action="promote", version=9, label="stable", previous=1, steps=[]
-        )
+        Journal(models, NAME).append(ChangeBegun("1", "promote", 9, "stable", previous=1))
         add_version(scales / "1", models / "more", 1)
         (models / "more" / NAME).rename(models / "unlisted")
         (models / "more").rmdir()
@@ -109,7 +107,7 @@ def test_what_is_loaded_is_not_known_when_a_server_is_silent(models, scales):
     )
     with pytest.raises(Unavailable, match=r"no server answers at 127\.0\.0\.1:1"):
         prune(models, NAME, 1, fleet_of("127.0.0.1:1", patience=0.5))
-    assert set(publishing.versions(models, NAME)) == {1, 2}
+    assert set(layout.versions(models, NAME)) == {1, 2}
     with pytest.raises(InvalidArgument, match="--keep 0"):
         prune(models, NAME, 0, None)
     with pytest.raises(NotFound, match="has no versions"):
@@ -162,12 +160,12 @@ def test_killed_at_every_step_a_prune_leaves_whole_versions_and_repeating_finish
     outcomes = []
     for number, kill in enumerate(kills):
         walked = tmp_path / "walk" / str(number)
-        found = publishing.versions(walked, NAME)
+        found = layout.versions(walked, NAME)
         for path in found.values():
             assert len([file for file in path.rglob("*") if file.is_file()]) == 2, kill
         outcomes.append(tuple(found))
         assert set(prune(walked, NAME, 1, None).kept) == {3}
-        assert tuple(publishing.versions(walked, NAME)) == (3,), kill
+        assert tuple(layout.versions(walked, NAME)) == (3,), kill
         assert not (walked / NAME / ".spikeless" / "trash").exists(), kill
     assert set(outcomes) == {(1, 2, 3), (2, 3), (3,)}
     assert outcomes == sorted(outcomes, key=len, reverse=True)

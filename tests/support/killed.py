@@ -52,7 +52,9 @@ def _kill_at(number: int, folder: Path) -> None:
         nonlocal touched
         if event not in _EVENTS:
             return
-        paths = [os.fspath(path) for path in arguments if isinstance(path, (str, os.PathLike))]
+        # The mode of an open is text as well.
+        given = arguments[:1] if event == "open" else arguments
+        paths = [os.fspath(path) for path in given if isinstance(path, (str, os.PathLike))]
         # Removal of a tree goes by names relative to open directories.
         if not any(path.startswith(str(folder)) or "/" not in path for path in paths):
             return

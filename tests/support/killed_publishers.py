@@ -8,13 +8,14 @@ from pathlib import Path
 
 from killed import at_every_touch
 
-from spikeless.repository.publishing import CHECK_FILES, publish
+from spikeless.repository.gates import FILES
+from spikeless.repository.publishing import publish
 
 source, directory = sys.argv[1:]
 
 
 def publish_one(models: Path) -> None:
-    publish(source, models, "boston", steps=[CHECK_FILES])
+    publish(source, models, "boston", gates=[FILES])
 
 
 at_every_touch(directory, publish_one, publish_one)

@@ -41,7 +41,9 @@ from spikeless.mapping import (
 )
 from spikeless.mapping.manifest import mapping_nodes
 from spikeless.mapping.plan import MappingPlan
-from spikeless.repository import publishing
+from spikeless.repository import layout, publishing
+from spikeless.repository.candidate import Candidate
+from spikeless.repository.gates import Gate
 from spikeless.runtime import Session
 
 MetaGraphDef = meta_graph_pb2.MetaGraphDef
@@ -466,10 +468,10 @@ def test_mapping_beside_versions_leaves_alone_what_is_being_published(
     originals: Path, tmp_path: Path
 ) -> None:
     settings = dataclasses.replace(SETTINGS, verify=False)
-    with publishing.stage(originals / "module", tmp_path, "m", steps=()) as candidate:
+    with publishing.stage(originals / "module", tmp_path, "m", gates=()) as candidate:
         map_saved_model(originals / "module", tmp_path / "m" / "7", settings)
         assert candidate.publish() == tmp_path / "m" / "1"
-    assert set(publishing.versions(tmp_path, "m")) == {1, 7}
+    assert set(layout.versions(tmp_path, "m")) == {1, 7}
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(
@@ -875,7 +877,7 @@ def test_publish_prefetches_before_the_version_is_visible(mapped: Path, tmp_path
     def files(version: Path) -> list[Path]:
         return [version / record.path for record in read_manifest(version).mapped_files()]
 
-    def evict(candidate: publishing.Candidate) -> None:
+    def evict(candidate: Candidate) -> None:
         for path in files(candidate.path):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -883,8 +885,8 @@ def test_publish_prefetches_before_the_version_is_visible(mapped: Path, tmp_path
         if any(map(pages.resident, files(candidate.path))):
             pytest.skip("this file system keeps its pages")
 
-    steps = [publishing.Step("evicting", evict)]
-    with publishing.stage(mapped / "module", tmp_path, "m", steps=steps) as candidate:
+    gates = [Gate("evicting", "evicting", evict)]
+    with publishing.stage(mapped / "module", tmp_path, "m", gates=gates) as candidate:
         for path in files(candidate.path):
             assert pages.resident(path) == path.stat().st_size > 0
 
@@ -926,4 +928,4 @@ def test_publish_refuses_damaged_files(mapped: Path, tmp_path: Path, damage: Cal
     damage(file)
     with pytest.raises(SpikelessError, match=message):
         publishing.publish(source, tmp_path / "models", "m")
-    assert not publishing.versions(tmp_path / "models", "m")
+    assert not layout.versions(tmp_path / "models", "m")

@@ -9,8 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.repository.journal import ChangeBegun, ChangeEnded, Checked, RecordedStep
 from spikeless.repository.models_config import model_in, new_block, with_versions
-from spikeless.rollout.plans import Model, end_canary, promotion, rollback, undo, version_before
+from spikeless.rollout.plans import ServedModel, end_canary, promotion, rollback, undo, version_before
 
 
 def model(served=(1,), labels=None, canary=None):
@@ -19,7 +20,7 @@ def model(served=(1,), labels=None, canary=None):
         labels = {"stable": max(served)} if labels is None else labels
         block = with_versions(new_block("m", "/models/m"), served, labels)
     other = None if canary is None else with_versions(new_block("m-canary", "/models/m"), [canary], {})
-    return Model("m", {"m": block, "m-canary": other}, frozenset(served), "/models/m")
+    return ServedModel("m", {"m": block, "m-canary": other}, frozenset(served), "/models/m")
 
 
 def plan_of(model, version, label="stable", **more):
@@ -83,7 +84,7 @@ def test_an_older_version_takes_the_newer_one_out():
 
 def test_the_policy_latest_becomes_a_specific_one():
     block = new_block("m", "/models/m")
-    latest = Model("m", {"m": block, "m-canary": None}, frozenset([4]), "/models/m")
+    latest = ServedModel("m", {"m": block, "m-canary": None}, frozenset([4]), "/models/m")
     plan = plan_of(latest, 5)
     assert plan.states[0] == {"m": block, "m-canary": None}
     assert shape(plan)[1] == ([4], {}, 5)
@@ -122,7 +123,8 @@ def test_a_rollback_is_one_step_when_the_version_is_loaded():
 
 def test_undoing_and_ending():
     plan = plan_of(model([1]), 2)
-    record = {"version": 2, "label": "stable", "previous": 1, "steps": [{"blocks": b} for b in plan.states]}
+    steps = tuple(RecordedStep(step.title, step.blocks) for step in plan.steps)
+    record = ChangeBegun("1", "promote", 2, "stable", 1, steps=steps)
     assert undo(record).states[-1] == plan.states[0]
     assert shape(end_canary(model([1], canary=2)))[-1] == ([1], {"stable": 1}, None)
 
@@ -154,11 +156,10 @@ def test_every_state_is_safe_to_serve(served, data, version, canary, keep):
 
 
 def change(identity, action, version, previous, result, label="stable"):
-    begin = {"event": "begin", "id": identity, "action": action, "label": label}
     return [
-        begin | {"version": version, "previous": previous},
-        {"event": "check", "id": identity},
-        {"event": "end", "id": identity, "result": result},
+        ChangeBegun(identity, action, version, label, previous),
+        Checked(identity, "127.0.0.1:8500", "m", 1),
+        ChangeEnded(identity, result),
     ]
 
 

@@ -20,7 +20,9 @@ from spikeless.errors import (
     SpikelessError,
 )
 from spikeless.formats.protos import saved_model_pb2
-from spikeless.repository.publishing import CHECK_FILES, Step, publish, stage, versions
+from spikeless.repository.gates import FILES, Gate
+from spikeless.repository.layout import versions
+from spikeless.repository.publishing import publish, stage
 
 
 def write_saved_model(path: Path, *, variables: bool = False, asset: str | None = None) -> Path:
@@ -48,7 +50,7 @@ def models(tmp_path):
 
 
 def put(source, models, version=None, **options):
-    options.setdefault("steps", [CHECK_FILES])
+    options.setdefault("gates", [FILES])
     return publish(source, models, "boston", version, **options)
 
 
@@ -85,7 +87,7 @@ def test_a_server_sees_no_name_that_is_a_number_but_finished_versions(source, mo
         assert (candidate.name, candidate.version) == ("boston", 2)
 
     put(source, models)
-    put(source, models, steps=[Step("look", look)])
+    put(source, models, gates=[Gate("look", "look", look)])
     assert seen == [[".spikeless", "1"]]
 
 
@@ -106,7 +108,7 @@ def test_a_version_that_appears_meanwhile_is_not_overwritten(source, models):
         (models / "boston" / str(candidate.version) / "precious").write_text("data")
 
     with pytest.raises(AlreadyExists, match="appeared meanwhile"):
-        put(source, models, steps=[Step("appear", appear)])
+        put(source, models, gates=[Gate("appear", "appear", appear)])
     assert tree(models / "boston" / "1") == {"precious": b"data"}
     assert not leftovers(models)
 
@@ -137,7 +139,7 @@ def test_two_publishers_at_once_get_different_numbers(source, models):
     got = []
 
     def run():
-        got.append(put(source, models, steps=[Step("meet", lambda candidate: inside.wait())]))
+        got.append(put(source, models, gates=[Gate("meet", "meet", lambda candidate: inside.wait())]))
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -152,7 +154,7 @@ def test_the_same_number_twice_at_once_is_refused_and_the_first_one_goes_on(sour
         with pytest.raises(AlreadyExists, match="being published by another process"):
             put(source, models, 4)
 
-    assert put(source, models, 4, steps=[Step("second", second)]).name == "4"
+    assert put(source, models, 4, gates=[Gate("second", "second", second)]).name == "4"
     assert list(versions(models, "boston")) == [4]
 
 
@@ -160,7 +162,7 @@ def test_a_step_may_rewrite_the_staged_copy(source, models):
     def rewrite(candidate):
         (candidate.path / "extra").write_text(str(candidate.version))
 
-    published = put(source, models, steps=[Step("rewrite", rewrite)])
+    published = put(source, models, gates=[Gate("rewrite", "rewrite", rewrite)])
     assert (published / "extra").read_text() == "1"
     assert not (source / "extra").exists()
 
@@ -170,7 +172,7 @@ def test_a_step_that_refuses_leaves_nothing(source, models):
         raise FailedPrecondition("not this one")
 
     with pytest.raises(FailedPrecondition, match="not this one"):
-        put(source, models, steps=[CHECK_FILES, Step("refuse", refuse)])
+        put(source, models, gates=[FILES, Gate("refuse", "refuse", refuse)])
     assert versions(models, "boston") == {}
     assert not leftovers(models)
 
@@ -180,7 +182,7 @@ def test_progress_names_each_stage(source, models):
     put(
         source,
         models,
-        steps=[Step("one", lambda _: None), Step("two", lambda _: None)],
+        gates=[Gate("one", "one", lambda _: None), Gate("two", "two", lambda _: None)],
         progress=titles.append,
     )
     assert titles == ["copying", "one", "two", "writing to disk", "publishing"]
@@ -197,7 +199,7 @@ def test_modes_let_every_user_read_and_only_the_owner_write(source, models):
 
     old = os.umask(0o077)
     try:
-        published = put(source, models, steps=[Step("add", add)])
+        published = put(source, models, gates=[Gate("add", "add", add)])
     finally:
         os.umask(old)
     modes = {path.name: path.stat().st_mode & 0o777 for path in published.rglob("*")}
@@ -227,7 +229,7 @@ def test_a_linked_version_shares_the_files_whose_modes_are_right(source, models,
     (tmp_path / "elsewhere").chmod(0o444)
     (source / "linked").symlink_to(tmp_path / "elsewhere")
     before = tree(source)
-    with stage(source, models, "boston", steps=[CHECK_FILES], link=True) as candidate:
+    with stage(source, models, "boston", gates=[FILES], link=True) as candidate:
         published = candidate.publish()
     assert tree(published) == tree(source) == before
     assert (published / "large").samefile(source / "large")
@@ -245,7 +247,7 @@ def test_what_cannot_be_linked_is_copied(source, models, monkeypatch):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    with stage(source, models, "boston", steps=[CHECK_FILES], link=True) as candidate:
+    with stage(source, models, "boston", gates=[FILES], link=True) as candidate:
         assert tree(candidate.path) == tree(source)
     assert versions(models, "boston") == {}
 
@@ -361,6 +363,6 @@ def test_what_a_dead_publisher_left_is_removed_and_what_is_in_use_is_kept(source
         in_use.extend(leftovers(models))
         assert candidate.path.is_dir()
 
-    assert put(source, models, steps=[Step("nested", nested)]).name == "2"
+    assert put(source, models, gates=[Gate("nested", "nested", nested)]).name == "2"
     assert [path.name.partition("-")[0] for path in in_use] == ["2"]
     assert not leftovers(models)

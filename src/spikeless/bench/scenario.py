@@ -37,6 +37,8 @@ from spikeless.bench.watch import Watcher
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, Internal, NotFound
 from spikeless.repository import publishing
+from spikeless.repository.candidate import Candidate
+from spikeless.repository.gates import GATES, Gate
 
 #: Of every server that is measured: enough threads that no call is refused, even when
 #: nothing is answered for 4 s at 1000 requests/s.
@@ -183,14 +185,14 @@ def staged(
     name: str,
     count: int,
     *,
-    steps: Sequence[publishing.Step] = publishing.STEPS,
+    gates: Sequence[Gate] = GATES,
     link: bool = False,
 ) -> Iterator[Callable[[], Path]]:
     """Stage the next `count` versions; gives a callable that publishes the next one.
 
-    Publishing is one rename, so it takes no time from the load. The SavedModels take
+    Publishing is a rename and a line in the journal, so it takes no time from the load. The SavedModels take
     turns. Give two (or one twice), so that the old and the new version share no file;
-    else the new one would find its files in the processor's caches. The `steps` run on
+    else the new one would find its files in the processor's caches. The `gates` check
     the first version of each SavedModel, and later ones are hard links to it. With
     `link` the first ones are hard links to the SavedModels, which then must not be
     changed. Versions that were not published are deleted at the end of the block.
@@ -199,13 +201,13 @@ def staged(
         SpikelessError: what `spikeless.repository.publishing.stage` raises.
     """
     with ExitStack() as stack:
-        candidates: list[publishing.Candidate] = []
+        candidates: list[Candidate] = []
         for number in range(count):
             twin = number - len(saved_models)
             candidate = (
-                publishing.stage(saved_models[number], models, name, steps=steps, link=link)
+                publishing.stage(saved_models[number], models, name, gates=gates, link=link)
                 if twin < 0
-                else publishing.stage(candidates[twin].path, models, name, steps=(), link=True)
+                else publishing.stage(candidates[twin].path, models, name, gates=(), link=True)
             )
             candidates.append(stack.enter_context(candidate))
         waiting = iter(candidates)

@@ -20,7 +20,7 @@ from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.rungs import LADDER
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
-from spikeless.repository import publishing
+from spikeless.repository import layout
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
 _PATH = click.Path(path_type=Path)
@@ -246,7 +246,7 @@ def merge_command(merged: Path, parts: tuple[Path, ...]) -> None:
 
 def _own_requests(models: Path, name: str) -> Path:
     """The warmup file of the newest version that has one."""
-    for directory in reversed(publishing.versions(models, name).values()):
+    for directory in reversed(layout.versions(models, name).values()):
         if (file := warmup_file(directory)).is_file():
             return file
     raise NotFound(

@@ -9,7 +9,7 @@ import click
 from spikeless.cli.options import Duration, Size, models_option
 from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
-from spikeless.repository.gates import Gates, GateSettings
+from spikeless.repository.gates import GateSettings, pipeline
 from spikeless.repository.golden import Tolerance
 
 
@@ -72,21 +72,22 @@ def command(
     """
     if not mapped and (optimize or not verify):
         raise click.UsageError("--optimize and --no-verify are for --map: give that, too")
-    settings = GateSettings(allow_breaking, golden, Tolerance(rtol, atol), memory, max_first_request)
-    gates = Gates(models, name, settings)
-    *steps, trial = gates.steps
-    if mapped:
-        steps.append(publishing.map_step(MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize)))
-    if load:
-        steps.append(trial)
+    settings = GateSettings(
+        allow_breaking=allow_breaking,
+        golden=golden,
+        tolerance=Tolerance(rtol, atol),
+        mapping=MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize) if mapped else None,
+        load=load,
+        memory=memory,
+        max_first_request=max_first_request,
+    )
     published = publishing.publish(
         saved_model,
         models,
         name,
         version,
-        steps=steps,
+        gates=pipeline(settings),
         serving_root=serving_root,
         progress=lambda title: click.echo(f"{name}: {title}", err=True),
     )
-    gates.record(published)
     click.echo(published)

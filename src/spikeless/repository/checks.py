@@ -6,12 +6,9 @@ In: a SavedModel's directory. Out: nothing, or an error that names the file and 
 from __future__ import annotations
 
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
-from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from spikeless.errors import DataLoss, InvalidArgument, NotFound, Unimplemented
 from spikeless.formats import savedmodel
 from spikeless.formats.protos import meta_graph_pb2
 from spikeless.warmup.records import MAX_RECORDS, read, warmup_file
@@ -85,36 +82,3 @@ def check_warmup(path: Path) -> None:
         for spec in request.model_specs:
             spec.signature_name = spec.signature_name or savedmodel.DEFAULT_SIGNATURE
         validate(servable, request)
-
-
-def check_load(path: Path) -> None:
-    """Load and warm the SavedModel as a server would, in a process of its own that may crash without harm.
-
-    Raises:
-        FailedPrecondition: TensorFlow could not load it, or a warmup record failed, with the cause; or it
-            crashed.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", _LOAD, str(path)], stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    if done.returncode < 0:
-        reason = f"TensorFlow died of {signal.Signals(-done.returncode).name}\n{done.stderr[-2000:]}"
-    else:
-        reason = done.stdout.strip() or done.stderr[-2000:]
-    if done.returncode:
-        # Names inside the model: where it is staged is of no use to the caller.
-        raise FailedPrecondition(f"the model cannot be loaded: {reason.replace(f'{path}/', '')}")
-
-
-#: Prints why a SavedModel cannot be loaded and exits 1, or exits 0.
-_LOAD = """
-import sys
-from pathlib import Path
-from spikeless.errors import SpikelessError
-from spikeless.engine.loader import ModelLoader
-try:
-    ModelLoader()("candidate", 0, Path(sys.argv[1])).close()
-except SpikelessError as error:
-    print(error)
-    sys.exit(1)
-"""

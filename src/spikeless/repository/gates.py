@@ -1,129 +1,93 @@
 """Gates: what a version has to pass before anything of it is visible.
 
-In: a staged version (`publishing.stage`) and the stable version that it is to follow. Out: nothing, or an
-error that names the gate, the numbers and the remedy; and what was found, for the journal.
+In: a staged version (`Candidate`). Out: nothing, or an error that names the gate, the numbers and the remedy;
+and what was found, for the journal.
 
-``signatures``     callers of the stable version can go on: no signature, input or output is lost or changed
-``load``           TensorFlow loads it
-``warmup``         every warmup record runs
-``golden``         golden requests get their expected answers
-``first request``  the first request after load and warmup is quick enough
-``memory``         there is memory for it beside what is loaded now
+``files``       everything that the graph names is there
+``warmup``      every warmup record fits its signature
+``golden``      (a rewrite) golden requests become part of the version
+``signatures``  callers of the stable version can go on: no signature, input or output is lost or changed
+``mapping``     (a rewrite) parameters are mapped from files
+``trial``       it is loaded, warmed and asked in a process of its own; errors name the part that failed:
+                ``load``, ``warmup``, ``golden``, ``first request``, ``signatures`` or ``memory``
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from spikeless.disk import atomic
 from spikeless.errors import SpikelessError
 from spikeless.formats import savedmodel
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, shape_text
-from spikeless.repository import golden, models_config, publishing, trial
-from spikeless.repository.checks import check_warmup
-from spikeless.repository.golden import Tolerance
-from spikeless.repository.journal import Journal
-from spikeless.repository.publishing import CHECK_FILES, Candidate, Step
-from spikeless.repository.trial import Findings, GateError
+from spikeless.mapping import MapSettings, is_mapped, map_in_place
+from spikeless.repository import golden, trial
+from spikeless.repository.candidate import SIGNATURES, Candidate
+from spikeless.repository.checks import check_files, check_warmup
+from spikeless.repository.golden import Golden, Tolerance
+from spikeless.repository.trial import GateError
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One step of publishing: a check that raises, or a rewrite of the staged version."""
+
+    #: Its name, for errors and the journal.
+    name: str
+    #: What it does, for progress messages.
+    title: str
+    run: Callable[[Candidate], None]
+    #: What of it can be told from the source already, before gigabytes are copied and anything is created.
+    early: Callable[[Path], None] = lambda source: None
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What a version has to pass.
+    """What a version has to pass."""
 
-    allow_breaking: callers of the stable version may fail.
-    golden: a file of golden requests, which becomes part of the version; None for none.
-    tolerance: how far answers to them may be off.
-    memory: bytes that servers have for it; by default what is available on this machine now.
-    max_first_request: seconds that the first request may take.
-    """
-
+    #: Callers of the stable version may fail.
     allow_breaking: bool = False
+    #: A file of golden requests, which becomes part of the version; None for none.
     golden: Path | None = None
+    #: How far answers to them may be off.
     tolerance: Tolerance = field(default_factory=Tolerance)
+    #: Map its parameters from files, unless they are mapped already; None leaves them as they are.
+    mapping: MapSettings | None = None
+    #: Load it and ask it, as a test.
+    load: bool = True
+    #: Bytes that servers have for it; by default what is available on this machine now.
     memory: int | None = None
+    #: Seconds that the first request may take.
     max_first_request: float = 1.0
 
 
-class Gates:
-    """The steps of publishing one version (`publishing.publish`), and what they found."""
+def pipeline(settings: GateSettings) -> tuple[Gate, ...]:
+    """The gates in their order.
 
-    def __init__(self, models: str | os.PathLike[str], name: str, settings: GateSettings) -> None:
-        self._models = Path(models)
-        self._name = name
-        self._settings = settings
-        self._golden = (
-            golden.read_file(settings.golden, settings.tolerance) if settings.golden is not None else None
-        )
-        self.stable = stable_version(models, name)
-        self.findings = Findings()
+    Raises:
+        SpikelessError: ``settings.golden`` cannot be used (`golden.read_file`).
+    """
+    gates = [FILES, WARMUP]
+    if settings.golden is not None:
+        given = golden.read_file(settings.golden, settings.tolerance)
+        gates.append(Gate("golden", "adding golden requests", partial(_add_golden, given)))
+    if not settings.allow_breaking:
+        gates.append(Gate(SIGNATURES, "comparing signatures", _check_signatures))
+    if settings.mapping is not None:
+        gates.append(Gate("mapping", "mapping parameters", partial(_map, settings.mapping)))
+    if settings.load:
+        gates.append(Gate("trial", "loading and asking it", partial(_try, settings)))
+    return tuple(gates)
 
-    @property
-    def steps(self) -> Sequence[Step]:
-        return (
-            CHECK_FILES,
-            Step("checking warmup", lambda candidate: _check_warmup(candidate.path), _check_warmup),
-            Step("comparing signatures", self._check_signatures),
-            Step("loading and asking it", self._try),
-        )
 
-    def record(self, version: Path) -> None:
-        """Write into the journal that ``version`` has passed."""
-        Journal(self._models / self._name / publishing.STATE_DIRECTORY).append(
-            "publish",
-            version=int(version.name),
-            bytes=atomic.size_of(version),
-            stable=None if self.stable is None else int(self.stable.name),
-            allow_breaking=self._settings.allow_breaking,
-            findings=asdict(self.findings),
-        )
-
-    def _check_signatures(self, candidate: Candidate) -> None:
-        if self._golden is not None:
-            golden.write_to_version(self._golden, candidate.path)
-        if self.stable is None or self._settings.allow_breaking:
-            return
-        problems = breaking_changes(
-            savedmodel.read(self.stable).meta_graph(), savedmodel.read(candidate.path).meta_graph()
-        )
-        if problems:
-            raise GateError(
-                "signatures",
-                f"callers of {self.stable} would fail: {'; '.join(problems)}; keep what they use, or say "
-                "--allow-breaking",
-            )
-
-    def _try(self, candidate: Candidate) -> None:
-        stable = None if self._settings.allow_breaking else self.stable
-        self.findings = found = trial.run(candidate.path, stable)
-        limit = self._settings.max_first_request
-        if found.first is not None and found.steady is not None and found.first > limit:
-            raise GateError(
-                "first request",
-                f"it takes {1000 * found.first:.0f} ms after load and {found.warmup} warmup records, later "
-                f"ones {1000 * found.steady:.1f} ms, and the limit is {1000 * limit:.0f} ms; warm up what it "
-                "uses with `spikeless warmup build`, or raise --max-first-request",
-            )
-        self._check_memory(found.memory)
-
-    def _check_memory(self, needed: int) -> None:
-        budget = self._settings.memory
-        available = psutil.virtual_memory().available if budget is None else budget
-        if needed > available:
-            where = "this machine has available" if budget is None else "--memory allows"
-            raise GateError(
-                "memory",
-                f"it takes {needed / 1e6:.0f} MB of memory beside the versions that are loaded, and "
-                f"{available / 1e6:.0f} MB is what {where}; make room, map its parameters, or say what "
-                "servers elsewhere have with --memory",
-            )
+def _check_files(candidate: Candidate) -> None:
+    check_files(candidate.path)
 
 
 def _check_warmup(version: Path) -> None:
@@ -133,16 +97,59 @@ def _check_warmup(version: Path) -> None:
         raise GateError("warmup", f"{error}; build it again with `spikeless warmup build`") from None
 
 
-def stable_version(models: str | os.PathLike[str], name: str) -> Path | None:
-    """The directory of the version that callers get now; of the latest one where nothing is configured."""
-    versions = publishing.versions(models, name)
-    model = models_config.read(models).model(name) if Path(models).is_dir() else None
-    if model is not None:
-        served = model.model_version_policy.specific.versions
-        number = model.version_labels.get(models_config.STABLE, max(served, default=None))
-        if number in versions:
-            return versions[number]
-    return versions[max(versions)] if versions else None
+def _add_golden(given: Golden, candidate: Candidate) -> None:
+    golden.write_to_version(given, candidate.path)
+
+
+def _check_signatures(candidate: Candidate) -> None:
+    if candidate.stable is None:
+        return
+    problems = breaking_changes(
+        savedmodel.read(candidate.stable).meta_graph(), savedmodel.read(candidate.path).meta_graph()
+    )
+    if problems:
+        raise GateError(
+            "signatures",
+            f"callers of {candidate.stable} would fail: {'; '.join(problems)}; keep what they use, or say "
+            "--allow-breaking",
+        )
+
+
+def _map(settings: MapSettings, candidate: Candidate) -> None:
+    if not is_mapped(candidate.path):
+        map_in_place(candidate.path, settings)
+
+
+def _try(settings: GateSettings, candidate: Candidate) -> None:
+    stable = None if settings.allow_breaking else candidate.stable
+    candidate.findings = found = trial.run(candidate.path, stable)
+    limit = settings.max_first_request
+    if found.first is not None and found.steady is not None and found.first > limit:
+        raise GateError(
+            "first request",
+            f"it takes {1000 * found.first:.0f} ms after load and {found.warmup} warmup records, later "
+            f"ones {1000 * found.steady:.1f} ms, and the limit is {1000 * limit:.0f} ms; warm up what it "
+            "uses with `spikeless warmup build`, or raise --max-first-request",
+        )
+    _check_memory(found.memory, settings.memory)
+
+
+def _check_memory(needed: int, budget: int | None) -> None:
+    available = psutil.virtual_memory().available if budget is None else budget
+    if needed > available:
+        where = "this machine has available" if budget is None else "--memory allows"
+        raise GateError(
+            "memory",
+            f"it takes {needed / 1e6:.0f} MB of memory beside the versions that are loaded, and "
+            f"{available / 1e6:.0f} MB is what {where}; make room, map its parameters, or say what "
+            "servers elsewhere have with --memory",
+        )
+
+
+FILES = Gate("files", "checking files", _check_files)
+WARMUP = Gate("warmup", "checking warmup", lambda candidate: _check_warmup(candidate.path), _check_warmup)
+#: The gates of a version that is published without further wishes.
+GATES = pipeline(GateSettings())
 
 
 def breaking_changes(old: Any, new: Any) -> list[str]:

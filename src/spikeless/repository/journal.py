@@ -3,39 +3,205 @@
 In: records. Out: ``<models>/<name>/.spikeless/journal.jsonl``, one JSON object a line, only ever appended to,
 each line on the disk before the next step is taken. The order of the lines counts, not their times: clocks
 jump.
+
+Each line has ``schema``, ``event``, ``time``, ``user``, ``host`` and ``pid``, and the fields of one of the
+classes below. Lines without ``schema`` are from before there was one, and are read as schema 1. Readers skip
+events and fields that they do not know, so that only a change of meaning needs a new schema.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import getpass
 import json
 import os
 import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from spikeless.errors import FailedPrecondition
+from spikeless.repository import layout
+from spikeless.repository.models_config import Blocks
 
 FILE_NAME = "journal.jsonl"
+SCHEMA = 1
+#: The outcome of publishing (`outcomes`); changes name theirs.
+PASSED = "gates passed"
+
+
+@dataclass
+class Findings:
+    """What a trial (`spikeless.repository.trial`) found."""
+
+    #: Seconds that the load took.
+    load: float = 0.0
+    #: Bytes that belong to the process alone after load and warmup (RssAnon).
+    memory: int = 0
+    #: Warmup records that were replayed.
+    warmup: int = 0
+    #: Golden requests that were answered rightly.
+    golden: int = 0
+    #: Warmup records of the stable version that were answered.
+    stable_requests: int = 0
+    #: Seconds of the first request after load and warmup; None where there is nothing to ask.
+    first: float | None = None
+    #: Median of the requests after it, in seconds.
+    steady: float | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version has become visible."""
+
+    version: int
+    bytes: int
+    #: The version that callers got then.
+    stable: int | None = None
+    #: Whether callers of the stable version may fail.
+    allow_breaking: bool = False
+    #: Names of the gates that it passed.
+    gates: tuple[str, ...] = ()
+    findings: Findings = field(default_factory=Findings)
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One step of a planned change: a state of ``models.config`` and what is done when it is reached."""
+
+    title: str
+    blocks: Blocks
+    loads: bool = False
+    ask: str = ""
+    compare: bool = False
+
+
+@dataclass(frozen=True)
+class ChangeBegun:
+    """A promotion or rollback has begun; the whole plan is here, so that it can be resumed or undone."""
+
+    id: str
+    action: str
+    version: int
+    label: str
+    #: The version that the label pointed at.
+    previous: int | None = None
+    reason: str = ""
+    servers: tuple[str, ...] = ()
+    steps: tuple[RecordedStep, ...] = ()
+
+    @property
+    def states(self) -> list[Blocks]:
+        """The states of ``models.config``, the first of which is how things were before."""
+        return [step.blocks for step in self.steps]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests that were sent, and errors among them."""
+
+    requests: float = 0.0
+    errors: float = 0.0
+
+
+@dataclass(frozen=True)
+class Latencies(Requests):
+    """The same, with latencies in milliseconds; None where no request was answered."""
+
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A server answered a version's requests."""
+
+    #: The change that this belongs to.
+    id: str
+    server: str
+    #: The model under which the version was asked.
+    servable: str
+    #: How many requests the version carries.
+    requests: int
+    #: What was measured where it was compared with the stable version.
+    candidate: Latencies | None = None
+    stable: Latencies | None = None
+
+
+@dataclass(frozen=True)
+class Soaked:
+    """A version was watched on a server for some time."""
+
+    #: The change that this belongs to.
+    id: str
+    server: str
+    candidate: Latencies
+    stable: Latencies
+    #: Requests of real callers to the candidate, from the server's metrics.
+    traffic: Requests
+
+
+@dataclass(frozen=True)
+class ChangeEnded:
+    """A change has ended, or everything was put back."""
+
+    id: str
+    result: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A version was pruned."""
+
+    version: int
+    bytes: int
+
+
+Record = Published | ChangeBegun | Checked | Soaked | ChangeEnded | Removed
+#: ``event`` of a line -> what it holds.
+_EVENTS: dict[str, type[Record]] = {
+    "publish": Published,
+    "begin": ChangeBegun,
+    "check": Checked,
+    "soak": Soaked,
+    "end": ChangeEnded,
+    "prune": Removed,
+}
+_NAMES = {kind: event for event, kind in _EVENTS.items()}
+#: Fields that are JSON objects, or lists of them -> what they hold.
+_NESTED: dict[str, type[Any]] = {
+    "findings": Findings,
+    "steps": RecordedStep,
+    "candidate": Latencies,
+    "stable": Latencies,
+    "traffic": Requests,
+}
 
 
 class Journal:
-    """The journal in one directory, which is made when something is written."""
+    """The journal of one model; its file is made when something is written."""
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.path = Path(directory, FILE_NAME)
+    def __init__(self, models: str | os.PathLike[str], name: str) -> None:
+        self.path = layout.state_directory(models, name) / FILE_NAME
 
-    def append(self, event: str, **fields: Any) -> None:
+    def append(self, record: Record) -> None:
         """Write one record with the time, user, host and process added.
 
         Raises:
             FailedPrecondition: it could not be written.
         """
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        who = {"user": _user(), "host": socket.gethostname(), "pid": os.getpid()}
-        record = {"event": event, "time": now, **who, **fields}
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        entry = {
+            "schema": SCHEMA,
+            "event": _NAMES[type(record)],
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "user": _user(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            **dataclasses.asdict(record),
+        }
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -53,33 +219,71 @@ class Journal:
             file.seek(-1, os.SEEK_END)
             return file.read() == b"\n"
 
-    def records(self) -> list[dict[str, Any]]:
-        """All records, oldest first; what a crash cut short is left out."""
+    def records(self) -> list[Record]:
+        """All records of known events, oldest first; lines that a crash cut short are left out.
+
+        Raises:
+            FailedPrecondition: the file cannot be read, or a newer Spikeless wrote it.
+        """
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
             return []
         except OSError as error:
             raise FailedPrecondition(f"cannot read {self.path}: {error.strerror}") from None
-        return [record for line in lines if (record := _record(line)) is not None]
+        records = (self._record(number, line) for number, line in enumerate(lines, 1))
+        return [record for record in records if record is not None]
 
-    def unfinished(self) -> dict[str, Any] | None:
-        """The record that began a change which has no end, when it is the last change."""
-        begun: dict[str, Any] | None = None
+    def _record(self, number: int, line: bytes) -> Record | None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return None
+        if not isinstance(entry, dict) or "event" not in entry:
+            return None
+        if (schema := entry.get("schema", 1)) > SCHEMA:
+            raise FailedPrecondition(
+                f"{self.path}: line {number} has schema {schema}, and this Spikeless reads up to {SCHEMA}: "
+                "update Spikeless"
+            )
+        kind = _EVENTS.get(entry["event"])
+        try:
+            return None if kind is None else _build(kind, entry)
+        except TypeError as error:
+            raise FailedPrecondition(f"{self.path}: line {number} cannot be read: {error}") from None
+
+    def unfinished(self) -> ChangeBegun | None:
+        """The last change, when it has no end."""
+        begun: ChangeBegun | None = None
         for record in self.records():
-            if record["event"] == "begin":
+            if isinstance(record, ChangeBegun):
                 begun = record
-            elif record["event"] == "end" and begun is not None and record.get("id") == begun.get("id"):
+            elif isinstance(record, ChangeEnded) and begun is not None and record.id == begun.id:
                 begun = None
         return begun
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "event" in record else None
+def outcomes(records: Iterable[Record]) -> Iterator[tuple[Published | ChangeBegun, str]]:
+    """What was published or changed, with the result, in the order in which it ended."""
+    begun: dict[str, ChangeBegun] = {}
+    for record in records:
+        if isinstance(record, Published):
+            yield record, PASSED
+        elif isinstance(record, ChangeBegun):
+            begun[record.id] = record
+        elif isinstance(record, ChangeEnded) and record.id in begun:
+            yield begun[record.id], record.result
+
+
+def _build(kind: type[Any], entry: dict[str, Any]) -> Any:
+    names = [one.name for one in dataclasses.fields(kind) if one.name in entry]
+    return kind(**{name: _value(name, entry[name]) for name in names})
+
+
+def _value(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_value(name, item) for item in value)
+    return _build(_NESTED[name], value) if isinstance(value, dict) and name in _NESTED else value
 
 
 def _user() -> str:

@@ -28,8 +28,10 @@ from spikeless.formats.protos import model_server_config_pb2
 from spikeless.repository import textproto
 
 FILE_NAME = "models.config"
-#: The label of the version that callers get.
+#: The label of the version that most callers get.
 STABLE = "stable"
+#: The name of a model -> the text of its ``config { ... }``, None where it has none.
+Blocks = Mapping[str, str | None]
 _LIST, _MODEL = "model_config_list", "config"
 _POLICY, _LABELS = "model_version_policy", "version_labels"
 
@@ -233,7 +235,7 @@ def sending(models: str | os.PathLike[str]) -> Iterator[ModelsConfig]:
         yield read(models)
 
 
-def edit(models: str | os.PathLike[str], blocks: Mapping[str, str | None]) -> ModelsConfig:
+def edit(models: str | os.PathLike[str], blocks: Blocks) -> ModelsConfig:
     """Give models of the file another text (`ModelsConfig.with_block`), all in one step.
 
     Raises:

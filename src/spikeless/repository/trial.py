@@ -15,17 +15,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from spikeless.disk.proc import private_memory
 from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.formats.session_overrides import session_config
 from spikeless.repository import golden
+from spikeless.repository.journal import Findings
 from spikeless.runtime import Session
 from spikeless.runtime.model import Model
 from spikeless.warmup.records import Record, read, warmup_file
 from spikeless.warmup.replay import answer, replay
 
+#: The process; the version and the stable one follow.
+_COMMAND = (sys.executable, "-m", "spikeless.repository.trial")
 #: Requests whose median is the steady latency.
 _STEADY_REQUESTS = 30
 
@@ -39,24 +43,6 @@ class GateError(FailedPrecondition):
         self.problem = problem
 
 
-@dataclass
-class Findings:
-    """What a trial took. Times are seconds, memory is bytes that belong to the process alone (RssAnon).
-
-    warmup: records that were replayed. golden: golden requests that were answered rightly. stable_requests:
-    warmup records of the stable version that were answered. first, steady: latency of the first request after
-    load and warmup, and the median of those after it; None where there is nothing to ask.
-    """
-
-    load: float = 0.0
-    memory: int = 0
-    warmup: int = 0
-    golden: int = 0
-    stable_requests: int = 0
-    first: float | None = None
-    steady: float | None = None
-
-
 def run(version: Path, stable: Path | None = None) -> Findings:
     """Try a version in a process of its own.
 
@@ -67,25 +53,24 @@ def run(version: Path, stable: Path | None = None) -> Findings:
     Raises:
         GateError: it cannot be loaded, or fails on a request, or answers a golden one wrongly.
     """
-    command = [sys.executable, "-m", "spikeless.repository.trial", str(version)]
-    command += [] if stable is None else [str(stable)]
+    command = [*_COMMAND, str(version), *([] if stable is None else [str(stable)])]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     try:
-        answer = json.loads(done.stdout)
+        result = json.loads(done.stdout)
     except ValueError:
         died = f"TensorFlow died of {signal.Signals(-done.returncode).name}\n" if done.returncode < 0 else ""
-        answer = {"gate": "load", "problem": f"the model cannot be loaded: {died}{done.stderr[-2000:]}"}
-    if "gate" in answer:
+        result = {"gate": "load", "problem": f"the model cannot be loaded: {died}{done.stderr[-2000:]}"}
+    if "gate" in result:
         # Names inside the model: where it is staged is of no use to the caller.
-        raise GateError(answer["gate"], answer["problem"].replace(f"{version}/", ""))
-    return Findings(**answer)
+        raise GateError(result["gate"], result["problem"].replace(f"{version}/", ""))
+    return Findings(**result)
 
 
 def _try(version: Path, stable: Path | None) -> Findings:
     findings = Findings()
     before, started = private_memory(), time.monotonic()
     try:
-        session = Session.load(version)
+        session = Session.load(version, config=session_config(version))
     except SpikelessError as error:
         raise GateError("load", f"the model cannot be loaded: {error}") from None
     with session:
@@ -142,10 +127,10 @@ def main() -> None:
     # Whatever else is printed must not get between.
     with redirect_stdout(sys.stderr):
         try:
-            answer = asdict(_try(Path(version), Path(rest[0]) if rest else None))
+            result = asdict(_try(Path(version), Path(rest[0]) if rest else None))
         except GateError as error:
-            answer = {"gate": error.gate, "problem": error.problem}
-    print(json.dumps(answer))
+            result = {"gate": error.gate, "problem": error.problem}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A fleet: the servers that serve one repository, brought from one configuration to the next.
+"""A fleet: the servers that serve one repository, taken from one configuration to the next.
 
-In: what ``models.config`` should say about some models. Out: servers that serve just that, brought to it one
-after the other or a few at a time, or an error that tells of each server where it stands.
+In: what ``models.config`` should say about some models. Out: servers that serve just that, reloaded one after
+the other or a few at a time, or an error that says where each server stands.
 
-A server is asked twice: it accepts the configuration, and then its states, labels and answers are followed
-until they are what is wanted. One that does not answer for a moment, because it is being restarted, is waited
-for; it reads the same ``models.config``.
+First a server accepts the configuration; then its states, labels and answers are polled until they are what
+is wanted. A server that does not answer for a moment may be restarting and is waited for: it reads the same
+``models.config``.
 """
 
 from __future__ import annotations
@@ -33,11 +33,9 @@ from spikeless.errors import (
 )
 from spikeless.formats.states import State, VersionStatus
 from spikeless.repository import models_config
-from spikeless.repository.models_config import model_in
+from spikeless.repository.models_config import Blocks, model_in
 
 Progress = Callable[[str], None]
-#: The name of a model -> the text of its ``config { ... }``, None where it has none.
-Blocks = Mapping[str, str | None]
 
 _POLL_SECONDS = 0.03
 #: Seconds until a server has begun what it has accepted; until then, a failure from before is just that.
@@ -50,20 +48,18 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """How gently servers are treated.
+    """Which servers there are, and how gently they are treated."""
 
-    targets: ``host:port`` of each server's gRPC port, in the order in which they are changed.
-    stagger: seconds between two servers that begin to load; up to half of it is added at random, so that
-        hosts which share a disk do not read it at the same moment.
-    at_most: servers that load at the same time.
-    load_timeout: seconds that one server may take to load a version.
-    patience: seconds for which a server may be silent before it counts as gone.
-    """
-
+    #: ``host:port`` of each server's gRPC port, in the order in which they are changed.
     targets: Sequence[str]
+    #: Seconds between two servers that begin to load; up to half of it is added at
+    #: random, so that hosts which share a disk do not read it at the same moment.
     stagger: float = 0.0
+    #: Servers that load at the same time.
     at_most: int = 1
+    #: Seconds that one server may take to load a version.
     load_timeout: float = 600.0
+    #: Seconds for which a server may be silent before it counts as gone.
     patience: float = 15.0
 
     def __post_init__(self) -> None:
@@ -133,8 +129,10 @@ class Fleet:
     ) -> None:
         self.models = Path(models)
         self.settings = settings
-        self._progress = progress
-        self._interrupted = interrupted or threading.Event()
+        #: Takes lines for whoever watches.
+        self.progress = progress
+        #: Set when whoever asked for a change wants it to end.
+        self.interrupted = interrupted or threading.Event()
         timeout = min(_CALL_SECONDS, settings.patience)
         self.clients = {target: Client(target, timeout) for target in settings.targets}
 
@@ -160,8 +158,8 @@ class Fleet:
 
     # --- changes ------------------------------------------------------------------------------------
 
-    def bring(self, blocks: Blocks, *, staggered: bool = False, keep_going: bool = False) -> None:
-        """Bring every server to what ``models.config`` says, with ``blocks`` in it.
+    def apply(self, blocks: Blocks, *, staggered: bool = False, keep_going: bool = False) -> None:
+        """Make every server serve what ``models.config`` says, with ``blocks`` in it.
 
         Args:
             blocks: models that have changed.
@@ -180,9 +178,9 @@ class Fleet:
                 return
             started = time.monotonic()
             try:
-                _Change(self, self.clients[target], blocks, self._interrupted).make()
+                _Reload(self, self.clients[target], blocks).run()
                 report[target] = f"done in {time.monotonic() - started:.1f} s"
-                self.say(target, report[target])
+                self.report(target, report[target])
             except SpikelessError as error:
                 report[target] = f"failed: {error}"
                 failures[target] = error
@@ -203,15 +201,20 @@ class Fleet:
 
     def _await_turn(self, target: str, stop: threading.Event) -> None:
         pause = self.settings.stagger * random.uniform(1.0, 1.5)
-        self.say(target, f"waits {pause:.1f} s for its turn")
+        self.report(target, f"waits {pause:.1f} s for its turn")
         until = time.monotonic() + pause
         while time.monotonic() < until and not stop.wait(min(_POLL_SECONDS, pause)):
-            if self._interrupted.is_set():
+            if self.interrupted.is_set():
                 stop.set()
 
-    def say(self, target: str, text: str) -> None:
-        """Tell of progress on one server."""
-        self._progress(f"{target}: {text}")
+    def report(self, target: str, text: str) -> None:
+        """Report progress on one server."""
+        self.progress(f"{target}: {text}")
+
+    def check_interrupted(self) -> None:
+        """Raise Cancelled when ``interrupted`` is set."""
+        if self.interrupted.is_set():
+            raise Cancelled("interrupted")
 
 
 def states(client: Client, name: str) -> list[VersionStatus]:
@@ -234,28 +237,27 @@ class _Silent(SpikelessError):
     code = Code.UNAVAILABLE
 
 
-class _Change:
+class _Reload:
     """One server on its way to what is wanted."""
 
-    def __init__(self, fleet: Fleet, client: Client, blocks: Blocks, interrupted: threading.Event) -> None:
+    def __init__(self, fleet: Fleet, client: Client, blocks: Blocks) -> None:
         self._fleet = fleet
         self._client = client
         self._blocks = blocks
         self._wanted = wanted(blocks)
-        self._interrupted = interrupted
         self._heard = time.monotonic()
         self._deadline = self._heard + fleet.settings.load_timeout
-        self._said: dict[tuple[str, int], State] = {}
+        self._reported: dict[tuple[str, int], State] = {}
         # Failures from before, which the server forgets when it begins anew.
         self._old: dict[tuple[str, int], str] = {}
 
-    def make(self) -> None:
-        """Send the configuration, and follow the server until it is in force.
+    def run(self) -> None:
+        """Send the configuration, and poll the server until it is in force.
 
         Raises:
             SpikelessError: it was refused, a version cannot be loaded, the server is gone or too slow.
         """
-        self._fleet.say(self._client.target, "reloading")
+        self._fleet.report(self._client.target, "reloading")
         self._note_old_states()
         waiting = False
         while True:
@@ -264,13 +266,13 @@ class _Change:
                 self._follow()
                 return
             except _Silent as silence:
-                # It may be restarting. It is told again: what it was told before may be lost.
+                # It may be restarting, and have lost the configuration: it is sent again.
                 if self._silent_for() > self._fleet.settings.patience:
                     raise Unavailable(
                         f"the server has not answered for {self._fleet.settings.patience:g} s: {silence}"
                     ) from None
                 if not waiting:
-                    self._fleet.say(self._client.target, "does not answer, is it being restarted?")
+                    self._fleet.report(self._client.target, "does not answer, is it being restarted?")
                 waiting = True
                 self._pause()
 
@@ -278,7 +280,7 @@ class _Change:
         with suppress(SpikelessError):
             for name in self._wanted.versions:
                 for status in states(self._client, name):
-                    self._said[name, status.version] = status.state
+                    self._reported[name, status.version] = status.state
                     if status.state is State.END:
                         self._old[name, status.version] = str(status.error)
 
@@ -300,7 +302,7 @@ class _Change:
                         raise
                 if time.monotonic() > patient_until:
                     patient_until = self._deadline
-                    self._fleet.say(self._client.target, "has not taken the configuration yet")
+                    self._fleet.report(self._client.target, "has not taken the configuration yet")
         self._heard = time.monotonic()
 
     def _has_answered(self, answered: Callable[[float | None], bool]) -> bool:
@@ -343,7 +345,7 @@ class _Change:
         return answer
 
     def _loaded(self) -> bool:
-        """Whether every wanted version is available; tells of each change of state."""
+        """Whether every wanted version is available; reports each change of state."""
         return all([self._all_available(name) for name in self._wanted.versions])
 
     def _all_available(self, name: str) -> bool:
@@ -354,9 +356,11 @@ class _Change:
                 continue
             if status.state is not State.END:
                 self._old.pop(key, None)
-            if self._said.get(key) is not status.state:
-                self._said[key] = status.state
-                self._fleet.say(self._client.target, f"{name} version {status.version}: {status.state.name}")
+            if self._reported.get(key) is not status.state:
+                self._reported[key] = status.state
+                self._fleet.report(
+                    self._client.target, f"{name} version {status.version}: {status.state.name}"
+                )
             if status.state is State.AVAILABLE:
                 missing.remove(status.version)
             elif status.state is State.END and status.error and self._old.get(key) != str(status.error):
@@ -378,11 +382,10 @@ class _Change:
         return time.monotonic() - self._heard
 
     def _check_time(self) -> None:
-        if self._interrupted.is_set():
-            raise Cancelled("interrupted")
+        self._fleet.check_interrupted()
         if time.monotonic() > self._deadline:
             known = ", ".join(
-                f"{name} {number}: {state.name}" for (name, number), state in self._said.items()
+                f"{name} {number}: {state.name}" for (name, number), state in self._reported.items()
             )
             raise DeadlineExceeded(
                 f"not done after {self._fleet.settings.load_timeout:g} s ({known or 'no state is known'}); "
@@ -390,4 +393,4 @@ class _Change:
             )
 
     def _pause(self) -> None:
-        self._interrupted.wait(_POLL_SECONDS)
+        self._fleet.interrupted.wait(_POLL_SECONDS)

@@ -15,10 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.repository.models_config import STABLE, ModelsConfig, model_in, new_block, with_versions
+from spikeless.repository.journal import ChangeBegun, Record, outcomes
+from spikeless.repository.models_config import (
+    STABLE,
+    Blocks,
+    ModelsConfig,
+    model_in,
+    new_block,
+    with_versions,
+)
 
 CANARY_SUFFIX = "-canary"
 
@@ -26,9 +33,6 @@ PROMOTE, ROLLBACK = "promote", "rollback"
 #: Results, as the journal and the commands name them.
 PROMOTED, CANARY, ROLLED_BACK, UNDONE, ENDED = "promoted", "canary", "rolled back", "undone", "canary ended"
 UNCHANGED, PUT_BACK = "unchanged", "put back"
-
-#: What ``models.config`` says of the model and of its canary: their ``config { ... }``, None for none.
-Blocks = dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """A model as ``models.config`` has it, and the versions that are served under its name."""
 
     name: str
@@ -108,7 +112,7 @@ class Model:
 
 
 def promotion(
-    model: Model, version: int, label: str, *, canary: bool, keep_previous: bool, takes_unlabelled: bool
+    model: ServedModel, version: int, label: str, *, canary: bool, keep_previous: bool, takes_unlabelled: bool
 ) -> Plan:
     """From what is served to ``version`` behind ``label``; with ``canary``, only to it as ``<name>-canary``.
 
@@ -149,7 +153,7 @@ def promotion(
     return Plan(PROMOTE, version, label, previous, result, tuple(steps), stable)
 
 
-def _check_no_other_canary(model: Model, version: int) -> None:
+def _check_no_other_canary(model: ServedModel, version: int) -> None:
     block = model.before[model.canary]
     others = set(model_in(block).model_version_policy.specific.versions) - {version} if block else set()
     if others:
@@ -169,7 +173,7 @@ def _check_none_above(name: str, labels: Mapping[str, int], top: int) -> None:
         )
 
 
-def rollback(model: Model, target: int, label: str) -> Plan:
+def rollback(model: ServedModel, target: int, label: str) -> Plan:
     """From what is served back to an earlier version behind ``label``.
 
     Raises:
@@ -193,20 +197,20 @@ def rollback(model: Model, target: int, label: str) -> Plan:
     return Plan(ROLLBACK, target, label, now, ROLLED_BACK, tuple(steps))
 
 
-def undo(unfinished: Mapping[str, Any]) -> Plan:
+def undo(unfinished: ChangeBegun) -> Plan:
     """Back to how things were before a promotion that was cut short, from its record in the journal."""
-    before = unfinished["steps"][0]["blocks"]
+    before = unfinished.states[0]
     return Plan(
         ROLLBACK,
-        unfinished["version"],
-        unfinished["label"],
-        unfinished["previous"],
+        unfinished.version,
+        unfinished.label,
+        unfinished.previous,
         UNDONE,
         (Step("as it was", before), Step("undoing the promotion that was cut short", before)),
     )
 
 
-def end_canary(model: Model) -> Plan:
+def end_canary(model: ServedModel) -> Plan:
     """Take ``<name>-canary`` out of service.
 
     Raises:
@@ -221,22 +225,19 @@ def end_canary(model: Model) -> Plan:
     return Plan(ROLLBACK, version, "", None, ENDED, steps)
 
 
-def version_before(records: Iterable[Mapping[str, Any]], label: str, now: int) -> int | None:
+def version_before(records: Iterable[Record], label: str, now: int) -> int | None:
     """The version to roll ``label`` back to, from a journal; None when it does not know.
 
     After a rollback that is the version of now: whoever repeats a rollback does not go back twice.
     """
-    begun: dict[str, Mapping[str, Any]] = {}
     reached = previous = None
-    for record in records:
-        if record["event"] == "begin" and record["label"] == label:
-            begun[record["id"]] = record
-        elif record["event"] == "end" and record["id"] in begun:
-            change = begun[record["id"]]
-            if record["result"] == PROMOTED:
-                reached, previous = change["version"], change["previous"]
-            elif record["result"] == ROLLED_BACK:
-                reached = previous = change["version"]
-            elif record["result"] == UNDONE:
-                reached = previous = change["previous"]
+    for change, result in outcomes(records):
+        if not isinstance(change, ChangeBegun) or change.label != label:
+            continue
+        if result == PROMOTED:
+            reached, previous = change.version, change.previous
+        elif result == ROLLED_BACK:
+            reached = previous = change.version
+        elif result == UNDONE:
+            reached = previous = change.previous
     return previous if reached == now else None

@@ -22,6 +22,7 @@ from spikeless.formats.kinds import Kind
 from spikeless.formats.states import State
 from spikeless.repository import golden
 from spikeless.repository.golden import Golden
+from spikeless.repository.journal import Latencies
 from spikeless.warmup.records import Record, read, warmup_file
 from spikeless.warmup.replay import answer
 
@@ -149,12 +150,12 @@ class Measured:
         ordered = sorted(self.latencies)
         return ordered[math.ceil(share * len(ordered)) - 1] if ordered else math.nan
 
-    def summary(self) -> dict[str, Any]:
-        """For the journal; milliseconds."""
+    def summary(self) -> Latencies:
+        """For the journal."""
         p50, p99 = (
             round(1000 * self.percentile(share), 3) if self.latencies else None for share in (0.5, 0.99)
         )
-        return {"requests": self.requests, "errors": self.errors, "p50_ms": p50, "p99_ms": p99}
+        return Latencies(self.requests, self.errors, p50, p99)
 
     def __str__(self) -> str:
         return (
@@ -196,26 +197,56 @@ class Comparison:
             )
         return ""
 
-    def summary(self) -> dict[str, Any]:
-        return {"candidate": self.candidate.summary(), "stable": self.stable.summary()}
 
+@dataclass(frozen=True)
+class Pair:
+    """A candidate and the stable version on one server."""
 
-def measure(
-    candidate: Remote,
-    stable: Remote,
-    requests: Sequence[Record],
-    settings: ComparisonSettings,
-    interrupted: threading.Event,
-) -> Comparison:
-    """Send the same requests to both versions in turn, until ``interrupted``."""
-    comparison = Comparison(Measured(), Measured())
-    until = time.monotonic() + settings.seconds
-    for record in islice(cycle(requests), settings.requests):
-        _ask(stable, record, comparison.stable)
-        _ask(candidate, record, comparison.candidate)
-        if time.monotonic() > until or interrupted.is_set():
-            break
-    return comparison
+    candidate: Remote
+    stable: Remote
+    #: What both are asked; the stable one answers all of it.
+    requests: Sequence[Record]
+    #: Ends the comparison early.
+    interrupted: threading.Event
+
+    @classmethod
+    def of(
+        cls, candidate: Remote, stable: Remote, requests: Sequence[Record], interrupted: threading.Event
+    ) -> Pair:
+        """A pair with those requests that the stable version answers: it may not know what is new."""
+        suited = []
+        for record in requests:
+            with suppress(SpikelessError):
+                answer(stable, record)
+                suited.append(record)
+        return cls(candidate, stable, suited, interrupted)
+
+    def measure(self, settings: ComparisonSettings) -> Comparison:
+        """Send the same requests to both versions in turn."""
+        comparison = Comparison(Measured(), Measured())
+        until = time.monotonic() + settings.seconds
+        for record in islice(cycle(self.requests), settings.requests):
+            _ask(self.stable, record, comparison.stable)
+            _ask(self.candidate, record, comparison.candidate)
+            if time.monotonic() > until or self.interrupted.is_set():
+                break
+        return comparison
+
+    def compare(self, settings: ComparisonSettings) -> Comparison:
+        """Compare errors and p99 of both versions.
+
+        Raises:
+            FailedPrecondition: the candidate has more errors, or is slower than the settings allow.
+        """
+        problem = ""
+        for _ in range(settings.rounds):
+            comparison = self.measure(settings)
+            if problem := comparison.error_problem():
+                break
+            problem = comparison.latency_problem(settings)
+            if not problem:
+                return comparison
+        raise FailedPrecondition(f"{self.candidate} does worse than {self.stable}: {problem}")
 
 
 def _ask(remote: Remote, record: Record, measured: Measured) -> None:
@@ -228,36 +259,3 @@ def _ask(remote: Remote, record: Record, measured: Measured) -> None:
         measured.first_error = measured.first_error or str(error)
     else:
         measured.latencies.append(time.monotonic() - started)
-
-
-def suited(remote: Remote, requests: Sequence[Record]) -> list[Record]:
-    """The requests that a version answers at all: an older one may not know what a newer one is asked."""
-    found = []
-    for record in requests:
-        with suppress(SpikelessError):
-            answer(remote, record)
-            found.append(record)
-    return found
-
-
-def compare(
-    candidate: Remote,
-    stable: Remote,
-    requests: Sequence[Record],
-    settings: ComparisonSettings,
-    interrupted: threading.Event,
-) -> Comparison:
-    """Compare errors and p99 of two versions on one server.
-
-    Raises:
-        FailedPrecondition: the candidate has more errors, or is slower than the settings allow.
-    """
-    problem = ""
-    for _ in range(settings.rounds):
-        comparison = measure(candidate, stable, requests, settings, interrupted)
-        if problem := comparison.error_problem():
-            break
-        problem = comparison.latency_problem(settings)
-        if not problem:
-            return comparison
-    raise FailedPrecondition(f"{candidate} does worse than {stable}: {problem}")

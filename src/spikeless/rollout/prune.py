@@ -19,8 +19,8 @@ from spikeless.disk import atomic, proc
 from spikeless.disk.locks import model_lock
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.formats.states import State
-from spikeless.repository import models_config, publishing
-from spikeless.repository.journal import Journal
+from spikeless.repository import layout, models_config
+from spikeless.repository.journal import Journal, Removed
 from spikeless.repository.models_config import ModelsConfig
 from spikeless.rollout.fleet import Fleet, FleetSettings
 from spikeless.rollout.plans import CANARY_SUFFIX
@@ -59,12 +59,12 @@ def prune(
         Unavailable: a server does not answer: what it has loaded is not known. Nothing is removed.
     """
     models = Path(models)
-    versions = publishing.versions(models, name)
+    versions = layout.versions(models, name)
     if not versions:
         raise NotFound(f"{models / name} has no versions")
     if keep < 1:
         raise InvalidArgument(f"--keep {keep}: the newest version always stays, so 1 or more")
-    state = models / name / publishing.STATE_DIRECTORY
+    state = layout.state_directory(models, name)
     # No promotion chooses a version while this does.
     with model_lock(state, name, wait=True, progress=progress):
         _empty(state / _TRASH)
@@ -74,7 +74,7 @@ def prune(
         for version, path in removed.items():
             progress(f"removing version {version}")
             _remove(path, state)
-            Journal(state).append("prune", version=version, bytes=sizes[version])
+            Journal(models, name).append(Removed(version, sizes[version]))
         progress("freeing the space")
         _empty(state / _TRASH)
     return Pruned(tuple(removed), reasons, sum(sizes.values()))
@@ -111,10 +111,11 @@ def _reasons(
         reasons[version] = f"loaded by {', '.join(where)}"
     for version, why in configured(models_config.read(models), name).items():
         reasons[version] = why
-    unfinished = Journal(models / name / publishing.STATE_DIRECTORY).unfinished()
+    unfinished = Journal(models, name).unfinished()
     if unfinished is not None:
-        for version in (unfinished["version"], unfinished["previous"]):
-            reasons[version] = "part of a change that was cut short"
+        for version in versions:
+            if version in (unfinished.version, unfinished.previous):
+                reasons[version] = "part of a change that was cut short"
     return {version: reason for version, reason in reasons.items() if version in versions}
 
 

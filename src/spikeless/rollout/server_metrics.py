@@ -1,8 +1,8 @@
 """What a server's Prometheus metrics say about its models.
 
 In: the address of a metrics page, in Prometheus' text format with TensorFlow Serving's names
-(``:tensorflow:serving:request_count`` by model and status, ``:tensorflow:serving:request_latency`` in
-microseconds). Out: per model, how many requests there were and how many failed since the first look.
+(``:tensorflow:serving:request_count`` by model and status). Out: per model, how many requests there were and
+how many failed.
 """
 
 from __future__ import annotations
@@ -17,34 +17,26 @@ from prometheus_client.parser import text_string_to_metric_families
 from spikeless.errors import InvalidArgument, Unavailable
 
 _COUNT = ":tensorflow:serving:request_count"
-_LATENCY = ":tensorflow:serving:request_latency"
 _MAX_BYTES = 64 << 20
 _TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests to one model: all, those that failed, and seconds that all of them took."""
+    """Requests to one model: all, and those that failed."""
 
     requests: float = 0.0
     errors: float = 0.0
-    seconds: float = 0.0
 
     def since(self, other: Traffic) -> Traffic:
         """What was added; everything, when the counters began anew because the server did."""
         if self.requests < other.requests:
             return self
-        return Traffic(
-            self.requests - other.requests, self.errors - other.errors, self.seconds - other.seconds
-        )
+        return Traffic(self.requests - other.requests, self.errors - other.errors)
 
     @property
     def error_rate(self) -> float:
         return self.errors / self.requests if self.requests else 0.0
-
-    @property
-    def mean_latency(self) -> float:
-        return self.seconds / self.requests if self.requests else 0.0
 
 
 def read(url: str) -> dict[str, Traffic]:
@@ -70,17 +62,14 @@ def parse(text: str, source: str) -> dict[str, Traffic]:
     """The traffic of each model in a page of metrics."""
     requests: dict[str, float] = defaultdict(float)
     errors: dict[str, float] = defaultdict(float)
-    seconds: dict[str, float] = defaultdict(float)
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                model = sample.labels.get("model_name", "")
                 if sample.name in (_COUNT, f"{_COUNT}_total"):
+                    model = sample.labels.get("model_name", "")
                     requests[model] += sample.value
                     if sample.labels.get("status") != "OK":
                         errors[model] += sample.value
-                elif sample.name == f"{_LATENCY}_sum":
-                    seconds[model] += sample.value / 1e6
     except ValueError as error:
         raise InvalidArgument(f"{source} cannot be read as metrics: {error}") from None
-    return {model: Traffic(count, errors[model], seconds[model]) for model, count in requests.items()}
+    return {model: Traffic(count, errors[model]) for model, count in requests.items()}

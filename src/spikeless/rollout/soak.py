@@ -1,7 +1,7 @@
 """Soaking: a candidate is watched for some time on every server, beside the stable version.
 
-In: the two on each server, requests to ask them with, and where there are some, the servers' metrics, which
-tell what real traffic sees. Out: what was seen, or an error as soon as the candidate does worse.
+In: the two on each server, requests for both, and the servers' metrics where there are any: they show what
+real traffic sees. Out: what was seen, or an error as soon as the candidate does worse.
 """
 
 from __future__ import annotations
@@ -10,33 +10,29 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from spikeless.errors import FailedPrecondition, InvalidArgument
 from spikeless.formats.states import State
 from spikeless.rollout import server_metrics
-from spikeless.rollout.probes import Comparison, ComparisonSettings, Measured, Remote, measure
+from spikeless.rollout.probes import Comparison, ComparisonSettings, Measured, Pair, Remote
 from spikeless.rollout.server_metrics import Traffic
-from spikeless.warmup.records import Record
 
 _PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class SoakSettings:
-    """How long to watch, and what for.
+    """How long to watch, and what for."""
 
-    seconds: how long; 0 does not watch at all.
-    interval: seconds between two looks.
-    requests: how many both versions are sent at each look.
-    metrics: address of the servers' metrics, with ``{host}`` for the server's host; empty for none.
-    max_error_rate: share of real requests to the candidate that may fail beyond the share of the stable one.
-    """
-
+    #: Seconds; 0 does not watch at all.
     seconds: float = 0.0
+    #: Seconds between two polls.
     interval: float = 1.0
+    #: Requests that both versions are sent at each poll.
     requests: int = 10
+    #: Address of the servers' metrics, with ``{host}`` for the server's host; empty for none.
     metrics: str = ""
+    #: Share of real requests to the candidate that may fail beyond the share of the stable version.
     max_error_rate: float = 0.001
 
     def __post_init__(self) -> None:
@@ -51,71 +47,56 @@ class Watched:
     """A candidate on one server, and the stable version beside it, if there is one."""
 
     def __init__(
-        self,
-        candidate: Remote,
-        stable: Remote | None,
-        requests: Sequence[Record],
-        settings: SoakSettings,
-        comparison: ComparisonSettings,
-        interrupted: threading.Event,
+        self, candidate: Remote, pair: Pair | None, settings: SoakSettings, comparison: ComparisonSettings
     ) -> None:
         self.candidate = candidate
-        self._stable = stable
-        self._requests = requests
+        #: What both versions did with the requests that they were sent.
+        self.seen = Comparison(Measured(), Measured())
+        #: Requests of real callers to the candidate.
+        self.traffic = Traffic()
+        self._pair = pair
         self._settings = settings
         self._limits = comparison
-        self._interrupted = interrupted
         self._each = replace(comparison, requests=settings.requests)
-        self._seen = Comparison(Measured(), Measured())
         self._metrics = settings.metrics.replace("{host}", candidate.host)
         self._first = server_metrics.read(self._metrics) if self._metrics else {}
-        self._traffic = Traffic()
 
-    def look(self) -> None:
-        """Look once.
+    def poll(self) -> None:
+        """Ask once, and read the metrics once.
 
         Raises:
             FailedPrecondition: the candidate is gone, or fails more often than the stable version.
         """
         if self.candidate.state() is not State.AVAILABLE:
             raise FailedPrecondition(f"{self.candidate} is not available any more")
-        if self._stable is not None and self._requests:
-            self._seen.add(self._measure(self._stable))
-            self._refuse(self._seen.error_problem())
+        if self._pair is not None and self._pair.requests:
+            self.seen.add(self._pair.measure(self._each))
+            self._refuse(self.seen.error_problem())
         if self._metrics:
-            self._look_at_metrics(self._stable)
+            self._read_metrics()
 
-    def _measure(self, stable: Remote) -> Comparison:
-        return measure(self.candidate, stable, self._requests, self._each, self._interrupted)
-
-    def _look_at_metrics(self, stable: Remote | None) -> None:
+    def _read_metrics(self) -> None:
         now = server_metrics.read(self._metrics)
 
-        def since(remote: Remote | None) -> Traffic:
-            if remote is None:
-                return Traffic()
-            return now.get(remote.name, Traffic()).since(self._first.get(remote.name, Traffic()))
+        def since(name: str) -> Traffic:
+            return now.get(name, Traffic()).since(self._first.get(name, Traffic()))
 
-        own, other = since(self.candidate), since(stable)
-        self._traffic = own
+        self.traffic = own = since(self.candidate.name)
+        other = Traffic() if self._pair is None else since(self._pair.stable.name)
         if own.error_rate > other.error_rate + self._settings.max_error_rate:
             self._refuse(
                 f"its metrics say that {own.errors:g} of {own.requests:g} requests failed, "
                 f"{other.errors:g} of {other.requests:g} with the stable version"
             )
 
-    def finish(self) -> dict[str, Any]:
-        """What was seen in all.
+    def check_latency(self) -> None:
+        """Check all latencies that were seen.
 
         Raises:
             FailedPrecondition: the candidate is slower than the limits allow.
         """
-        if self._seen.candidate.requests:
-            self._refuse(self._seen.latency_problem(self._limits))
-        return {
-            **self._seen.summary(),
-            "traffic": {"requests": self._traffic.requests, "errors": self._traffic.errors},
-        }
+        if self.seen.candidate.requests:
+            self._refuse(self.seen.latency_problem(self._limits))
 
     def _refuse(self, problem: str) -> None:
         if problem:
@@ -127,21 +108,22 @@ def soak(
     settings: SoakSettings,
     progress: Callable[[str], None],
     interrupted: threading.Event,
-) -> list[Any]:
-    """Watch for as long as the settings say, or until ``interrupted``; return what was seen on each server.
+) -> None:
+    """Watch for as long as the settings say, or until ``interrupted``.
 
     Raises:
         FailedPrecondition: a candidate does worse than the stable version.
         SpikelessError: a server does not answer.
     """
     ends = time.monotonic() + settings.seconds
-    told = time.monotonic()
+    reported = time.monotonic()
     while (left := ends - time.monotonic()) > 0:
         for one in watched:
-            one.look()
-        if time.monotonic() - told > _PROGRESS_SECONDS:
-            told = time.monotonic()
+            one.poll()
+        if time.monotonic() - reported > _PROGRESS_SECONDS:
+            reported = time.monotonic()
             progress(f"soaking, {left:.0f} s to go")
         if interrupted.wait(min(settings.interval, max(left, 0.0))):
             break
-    return [one.finish() for one in watched]
+    for one in watched:
+        one.check_latency()

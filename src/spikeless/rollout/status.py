@@ -20,8 +20,8 @@ from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, Spikeles
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.formats.states import State, VersionStatus
 from spikeless.mapping import is_mapped
-from spikeless.repository import golden, models_config, publishing
-from spikeless.repository.journal import Journal
+from spikeless.repository import golden, layout, models_config
+from spikeless.repository.journal import Journal, outcomes
 from spikeless.repository.models_config import ModelsConfig
 from spikeless.rollout.fleet import states
 from spikeless.rollout.plans import CANARY_SUFFIX
@@ -90,7 +90,7 @@ def _known(models: Path, config: ModelsConfig) -> list[str]:
 
 
 def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]) -> ModelReport:
-    on_disk = publishing.versions(models, name)
+    on_disk = layout.versions(models, name)
     wanted = configured(config, name)
     model = config.model(name)
     labels = dict(model.version_labels) if model is not None else {}
@@ -105,14 +105,14 @@ def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]
         for version, reason in wanted.items()
         if version not in on_disk
     ]
-    journal = Journal(models / name / publishing.STATE_DIRECTORY)
+    journal = Journal(models, name)
     unfinished = journal.unfinished()
     if unfinished is not None:
         problems.append(
-            f"a {unfinished['action']} to version {unfinished['version']} was cut short, or is running: "
+            f"a {unfinished.action} to version {unfinished.version} was cut short, or is running: "
             "repeat it, or roll back"
         )
-    checks = _checks(journal)
+    checks = {one.version: result for one, result in outcomes(journal.records())}
     reports = []
     for version in sorted({*on_disk, *seen, *wanted}):
         facts = _on_disk(on_disk[version]) if version in on_disk else {}
@@ -193,17 +193,3 @@ def _on_disk(path: Path) -> dict[str, Any]:
         "warmup": records,
         "golden": (path / EXTRA_DIRECTORY / golden.REQUESTS_FILE).exists(),
     }
-
-
-def _checks(journal: Journal) -> dict[int, str]:
-    """What the journal says last of each version."""
-    found: dict[int, str] = {}
-    begun: dict[str, int] = {}
-    for record in journal.records():
-        if record["event"] == "begin":
-            begun[record["id"]] = record["version"]
-        elif record["event"] == "end" and record["id"] in begun:
-            found[begun[record["id"]]] = record["result"]
-        elif record["event"] == "publish":
-            found[record["version"]] = "gates passed"
-    return found

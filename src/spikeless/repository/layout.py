@@ -1,0 +1,53 @@
+"""Where things are in a model repository: ``<models>/<name>/<version>/``, and ``.spikeless/`` beside them.
+
+In: the repository and a model's name. Out: paths.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from spikeless.errors import InvalidArgument
+from spikeless.formats.versions import list_versions
+from spikeless.repository import models_config
+
+_STATE_DIRECTORY = ".spikeless"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", re.ASCII)
+
+
+def model_directory(models: str | os.PathLike[str], name: str) -> Path:
+    """Where a model's versions are.
+
+    Raises:
+        InvalidArgument: paths or servers would misread the name.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"model name {name!r} must be letters, digits, '_', '-' and '.', starting with a letter or '_'"
+        )
+    return Path(models) / name
+
+
+def state_directory(models: str | os.PathLike[str], name: str) -> Path:
+    """Where Spikeless keeps what belongs to a model: locks, the journal, staged versions."""
+    return Path(models, name, _STATE_DIRECTORY)
+
+
+def versions(models: str | os.PathLike[str], name: str) -> dict[int, Path]:
+    """The versions of a model that are on disk, lowest first; none when the model is unknown."""
+    directory = model_directory(models, name)
+    return list_versions(directory) if directory.is_dir() else {}
+
+
+def stable_version(models: str | os.PathLike[str], name: str) -> Path | None:
+    """The directory of the version that callers get now; of the latest one where nothing is configured."""
+    known = versions(models, name)
+    model = models_config.read(models).model(name) if Path(models).is_dir() else None
+    if model is not None:
+        served = model.model_version_policy.specific.versions
+        number = model.version_labels.get(models_config.STABLE, max(served, default=None))
+        if number in known:
+            return known[number]
+    return known[max(known)] if known else None

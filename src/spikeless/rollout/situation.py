@@ -1,0 +1,139 @@
+"""The situation that a change of a model finds: what is on disk, configured, served, and left unfinished.
+
+In: a repository, its ``models.config``, a model's journal, and the servers. Out: a `Situation`, or an error
+that says why the model cannot be changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikeless.errors import FailedPrecondition, NotFound
+from spikeless.formats.states import State
+from spikeless.repository import layout, models_config
+from spikeless.repository.journal import ChangeBegun, Journal
+from spikeless.repository.models_config import Blocks, ModelsConfig, model_in, new_block
+from spikeless.rollout import plans
+from spikeless.rollout.fleet import Fleet
+from spikeless.rollout.plans import CANARY_SUFFIX, ServedModel
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A model that nobody else is changing."""
+
+    models: Path
+    name: str
+    fleet: Fleet
+    #: Where servers see the repository; by default where other models in
+    #: ``models.config`` are, or where it is here.
+    serving_root: str | None
+    #: The versions on disk.
+    versions: Mapping[int, Path]
+    #: What ``models.config`` says now of the model and its canary.
+    current: Blocks
+    #: The change that was cut short, when ``models.config`` is where that left it.
+    unfinished: ChangeBegun | None
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.models, self.name)
+
+    def was_cut_short(self, action: str) -> bool:
+        """Whether a change of that kind is unfinished."""
+        return self.unfinished is not None and self.unfinished.action == action
+
+    def before(self, unfinished: bool) -> ServedModel:
+        """The model as it is configured now, or as it was before the ``unfinished`` change."""
+        undone = self.unfinished if unfinished else None
+        blocks = self.current if undone is None else undone.states[0]
+        return ServedModel(self.name, blocks, self._served(blocks), self._base_path(self.name))
+
+    def _served(self, blocks: Blocks) -> frozenset[int]:
+        block = blocks[self.name]
+        if block is None:
+            return frozenset()
+        policy = model_in(block).model_version_policy
+        if policy.HasField("specific"):
+            return frozenset(policy.specific.versions)
+        # The policy is to serve the latest: servers know which that is.
+        return frozenset(
+            status.version
+            for statuses in self.fleet.statuses(self.name).values()
+            for status in statuses
+            if status.state is State.AVAILABLE
+        )
+
+    def _base_path(self, name: str) -> str:
+        root = self.serving_root
+        if root is None:
+            for model in models_config.read(self.models).message.model_config_list.config:
+                if Path(model.base_path).name == model.name:
+                    root = str(Path(model.base_path).parent)
+                    break
+        return f"{root or self.models.resolve()}/{name}"
+
+    def version_before(self, label: str, now: int) -> int:
+        """The version to roll ``label`` back to, which points at ``now``.
+
+        Raises:
+            NotFound: there is none.
+        """
+        known = plans.version_before(self.journal.records(), label, now)
+        if known is not None:
+            return known
+        lower = [number for number in self.versions if number < now]
+        if not lower:
+            raise NotFound(f"{self.name} has no version before {now}")
+        return max(lower)
+
+    def check_servers(self) -> None:
+        """Check that every server answers, and serves no model here that a reload would unload.
+
+        Raises:
+            Unavailable: a server does not answer.
+            FailedPrecondition: a server serves a model that ``models.config`` does not list.
+        """
+        self.fleet.statuses(self.name)
+        listed = models_config.read(self.models).names
+        known = {path.name for path in self.models.iterdir() if path.is_dir() and path.name[0] != "."}
+        for name in sorted(known - set(listed)):
+            for target, statuses in self.fleet.statuses(name).items():
+                if any(status.state is State.AVAILABLE for status in statuses):
+                    entry = ModelsConfig().with_block(name, new_block(name, self._base_path(name))).text
+                    raise FailedPrecondition(
+                        f"{target} serves {name}, but {self.models / models_config.FILE_NAME} does not list "
+                        f"it, and a reload would unload it: start servers with --model_config_file, or add\n"
+                        f"{entry}"
+                    )
+
+
+def find(models: Path, name: str, fleet: Fleet, serving_root: str | None) -> Situation:
+    """The situation of one model.
+
+    Raises:
+        FailedPrecondition: another model has the name that candidates of this one need.
+        SpikelessError: ``models.config`` or the journal cannot be read.
+    """
+    config = models_config.read(models)
+    _check_canary_name(models, name, config)
+    current: Blocks = {name: config.block(name) for name in (name, name + CANARY_SUFFIX)}
+    unfinished = Journal(models, name).unfinished()
+    if unfinished is not None:
+        what = f"a {unfinished.action} to version {unfinished.version} was cut short"
+        if current in unfinished.states:
+            fleet.progress(f"{what}: going on from there")
+        else:
+            fleet.progress(f"{what}, but models.config was edited since: that counts")
+            unfinished = None
+    return Situation(models, name, fleet, serving_root, layout.versions(models, name), current, unfinished)
+
+
+def _check_canary_name(models: Path, name: str, config: ModelsConfig) -> None:
+    canary = name + CANARY_SUFFIX
+    configured = (config.model(name), config.model(canary))
+    paths = {model.base_path for model in configured if model is not None}
+    if (models / canary).exists() or len(paths) > 1:
+        raise FailedPrecondition(f"{canary} is another model, but candidates of {name} need its name")
