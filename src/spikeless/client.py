@@ -1,7 +1,7 @@
 """A small gRPC client for TensorFlow Serving and the embedded engine.
 
-In: a target such as ``127.0.0.1:8500``. Out: response messages; gRPC errors become ``SpikelessError`` with
-the same code and message.
+In: a target such as ``127.0.0.1:8500``. Out: response messages; gRPC errors become
+``SpikelessError`` with the same code and message.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spikeless.formats.protos import (
 from spikeless.formats.states import State, VersionStatus
 from spikeless.formats.tensors import to_numpy, to_proto
 
-# Knock again soon: a server that was restarted should be found at once. And never through a proxy.
+# Reconnect soon, to find a server that was restarted at once; never through a proxy.
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_http_proxy", 0),
@@ -98,7 +98,7 @@ class Client:
         return {alias: to_numpy(proto) for alias, proto in response.outputs.items()}
 
     def statuses(self, name: str, version: int | None = None, label: str = "") -> list[VersionStatus]:
-        """The states of all versions of a model, lowest first, or of the one that is asked for."""
+        """The states of all versions of a model, lowest first, or of the given one."""
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=model_spec(name, version, label))
         response = self.call(self.models.GetModelStatus, request)
         return sorted((_version_status(status) for status in response.model_version_status), key=_number)
@@ -111,7 +111,7 @@ class Client:
         return dict(signatures.signature_def)
 
     def version_of(self, name: str, label: str = "") -> int:
-        """The version that answers requests with this label, or with neither version nor label."""
+        """The version that answers requests with this label, or without one."""
         return int(self._metadata(model_spec(name, label=label)).model_spec.version.value)
 
     def _metadata(self, spec: model_pb2.ModelSpec) -> get_model_metadata_pb2.GetModelMetadataResponse:
@@ -121,7 +121,7 @@ class Client:
         return self.call(self.prediction.GetModelMetadata, request)
 
     def reload_config(self, config: model_server_config_pb2.ModelServerConfig) -> None:
-        """Replace the server's whole model configuration; returns when models that are new are available."""
+        """Replace the whole model configuration, and wait for new models."""
         self.start_reload(config, self.timeout)(None)
 
     def start_reload(
@@ -130,8 +130,9 @@ class Client:
         """Begin to replace the server's whole model configuration.
 
         Returns:
-            A function that waits so many seconds at most (None: to the end) and tells whether the server has
-            answered; it raises the error that it answered with.
+            A function that waits at most its argument in seconds (None: to the end) and
+            tells whether the server has answered; it raises the error that it answered
+            with.
         """
         request = model_management_pb2.ReloadConfigRequest(config=config)
         pending = self.models.HandleReloadConfigRequest.future(request, timeout=timeout)
@@ -149,7 +150,7 @@ class Client:
         return answered
 
     def is_serving(self) -> bool:
-        """What the standard health service says (TensorFlow Serving itself has none)."""
+        """What the standard health service says; TensorFlow Serving has none."""
         response = self.call(self._health.Check, health_pb2.HealthCheckRequest())
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 

@@ -1,4 +1,4 @@
-"""The gates of publishing: each refuses what it is for, names itself and the remedy, and leaves nothing."""
+"""The gates of publishing: each refusal names the gate, the numbers and the remedy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_good_version_passes_and_carries_its_golden_requests(scales, models, t
 def test_the_python_api_passes_the_same_gates_and_writes_the_same_record(scales, models):
     publishing.publish(scales / "3", models, NAME)
     publish(scales / "whole", models, allow_breaking=True, load=False)
-    first, second = Journal(models, NAME).records()
+    first, second = Journal(models, NAME).entries()
     assert (first.version, first.stable, first.allow_breaking) == (3, 1, False)
     assert first.gates == ("files", "warmup", "signatures", "trial")
     assert first.findings.stable_requests == 1
@@ -92,7 +92,7 @@ def test_each_gate_names_itself_the_numbers_and_the_remedy(scales, models, tmp_p
 
 
 def test_requests_of_the_stable_versions_callers_must_be_answered(scales, models):
-    """The signatures agree, but the stable version's warmup has a request that the new one fails on."""
+    """Signatures agree, but the new version fails on a request of the stable one."""
     warmup = models / NAME / "1" / "assets.extra" / "tf_serving_warmup_requests"
     log = prediction_log()
     del log.predict_log.request.inputs["x"]

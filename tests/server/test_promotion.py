@@ -1,4 +1,4 @@
-"""Promotion and rollback against real servers, with load on them that must not see a failure."""
+"""Promotion and rollback against real servers, whose callers must see no failure."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_restart_serves_what_was_promoted(models):
 
 
 def valid(models) -> bool:
-    """Whether models.config is one that a server can start with: every version and label is there."""
+    """Whether a server can start with models.config: versions and labels exist."""
     model = models_config.read(models).model(NAME)
     versions = set(model.model_version_policy.specific.versions)
     return versions <= {1, 2} and set(model.version_labels.values()) <= versions and bool(versions)
@@ -199,7 +199,8 @@ def test_killed_at_every_step_it_is_valid_and_repeating_finishes(models, server,
             assert served(client) == served(client, label="stable") == goal, kills[-1]
             assert f"{NAME}-canary" not in config_text(models), kills[-1]
             reset()
-    # Before and after each state of models.config, and before and after servers have taken it.
+    # Before and after each state of models.config, and before and after servers have
+    # taken it.
     wanted = {
         "promote": ("serving version", "adding", "moving", "asking", "done"),
         "rollback": ("moving", "done"),

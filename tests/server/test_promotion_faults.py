@@ -1,4 +1,4 @@
-"""Promotion when servers die, hang or restart, disks are full, promoters meet, and clocks jump."""
+"""Promotion when servers die, hang or restart, disks are full, and clocks jump."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def test_a_server_that_hangs_is_given_up(models):
         finally:
             os.kill(hanging.pid, signal.SIGCONT)
         assert config_text(models) == before
-        # Whatever the server does with what it was told while it hung: the next command brings it in line.
+        # Whatever the server does with what it was told while it hung: the next command
+        # brings it in line.
         assert rollback(models, NAME, fleet_of(hanging, other)).result == "undone"
         for server in (hanging, other):
             with Client(server.target) as client:
@@ -128,14 +129,15 @@ def test_a_server_that_hangs_is_given_up(models):
 
 
 def test_the_first_failure_in_a_fleet_stops_it_and_every_server_is_put_back(models):
-    """The second of three servers sees another directory, in which the version does not load."""
+    """The version does not load where the second of three servers sees it."""
     with start_server(models) as first, start_server(models) as third:
         broken = models.parent / "elsewhere"
         shutil.copytree(models, broken)
         data = broken / NAME / "2" / "variables" / "variables.data-00000-of-00001"
         data.write_bytes(b"")
         flags = ("--max_num_load_retries=0", "--allow_version_labels_for_unavailable_models=true")
-        # The base path in the configuration is the same for all; here it leads elsewhere.
+        # The base path in the configuration is the same for all; here it leads
+        # elsewhere.
         inside = f"mount --bind {broken} {models} && exec {sys.executable} -m spikeless serve"
         port = launch.free_port()
         command = f"{inside} --port={port} --model_config_file={models}/models.config {' '.join(flags)}"

@@ -1,4 +1,4 @@
-"""Publishing by real processes: killed at every point, several at once, on a full disk, broken models."""
+"""Publishing by real processes: killed at every point, at once, on a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a candidate worse than the stable version, from what was measured and from metrics."""
+"""What makes a candidate worse than the stable version: measurements and metrics."""
 
 from __future__ import annotations
 

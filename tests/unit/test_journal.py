@@ -13,11 +13,11 @@ from spikeless.repository.journal import (
     ChangeBegun,
     ChangeEnded,
     Checked,
+    Entry,
     Findings,
     Journal,
     Latencies,
     Published,
-    Record,
     RecordedStep,
     Removed,
     Requests,
@@ -25,7 +25,7 @@ from spikeless.repository.journal import (
 )
 
 BLOCKS = {"m": 'config { name: "m" }', "m-canary": None}
-RECORDS: list[Record] = [
+ENTRIES: list[Entry] = [
     Published(2, 1000, 1, gates=("files", "trial"), findings=Findings(load=0.5, warmup=3, first=0.1)),
     ChangeBegun("1", "promote", 2, "stable", 1, "better", ("a:1",), (RecordedStep("as it was", BLOCKS),)),
     Checked("1", "a:1", "m-canary", 3),
@@ -40,18 +40,18 @@ def begun(identity: str) -> ChangeBegun:
     return ChangeBegun(identity, "promote", 2, "stable", 1)
 
 
-def write_lines(journal: Journal, *entries: object) -> None:
+def write_lines(journal: Journal, *lines: object) -> None:
     journal.path.parent.mkdir(parents=True, exist_ok=True)
-    journal.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    journal.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in lines))
 
 
-def test_records_come_back_in_order_with_who_and_when(tmp_path: Path) -> None:
+def test_entries_come_back_in_order_with_who_and_when(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "m")
-    assert journal.records() == []
+    assert journal.entries() == []
     assert journal.unfinished() is None
-    for record in RECORDS:
-        journal.append(record)
-    assert journal.records() == RECORDS
+    for entry in ENTRIES:
+        journal.append(entry)
+    assert journal.entries() == ENTRIES
     lines = [json.loads(line) for line in journal.path.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["publish", "begin", "check", "check", "soak", "end", "prune"]
     assert all(line.keys() >= {"schema", "time", "user", "host", "pid"} for line in lines)
@@ -67,7 +67,7 @@ def test_a_line_that_was_cut_short_is_left_alone(tmp_path: Path) -> None:
         journal.path.write_bytes(whole + whole[:cut])
         journal.append(end)
         # The last byte is the line's end: without it, the record is whole all the same.
-        assert journal.records() in ([begin, end], [begin, begin, end])
+        assert journal.entries() in ([begin, end], [begin, begin, end])
         assert journal.unfinished() is None
 
 
@@ -101,7 +101,7 @@ def test_lines_of_older_releases_are_read(tmp_path: Path) -> None:
         {"event": "end", **who, "id": "1", "result": "put back", "error": "why"},
         {"event": "prune", **who, "version": 1, "bytes": 9},
     )
-    assert journal.records() == [
+    assert journal.entries() == [
         Published(2, 5, allow_breaking=True, findings=Findings(load=0.5, memory=1)),
         ChangeBegun("1", "promote", 2, "stable", None, "", ("a:1",), (RecordedStep("as it was", BLOCKS),)),
         Checked("1", "a:1", "m", 3),
@@ -116,7 +116,7 @@ def test_unknown_events_and_fields_are_kept_and_skipped(tmp_path: Path) -> None:
     end = {"schema": SCHEMA, "event": "end", "id": "1", "result": "promoted", "mood": "good"}
     write_lines(journal, {"schema": SCHEMA, "event": "moved", "to": "elsewhere"}, end)
     journal.append(Removed(1, 0))
-    assert journal.records() == [ChangeEnded("1", "promoted"), Removed(1, 0)]
+    assert journal.entries() == [ChangeEnded("1", "promoted"), Removed(1, 0)]
     assert "elsewhere" in journal.path.read_text()
 
 
@@ -129,7 +129,7 @@ def test_lines_that_cannot_be_understood_name_the_file_and_the_line(tmp_path: Pa
         journal.unfinished()
     write_lines(journal, {"event": "end", "id": "1"})
     with pytest.raises(FailedPrecondition, match=r"journal.jsonl: line 1 cannot be read: .*'result'"):
-        journal.records()
+        journal.entries()
 
 
 def test_a_journal_that_cannot_be_written_names_itself(tmp_path: Path) -> None:
@@ -138,4 +138,4 @@ def test_a_journal_that_cannot_be_written_names_itself(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match=str(journal.path)):
         journal.append(begun("1"))
     with pytest.raises(FailedPrecondition, match="cannot read"):
-        journal.records()
+        journal.entries()

@@ -1,4 +1,4 @@
-"""Plans: which states lead from one version to another, and that each of them is safe."""
+"""Plans: which states lead from one version to another, each of them safe."""
 
 from __future__ import annotations
 
@@ -134,8 +134,7 @@ numbers = st.integers(0, 6)
 
 @given(st.sets(numbers, min_size=1), st.data(), numbers, st.booleans(), st.booleans())
 def test_every_state_is_safe_to_serve(served, data, version, canary, keep):
-    """What is stable and what requests without a label get never differ once a plan is through, and every
-    label points at a version that the state before it has loaded."""
+    """Requests without a label get the stable version; labels point at loaded ones."""
     stable = max(served)
     before = model(served, {"stable": stable, "other": data.draw(st.sampled_from(sorted(served)))})
     try:

@@ -1,4 +1,4 @@
-"""Publishing without a load: names, numbers, copies, refusals, and what a failure leaves behind."""
+"""Publishing without a load: names, numbers, copies, refusals, and failures."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import signal
 import threading
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from spikeless.errors import InvalidArgument
+from spikeless.repository.models_config import STABLE
 from spikeless.rollout.fleet import FleetSettings, parse_targets
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -108,6 +111,26 @@ def fleet_settings(options: dict[str, Any]) -> FleetSettings:
         load_timeout=options.pop("load_timeout"),
         patience=options.pop("patience"),
     )
+
+
+label_option = click.option("--label", default=STABLE, show_default=True, help="The label that moves.")
+
+
+def change_options(function: _Function) -> _Function:
+    """What the commands that change a label share beside it."""
+    for option in (
+        fleet_options,
+        models_option,
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--reason", default="", help="Why, for the journal."),
+    ):
+        function = option(function)
+    return function
+
+
+def print_result(result: Any, as_json: bool) -> None:
+    """A result, which is a dataclass, on standard output."""
+    click.echo(json.dumps(dataclasses.asdict(result)) if as_json else result)
 
 
 def tell(line: str) -> None:

@@ -1,9 +1,7 @@
-"""``spikeless promote``: give callers another version, after it has been checked on the servers."""
+"""``spikeless promote``: give callers another version, once it is checked."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,13 @@ import click
 
 from spikeless.cli.options import (
     Duration,
-    fleet_options,
+    change_options,
     fleet_settings,
     interruptible,
-    models_option,
+    label_option,
+    print_result,
     tell,
 )
-from spikeless.repository.models_config import STABLE
 from spikeless.rollout.probes import ComparisonSettings
 from spikeless.rollout.promotion import PromotionSettings, promote
 from spikeless.rollout.soak import SoakSettings
@@ -26,7 +24,7 @@ from spikeless.rollout.soak import SoakSettings
 @click.command()
 @click.argument("name")
 @click.argument("version", type=int)
-@click.option("--label", default=STABLE, show_default=True, help="The label that moves.")
+@label_option
 @click.option("--canary", is_flag=True, help="Only serve it as NAME-canary; requests to NAME never reach it.")
 @click.option(
     "--soak", type=Duration(), default="0s", help="Watch it so long, as in 10m, before the last steps."
@@ -43,19 +41,18 @@ from spikeless.rollout.soak import SoakSettings
 )
 @click.option("--takes-unlabelled", is_flag=True, help="It may take requests that name no label.")
 @click.option("--serving-root", help="Where servers see the repository, when models.config is new.")
-@click.option("--reason", default="", help="Why, for the journal.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@models_option
-@fleet_options
+@change_options
 def command(name: str, version: int, models: Path, as_json: bool, **options: Any) -> None:
     """Make VERSION the version that callers of NAME get.
 
-    It is loaded as NAME-canary first, asked its warmup and golden requests there, and compared with the
-    stable version; then it is added to NAME, and the label moves. If anything fails on any server, all is put
-    back. models.config is written at each step. Progress goes to standard error. Repeat the command when it
-    was killed: it goes on where it was.
+    It is loaded as NAME-canary first, asked its warmup and golden requests there, and
+    compared with the stable version; then it is added to NAME, and the label moves. If
+    anything fails on any server, all is put back. models.config is written at each
+    step. Progress goes to standard error. Repeat the command when it was killed: it
+    resumes where it was.
 
-    Servers that read models.config need --allow_version_labels_for_unavailable_models to start with labels.
+    Servers that read models.config need --allow_version_labels_for_unavailable_models
+    to start with labels.
     """
     fleet = fleet_settings(options)
     settings = PromotionSettings(
@@ -70,4 +67,4 @@ def command(name: str, version: int, models: Path, as_json: bool, **options: Any
     )
     with interruptible() as interrupted:
         outcome = promote(models, name, version, fleet, settings, tell, interrupted)
-    click.echo(json.dumps(dataclasses.asdict(outcome)) if as_json else outcome)
+    print_result(outcome, as_json)

@@ -28,8 +28,9 @@ def command(
 ) -> None:
     """Remove all versions of NAME but the newest.
 
-    What is labelled, named in models.config, loaded by a server, mapped by a process on this machine, or
-    younger than a day stays as well. When a server does not answer, nothing is removed.
+    What is labelled, named in models.config, loaded by a server, mapped by a process on
+    this machine, or younger than a day stays as well. When a server does not answer,
+    nothing is removed.
     """
     fleet = None if offline else FleetSettings(servers)
     pruned = prune(models, name, keep, fleet, force=force, progress=tell)

@@ -62,12 +62,13 @@ def command(
     optimize: bool,
     serving_root: str | None,
 ) -> None:
-    """Copy SAVED_MODEL to a new version MODELS/NAME/VERSION/, which appears whole or not at all.
+    """Copy SAVED_MODEL to MODELS/NAME/VERSION/, which appears whole or not at all.
 
-    A version that is there is never overwritten, and nothing is published that could not be loaded, fails on
-    its warmup records or golden requests, or would fail callers of the stable version. The parameter files of
-    a mapped model are checked and brought into the page cache first, and their paths are those that a server
-    sees which has the repository at --serving-root. Progress goes to standard error, the new version's
+    A version that is there is never overwritten, and nothing is published that could
+    not be loaded, fails on its warmup records or golden requests, or would fail callers
+    of the stable version. The parameter files of a mapped model are checked and brought
+    into the page cache first, and their paths are those that a server sees which has
+    the repository at --serving-root. Progress goes to standard error, the new version's
     directory to standard output.
     """
     if not mapped and (optimize or not verify):

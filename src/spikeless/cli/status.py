@@ -25,7 +25,7 @@ from spikeless.rollout.status import ModelReport, VersionReport, status
 @models_option
 @servers_option
 def command(name: str | None, as_json: bool, models: Path, servers: Any) -> None:
-    """Show the versions of NAME, or of all models: on disk, in models.config, and on each server.
+    """Show the versions of NAME, or of all models: on disk, configured, on each server.
 
     Where these disagree, it says so below the table.
     """
@@ -33,7 +33,7 @@ def command(name: str | None, as_json: bool, models: Path, servers: Any) -> None
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
         return
-    # Where nobody looks at a screen, nothing is cut off to fit one.
+    # Only a terminal has a width that lines must fit.
     console = Console(width=None if sys.stdout.isatty() else 10_000)
     for report in reports:
         console.print(_table(report, servers))

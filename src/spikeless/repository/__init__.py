@@ -1,1 +1,1 @@
-"""The model repository that servers mount: publishing through gates, the journal, ``models.config``."""
+"""The model repository: publishing through gates, the journal, ``models.config``."""

@@ -1,7 +1,7 @@
 """A candidate: a version that is staged, and that one rename makes visible.
 
-In: what `spikeless.repository.publishing` stages and the gates find. Out: a version, and its record in the
-journal.
+In: what `spikeless.repository.publishing` stages and the gates find. Out: a version,
+and its record in the journal.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Candidate:
         return int(self.target.name)
 
     def publish(self) -> Path:
-        """Make it visible by one rename, and write that into the journal. Returns the version's directory.
+        """Make it visible by one rename, note that, and return the directory.
 
         Raises:
             AlreadyExists: something is in the way.
-            FailedPrecondition: it could not be renamed; or the journal could not be written, and the version
-                is visible.
+            FailedPrecondition: it could not be renamed; or the journal could not be
+                written, and the version is visible.
         """
         with atomic.reported_errors(f"publish to {self.target.parent}"):
             _rename(self.path, self.target)

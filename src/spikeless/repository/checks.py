@@ -1,6 +1,7 @@
 """What a SavedModel must be before it becomes a version that servers see.
 
-In: a SavedModel's directory. Out: nothing, or an error that names the file and the remedy.
+In: a SavedModel's directory. Out: nothing, or an error that names the file and the
+remedy.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ _SHARD = re.compile(r"variables\.data-\d+-of-(\d+)")
 
 
 def check_files(path: Path) -> None:
-    """Refuse a SavedModel without a serving graph, or with files missing that its graph names.
+    """Refuse a SavedModel without a serving graph or a file that the graph names.
 
     Raises:
-        NotFound: no ``saved_model.pb``, no meta graph tagged ``serve``, no variables, no asset.
+        NotFound: no ``saved_model.pb``, no meta graph tagged ``serve``, no variables,
+            no asset.
         InvalidArgument: ``saved_model.pb`` is no SavedModel.
         DataLoss: a data shard of the variables is missing.
     """
@@ -38,7 +40,7 @@ def check_files(path: Path) -> None:
 def _check_variables(path: Path, meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
     index = path / savedmodel.VARIABLES_DIRECTORY / "variables.index"
     if not index.is_file():
-        # TensorFlow loads such a model all the same, and fails its first request.
+        # TensorFlow loads such a model, and then fails its first request.
         if any(node.op in _VARIABLE_OPS for node in meta_graph.graph_def.node):
             raise NotFound(f"{index} is missing, but the graph has variables; copy or export the model again")
         return
@@ -52,13 +54,14 @@ def _check_variables(path: Path, meta_graph: meta_graph_pb2.MetaGraphDef) -> Non
 
 
 def check_warmup(path: Path) -> None:
-    """Refuse a warmup file that would fail the load, as far as can be told without one.
+    """Refuse a warmup file that would fail the load, as far as that shows without one.
 
     A SavedModel without a warmup file passes.
 
     Raises:
         DataLoss: the file is truncated, damaged or no TFRecord file.
-        InvalidArgument: a record is no PredictionLog or does not fit its signature; too many records.
+        InvalidArgument: a record is no PredictionLog or does not fit its signature; too
+            many records.
         NotFound: a record names a signature that is not there.
         Unimplemented: a record of a kind that servers do not replay.
     """

@@ -1,15 +1,16 @@
 """Gates: what a version has to pass before anything of it is visible.
 
-In: a staged version (`Candidate`). Out: nothing, or an error that names the gate, the numbers and the remedy;
-and what was found, for the journal.
+In: a staged version (`Candidate`). Out: nothing, or an error that names the gate, the
+numbers and the remedy; and what was found, for the journal.
 
 ``files``       everything that the graph names is there
 ``warmup``      every warmup record fits its signature
 ``golden``      (a rewrite) golden requests become part of the version
-``signatures``  callers of the stable version can go on: no signature, input or output is lost or changed
+``signatures``  no signature, input or output that callers use now is lost or changed
 ``mapping``     (a rewrite) parameters are mapped from files
-``trial``       it is loaded, warmed and asked in a process of its own; errors name the part that failed:
-                ``load``, ``warmup``, ``golden``, ``first request``, ``signatures`` or ``memory``
+``trial``       it is loaded, warmed and asked in a process of its own; errors name the
+                part that failed: ``load``, ``warmup``, ``golden``, ``first request``,
+                ``signatures`` or ``memory``
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from spikeless.repository.trial import GateError
 
 @dataclass(frozen=True)
 class Gate:
-    """One step of publishing: a check that raises, or a rewrite of the staged version."""
+    """One step of publishing: a check that raises, or a rewrite of the version."""
 
     #: Its name, for errors and the journal.
     name: str
     #: What it does, for progress messages.
     title: str
     run: Callable[[Candidate], None]
-    #: What of it can be told from the source already, before gigabytes are copied and anything is created.
+    #: The part of it that needs only the source: it runs before gigabytes are copied
+    #: and anything is created.
     early: Callable[[Path], None] = lambda source: None
 
 
@@ -57,7 +59,8 @@ class GateSettings:
     golden: Path | None = None
     #: How far answers to them may be off.
     tolerance: Tolerance = field(default_factory=Tolerance)
-    #: Map its parameters from files, unless they are mapped already; None leaves them as they are.
+    #: Map its parameters from files, unless they are mapped already; None leaves them
+    #: as they are.
     mapping: MapSettings | None = None
     #: Load it and ask it, as a test.
     load: bool = True
@@ -153,10 +156,11 @@ GATES = pipeline(GateSettings())
 
 
 def breaking_changes(old: Any, new: Any) -> list[str]:
-    """Why callers of one meta graph's signatures may fail with another's, in words; empty when they do not.
+    """Why callers of one meta graph fail with another, in words; empty if none does.
 
-    They send all inputs of a signature and read any of its outputs. A new input breaks them, unless the
-    signature has a default for it; a wider input and a narrower output do not.
+    They send all inputs of a signature and read any of its outputs. A new input breaks
+    them, unless the signature has a default for it; a wider input and a narrower output
+    do not.
     """
     before, after = savedmodel.signatures_of(old), savedmodel.signatures_of(new)
     problems = []

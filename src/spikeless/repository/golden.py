@@ -1,8 +1,9 @@
-"""Golden requests: requests whose right answers are known, and how far an answer may be from them.
+"""Golden requests: requests with their right answers, and how far answers may be off.
 
-In: ``PredictionLog`` records, each with request and response, beside a tolerance. A version carries its own:
-``assets.extra/spikeless_golden_requests`` (TFRecord) and ``assets.extra/spikeless_golden.json``; servers look
-at neither. Out: what differs, in words.
+In: ``PredictionLog`` records, each with request and response, beside a tolerance. A
+version carries its own: ``assets.extra/spikeless_golden_requests`` (TFRecord) and
+``assets.extra/spikeless_golden.json``; servers ignore both. Out: what differs, in
+words.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ TOLERANCE_FILE = "spikeless_golden.json"
 
 @dataclass(frozen=True)
 class Tolerance:
-    """An answer is right when ``|answer - expected| <= atol + rtol * |expected|`` for every number."""
+    """How far an answer may be off, for every number in it.
+
+    It is right when ``|answer - expected| <= atol + rtol * |expected|``.
+    """
 
     rtol: float = 1e-4
     atol: float = 1e-5
@@ -48,7 +52,8 @@ def read_file(path: str | os.PathLike[str], tolerance: Tolerance) -> Golden:
     """The golden requests of a file.
 
     Raises:
-        NotFound, DataLoss, InvalidArgument: there is no such file, it is damaged, or a record has no answer.
+        NotFound, DataLoss, InvalidArgument: there is no such file, it is damaged, or a
+            record has no answer.
     """
     records = tuple(read(path, gzipped=None))
     for record in records:
@@ -92,7 +97,8 @@ def check(model: Inference, golden: Golden) -> None:
     """Send every golden request to ``model``.
 
     Raises:
-        InvalidArgument: an answer is not the right one; it names the record, the output and the numbers.
+        InvalidArgument: an answer is not the right one; it names the record, the output
+            and the numbers.
         SpikelessError: a request failed.
     """
     for record in golden.records:

@@ -1,12 +1,13 @@
-"""The journal of a model: who changed what is served, when, why, with which checks and which result.
+"""The journal of a model: who changed what is served, when, why, and with which result.
 
-In: records. Out: ``<models>/<name>/.spikeless/journal.jsonl``, one JSON object a line, only ever appended to,
-each line on the disk before the next step is taken. The order of the lines counts, not their times: clocks
-jump.
+In: entries. Out: ``<models>/<name>/.spikeless/journal.jsonl``, one JSON object a line,
+only ever appended to, each line on the disk before the next step is taken. The order of
+the lines counts, not their times: clocks jump.
 
-Each line has ``schema``, ``event``, ``time``, ``user``, ``host`` and ``pid``, and the fields of one of the
-classes below. Lines without ``schema`` are from before there was one, and are read as schema 1. Readers skip
-events and fields that they do not know, so that only a change of meaning needs a new schema.
+Each line has ``schema``, ``event``, ``time``, ``user``, ``host`` and ``pid``, and the
+fields of one of the classes below. Lines without ``schema`` are from before there was
+one, and are read as schema 1. Readers skip events and fields that they do not know, so
+that only a change of meaning needs a new schema.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Findings:
     golden: int = 0
     #: Warmup records of the stable version that were answered.
     stable_requests: int = 0
-    #: Seconds of the first request after load and warmup; None where there is nothing to ask.
+    #: Seconds of the first request after load and warmup; None where there is nothing
+    #: to ask.
     first: float | None = None
     #: Median of the requests after it, in seconds.
     steady: float | None = None
@@ -68,7 +70,7 @@ class Published:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One step of a planned change: a state of ``models.config`` and what is done when it is reached."""
+    """One step of a planned change, as `spikeless.rollout.plans.Step` has it."""
 
     title: str
     blocks: Blocks
@@ -79,7 +81,10 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class ChangeBegun:
-    """A promotion or rollback has begun; the whole plan is here, so that it can be resumed or undone."""
+    """A promotion or rollback has begun.
+
+    It holds the whole plan, so that it can be resumed or undone.
+    """
 
     id: str
     action: str
@@ -93,7 +98,7 @@ class ChangeBegun:
 
     @property
     def states(self) -> list[Blocks]:
-        """The states of ``models.config``, the first of which is how things were before."""
+        """The states of ``models.config``; the first is how things were before."""
         return [step.blocks for step in self.steps]
 
 
@@ -159,9 +164,9 @@ class Removed:
     bytes: int
 
 
-Record = Published | ChangeBegun | Checked | Soaked | ChangeEnded | Removed
+Entry = Published | ChangeBegun | Checked | Soaked | ChangeEnded | Removed
 #: ``event`` of a line -> what it holds.
-_EVENTS: dict[str, type[Record]] = {
+_EVENTS: dict[str, type[Entry]] = {
     "publish": Published,
     "begin": ChangeBegun,
     "check": Checked,
@@ -186,26 +191,27 @@ class Journal:
     def __init__(self, models: str | os.PathLike[str], name: str) -> None:
         self.path = layout.state_directory(models, name) / FILE_NAME
 
-    def append(self, record: Record) -> None:
-        """Write one record with the time, user, host and process added.
+    def append(self, entry: Entry) -> None:
+        """Write one entry with the time, user, host and process added.
 
         Raises:
             FailedPrecondition: it could not be written.
         """
-        entry = {
+        fields = {
             "schema": SCHEMA,
-            "event": _NAMES[type(record)],
+            "event": _NAMES[type(entry)],
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "user": _user(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            **dataclasses.asdict(record),
+            **dataclasses.asdict(entry),
         }
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
-                # A line that a crash or a full disk cut short stays alone on its line, and is not read.
+                # A line that a crash or a full disk cut short stays alone on its line,
+                # and is not read.
                 if file.tell() and not self._ends_well():
                     line = b"\n" + line
                 file.write(line)
@@ -219,8 +225,8 @@ class Journal:
             file.seek(-1, os.SEEK_END)
             return file.read() == b"\n"
 
-    def records(self) -> list[Record]:
-        """All records of known events, oldest first; lines that a crash cut short are left out.
+    def entries(self) -> list[Entry]:
+        """All entries of known events, oldest first, without lines that were cut short.
 
         Raises:
             FailedPrecondition: the file cannot be read, or a newer Spikeless wrote it.
@@ -231,53 +237,53 @@ class Journal:
             return []
         except OSError as error:
             raise FailedPrecondition(f"cannot read {self.path}: {error.strerror}") from None
-        records = (self._record(number, line) for number, line in enumerate(lines, 1))
-        return [record for record in records if record is not None]
+        entries = (self._entry(number, line) for number, line in enumerate(lines, 1))
+        return [entry for entry in entries if entry is not None]
 
-    def _record(self, number: int, line: bytes) -> Record | None:
+    def _entry(self, number: int, line: bytes) -> Entry | None:
         try:
-            entry = json.loads(line)
+            fields = json.loads(line)
         except ValueError:
             return None
-        if not isinstance(entry, dict) or "event" not in entry:
+        if not isinstance(fields, dict) or "event" not in fields:
             return None
-        if (schema := entry.get("schema", 1)) > SCHEMA:
-            raise FailedPrecondition(
-                f"{self.path}: line {number} has schema {schema}, and this Spikeless reads up to {SCHEMA}: "
-                "update Spikeless"
-            )
-        kind = _EVENTS.get(entry["event"])
         try:
-            return None if kind is None else _build(kind, entry)
+            if (schema := fields.get("schema", 1)) > SCHEMA:
+                raise FailedPrecondition(
+                    f"{self.path}: line {number} has schema {schema}, and this Spikeless reads up to "
+                    f"{SCHEMA}: update Spikeless"
+                )
+            kind = _EVENTS.get(fields["event"])
+            return None if kind is None else _build(kind, fields)
         except TypeError as error:
             raise FailedPrecondition(f"{self.path}: line {number} cannot be read: {error}") from None
 
     def unfinished(self) -> ChangeBegun | None:
         """The last change, when it has no end."""
         begun: ChangeBegun | None = None
-        for record in self.records():
-            if isinstance(record, ChangeBegun):
-                begun = record
-            elif isinstance(record, ChangeEnded) and begun is not None and record.id == begun.id:
+        for entry in self.entries():
+            if isinstance(entry, ChangeBegun):
+                begun = entry
+            elif isinstance(entry, ChangeEnded) and begun is not None and entry.id == begun.id:
                 begun = None
         return begun
 
 
-def outcomes(records: Iterable[Record]) -> Iterator[tuple[Published | ChangeBegun, str]]:
-    """What was published or changed, with the result, in the order in which it ended."""
+def outcomes(entries: Iterable[Entry]) -> Iterator[tuple[Published | ChangeBegun, str]]:
+    """What was published or changed, with the result, in the order of the ends."""
     begun: dict[str, ChangeBegun] = {}
-    for record in records:
-        if isinstance(record, Published):
-            yield record, PASSED
-        elif isinstance(record, ChangeBegun):
-            begun[record.id] = record
-        elif isinstance(record, ChangeEnded) and record.id in begun:
-            yield begun[record.id], record.result
+    for entry in entries:
+        if isinstance(entry, Published):
+            yield entry, PASSED
+        elif isinstance(entry, ChangeBegun):
+            begun[entry.id] = entry
+        elif isinstance(entry, ChangeEnded) and entry.id in begun:
+            yield begun[entry.id], entry.result
 
 
-def _build(kind: type[Any], entry: dict[str, Any]) -> Any:
-    names = [one.name for one in dataclasses.fields(kind) if one.name in entry]
-    return kind(**{name: _value(name, entry[name]) for name in names})
+def _build(kind: type[Any], fields: dict[str, Any]) -> Any:
+    names = [one.name for one in dataclasses.fields(kind) if one.name in fields]
+    return kind(**{name: _value(name, fields[name]) for name in names})
 
 
 def _value(name: str, value: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Where things are in a model repository: ``<models>/<name>/<version>/``, and ``.spikeless/`` beside them.
+"""Where things are in a model repository.
 
-In: the repository and a model's name. Out: paths.
+In: the repository and a model's name. Out: paths: ``<models>/<name>/<version>/`` for
+each version, and ``<models>/<name>/.spikeless/`` for what servers ignore.
 """
 
 from __future__ import annotations
@@ -31,18 +32,21 @@ def model_directory(models: str | os.PathLike[str], name: str) -> Path:
 
 
 def state_directory(models: str | os.PathLike[str], name: str) -> Path:
-    """Where Spikeless keeps what belongs to a model: locks, the journal, staged versions."""
+    """Where Spikeless keeps a model's locks, journal and staged versions."""
     return Path(models, name, _STATE_DIRECTORY)
 
 
 def versions(models: str | os.PathLike[str], name: str) -> dict[int, Path]:
-    """The versions of a model that are on disk, lowest first; none when the model is unknown."""
+    """The versions of a model that are on disk, lowest first."""
     directory = model_directory(models, name)
     return list_versions(directory) if directory.is_dir() else {}
 
 
 def stable_version(models: str | os.PathLike[str], name: str) -> Path | None:
-    """The directory of the version that callers get now; of the latest one where nothing is configured."""
+    """The directory of the version that callers get now.
+
+    That is the latest one where nothing is configured; None where there is no version.
+    """
     known = versions(models, name)
     model = models_config.read(models).model(name) if Path(models).is_dir() else None
     if model is not None:

@@ -1,11 +1,13 @@
-"""``models.config``: which versions of which models are served, and what their labels are.
+"""``models.config``: which versions of which models are served, and their labels.
 
-In: the file, a ``ModelServerConfig`` in text format (a server's ``--model_config_file``). Out: the same file
-with one model's versions and labels changed, and everything else as it was: comments, layout, other models,
-and fields that this program does not know.
+In: the file, a ``ModelServerConfig`` in text format (a server's
+``--model_config_file``). Out: the same file with one model's versions and labels
+changed, and everything else as it was: comments, layout, other models, and fields that
+this program does not know.
 
-It is replaced by one rename, so a server never reads half of it. Whoever changes it holds its lock alone;
-whoever sends it to servers holds the lock together with others, so that all servers get the newest content.
+It is replaced by one rename, so a server never reads half of it. An edit holds an
+exclusive lock, and sending it to servers a shared one: all servers get the newest
+content.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class ModelsConfig:
 
     @cached_property
     def message(self) -> model_server_config_pb2.ModelServerConfig:
-        """The message to send to a server; it lacks the fields that this program does not know."""
+        """The message to send to a server, without fields that are unknown here."""
         return _parsed(self.text, model_server_config_pb2.ModelServerConfig())
 
     @property
@@ -64,7 +66,7 @@ class ModelsConfig:
         return None
 
     def with_block(self, name: str, block: str | None) -> ModelsConfig:
-        """The same with another text for a model's ``config { ... }``; None takes the model out.
+        """The same with another ``config { ... }`` for a model; None removes the model.
 
         Raises:
             InvalidArgument: ``block`` configures another model.
@@ -79,15 +81,15 @@ class ModelsConfig:
             edited = self if block is None else self._appended(block)
         return edited._checked(self, name)
 
-    def _text_of(self, field: textproto.Field) -> str:
+    def _text_of(self, field: textproto.TextField) -> str:
         return self.text[field.start : field.end]
 
-    def _models(self) -> Iterator[textproto.Field]:
+    def _models(self) -> Iterator[textproto.TextField]:
         for models in textproto.parse(self.text).all(_LIST):
             for message in models.messages:
                 yield from message.all(_MODEL)
 
-    def _replaced(self, field: textproto.Field, block: str | None) -> ModelsConfig:
+    def _replaced(self, field: textproto.TextField, block: str | None) -> ModelsConfig:
         start, end = field.start, field.end
         if block is None:
             start, end = _whole_lines(self.text, start, end)
@@ -116,7 +118,7 @@ class ModelsConfig:
 
 
 def new_block(name: str, base_path: str) -> str:
-    """The text of a ``config { ... }`` for a model that has none; it serves the latest version."""
+    """A ``config { ... }`` for a new model, of which the latest version is served."""
     return (
         f"{_MODEL} {{\n"
         f"    name: {_quoted(name)}\n"
@@ -127,10 +129,11 @@ def new_block(name: str, base_path: str) -> str:
 
 
 def with_versions(block: str, versions: Collection[int], labels: Mapping[str, int]) -> str:
-    """The text of a ``config { ... }`` with these specific versions and labels; the rest stays.
+    """The text of a ``config { ... }`` with other specific versions and labels.
 
     Raises:
-        InvalidArgument: a label points at a version that would not be served, or there are no versions.
+        InvalidArgument: a label points at a version that would not be served, or there
+            are no versions.
     """
     wanted = model_server_config_pb2.ModelConfig()
     wanted.model_version_policy.specific.versions.extend(sorted(versions))
@@ -159,7 +162,7 @@ def model_in(block: str) -> model_server_config_pb2.ModelConfig:
 
 
 def _with_field(block: str, name: str, lines: list[str]) -> str:
-    """A ``config { ... }`` in which ``lines`` stand in the place of all fields ``name``."""
+    """A ``config { ... }`` with ``lines`` in the place of all fields ``name``."""
     old = list(_body(block).all(name))
     for field in reversed(old[1:] if lines else old):
         start, end = _whole_lines(block, field.start, field.end)
@@ -206,7 +209,7 @@ def _parsed(text: str, message: Any) -> Any:
         raise InvalidArgument(f"{FILE_NAME} is not in protocol buffer text format: {error}") from None
 
 
-# --- the file -------------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------
 
 
 def read(models: str | os.PathLike[str]) -> ModelsConfig:
@@ -218,7 +221,7 @@ def read(models: str | os.PathLike[str]) -> ModelsConfig:
     path = Path(models, FILE_NAME)
     try:
         config = ModelsConfig(_without_lists(path.read_text(encoding="utf-8")))
-        config.message  # noqa: B018 (it must be readable)
+        config.message  # noqa: B018 (raises where it is no ModelServerConfig)
         return config
     except FileNotFoundError:
         return ModelsConfig()
@@ -236,7 +239,7 @@ def sending(models: str | os.PathLike[str]) -> Iterator[ModelsConfig]:
 
 
 def edit(models: str | os.PathLike[str], blocks: Blocks) -> ModelsConfig:
-    """Give models of the file another text (`ModelsConfig.with_block`), all in one step.
+    """Give models another text (`ModelsConfig.with_block`), all in one step.
 
     Raises:
         FailedPrecondition: the file cannot be written; it is as it was.
@@ -273,7 +276,7 @@ def _lock(models: Path, *, shared: bool = False) -> IO[str]:
 
 
 def _without_lists(text: str) -> str:
-    """``config: [{...}, {...}]`` written as one ``config {...}`` each, so that each can be edited alone."""
+    """The text with ``config {...} config {...}`` for ``config: [{...}, {...}]``."""
     lists = [
         field
         for models in textproto.parse(text).all(_LIST)

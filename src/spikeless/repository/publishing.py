@@ -1,13 +1,14 @@
-"""Publishing: a SavedModel becomes a version, which is whole at any moment that a server can see it.
+"""Publishing: a SavedModel becomes a version, which servers see whole or not at all.
 
-In: a SavedModel from anywhere. Out: the same as a version that TensorFlow Serving picks up by polling, and a
-record in the journal.
+In: a SavedModel from anywhere. Out: the same as a version that TensorFlow Serving picks
+up by polling, and a record in the journal.
 
-A server takes every child of ``<models>/<name>/`` whose name is an integer for a version and loads it at
-once; there is no marker for "complete". So a version is built in ``<models>/<name>/.spikeless/staging/``,
-which no server looks into and which is on the same file system, passes its gates there
-(`spikeless.repository.gates`), and gets its number by a single rename at the very end. Whatever happens
-before that, a kill included, leaves the versions as they were; the next publish removes what is left of it.
+A server takes every child of ``<models>/<name>/`` whose name is an integer for a
+version and loads it at once; there is no marker for "complete". So a version is built
+in ``<models>/<name>/.spikeless/staging/``, which servers ignore and which is on the
+same file system, passes its gates there (`spikeless.repository.gates`), and gets
+its number by a single rename at the very end. Whatever happens before that, a kill
+included, leaves the versions as they were; the next publish removes what is left of it.
 """
 
 from __future__ import annotations
@@ -62,30 +63,35 @@ def stage(
     link: bool = False,
     progress: Callable[[str], None] = lambda title: None,
 ) -> Iterator[Candidate]:
-    """Do all of publishing but the rename, for those who must choose the moment: ``candidate.publish()``.
+    """Do all of publishing but the last step, which is ``candidate.publish()``.
 
-    A candidate that is not published is gone at the end of the block. The copy holds what links in the source
-    point at (`spikeless.disk.atomic.copy_tree`) and every user can read it, whatever the modes in the source.
-    The source is left as it is.
+    A candidate that is not published is gone at the end of the block. The copy holds
+    what links in the source point at (`spikeless.disk.atomic.copy_tree`) and every user
+    can read it, whatever the modes in the source. The source is left as it is.
 
     Args:
         saved_model: the directory with ``saved_model.pb``.
         models: the repository; created when it is not there.
-        name: the model's name: letters, digits, ``_``, ``-``, ``.``; a letter or ``_`` first.
-        version: its number, from 0 to 2**63 - 1; by default one more than the highest that is there or being
-            published, or 1.
-        gates: what the staged copy has to pass, in this order (`spikeless.repository.gates.pipeline`).
-        serving_root: the absolute path at which servers see the repository; where it is here by default.
-            A mapped version names its files by it (`spikeless.mapping`).
-        link: share the source's files by hard links where the file system allows it. It costs no space and
-            no time; but only for a source whose files nobody writes to from then on.
+        name: the model's name: letters, digits, ``_``, ``-``, ``.``; a letter or ``_``
+            first.
+        version: its number, from 0 to 2**63 - 1; by default one more than the highest
+            that is there or being published, or 1.
+        gates: what the staged copy has to pass, in this order
+            (`spikeless.repository.gates.pipeline`).
+        serving_root: the absolute path at which servers see the repository; where it is
+            here by default. A mapped version names its files by it
+            (`spikeless.mapping`).
+        link: share the source's files by hard links where the file system allows it,
+            which costs neither space nor time. Nothing may write to the source's files
+            from then on.
         progress: called with the title of each stage as it begins.
 
     Raises:
         AlreadyExists: the version is there, or another process is publishing it.
         ResourceExhausted: no space is left.
-        SpikelessError: a gate refused it, the arguments are wrong, the file system failed. In all these cases
-            the versions in the repository are what they were.
+        SpikelessError: a gate refused it, the arguments are wrong, the file system
+            failed. In all these cases the versions in the repository are what they
+            were.
     """
     source = Path(saved_model)
     directory = layout.model_directory(models, name)
@@ -121,7 +127,7 @@ def stage(
 
 
 def _prepare_mapped(candidate: Candidate, serving_root: str) -> None:
-    """Let a mapped version name its files where servers will see them, and fill the page cache."""
+    """Pin a mapped version to the paths that servers see, and fill the page cache."""
     root = f"{serving_root.rstrip('/')}/{candidate.name}/{candidate.version}"
     for record in repin(candidate.path, root, digests=False).mapped_files():
         path = candidate.path / record.path
@@ -131,13 +137,14 @@ def _prepare_mapped(candidate: Candidate, serving_root: str) -> None:
 
 @contextmanager
 def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]]:
-    """A version number that nobody else gets, and the staging directory that reserves it by its name."""
+    """A version number for nobody else, and the staging directory that reserves it."""
     _make_directory(directory)
     state = layout.state_directory(directory.parent, directory.name)
     state.mkdir(exist_ok=True)
     with ExitStack() as stack:
         with locks.acquire(state / "lock"):
-            # In this order: a publisher renames its version before it gives up its reservation.
+            # In this order: a publisher renames its version before it gives up its
+            # reservation.
             reserved = {int(path.name.partition("-")[0]) for path in atomic.staged(state / "staging")}
             published = list_versions(directory)
             number = max([0, *published, *reserved]) + 1 if version is None else version

@@ -1,8 +1,8 @@
 """Edit a message in protocol buffer text format without losing its comments and layout.
 
-In: text. Out: the fields with the places where they stand in the text; whoever edits cuts and pastes there.
-The syntax is that of https://protobuf.dev/reference/protobuf/textformat-spec/. Values are not interpreted:
-what the text means is `google.protobuf.text_format`'s business.
+In: text. Out: its fields and their positions, at which the text can be edited. The
+syntax is that of https://protobuf.dev/reference/protobuf/textformat-spec/. Values are
+not interpreted: what the text means is `google.protobuf.text_format`'s business.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ _CLOSING = {"{": "}", "<": ">"}
 
 @dataclass(frozen=True)
 class Message:
-    """A message value: ``text[start:end]`` includes its braces, which the body is between."""
+    """A message value; ``text[start:end]`` includes its braces."""
 
     start: int
     end: int
-    fields: tuple[Field, ...]
+    fields: tuple[TextField, ...]
 
-    def all(self, name: str) -> Iterator[Field]:
+    def all(self, name: str) -> Iterator[TextField]:
         """The fields of that name, in the order of the text."""
         return (field for field in self.fields if field.name == name)
 
 
 @dataclass(frozen=True)
-class Field:
+class TextField:
     """One field with its name, value and trailing separator, at ``text[start:end]``."""
 
     name: str
     start: int
     end: int
-    #: The messages that are its value: one, or any number where the value is a list; none for a scalar.
+    #: The messages that are its value: one, or any number where the value is a list;
+    #: none for a scalar.
     messages: tuple[Message, ...]
     #: Whether the value is a list: ``name: [...]``.
     is_list: bool
@@ -93,42 +94,42 @@ class _Parser:
     def _peek(self) -> _Token:
         return self._tokens[self._next]
 
-    def _take(self) -> _Token:
+    def _advance(self) -> _Token:
         token = self._tokens[self._next]
         self._next += 1
         return token
 
     def _expect(self, text: str) -> _Token:
-        token = self._take()
+        token = self._advance()
         if token.text != text or token.kind == "string":
             raise self._error(token.start)
         return token
 
-    def fields(self, closing: str) -> tuple[Field, ...]:
+    def fields(self, closing: str) -> tuple[TextField, ...]:
         """Fields up to the token ``closing``, which stays."""
         found = []
         while not (self._peek().kind in ("mark", "end") and self._peek().text == closing):
             found.append(self._field())
         return tuple(found)
 
-    def _field(self) -> Field:
-        name = self._take()
+    def _field(self) -> TextField:
+        name = self._advance()
         if name.text == "[" and name.kind == "mark":
             # An extension, or the type of an Any: [example.com/package.Type].
             while self._peek().kind == "word" or self._peek().text in ("/", "."):
-                self._take()
+                self._advance()
             self._expect("]")
         elif name.kind != "word":
             raise self._error(name.start)
         if self._peek().text == ":":
-            self._take()
+            self._advance()
         elif self._peek().text not in _CLOSING:
             raise self._error(self._peek().start)
         is_list = self._peek().kind == "mark" and self._peek().text == "["
         messages = self._value()
         if self._peek().text in (",", ";") and self._peek().kind == "mark":
-            self._take()
-        return Field(name.text, name.start, self._tokens[self._next - 1].end, messages, is_list)
+            self._advance()
+        return TextField(name.text, name.start, self._tokens[self._next - 1].end, messages, is_list)
 
     def _value(self) -> tuple[Message, ...]:
         token = self._peek()
@@ -140,7 +141,7 @@ class _Parser:
         return ()
 
     def _message(self) -> Message:
-        opening = self._take()
+        opening = self._advance()
         fields = self.fields(_CLOSING[opening.text])
         closing = self._expect(_CLOSING[opening.text])
         return Message(opening.start, closing.end, fields)
@@ -159,11 +160,11 @@ class _Parser:
         return tuple(found)
 
     def _scalar(self) -> None:
-        token = self._take()
+        token = self._advance()
         if token.kind == "string":
             while self._peek().kind == "string":
-                self._take()
+                self._advance()
         elif token.kind != "word":
             raise self._error(token.start)
         elif token.text == "-":
-            self._take()
+            self._advance()

@@ -1,8 +1,9 @@
-"""A trial: a SavedModel is loaded and asked in a process of its own, before any server sees it.
+"""A trial: a version is loaded and asked in a process of its own.
 
-In: the directory of a version, perhaps the stable version that it is to follow. Out: what it took, or the
-gate at which it failed. ``python -m spikeless.repository.trial VERSION [STABLE]`` is the process: it may
-crash or run out of memory without harm, and prints its findings as one JSON object.
+In: the directory of a version, perhaps the stable version that it is to follow. Out:
+what it took, or the gate at which it failed. ``python -m spikeless.repository.trial
+VERSION [STABLE]`` is the process: it may crash or run out of memory without harm, and
+prints its findings as one JSON object.
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ def run(version: Path, stable: Path | None = None) -> Findings:
     """Try a version in a process of its own.
 
     Args:
-        version: its directory, with the warmup records and golden requests that it carries.
+        version: its directory, with the warmup records and golden requests that it
+            carries.
         stable: the version that its callers use now: its warmup records are asked, too.
 
     Raises:
-        GateError: it cannot be loaded, or fails on a request, or answers a golden one wrongly.
+        GateError: it cannot be loaded, or fails on a request, or answers a golden one
+            wrongly.
     """
     command = [*_COMMAND, str(version), *([] if stable is None else [str(stable)])]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)

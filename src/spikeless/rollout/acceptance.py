@@ -1,7 +1,7 @@
-"""Acceptance: a version that servers have loaded is asked, compared and watched before traffic reaches it.
+"""Acceptance: a loaded version is asked, compared and watched before it gets traffic.
 
-In: the plan, the version's probes, and the servers. Out: records in the journal, or an error as soon as the
-version does wrong on any server.
+In: the plan, the version's probes, and the servers. Out: records in the journal, or an
+error as soon as the version does wrong on any server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Acceptance:
     soak: SoakSettings
 
     def check(self, change: str, plan: Plan, step: Step) -> None:
-        """Ask the version as ``step.ask`` on every server; compare and watch it where the step says so.
+        """Ask the version on every server; compare and watch it where the step says so.
 
         Raises:
             FailedPrecondition: it failed, or does worse than the stable version.

@@ -1,10 +1,11 @@
 """Execution: a plan is carried out step by step, or everything is put back.
 
-In: a plan and the situation that it was made for. Out: ``models.config`` and all servers in the plan's last
-state, or in its first one.
+In: a plan and the situation that it was made for. Out: ``models.config`` and all
+servers in the plan's last state, or in its first one.
 
-The whole plan is in the journal before its first state is written, and each state is in ``models.config``
-before servers are told: a server that restarts in between serves what was reached by then.
+The whole plan is in the journal before its first state is written, and each state is in
+``models.config`` before servers are reloaded: a server that restarts in between serves
+what was reached by then.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Execution:
         for step in self.plan.steps[self._start() :]:
             self.found.fleet.check_interrupted()
             self.found.fleet.progress(step.title)
-            self._take(step)
+            self._apply(step)
         self.found.journal.append(ChangeEnded(self.id, self.plan.result))
 
     def _start(self) -> int:
@@ -62,7 +63,7 @@ class Execution:
             return 1
         return max(1, states.index(self.found.current))
 
-    def _take(self, step: Step) -> None:
+    def _apply(self, step: Step) -> None:
         if self.plan.action == plans.ROLLBACK and step is self.plan.steps[-1]:
             self._force(step)
             return
@@ -72,14 +73,14 @@ class Execution:
             self.acceptance.check(self.id, self.plan, step)
 
     def _force(self, step: Step) -> None:
-        """Reach a step on as many servers as there are, even where the file cannot be written."""
+        """Apply a step on every server, even where the file cannot be written."""
         _all_of(
             lambda: models_config.edit(self.found.models, step.blocks),
             lambda: self.found.fleet.apply(step.blocks, keep_going=True),
         )
 
     def put_back(self, cause: SpikelessError) -> str:
-        """Undo what was done because of ``cause``, and say how things stand."""
+        """Undo what was done because of ``cause``, and describe the result."""
         plan, found = self.plan, self.found
         now = plan.current(models_config.read(found.models))
         if plan.action == plans.ROLLBACK and now == plan.states[-1]:

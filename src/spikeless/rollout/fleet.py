@@ -1,11 +1,12 @@
-"""A fleet: the servers that serve one repository, taken from one configuration to the next.
+"""A fleet: the servers of one repository, reloaded with one configuration.
 
-In: what ``models.config`` should say about some models. Out: servers that serve just that, reloaded one after
-the other or a few at a time, or an error that says where each server stands.
+In: what ``models.config`` should say about some models. Out: servers that serve just
+that, reloaded one after the other or a few at a time, or an error that says where each
+server stands.
 
-First a server accepts the configuration; then its states, labels and answers are polled until they are what
-is wanted. A server that does not answer for a moment may be restarting and is waited for: it reads the same
-``models.config``.
+First a server accepts the configuration; then its states, labels and answers are polled
+until they are what is wanted. A server that does not answer for a moment may be
+restarting and is waited for: it reads the same ``models.config``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from spikeless.repository.models_config import Blocks, model_in
 Progress = Callable[[str], None]
 
 _POLL_SECONDS = 0.03
-#: Seconds until a server has begun what it has accepted; until then, a failure from before is just that.
+#: Seconds until a server has begun what it has accepted; until then, a failure from
+#: before is just that.
 _BEGIN_SECONDS = 3.0
 #: Seconds until a server has taken out of service what it no longer should serve.
 _SETTLE_SECONDS = 30.0
@@ -72,7 +74,7 @@ class FleetSettings:
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """``a:8500,b:8500``, or the name of a file with one server a line (``#`` begins a comment)."""
+    """``a:8500,b:8500``, or a file with one server a line and ``#`` comments."""
     if Path(text).is_file():
         lines = Path(text).read_text().splitlines()
         parts = [line.partition("#")[0].strip() for line in lines]
@@ -88,14 +90,19 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a server should do: per model, the versions that are available, and what each label means."""
+    """What a server should serve."""
 
+    #: Model -> the versions that are available.
     versions: Mapping[str, Collection[int]] = field(default_factory=dict)
+    #: Model -> label -> version.
     labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def wanted(blocks: Blocks) -> Wanted:
-    """What the texts of models in ``models.config`` ask for; one without specific versions asks nothing."""
+    """What the texts of models in ``models.config`` ask for.
+
+    A model without specific versions asks for nothing.
+    """
     versions, labels = {}, {}
     for name, block in blocks.items():
         model = model_in(block) if block is not None else None
@@ -129,9 +136,9 @@ class Fleet:
     ) -> None:
         self.models = Path(models)
         self.settings = settings
-        #: Takes lines for whoever watches.
+        #: Called with each line of progress.
         self.progress = progress
-        #: Set when whoever asked for a change wants it to end.
+        #: Set to end a change early.
         self.interrupted = interrupted or threading.Event()
         timeout = min(_CALL_SECONDS, settings.patience)
         self.clients = {target: Client(target, timeout) for target in settings.targets}
@@ -146,17 +153,13 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- questions ----------------------------------------------------------------------------------
-
     def statuses(self, name: str) -> dict[str, list[VersionStatus]]:
-        """The states of a model's versions on each server; no states where it is unknown.
+        """The states of a model's versions on each server; none where it is unknown.
 
         Raises:
             Unavailable: a server does not answer.
         """
         return {target: states(client, name) for target, client in self.clients.items()}
-
-    # --- changes ------------------------------------------------------------------------------------
 
     def apply(self, blocks: Blocks, *, staggered: bool = False, keep_going: bool = False) -> None:
         """Make every server serve what ``models.config`` says, with ``blocks`` in it.
@@ -164,10 +167,11 @@ class Fleet:
         Args:
             blocks: models that have changed.
             staggered: begin with servers one after the other, as the settings say.
-            keep_going: go on with the other servers after a failure.
+            keep_going: continue with the other servers after a failure.
 
         Raises:
-            FleetError: a server failed; those after it were left alone, unless ``keep_going``.
+            FleetError: a server failed; those after it were left alone, unless
+                ``keep_going``.
         """
         report = dict.fromkeys(self.clients, "left alone")
         failures: dict[str, SpikelessError] = {}
@@ -227,7 +231,8 @@ def states(client: Client, name: str) -> list[VersionStatus]:
         raise
 
 
-#: What a server answers with, or gRPC for it, when it is restarting, hangs or has too much to do.
+#: What a server answers with, or gRPC for it, when it is restarting, hangs or has too
+#: much to do.
 _PASSING = (Code.UNAVAILABLE, Code.CANCELLED, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)
 
 
@@ -255,7 +260,8 @@ class _Reload:
         """Send the configuration, and poll the server until it is in force.
 
         Raises:
-            SpikelessError: it was refused, a version cannot be loaded, the server is gone or too slow.
+            SpikelessError: it was refused, a version cannot be loaded, the server is
+                gone or too slow.
         """
         self._fleet.report(self._client.target, "reloading")
         self._note_old_states()
@@ -266,7 +272,8 @@ class _Reload:
                 self._follow()
                 return
             except _Silent as silence:
-                # It may be restarting, and have lost the configuration: it is sent again.
+                # It may be restarting, and have lost the configuration: it is sent
+                # again.
                 if self._silent_for() > self._fleet.settings.patience:
                     raise Unavailable(
                         f"the server has not answered for {self._fleet.settings.patience:g} s: {silence}"
@@ -285,7 +292,7 @@ class _Reload:
                         self._old[name, status.version] = str(status.error)
 
     def _send(self) -> None:
-        """Send the newest content of the file; nobody can change it until the server has answered."""
+        """Send the newest content of the file, locked until the server has answered."""
         with models_config.sending(self._fleet.models) as config:
             for name, block in self._blocks.items():
                 config = config.with_block(name, block)
@@ -316,7 +323,7 @@ class _Reload:
             raise
 
     def _follow(self) -> None:
-        """Wait until every version is available, and then until it is in force as well."""
+        """Wait until every version is available, then until labels are in force."""
         began = time.monotonic()
         while not self._ask(self._loaded):
             self._check_time()
@@ -368,7 +375,7 @@ class _Reload:
         return not missing
 
     def _not_in_force(self) -> str:
-        """What is not as wanted, labels and requests without a label; empty when all is."""
+        """Which label, or request without one, gets another version; empty if none."""
         for name, numbers in self._wanted.versions.items():
             asked = {"": max(numbers), **self._wanted.labels[name]}
             for label, version in asked.items():

@@ -1,14 +1,17 @@
-"""Plans: the states of ``models.config`` on the way from one version of a model to another.
+"""Plans: the states of ``models.config`` from one version of a model to another.
 
-In: what it says of a model now, and what is wanted. Out: a `Plan`, a row of states that are each safe to
-serve and to stop at, or an error that says why there is none. Nothing is read or written here.
+In: what it says of a model now, and what is wanted. Out: a `Plan`, a row of states that
+are each safe to serve and to stop at, or an error that says why there is none. Nothing
+is read or written here.
 
-TensorFlow Serving's rules decide the order. A request without version or label goes to the highest version
-that is loaded under the model's name, so a version that nobody has checked must not be loaded under that
-name: it is the servable ``<name>-canary`` first, loaded from the same directory. A label may only point at a
-version that is available, and labels are looked at before the versions in the same configuration are: so a
-version is added first, and a label moves in a step of its own. No version above the stable one is loaded
-under the model's name, so that requests without a label and requests for ``stable`` get the same.
+TensorFlow Serving's rules decide the order. A request without version or label goes to
+the highest version that is loaded under the model's name, so an unchecked version must
+not be loaded under that name: it is the servable ``<name>-canary`` first, loaded from
+the same directory. A label may only point at a version that is available, and a server
+applies labels before the versions of the same configuration: so a version is added
+first, and a label moves in a step of its own. No version above the stable one is loaded
+under the model's name, so that requests without a label and requests for ``stable`` get
+the same.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.repository.journal import ChangeBegun, Record, outcomes
+from spikeless.repository.journal import ChangeBegun, Entry, outcomes
 from spikeless.repository.models_config import (
     STABLE,
     Blocks,
@@ -37,7 +40,7 @@ UNCHANGED, PUT_BACK = "unchanged", "put back"
 
 @dataclass(frozen=True)
 class Step:
-    """One state of ``models.config``, and what has to hold when servers have reached it."""
+    """One state of ``models.config``, and what is checked when it is reached."""
 
     title: str
     blocks: Blocks
@@ -79,7 +82,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as ``models.config`` has it, and the versions that are served under its name."""
+    """A model in ``models.config``, and the versions that are served under its name."""
 
     name: str
     before: Blocks
@@ -105,7 +108,7 @@ class ServedModel:
         return self.labels.get(STABLE, max(self.served, default=None))
 
     def state(self, served: Iterable[int], labels: Mapping[str, int], canary: str | None) -> Blocks:
-        """A state of ``models.config`` in which this is served; a model without versions stays as it is."""
+        """A state of ``models.config``; without ``served`` the model stays."""
         versions = frozenset(served)
         block = with_versions(self.block, versions, labels) if versions else self.before[self.name]
         return {self.name: block, self.canary: canary}
@@ -114,10 +117,13 @@ class ServedModel:
 def promotion(
     model: ServedModel, version: int, label: str, *, canary: bool, keep_previous: bool, takes_unlabelled: bool
 ) -> Plan:
-    """From what is served to ``version`` behind ``label``; with ``canary``, only to it as ``<name>-canary``.
+    """From what is served now to ``version`` behind ``label``.
+
+    With ``canary``, ``version`` is only served as ``<name>-canary``.
 
     Raises:
-        FailedPrecondition: requests that name no label would reach another version than the stable one.
+        FailedPrecondition: requests that name no label would reach another version than
+            the stable one.
     """
     name, served, labels, stable = model.name, model.served, model.labels, model.stable
     _check_no_other_canary(model, version)
@@ -198,7 +204,7 @@ def rollback(model: ServedModel, target: int, label: str) -> Plan:
 
 
 def undo(unfinished: ChangeBegun) -> Plan:
-    """Back to how things were before a promotion that was cut short, from its record in the journal."""
+    """Back to how things were before a promotion that was cut short."""
     before = unfinished.states[0]
     return Plan(
         ROLLBACK,
@@ -225,13 +231,13 @@ def end_canary(model: ServedModel) -> Plan:
     return Plan(ROLLBACK, version, "", None, ENDED, steps)
 
 
-def version_before(records: Iterable[Record], label: str, now: int) -> int | None:
-    """The version to roll ``label`` back to, from a journal; None when it does not know.
+def version_before(entries: Iterable[Entry], label: str, now: int) -> int | None:
+    """The version to roll ``label`` back to, from a journal; None if it does not tell.
 
-    After a rollback that is the version of now: whoever repeats a rollback does not go back twice.
+    After a rollback that is the current version: repeating it does not go back twice.
     """
     reached = previous = None
-    for change, result in outcomes(records):
+    for change, result in outcomes(entries):
         if not isinstance(change, ChangeBegun) or change.label != label:
             continue
         if result == PROMOTED:

@@ -1,7 +1,8 @@
 """Probes: a version that a server has loaded is asked before its traffic asks it.
 
-In: the warmup records and golden requests that a version carries. Out: nothing when it answers well, an error
-that names the request and the numbers when it does not, and how it compares with another version.
+In: the warmup records and golden requests that a version carries. Out: nothing when it
+answers well, an error that names the request and the numbers when it does not, and how
+it compares with another version.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from spikeless.repository.journal import Latencies
 from spikeless.warmup.records import Record, read, warmup_file
 from spikeless.warmup.replay import answer
 
-#: Different requests that are kept of a warmup file: a probe needs variety, not all of a thousand.
+#: Requests that are kept of a warmup file.
 MAX_REQUESTS = 100
 
 
 class Remote:
-    """One version on one server, as something that answers requests (`spikeless.warmup.replay.Inference`)."""
+    """One version on one server (an `spikeless.warmup.replay.Inference`)."""
 
     def __init__(self, client: Client, name: str, version: int) -> None:
         self._client = client
@@ -51,7 +52,7 @@ class Remote:
         return self._client.statuses(self.name, self.version)[0].state
 
     def answer(self, kind: Kind, request: Any) -> Any:
-        """What the version answers to a request, whichever model and version that names."""
+        """What the version answers, whichever model and version the request names."""
         own = kind.request()
         own.CopyFrom(request)
         for spec in kind.request_specs(own):
@@ -91,7 +92,8 @@ def check(remote: Remote, probes: Probes) -> None:
     """Ask a version everything once.
 
     Raises:
-        FailedPrecondition: it failed, its answer is not finite, or it is not the expected one.
+        FailedPrecondition: it failed, its answer is not finite, or it is not the
+            expected one.
     """
     for record in probes.warmup:
         try:
@@ -110,29 +112,30 @@ def check(remote: Remote, probes: Probes) -> None:
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """How a candidate is compared with the stable version.
+    """How a candidate is compared with the stable version."""
 
-    requests: how many each of the two is sent, one after the other and in turn.
-    seconds: how long that may take at most.
-    max_p99_ratio: the candidate's p99 may be at most so many times the stable one's ...
-    slack: ... or so many seconds above it, whichever is more.
-    rounds: a pause of the machine hits either; the latencies must hold in one of so many rounds.
-    """
-
+    #: Requests that each of the two is sent, in turn.
     requests: int = 200
+    #: Seconds that this may take at most.
     seconds: float = 10.0
+    #: The candidate's p99 may be at most this multiple of the stable one's ...
     max_p99_ratio: float = 1.5
+    #: ... or this many seconds above it, whichever is more.
     slack: float = 0.005
+    #: Rounds, in one of which the latencies must hold: a pause of the machine hits
+    #: either version.
     rounds: int = 3
 
 
 @dataclass
 class Measured:
-    """What one version did: requests sent, errors among them, latencies in seconds of the others."""
+    """What one version did."""
 
     requests: int = 0
+    #: Requests that failed.
     errors: int = 0
     first_error: str = ""
+    #: Seconds that each of the other requests took.
     latencies: list[float] = field(default_factory=list)
 
     def add(self, other: Measured) -> None:
@@ -146,7 +149,7 @@ class Measured:
         return self.errors / self.requests if self.requests else 0.0
 
     def percentile(self, share: float) -> float:
-        """The smallest latency that ``share`` of all do not exceed (nearest rank), NaN without any."""
+        """The latency that ``share`` of all do not exceed (nearest rank), or NaN."""
         ordered = sorted(self.latencies)
         return ordered[math.ceil(share * len(ordered)) - 1] if ordered else math.nan
 
@@ -213,7 +216,7 @@ class Pair:
     def of(
         cls, candidate: Remote, stable: Remote, requests: Sequence[Record], interrupted: threading.Event
     ) -> Pair:
-        """A pair with those requests that the stable version answers: it may not know what is new."""
+        """A pair with those requests that the stable version answers."""
         suited = []
         for record in requests:
             with suppress(SpikelessError):
@@ -236,7 +239,8 @@ class Pair:
         """Compare errors and p99 of both versions.
 
         Raises:
-            FailedPrecondition: the candidate has more errors, or is slower than the settings allow.
+            FailedPrecondition: the candidate has more errors, or is slower than the
+                settings allow.
         """
         problem = ""
         for _ in range(settings.rounds):

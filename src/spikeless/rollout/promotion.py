@@ -1,11 +1,12 @@
-"""Promotion: which version of a model its callers get, changed so that no caller notices.
+"""Promotion: callers get another version of a model, and none notices.
 
-In: a repository (`spikeless.repository`), its ``models.config``, and the servers that serve it. Out: the
-same with another version behind a label, or everything as it was and an error.
+In: a repository (`spikeless.repository`), its ``models.config``, and the servers that
+serve it. Out: the same with another version behind a label, or everything as it was and
+an error.
 
-A change looks at the situation (`situation`), makes a plan for it (`plans`) and carries it out
-(`execution`), with the version tried on every server (`acceptance`). The same command resumes a promotion
-that was killed, and a rollback undoes it.
+A change finds the situation (`situation`), makes a plan for it (`plans`) and executes
+it (`execution`), which tries the version on every server (`acceptance`). The same
+command resumes a promotion that was killed, and a rollback undoes it.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class PromotionSettings:
     canary: bool = False
     #: Leave the version that was stable loaded, so that a rollback takes no time.
     keep_previous: bool = True
-    #: Let a version be loaded that is higher than the stable one, although it gets the requests that name no
-    #: label.
+    #: Let a version be loaded that is higher than the stable one, although it gets the
+    #: requests that name no label.
     takes_unlabelled: bool = False
-    #: Where servers see the repository; by default where other models in ``models.config`` are, or where it
-    #: is here.
+    #: Where servers see the repository; by default where other models in
+    #: ``models.config`` are, or where it is here.
     serving_root: str | None = None
     #: How the candidate is compared with the stable version.
     comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
@@ -58,11 +59,12 @@ class PromotionSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command changed. `previous` is the version that the label pointed at before, if at any."""
+    """What a command changed."""
 
     name: str
     label: str
     version: int
+    #: The version that the label pointed at before.
     previous: int | None
     result: str
 
@@ -78,7 +80,7 @@ class Outcome:
 
 
 class PromotionError(SpikelessError):
-    """A promotion or rollback that failed; the message says how things stand now."""
+    """A promotion or rollback that failed; the message says what was put back."""
 
     def __init__(self, cause: SpikelessError, standing: str) -> None:
         super().__init__(f"{cause}\n{standing}")
@@ -94,7 +96,7 @@ def promote(
     progress: Progress = lambda line: None,
     interrupted: threading.Event | None = None,
 ) -> Outcome:
-    """Give callers another version of a model, after it has been checked on the servers.
+    """Give callers another version of a model, after checking it on the servers.
 
     Args:
         interrupted: when it is set, the promotion ends and everything is put back.
@@ -102,7 +104,8 @@ def promote(
     Raises:
         NotFound: there is no such version on disk.
         InvalidArgument, FailedPrecondition: it cannot be promoted; nothing was changed.
-        PromotionError: a step failed; everything was put back, or the message says what could not be.
+        PromotionError: a step failed; everything was put back, or the message says what
+            could not be.
     """
     settings = settings or PromotionSettings()
     known = layout.versions(models, name)
@@ -137,18 +140,21 @@ def rollback(
     progress: Progress = lambda line: None,
     interrupted: threading.Event | None = None,
 ) -> Outcome:
-    """Give callers the version from before the last promotion, or undo a promotion that was cut short.
+    """Give callers the version from before the last promotion.
 
-    Repeated, it changes nothing more. All servers are told, whichever of them fail.
+    A promotion that was cut short is undone. Repeated, a rollback changes nothing more.
+    All servers are reloaded, even when some of them fail.
 
     Args:
-        version: the version to go back to; by default the one that the label pointed at before.
+        version: the version to go back to; by default the one that the label pointed at
+            before.
         canary: take ``<name>-canary`` out of service instead; the label stays.
 
     Raises:
         NotFound: there is no version to go back to.
         FailedPrecondition: a promotion is running.
-        PromotionError: a server could not be brought back; ``models.config`` has the earlier version.
+        PromotionError: a server could not be rolled back; ``models.config`` has the
+            earlier version.
     """
     settings = PromotionSettings(label=label, reason=reason)
     with _alone(models, name, fleet, None, progress, interrupted, wait=False) as found:
@@ -176,7 +182,7 @@ def _alone(
     interrupted: threading.Event | None,
     wait: bool,
 ) -> Iterator[Situation]:
-    """Hold the model's lock, and connections to the servers, for as long as this lasts."""
+    """Hold the model's lock and connections to the servers in the block."""
     models = Path(models)
     if not layout.versions(models, name):
         raise NotFound(f"{models / name} has no versions: publish one first")

@@ -1,7 +1,8 @@
 """Pruning: old versions leave the disk, and none that anybody still needs.
 
-In: a repository, its ``models.config`` and its servers. Out: the versions that were removed, and why
-each of the others stays. A version goes out of sight by one rename, so that no server ever sees half of one.
+In: a repository, its ``models.config`` and its servers. Out: the versions that were
+removed, and why each of the others stays. A version goes out of sight by one rename, so
+that no server ever sees half of one.
 """
 
 from __future__ import annotations
@@ -48,15 +49,19 @@ def prune(
     force: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pruned:
-    """Remove all but the newest ``keep`` versions, and those that are labelled, configured, loaded or young.
+    """Remove all but the newest ``keep`` versions.
+
+    Versions that are labelled, configured, loaded or young stay as well.
 
     Args:
-        fleet: the servers to ask what is loaded; None where no server uses the repository.
+        fleet: the servers to ask what is loaded; None where no server uses the
+            repository.
         force: remove versions that are younger than a day, too. Nothing else is forced.
 
     Raises:
         NotFound: the model has no versions.
-        Unavailable: a server does not answer: what it has loaded is not known. Nothing is removed.
+        Unavailable: a server does not answer: what it has loaded is not known. Nothing
+            is removed.
     """
     models = Path(models)
     versions = layout.versions(models, name)
@@ -150,7 +155,8 @@ def loaded(models: Path, name: str, fleet: FleetSettings | None) -> dict[int, li
 def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
     """Versions of which a process on this machine has a file mapped.
 
-    A container may see a version at another path, so a file is also known by its device and inode.
+    A container may see a version at another path, so a file is also known by its device
+    and inode.
     """
     prefixes = {f"{path.resolve()}/": version for version, path in versions.items()}
     inodes = {

@@ -1,8 +1,8 @@
 """What a server's Prometheus metrics say about its models.
 
-In: the address of a metrics page, in Prometheus' text format with TensorFlow Serving's names
-(``:tensorflow:serving:request_count`` by model and status). Out: per model, how many requests there were and
-how many failed.
+In: the address of a metrics page, in Prometheus' text format with TensorFlow Serving's
+names (``:tensorflow:serving:request_count`` by model and status). Out: per model, how
+many requests there were and how many failed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Traffic:
     errors: float = 0.0
 
     def since(self, other: Traffic) -> Traffic:
-        """What was added; everything, when the counters began anew because the server did."""
+        """What was added; everything, when a restart has reset the counters."""
         if self.requests < other.requests:
             return self
         return Traffic(self.requests - other.requests, self.errors - other.errors)

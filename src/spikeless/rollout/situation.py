@@ -1,7 +1,7 @@
-"""The situation that a change of a model finds: what is on disk, configured, served, and left unfinished.
+"""The situation of a model: what is on disk, configured, served, and unfinished.
 
-In: a repository, its ``models.config``, a model's journal, and the servers. Out: a `Situation`, or an error
-that says why the model cannot be changed.
+In: a repository, its ``models.config``, a model's journal, and the servers. Out: a
+`Situation`, or an error that says why the model cannot be changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spikeless.rollout.plans import CANARY_SUFFIX, ServedModel
 
 @dataclass(frozen=True)
 class Situation:
-    """A model that nobody else is changing."""
+    """A model, locked against other changes."""
 
     models: Path
     name: str
@@ -46,7 +46,7 @@ class Situation:
         return self.unfinished is not None and self.unfinished.action == action
 
     def before(self, unfinished: bool) -> ServedModel:
-        """The model as it is configured now, or as it was before the ``unfinished`` change."""
+        """The model as configured now, or before the ``unfinished`` change."""
         undone = self.unfinished if unfinished else None
         blocks = self.current if undone is None else undone.states[0]
         return ServedModel(self.name, blocks, self._served(blocks), self._base_path(self.name))
@@ -81,7 +81,7 @@ class Situation:
         Raises:
             NotFound: there is none.
         """
-        known = plans.version_before(self.journal.records(), label, now)
+        known = plans.version_before(self.journal.entries(), label, now)
         if known is not None:
             return known
         lower = [number for number in self.versions if number < now]
@@ -90,11 +90,12 @@ class Situation:
         return max(lower)
 
     def check_servers(self) -> None:
-        """Check that every server answers, and serves no model here that a reload would unload.
+        """Check that every server answers, and that a reload unloads no model.
 
         Raises:
             Unavailable: a server does not answer.
-            FailedPrecondition: a server serves a model that ``models.config`` does not list.
+            FailedPrecondition: a server serves a model that ``models.config`` does not
+                list.
         """
         self.fleet.statuses(self.name)
         listed = models_config.read(self.models).names

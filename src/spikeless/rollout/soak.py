@@ -1,7 +1,8 @@
-"""Soaking: a candidate is watched for some time on every server, beside the stable version.
+"""Soaking: a candidate is watched on every server, beside the stable version.
 
-In: the two on each server, requests for both, and the servers' metrics where there are any: they show what
-real traffic sees. Out: what was seen, or an error as soon as the candidate does worse.
+In: the two on each server, requests for both, and the servers' metrics where there are
+any: they show what real traffic sees. Out: what was seen, or an error as soon as the
+candidate does worse.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ class SoakSettings:
     interval: float = 1.0
     #: Requests that both versions are sent at each poll.
     requests: int = 10
-    #: Address of the servers' metrics, with ``{host}`` for the server's host; empty for none.
+    #: Address of the servers' metrics, with ``{host}`` for the server's host; empty for
+    #: none.
     metrics: str = ""
-    #: Share of real requests to the candidate that may fail beyond the share of the stable version.
+    #: Share of real requests to the candidate that may fail beyond the share of the
+    #: stable version.
     max_error_rate: float = 0.001
 
     def __post_init__(self) -> None:
@@ -44,7 +47,7 @@ class SoakSettings:
 
 
 class Watched:
-    """A candidate on one server, and the stable version beside it, if there is one."""
+    """A candidate on one server, and the stable version where there is one."""
 
     def __init__(
         self, candidate: Remote, pair: Pair | None, settings: SoakSettings, comparison: ComparisonSettings
@@ -65,7 +68,8 @@ class Watched:
         """Ask once, and read the metrics once.
 
         Raises:
-            FailedPrecondition: the candidate is gone, or fails more often than the stable version.
+            FailedPrecondition: the candidate is gone, or fails more often than the
+                stable version.
         """
         if self.candidate.state() is not State.AVAILABLE:
             raise FailedPrecondition(f"{self.candidate} is not available any more")

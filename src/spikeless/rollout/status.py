@@ -1,7 +1,8 @@
-"""How a repository and its servers stand, side by side.
+"""Status: what is on disk, configured and served, side by side.
 
-In: a repository, its ``models.config`` and its servers. Out: for each model the versions on disk, what
-servers have loaded, what labels mean, and where any of these disagree.
+In: a repository, its ``models.config`` and its servers. Out: for each model the
+versions on disk, what servers have loaded, what labels mean, and where any of these
+disagree.
 """
 
 from __future__ import annotations
@@ -33,23 +34,26 @@ _CALL_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class VersionReport:
-    """One version. Sizes are bytes, ages seconds; `on_disk` is False where only servers know it.
-
-    warmup: its warmup records, None when the file is damaged. golden: whether it carries golden requests.
-    checks: what the journal says last of it. configured: what ``models.config`` says of it.
-    servers: server -> state, with the error where there is one.
-    """
+    """One version."""
 
     version: int
+    #: False where only servers or ``models.config`` know it.
     on_disk: bool
+    #: Bytes.
     size: int = 0
+    #: Seconds.
     age: float = 0.0
     mapped: bool = False
+    #: Its warmup records; None when the file is damaged.
     warmup: int | None = 0
+    #: Whether it carries golden requests.
     golden: bool = False
+    #: What the journal says last of it.
     checks: str = ""
+    #: What ``models.config`` says of it.
     configured: str = ""
     labels: tuple[str, ...] = ()
+    #: Server -> state, with the error where there is one.
     servers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -112,7 +116,7 @@ def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]
             f"a {unfinished.action} to version {unfinished.version} was cut short, or is running: "
             "repeat it, or roll back"
         )
-    checks = {one.version: result for one, result in outcomes(journal.records())}
+    checks = {one.version: result for one, result in outcomes(journal.entries())}
     reports = []
     for version in sorted({*on_disk, *seen, *wanted}):
         facts = _on_disk(on_disk[version]) if version in on_disk else {}
@@ -133,7 +137,7 @@ def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]
 def _ask(
     client: Client, name: str, config: ModelsConfig, seen: dict[int, dict[str, str]], problems: list[str]
 ) -> None:
-    """What one server says of a model and its canary, and where that is not what is configured."""
+    """Ask one server about a model and its canary; note what is not as configured."""
     for servable in (name, name + CANARY_SUFFIX):
         model = config.model(servable)
         try:
