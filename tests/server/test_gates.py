@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from promotion_models import NAME, X, add_version, golden_file, prediction_log, write_config
 from trained_models import spikeless
@@ -15,16 +19,18 @@ from spikeless.formats.protos import prediction_log_pb2
 from spikeless.repository import golden, layout, publishing
 from spikeless.repository.gates import GateSettings, breaking_changes, pipeline
 from spikeless.repository.golden import Tolerance
-from spikeless.repository.journal import Journal
+from spikeless.repository.journal import Journal, Published
 from spikeless.repository.layout import stable_version
 from spikeless.repository.trial import GateError
 
 
-def publish(source, models, **options):
+def publish(source: Path, models: Path, **options: Any) -> Path:
     return publishing.publish(source, models, NAME, gates=pipeline(GateSettings(**options)))
 
 
-def test_a_good_version_passes_and_carries_its_golden_requests(scales, models, tmp_path):
+def test_a_good_version_passes_and_carries_its_golden_requests(
+    scales: Path, models: Path, tmp_path: Path
+) -> None:
     file = golden_file(tmp_path / "golden", 3.0)
     arguments = ["--name", NAME, "--models", models, "--golden", file, "--rtol=0.01"]
     done = spikeless("publish", scales / "3", *arguments)
@@ -43,10 +49,12 @@ def test_a_good_version_passes_and_carries_its_golden_requests(scales, models, t
     assert not record["allow_breaking"]
 
 
-def test_the_python_api_passes_the_same_gates_and_writes_the_same_record(scales, models):
+def test_the_python_api_passes_the_same_gates_and_writes_the_same_record(scales: Path, models: Path) -> None:
     publishing.publish(scales / "3", models, NAME)
     publish(scales / "whole", models, allow_breaking=True, load=False)
     first, second = Journal(models, NAME).entries()
+    assert isinstance(first, Published)
+    assert isinstance(second, Published)
     assert (first.version, first.stable, first.allow_breaking) == (3, 1, False)
     assert first.gates == ("files", "warmup", "signatures", "trial")
     assert first.findings.stable_requests == 1
@@ -55,10 +63,12 @@ def test_the_python_api_passes_the_same_gates_and_writes_the_same_record(scales,
         publishing.publish(scales / "whole", models, NAME)
 
 
-def test_each_gate_names_itself_the_numbers_and_the_remedy(scales, models, tmp_path):
+def test_each_gate_names_itself_the_numbers_and_the_remedy(
+    scales: Path, models: Path, tmp_path: Path
+) -> None:
     versions = set(layout.versions(models, NAME))
 
-    def refused(source, **options):
+    def refused(source: Path, **options: Any) -> tuple[str, str]:
         with pytest.raises(GateError) as caught:
             publish(source, models, **options)
         assert set(layout.versions(models, NAME)) == versions
@@ -91,7 +101,7 @@ def test_each_gate_names_itself_the_numbers_and_the_remedy(scales, models, tmp_p
     assert "spikeless warmup build" in message
 
 
-def test_requests_of_the_stable_versions_callers_must_be_answered(scales, models):
+def test_requests_of_the_stable_versions_callers_must_be_answered(scales: Path, models: Path) -> None:
     """Signatures agree, but the new version fails on a request of the stable one."""
     warmup = models / NAME / "1" / "assets.extra" / "tf_serving_warmup_requests"
     log = prediction_log()
@@ -102,7 +112,7 @@ def test_requests_of_the_stable_versions_callers_must_be_answered(scales, models
     publish(scales / "3", models, allow_breaking=True)
 
 
-def test_golden_files_are_read_before_anything_is_copied(tmp_path):
+def test_golden_files_are_read_before_anything_is_copied(tmp_path: Path) -> None:
     file = tmp_path / "golden"
     tfrecord.write(file, [prediction_log().SerializeToString()])
     with pytest.raises(InvalidArgument, match="record 1 has no response"):
@@ -115,7 +125,7 @@ def test_golden_files_are_read_before_anything_is_copied(tmp_path):
         pipeline(GateSettings(golden=file))
 
 
-def test_the_stable_version_is_the_labelled_one(models):
+def test_the_stable_version_is_the_labelled_one(models: Path) -> None:
     assert stable_version(models, NAME) == models / NAME / "1"
     write_config(models, [1, 2], 2)
     assert stable_version(models, NAME) == models / NAME / "2"
@@ -125,7 +135,7 @@ def test_the_stable_version_is_the_labelled_one(models):
     assert stable_version(models / "nowhere", "other") is None
 
 
-def changed(scales, change):
+def changed(scales: Path, change: Callable[[Any], object]) -> list[str]:
     old = savedmodel.read(scales / "1").meta_graph()
     new = type(old)()
     new.CopyFrom(old)
@@ -133,8 +143,8 @@ def changed(scales, change):
     return breaking_changes(old, new)
 
 
-def test_which_changes_of_signatures_break_callers(scales):
-    def default(signatures):
+def test_which_changes_of_signatures_break_callers(scales: Path) -> None:
+    def default(signatures: Any) -> Any:
         return signatures["serving_default"]
 
     assert changed(scales, lambda s: None) == []
@@ -144,14 +154,14 @@ def test_which_changes_of_signatures_break_callers(scales):
     (problem,) = changed(scales, lambda s: default(s).inputs["w"].CopyFrom(default(s).inputs["x"]))
     assert problem == "serving_default: input w is new, and callers do not send it"
 
-    def with_default(signatures):
+    def with_default(signatures: Any) -> None:
         default(signatures).inputs["w"].CopyFrom(default(signatures).inputs["x"])
         default(signatures).defaults["w"].dtype = 1
 
     assert changed(scales, with_default) == []
 
-    def shape(which, *dims):
-        def change(signatures):
+    def shape(which: str, *dims: int) -> Callable[[Any], None]:
+        def change(signatures: Any) -> None:
             info = getattr(default(signatures), which)["x" if which == "inputs" else "y"]
             del info.tensor_shape.dim[:]
             for dim in dims:
@@ -178,10 +188,10 @@ def test_which_changes_of_signatures_break_callers(scales):
         ((X * 2).astype("float64"), "y has type float64 instead of float32"),
     ],
 )
-def test_differences_are_told_in_words(answer, problem):
+def test_differences_are_told_in_words(answer: np.ndarray[Any, Any], problem: str | None) -> None:
     expected = prediction_log(X * 2).predict_log.response
     found = golden.difference(expected, prediction_log(answer).predict_log.response, Tolerance())
     if problem is None:
         assert found is None
     else:
-        assert re.search(problem, found), found
+        assert re.search(problem, found or ""), found

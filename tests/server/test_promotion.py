@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from places import SUPPORT
@@ -18,6 +21,7 @@ from promotion_models import (
     add_version,
     flawless,
     fleet_of,
+    model_of,
     served,
     settings,
     start_server,
@@ -27,29 +31,28 @@ from spikeless import launch
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, NotFound, SpikelessError
 from spikeless.formats.states import State
-from spikeless.repository import models_config
 from spikeless.rollout.fleet import states
-from spikeless.rollout.promotion import PromotionError, promote, rollback
+from spikeless.rollout.promotion import Outcome, PromotionError, promote, rollback
 from spikeless.rollout.soak import SoakSettings
 
 
 @pytest.fixture
-def client(server):
+def client(server: launch.ServerProcess) -> Iterator[Client]:
     with Client(server.target) as client:
         yield client
 
 
-def config_text(models):
+def config_text(models: Path) -> str:
     return (models / "models.config").read_text()
 
 
-def journal(models):
+def journal(models: Path) -> list[dict[str, Any]]:
     path = models / NAME / ".spikeless" / "journal.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_promote_and_roll_back_under_load(models, server, client):
-    said = []
+def test_promote_and_roll_back_under_load(models: Path, server: launch.ServerProcess, client: Client) -> None:
+    said: list[str] = []
     with flawless(server.target) as load:
         outcome = promote(models, NAME, 2, fleet_of(server), settings(reason="better"), said.append)
         assert (outcome.version, outcome.previous, outcome.result) == (2, 1, "promoted")
@@ -66,7 +69,7 @@ def test_promote_and_roll_back_under_load(models, server, client):
 
         assert promote(models, NAME, 2, fleet_of(server), settings()).result == "promoted"
     assert load.factors == {1.0, 2.0}
-    model = models_config.read(models).model(NAME)
+    model = model_of(models)
     assert set(model.model_version_policy.specific.versions) == {1, 2}
     assert dict(model.version_labels) == {"stable": 2}
     events = [(record["event"], record.get("result")) for record in journal(models)]
@@ -78,7 +81,7 @@ def test_promote_and_roll_back_under_load(models, server, client):
     assert any(event == "check" for event, _ in events)
 
 
-def test_a_restart_serves_what_was_promoted(models):
+def test_a_restart_serves_what_was_promoted(models: Path) -> None:
     with start_server(models) as server:
         promote(models, NAME, 2, fleet_of(server), settings())
     with start_server(models) as server, Client(server.target) as client:
@@ -86,14 +89,14 @@ def test_a_restart_serves_what_was_promoted(models):
         assert served(client, version=1) == 1
 
 
-def valid(models) -> bool:
+def valid(models: Path) -> bool:
     """Whether a server can start with models.config: versions and labels exist."""
-    model = models_config.read(models).model(NAME)
+    model = model_of(models)
     versions = set(model.model_version_policy.specific.versions)
     return versions <= {1, 2} and set(model.version_labels.values()) <= versions and bool(versions)
 
 
-def test_requests_never_reach_a_canary(models, server, client):
+def test_requests_never_reach_a_canary(models: Path, server: launch.ServerProcess, client: Client) -> None:
     before = config_text(models)
     with flawless(server.target) as load:
         outcome = promote(models, NAME, 2, fleet_of(server), settings(canary=True))
@@ -118,20 +121,24 @@ def test_requests_never_reach_a_canary(models, server, client):
     assert f"{NAME}-canary" not in config_text(models)
 
 
-def test_other_labels_and_versions_above_the_stable_one(models, server, client):
+def test_other_labels_and_versions_above_the_stable_one(
+    models: Path, server: launch.ServerProcess, client: Client
+) -> None:
     with pytest.raises(FailedPrecondition, match="requests without a label go to the highest version"):
         promote(models, NAME, 2, fleet_of(server), settings(label="blue"))
     promote(models, NAME, 2, fleet_of(server), settings(label="blue", takes_unlabelled=True))
     assert (served(client, label="blue"), served(client, label="stable"), served(client)) == (2, 1, 2)
     promote(models, NAME, 2, fleet_of(server), settings(keep_previous=False))
     assert served(client, label="stable") == 2
-    assert list(models_config.read(models).model(NAME).model_version_policy.specific.versions) == [2]
+    assert list(model_of(models).model_version_policy.specific.versions) == [2]
     with pytest.raises(FailedPrecondition, match=r"labels \{'blue': 2\}"):
         rollback(models, NAME, fleet_of(server))
 
 
 @pytest.mark.parametrize("broken", ["golden", "not finite", "does not load", "bad warmup"])
-def test_a_version_that_does_wrong_changes_nothing(models, server, client, scales, broken):
+def test_a_version_that_does_wrong_changes_nothing(
+    models: Path, server: launch.ServerProcess, client: Client, scales: Path, broken: str
+) -> None:
     if broken == "golden":
         add_version(scales / "3", models, 7, expected=4.0)
         reason = r"y is 3 at \[0, 0\] instead of 4"
@@ -163,15 +170,17 @@ def test_a_version_that_does_wrong_changes_nothing(models, server, client, scale
 
 
 @pytest.mark.parametrize("action", ["promote", "rollback"])
-def test_killed_at_every_step_it_is_valid_and_repeating_finishes(models, server, client, action):
+def test_killed_at_every_step_it_is_valid_and_repeating_finishes(
+    models: Path, server: launch.ServerProcess, client: Client, action: str
+) -> None:
     goal, start = (2, 1) if action == "promote" else (1, 2)
 
-    def repeat():
+    def repeat() -> Outcome:
         if action == "promote":
             return promote(models, NAME, 2, fleet_of(server), settings())
         return rollback(models, NAME, fleet_of(server))
 
-    def reset():
+    def reset() -> None:
         other = rollback(models, NAME, fleet_of(server)) if action == "promote" else None
         other = other or promote(models, NAME, 2, fleet_of(server), settings())
         assert other.version == start
@@ -210,7 +219,9 @@ def test_killed_at_every_step_it_is_valid_and_repeating_finishes(models, server,
     assert load.factors == {1.0, 2.0}
 
 
-def test_a_rollback_undoes_a_promotion_that_was_killed(models, server, client):
+def test_a_rollback_undoes_a_promotion_that_was_killed(
+    models: Path, server: launch.ServerProcess, client: Client
+) -> None:
     before = config_text(models)
     for moment in ("AVAILABLE", "comparing", "adding", "moving"):
         script = SUPPORT / "killed_promotions.py"
@@ -226,7 +237,7 @@ def test_a_rollback_undoes_a_promotion_that_was_killed(models, server, client):
     assert rollback(models, NAME, fleet_of(server)).version == 1, "and repeated, it goes back no further"
 
 
-def test_soaking_watches_what_real_callers_of_the_canary_see(models, tmp_path):
+def test_soaking_watches_what_real_callers_of_the_canary_see(models: Path, tmp_path: Path) -> None:
     monitoring = tmp_path / "monitoring.config"
     monitoring.write_text("prometheus_config { enable: true }")
     before = config_text(models)
@@ -237,7 +248,7 @@ def test_soaking_watches_what_real_callers_of_the_canary_see(models, tmp_path):
             seconds=60.0, interval=0.05, metrics=f"http://{{host}}:{rest}/monitoring/prometheus/metrics"
         )
 
-        def fail(line):
+        def fail(line: str) -> None:
             if "soaking" in line:
                 with pytest.raises(SpikelessError):
                     client.predict(f"{NAME}-canary", {"x": X.astype("int64")})
@@ -247,7 +258,7 @@ def test_soaking_watches_what_real_callers_of_the_canary_see(models, tmp_path):
         assert config_text(models) == before
 
         watch = dataclasses.replace(watch, seconds=0.3)
-        said = []
+        said: list[str] = []
         promote(models, NAME, 2, fleet_of(server), settings(soak=watch), said.append)
         assert "soaking for 0.3 s" in said
         (soaked,) = (record for record in journal(models) if record["event"] == "soak")

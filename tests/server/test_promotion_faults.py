@@ -9,16 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone, tzinfo
+from pathlib import Path
 
 import pytest
 from promotion_models import (
     NAME,
     Load,
     add_version,
+    block_of,
     flawless,
     fleet_of,
+    labels_of,
     served,
     settings,
     start_server,
@@ -30,14 +34,14 @@ from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, SpikelessError, Unavailable
 from spikeless.repository import journal, models_config
 from spikeless.rollout.fleet import FleetSettings
-from spikeless.rollout.promotion import PromotionError, promote, rollback
+from spikeless.rollout.promotion import Outcome, PromotionError, promote, rollback
 
 
-def at_line(text, action):
+def at_line(text: str, action: Callable[[], object]) -> Callable[[str], None]:
     """A progress function that does something once, when a line contains ``text``."""
-    done = []
+    done: list[str] = []
 
-    def progress(line):
+    def progress(line: str) -> None:
         if text in line and not done:
             done.append(line)
             action()
@@ -45,11 +49,11 @@ def at_line(text, action):
     return progress
 
 
-def config_text(models):
+def config_text(models: Path) -> str:
     return (models / "models.config").read_text()
 
 
-def test_nothing_begins_while_a_server_does_not_answer(models):
+def test_nothing_begins_while_a_server_does_not_answer(models: Path) -> None:
     with (
         start_server(models) as server,
         pytest.raises(Unavailable, match=r"no server answers at 127\.0\.0\.1:1"),
@@ -58,9 +62,9 @@ def test_nothing_begins_while_a_server_does_not_answer(models):
     assert not (models / NAME / ".spikeless" / "journal.jsonl").exists()
 
 
-def test_a_reload_that_would_unload_another_model_is_refused(models):
+def test_a_reload_that_would_unload_another_model_is_refused(models: Path) -> None:
     shutil.copytree(models / NAME, models / "other")
-    block = models_config.read(models).block(NAME).replace(NAME, "other")
+    block = block_of(models).replace(NAME, "other")
     models_config.edit(models, {"other": block})
     with start_server(models) as server:
         models_config.edit(models, {"other": None})
@@ -70,7 +74,7 @@ def test_a_reload_that_would_unload_another_model_is_refused(models):
             promote(models, NAME, 2, fleet_of(server), settings())
 
 
-def test_a_server_that_dies_takes_the_promotion_back(models):
+def test_a_server_that_dies_takes_the_promotion_back(models: Path) -> None:
     before = config_text(models)
     with start_server(models) as dying, start_server(models) as other:
         kill = at_line("asking", lambda: os.kill(dying.pid, signal.SIGKILL))
@@ -89,10 +93,10 @@ def test_a_server_that_dies_takes_the_promotion_back(models):
             assert served(client, label="stable") == 2
 
 
-def test_a_server_that_restarts_meanwhile_is_waited_for(models):
+def test_a_server_that_restarts_meanwhile_is_waited_for(models: Path) -> None:
     servers = [start_server(models)]
 
-    def restart():
+    def restart() -> None:
         port = servers[0].port
         servers[0].stop(grace=0.1)
         thread.start()
@@ -110,7 +114,7 @@ def test_a_server_that_restarts_meanwhile_is_waited_for(models):
             server.stop()
 
 
-def test_a_server_that_hangs_is_given_up(models):
+def test_a_server_that_hangs_is_given_up(models: Path) -> None:
     before = config_text(models)
     with start_server(models) as hanging, start_server(models) as other, flawless(other.target):
         hang = at_line("moving stable", lambda: os.kill(hanging.pid, signal.SIGSTOP))
@@ -128,7 +132,7 @@ def test_a_server_that_hangs_is_given_up(models):
                 assert served(client) == served(client, label="stable") == 1
 
 
-def test_the_first_failure_in_a_fleet_stops_it_and_every_server_is_put_back(models):
+def test_the_first_failure_in_a_fleet_stops_it_and_every_server_is_put_back(models: Path) -> None:
     """The version does not load where the second of three servers sees it."""
     with start_server(models) as first, start_server(models) as third:
         broken = models.parent / "elsewhere"
@@ -152,7 +156,7 @@ def test_the_first_failure_in_a_fleet_stops_it_and_every_server_is_put_back(mode
                 while not client_serves(client):
                     assert second.poll() is None
                     assert time.monotonic() < deadline
-            said = []
+            said: list[str] = []
             loads = (flawless(first.target), flawless(target), flawless(third.target))
             with loads[0] as load, loads[1], loads[2], pytest.raises(PromotionError) as caught:
                 promote(models, NAME, 2, fleet_of(first, target, third), settings(), said.append)
@@ -169,7 +173,7 @@ def test_the_first_failure_in_a_fleet_stops_it_and_every_server_is_put_back(mode
             second.wait()
 
 
-def client_serves(client):
+def client_serves(client: Client) -> bool:
     try:
         return served(client) == 1
     except Exception:
@@ -177,9 +181,9 @@ def client_serves(client):
         return False
 
 
-def test_a_fleet_takes_turns(models):
+def test_a_fleet_takes_turns(models: Path) -> None:
     with start_server(models) as first, start_server(models) as second:
-        said = []
+        said: list[str] = []
         fleet = FleetSettings([first.target, second.target], stagger=0.05, at_most=1, load_timeout=60.0)
         with flawless(first.target), flawless(second.target):
             promote(models, NAME, 2, fleet, settings(), said.append)
@@ -191,7 +195,7 @@ def test_a_fleet_takes_turns(models):
                 assert served(client) == 2
 
 
-def test_servers_that_poll_the_file_agree_with_what_they_are_told(models):
+def test_servers_that_poll_the_file_agree_with_what_they_are_told(models: Path) -> None:
     with start_server(models, "--model_config_file_poll_wait_seconds=0.05") as server:
         with flawless(server.target) as load:
             for version in (2, 1, 2, 1):
@@ -201,16 +205,22 @@ def test_servers_that_poll_the_file_agree_with_what_they_are_told(models):
         assert load.factors == {1.0, 2.0}
 
 
-def test_two_promoters_of_one_model_take_turns_and_neither_is_lost(models, scales):
+def test_two_promoters_of_one_model_take_turns_and_neither_is_lost(models: Path, scales: Path) -> None:
     add_version(scales / "3", models, 3, expected=3)
     with start_server(models) as server, flawless(server.target) as load:
-        said, results = [], []
+        said: list[str] = []
+        results: list[Outcome] = []
 
-        def second():
+        def second() -> None:
             results.append(promote(models, NAME, 3, fleet_of(server), settings(), said.append))
 
         thread = threading.Thread(target=second)
-        meet = at_line("asking", lambda: (thread.start(), wait_for(lambda: said)))
+
+        def start_and_wait() -> None:
+            thread.start()
+            wait_for(lambda: bool(said))
+
+        meet = at_line("asking", start_and_wait)
         results.append(promote(models, NAME, 2, fleet_of(server), settings(), meet))
         thread.join()
         assert (
@@ -225,18 +235,18 @@ def test_two_promoters_of_one_model_take_turns_and_neither_is_lost(models, scale
     assert load.factors >= {1.0, 3.0}
 
 
-def wait_for(condition):
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_rollback_does_not_wait_for_a_promotion(models):
+def test_a_rollback_does_not_wait_for_a_promotion(models: Path) -> None:
     with start_server(models) as server:
         refusals = []
 
-        def meanwhile():
+        def meanwhile() -> None:
             with pytest.raises(
                 FailedPrecondition, match=rf"being changed by process {os.getpid()}"
             ) as caught:
@@ -247,15 +257,15 @@ def test_a_rollback_does_not_wait_for_a_promotion(models):
         assert refusals
 
 
-def test_promoters_of_two_models_do_not_lose_each_other(models):
+def test_promoters_of_two_models_do_not_lose_each_other(models: Path) -> None:
     shutil.copytree(models / NAME, models / "other")
     write_config(models, [1], 1)
-    block = models_config.read(models).block(NAME).replace(NAME, "other")
+    block = block_of(models).replace(NAME, "other")
     models_config.edit(models, {"other": block})
     with start_server(models) as server, flawless(server.target):
         errors = []
 
-        def work(name):
+        def work(name: str) -> None:
             try:
                 for version in (2, 1, 2):
                     promote(models, name, version, fleet_of(server), settings())
@@ -272,11 +282,11 @@ def test_promoters_of_two_models_do_not_lose_each_other(models):
         assert config.names == [NAME, "other"]
         with Client(server.target) as client:
             for name in config.names:
-                assert dict(config.model(name).version_labels) == {"stable": 2}
+                assert labels_of(models, name) == {"stable": 2}
                 assert served(client, name) == served(client, name, label="stable") == 2
 
 
-def test_a_full_disk_changes_nothing_that_counts(models):
+def test_a_full_disk_changes_nothing_that_counts(models: Path) -> None:
     """models.config and the journal on a file system without room, for real."""
     small = models.parent / "small"
     small.mkdir()
@@ -290,7 +300,7 @@ def test_a_full_disk_changes_nothing_that_counts(models):
         with start_server(models) as server, Client(server.target) as client:
             filler = small / "filler"
 
-            def fill():
+            def fill() -> None:
                 with filler.open("ab") as file, suppress(OSError):
                     while True:
                         os.write(file.fileno(), b"x" * 512)
@@ -322,14 +332,15 @@ def test_a_full_disk_changes_nothing_that_counts(models):
         subprocess.run(["umount", small], check=True)
 
 
-def test_clocks_that_jump_do_no_harm(models, monkeypatch):
+def test_clocks_that_jump_do_no_harm(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the journal looks at the wall clock, and only to write it down."""
     jumps = iter([0, 400, -900, 3, -4000, 0] * 20)
 
     class Jumping(datetime):
         @classmethod
-        def now(cls, tz=None):
-            return datetime.now(timezone.utc) + timedelta(days=next(jumps))
+        def now(cls, tz: tzinfo | None = None) -> Jumping:
+            moment = datetime.now(timezone.utc) + timedelta(days=next(jumps))
+            return cls.fromtimestamp(moment.timestamp(), timezone.utc)
 
     monkeypatch.setattr(journal, "datetime", Jumping)
     with start_server(models) as server, flawless(server.target), Client(server.target) as client:
@@ -340,13 +351,14 @@ def test_clocks_that_jump_do_no_harm(models, monkeypatch):
         assert served(client) == 1
 
 
-def test_ctrl_c_and_sigterm_put_everything_back(models):
+def test_ctrl_c_and_sigterm_put_everything_back(models: Path) -> None:
     before = config_text(models)
     with start_server(models) as server, Load(server.target) as load:
         for number in (signal.SIGINT, signal.SIGTERM):
             command = [sys.executable, "-m", "spikeless", "promote", NAME, "2", "--soak=10m"]
-            command += ["--models", models, "--servers", server.target]
+            command += ["--models", str(models), "--servers", server.target]
             child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            assert child.stderr is not None
             lines = iter(child.stderr.readline, "")
             assert any("soaking" in line for line in lines)
             child.send_signal(number)

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from spikeless.errors import SpikelessError
 from spikeless.formats import tfrecord
 from spikeless.formats.tensors import to_proto
 from spikeless.repository import trial
+from spikeless.repository.candidate import Candidate
 from spikeless.repository.gates import FILES, GATES, WARMUP, Gate
 from spikeless.repository.layout import versions
 from spikeless.repository.publishing import publish
@@ -36,12 +39,12 @@ def leftovers(models: Path) -> list[Path]:
 
 
 @pytest.fixture
-def saved_model(boston_run, tmp_path):
+def saved_model(boston_run: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
     return shutil.copytree(boston_run / "saved_model", tmp_path / "saved_model")
 
 
-def test_publish_loads_the_model_and_prints_the_new_version(boston_run, tmp_path):
+def test_publish_loads_the_model_and_prints_the_new_version(boston_run: Path, tmp_path: Path) -> None:
     arguments = ("publish", boston_run / "saved_model", "--name=boston", "--models", tmp_path)
     done = spikeless(*arguments)
     assert done.returncode == 0, done.stderr
@@ -59,8 +62,8 @@ def test_publish_loads_the_model_and_prints_the_new_version(boston_run, tmp_path
 
 
 def test_a_kill_at_any_point_leaves_every_visible_version_whole_and_the_next_publish_cleans_up(
-    boston_run, tmp_path
-):
+    boston_run: Path, tmp_path: Path
+) -> None:
     source = boston_run / "saved_model"
     script = SUPPORT / "killed_publishers.py"
     done = subprocess.run(
@@ -84,16 +87,16 @@ def test_a_kill_at_any_point_leaves_every_visible_version_whole_and_the_next_pub
     assert outcomes == [[1]] * renamed + [[1, 2]] * (len(kills) - renamed)
 
 
-def test_publishers_at_once_all_succeed_with_numbers_of_their_own(boston_run, tmp_path):
-    command = [sys.executable, "-m", "spikeless", "publish", boston_run / "saved_model"]
-    command += ["--name=boston", "--models", tmp_path, "--no-load"]
+def test_publishers_at_once_all_succeed_with_numbers_of_their_own(boston_run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spikeless", "publish", str(boston_run / "saved_model")]
+    command += ["--name=boston", "--models", str(tmp_path), "--no-load"]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     outputs = [child.communicate()[0].strip() for child in children]
     assert [child.returncode for child in children] == [0] * 4
     assert sorted(outputs) == [f"{tmp_path}/boston/{number}" for number in range(1, 5)]
 
 
-def test_a_model_that_tensorflow_cannot_load_is_refused(saved_model, tmp_path):
+def test_a_model_that_tensorflow_cannot_load_is_refused(saved_model: Path, tmp_path: Path) -> None:
     file = saved_model / "saved_model.pb"
     # A whole message with a graph that no kernel can run.
     file.write_bytes(file.read_bytes().replace(b"ParseExampleV2", b"ParseExampleV9"))
@@ -105,7 +108,7 @@ def test_a_model_that_tensorflow_cannot_load_is_refused(saved_model, tmp_path):
     assert not leftovers(tmp_path / "models")
 
 
-def rewrite_records(saved_model: Path, change) -> None:
+def rewrite_records(saved_model: Path, change: Callable[[Any], None]) -> None:
     """Build the warmup file and change the PredictionLog of its first record."""
     file = warmup.build(saved_model, warmup.BuildSettings(samples=(warmup.SampleFile(SAMPLES),)))
     logs = [record.log for record in records.read(file)]
@@ -113,15 +116,15 @@ def rewrite_records(saved_model: Path, change) -> None:
     tfrecord.write(file, (log.SerializeToString() for log in logs))
 
 
-def _unknown_signature(log):
+def _unknown_signature(log: Any) -> None:
     log.predict_log.request.model_spec.signature_name = "nope"
 
 
-def _unknown_input(log):
+def _unknown_input(log: Any) -> None:
     log.predict_log.request.inputs["more"].CopyFrom(log.predict_log.request.inputs["features"])
 
 
-def _not_replayed(log):
+def _not_replayed(log: Any) -> None:
     log.session_run_log.SetInParent()
 
 
@@ -134,23 +137,23 @@ def _not_replayed(log):
     ],
 )
 def test_a_warmup_record_that_would_fail_the_load_is_refused_without_one(
-    saved_model, tmp_path, change, message
-):
+    saved_model: Path, tmp_path: Path, change: Callable[[Any], None], message: str
+) -> None:
     rewrite_records(saved_model, change)
     with pytest.raises(SpikelessError, match=f"{saved_model}/assets.extra/.*{message}"):
         publish(saved_model, tmp_path / "models", "boston", gates=[FILES, WARMUP])
     assert not (tmp_path / "models").exists()
 
 
-def test_a_warmup_file_is_replayed_before_its_version_is_published(saved_model, tmp_path):
-    def default_signature(log):
+def test_a_warmup_file_is_replayed_before_its_version_is_published(saved_model: Path, tmp_path: Path) -> None:
+    def default_signature(log: Any) -> None:
         log.predict_log.request.model_spec.signature_name = ""
 
     rewrite_records(saved_model, default_signature)
     assert publish(saved_model, tmp_path / "models", "boston").name == "1"
 
-    def incomplete(candidate):  # after the checks, so that only the load can tell
-        def cut(log):
+    def incomplete(candidate: Candidate) -> None:  # after the checks, so that only the load can tell
+        def cut(log: Any) -> None:
             log.predict_log.request.inputs["features"].CopyFrom(to_proto(np.zeros([1, 29], np.float32)))
 
         rewrite_records(candidate.path, cut)
@@ -160,7 +163,7 @@ def test_a_warmup_file_is_replayed_before_its_version_is_published(saved_model, 
     assert list(versions(tmp_path / "models", "boston")) == [1]
 
 
-def test_a_truncated_warmup_file_is_refused(saved_model, tmp_path):
+def test_a_truncated_warmup_file_is_refused(saved_model: Path, tmp_path: Path) -> None:
     rewrite_records(saved_model, lambda log: None)
     file = warmup.warmup_file(saved_model)
     file.write_bytes(file.read_bytes()[:-1])
@@ -168,7 +171,9 @@ def test_a_truncated_warmup_file_is_refused(saved_model, tmp_path):
         publish(saved_model, tmp_path / "models", "boston", gates=[WARMUP])
 
 
-def test_a_model_that_kills_the_process_that_loads_it_is_refused(saved_model, tmp_path, monkeypatch):
+def test_a_model_that_kills_the_process_that_loads_it_is_refused(
+    saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     monkeypatch.setattr(trial, "_COMMAND", (sys.executable, "-c", program))
     with pytest.raises(GateError, match=r"gate load: .*TensorFlow died of SIGSEGV"):
@@ -176,7 +181,7 @@ def test_a_model_that_kills_the_process_that_loads_it_is_refused(saved_model, tm
     assert not leftovers(tmp_path / "models")
 
 
-def test_a_full_disk_leaves_nothing_behind(boston_run, tmp_path):
+def test_a_full_disk_leaves_nothing_behind(boston_run: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=32k none {disk} && touch {disk}/mounted"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from places import SUPPORT
-from promotion_models import NAME, add_version, flawless, fleet_of, served, settings, start_server
+from promotion_models import NAME, add_version, block_of, flawless, fleet_of, served, settings, start_server
 from trained_models import spikeless
 
 from spikeless.client import Client
@@ -31,7 +31,7 @@ def age(models: Path, *numbers: int) -> None:
         os.utime(models / NAME / str(number), (OLD, OLD))
 
 
-def test_status_and_prune_follow_a_promotion(models, scales):
+def test_status_and_prune_follow_a_promotion(models: Path, scales: Path) -> None:
     for number in (3, 4, 5):
         add_version(scales / "3", models, number, expected=3)
     (models / NAME / "3" / "assets.extra" / "tf_serving_warmup_requests").write_bytes(b"damaged")
@@ -73,10 +73,10 @@ def test_status_and_prune_follow_a_promotion(models, scales):
             assert served(client) == 2
 
 
-def test_status_says_what_does_not_agree(models, scales):
+def test_status_says_what_does_not_agree(models: Path, scales: Path) -> None:
     with start_server(models) as server:
         gone = "127.0.0.1:1"
-        block = models_config.read(models).block(NAME)
+        block = block_of(models)
         models_config.edit(models, {NAME: with_versions(block, [2, 9], {"stable": 2, "new": 9})})
         Journal(models, NAME).append(ChangeBegun("1", "promote", 9, "stable", previous=1))
         add_version(scales / "1", models / "more", 1)
@@ -100,11 +100,9 @@ def test_status_says_what_does_not_agree(models, scales):
         status(models, "nothing", ())
 
 
-def test_what_is_loaded_is_not_known_when_a_server_is_silent(models, scales):
+def test_what_is_loaded_is_not_known_when_a_server_is_silent(models: Path, scales: Path) -> None:
     age(models, 1, 2)
-    models_config.edit(
-        models, {NAME: with_versions(models_config.read(models).block(NAME), [2], {"stable": 2})}
-    )
+    models_config.edit(models, {NAME: with_versions(block_of(models), [2], {"stable": 2})})
     with pytest.raises(Unavailable, match=r"no server answers at 127\.0\.0\.1:1"):
         prune(models, NAME, 1, fleet_of("127.0.0.1:1", patience=0.5))
     assert set(layout.versions(models, NAME)) == {1, 2}
@@ -114,13 +112,11 @@ def test_what_is_loaded_is_not_known_when_a_server_is_silent(models, scales):
         prune(models, "other", 1, None)
 
 
-def test_what_a_process_has_mapped_stays(models):
+def test_what_a_process_has_mapped_stays(models: Path) -> None:
     import mmap
 
     age(models, 1, 2)
-    models_config.edit(
-        models, {NAME: with_versions(models_config.read(models).block(NAME), [2], {"stable": 2})}
-    )
+    models_config.edit(models, {NAME: with_versions(block_of(models), [2], {"stable": 2})})
     file = models / NAME / "1" / "variables" / "variables.index"
     # By its path, and as a container sees it, under another path.
     elsewhere = models / "elsewhere"
@@ -131,16 +127,16 @@ def test_what_a_process_has_mapped_stays(models):
     assert prune(models, NAME, 1, None).removed == (1,)
 
 
-def test_a_clock_that_was_set_back_makes_no_version_old(models, monkeypatch):
-    models_config.edit(
-        models, {NAME: with_versions(models_config.read(models).block(NAME), [2], {"stable": 2})}
-    )
+def test_a_clock_that_was_set_back_makes_no_version_old(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models_config.edit(models, {NAME: with_versions(block_of(models), [2], {"stable": 2})})
     future = time.time() + 365 * 86400
     os.utime(models / NAME / "1", (future, future))
     assert prune(models, NAME, 1, None).kept[1] == "younger than a day"
 
 
-def test_killed_at_every_step_a_prune_leaves_whole_versions_and_repeating_finishes(tmp_path):
+def test_killed_at_every_step_a_prune_leaves_whole_versions_and_repeating_finishes(tmp_path: Path) -> None:
     models = tmp_path / "models"
     for number in (1, 2, 3):
         path = models / NAME / str(number)

@@ -119,6 +119,24 @@ def write_config(models: Path, versions: list[int], stable: int | None) -> None:
     models_config.edit(models, {NAME: block})
 
 
+def block_of(models: Path, name: str = NAME) -> str:
+    """The text of a model's ``config { ... }``."""
+    block = models_config.read(models).block(name)
+    assert block is not None
+    return block
+
+
+def model_of(models: Path, name: str = NAME) -> Any:
+    """What is configured for a model."""
+    model = models_config.read(models).model(name)
+    assert model is not None
+    return model
+
+
+def labels_of(models: Path, name: str = NAME) -> dict[str, int]:
+    return dict(model_of(models, name).version_labels)
+
+
 @pytest.fixture
 def models(scales: Path, tmp_path: Path) -> Path:
     """Versions 1 and 2 on disk, version 1 configured as the stable one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -16,11 +17,11 @@ from spikeless.rollout.server_metrics import Traffic
 from spikeless.rollout.soak import SoakSettings
 
 
-def measured(latencies, errors=0):
+def measured(latencies: Sequence[float], errors: int = 0) -> Measured:
     return Measured(len(latencies) + errors, errors, "first error" if errors else "", list(latencies))
 
 
-def test_percentiles_are_those_of_the_nearest_rank():
+def test_percentiles_are_those_of_the_nearest_rank() -> None:
     some = measured([number / 1000 for number in range(1, 101)])
     assert (some.percentile(0.5), some.percentile(0.99), some.percentile(1.0)) == (0.05, 0.099, 0.1)
     assert math.isnan(measured([]).percentile(0.5))
@@ -29,7 +30,7 @@ def test_percentiles_are_those_of_the_nearest_rank():
     assert str(measured([0.001], 1)) == "1 errors in 2 requests, p50 1.0 ms, p99 1.0 ms"
 
 
-def test_a_candidate_may_not_fail_more_often_than_the_stable_version():
+def test_a_candidate_may_not_fail_more_often_than_the_stable_version() -> None:
     good, bad = measured([0.001] * 10), measured([0.001] * 9, 1)
     assert Comparison(good, good).error_problem() == ""
     assert Comparison(bad, bad).error_problem() == ""
@@ -38,7 +39,7 @@ def test_a_candidate_may_not_fail_more_often_than_the_stable_version():
     assert problem == "1 of 10 requests failed, 0 of 10 with the stable version: first error"
 
 
-def test_a_candidate_may_not_be_slower_than_the_limits_allow():
+def test_a_candidate_may_not_be_slower_than_the_limits_allow() -> None:
     limits = ComparisonSettings(max_p99_ratio=1.5, slack=0.005)
     for own, other, slow in ((0.010, 0.010, False), (0.0149, 0.010, False), (0.016, 0.010, True)):
         problem = Comparison(measured([own]), measured([other])).latency_problem(limits)
@@ -61,7 +62,7 @@ PAGE = """\
 """
 
 
-def test_metrics_are_read_by_their_names():
+def test_metrics_are_read_by_their_names() -> None:
     found = server_metrics.parse(PAGE, "here")
     assert found == {"m": Traffic(100, 10), "m-canary": Traffic(5, 0)}
     assert found["m"].error_rate == 0.1
@@ -73,14 +74,14 @@ def test_metrics_are_read_by_their_names():
         server_metrics.parse('a{b="c} 1', "here")
 
 
-def test_metrics_are_fetched_or_their_absence_explained():
+def test_metrics_are_fetched_or_their_absence_explained() -> None:
     class Page(BaseHTTPRequestHandler):
-        def do_GET(self):
+        def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
             self.wfile.write(PAGE.encode())
 
-        def log_message(self, *_):
+        def log_message(self, *_: object) -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Page) as server:

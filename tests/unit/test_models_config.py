@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -46,9 +47,21 @@ model_config_list {
 """
 
 
-def test_one_model_changes_and_nothing_else():
+def block_of(config: ModelsConfig, name: str) -> str:
+    block = config.block(name)
+    assert block is not None
+    return block
+
+
+def model_of(config: ModelsConfig, name: str) -> Any:
+    model = config.model(name)
+    assert model is not None
+    return model
+
+
+def test_one_model_changes_and_nothing_else() -> None:
     config = ModelsConfig(FILE)
-    block = with_versions(config.block("boston"), [1, 2], {"stable": 2, "old": 1})
+    block = with_versions(block_of(config, "boston"), [1, 2], {"stable": 2, "old": 1})
     edited = config.with_block("boston", block)
     assert edited.text == FILE.replace(
         "specific { versions: 1 }", "specific { versions: 1 versions: 2 }"
@@ -56,7 +69,7 @@ def test_one_model_changes_and_nothing_else():
         'version_labels { key: "stable" value: 1 }\n    version_labels { key: "old" value: 1 }',
         'version_labels { key: "old" value: 1 }\n    version_labels { key: "stable" value: 2 }',
     )
-    model = edited.model("boston")
+    model = model_of(edited, "boston")
     assert list(model.model_version_policy.specific.versions) == [1, 2]
     assert dict(model.version_labels) == {"stable": 2, "old": 1}
     assert edited.names == ["boston", "ctr_model"]
@@ -64,13 +77,13 @@ def test_one_model_changes_and_nothing_else():
     assert edited.with_block("boston", config.block("boston")).text == FILE
 
 
-def test_the_same_versions_and_labels_leave_the_text_alone():
-    block = ModelsConfig(FILE).block("boston")
+def test_the_same_versions_and_labels_leave_the_text_alone() -> None:
+    block = block_of(ModelsConfig(FILE), "boston")
     assert with_versions(block, [1], {"old": 1, "stable": 1}) == block
 
 
-def test_fields_are_added_and_taken_out():
-    block = ModelsConfig(FILE).block("ctr_model")
+def test_fields_are_added_and_taken_out() -> None:
+    block = block_of(ModelsConfig(FILE), "ctr_model")
     pinned = with_versions(block, [7], {"stable": 7})
     assert list(model_in(pinned).model_version_policy.specific.versions) == [7]
     assert dict(model_in(pinned).version_labels) == {"stable": 7}
@@ -89,7 +102,7 @@ def test_fields_are_added_and_taken_out():
         FILE,
     ],
 )
-def test_a_model_is_added_and_taken_out_again(text):
+def test_a_model_is_added_and_taken_out_again(text: str) -> None:
     config = ModelsConfig(text)
     block = with_versions(new_block("neu ü\"'", "/models/neu"), [3], {"canary": 3})
     added = config.with_block("neu ü\"'", block)
@@ -102,25 +115,25 @@ def test_a_model_is_added_and_taken_out_again(text):
         assert removed.text == text
 
 
-def test_models_in_a_list_and_on_one_line(tmp_path):
+def test_models_in_a_list_and_on_one_line(tmp_path: Path) -> None:
     text = (
         'model_config_list { config: [ { name: "a" base_path: "/a" model_platform: "tensorflow" }, '
         '{ name: "b" base_path: "/b" model_platform: "tensorflow" # last\n } ] }'
     )
     (tmp_path / "models.config").write_text(text)
-    config = edit(tmp_path, {"b": with_versions(read(tmp_path).block("b"), [2], {"stable": 2})})
+    config = edit(tmp_path, {"b": with_versions(block_of(read(tmp_path), "b"), [2], {"stable": 2})})
     assert config.names == ["a", "b"]
-    assert dict(config.model("b").version_labels) == {"stable": 2}
+    assert dict(model_of(config, "b").version_labels) == {"stable": 2}
     assert "# last" in config.text
     assert read(tmp_path).message == config.message
 
 
-def test_an_edit_that_would_change_another_model_is_refused():
+def test_an_edit_that_would_change_another_model_is_refused() -> None:
     config = ModelsConfig(FILE)
     with pytest.raises(InvalidArgument, match="configures 'ctr_model', not 'boston'"):
         config.with_block("boston", config.block("ctr_model"))
     with pytest.raises(InvalidArgument, match=r"labels \{'stable': 3\} point at versions"):
-        with_versions(config.block("boston"), [1], {"stable": 3})
+        with_versions(block_of(config, "boston"), [1], {"stable": 3})
 
 
 @pytest.mark.parametrize(
@@ -133,7 +146,9 @@ def test_an_edit_that_would_change_another_model_is_refused():
         (b"model_config_list { config { name 'a' } }", "line 1"),
     ],
 )
-def test_a_file_that_cannot_be_read_names_the_file_and_the_line(tmp_path, content, message):
+def test_a_file_that_cannot_be_read_names_the_file_and_the_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     (tmp_path / "models.config").write_bytes(content)
     with pytest.raises(InvalidArgument, match=message) as caught:
         read(tmp_path)
@@ -145,17 +160,19 @@ VERSIONS = st.sets(st.integers(0, 2**63 - 1), min_size=1, max_size=5)
 
 
 @given(VERSIONS, VERSIONS, st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
-def test_any_versions_and_labels_can_be_set_and_put_back(first, second, label):
+def test_any_versions_and_labels_can_be_set_and_put_back(
+    first: set[int], second: set[int], label: str
+) -> None:
     config = ModelsConfig(FILE)
-    block = with_versions(config.block("boston"), first, {label: max(first)})
+    block = with_versions(block_of(config, "boston"), first, {label: max(first)})
     block = with_versions(block, second, {label: min(second), "stable": max(second)})
-    model = config.with_block("boston", block).model("boston")
+    model = model_of(config.with_block("boston", block), "boston")
     assert set(model.model_version_policy.specific.versions) == second
     assert dict(model.version_labels) == {label: min(second), "stable": max(second)}
     assert config.with_block("boston", block).with_block("boston", config.block("boston")).text == FILE
 
 
-def test_links_and_modes_are_kept_and_nothing_is_written_without_a_change(tmp_path):
+def test_links_and_modes_are_kept_and_nothing_is_written_without_a_change(tmp_path: Path) -> None:
     real = tmp_path / "elsewhere.config"
     real.write_text(FILE)
     real.chmod(0o640)
@@ -163,13 +180,13 @@ def test_links_and_modes_are_kept_and_nothing_is_written_without_a_change(tmp_pa
     inode = real.stat().st_ino
     edit(tmp_path, {"boston": read(tmp_path).block("boston")})
     assert real.stat().st_ino == inode
-    edit(tmp_path, {"boston": with_versions(read(tmp_path).block("boston"), [5], {})})
+    edit(tmp_path, {"boston": with_versions(block_of(read(tmp_path), "boston"), [5], {})})
     assert (tmp_path / "models.config").is_symlink()
     assert stat.S_IMODE(real.stat().st_mode) == 0o640
     assert "versions: 5" in real.read_text()
 
 
-def test_concurrent_edits_of_different_models_are_all_kept(tmp_path):
+def test_concurrent_edits_of_different_models_are_all_kept(tmp_path: Path) -> None:
     """Processes, not threads: the lock is the kernel's."""
     script = """
 import sys
@@ -183,10 +200,10 @@ for version in range(1, 6):
     assert [process.wait(120) for process in running] == [0] * len(names)
     config = read(tmp_path)
     assert sorted(config.names) == names
-    assert all(dict(config.model(name).version_labels) == {"stable": 5} for name in names)
+    assert all(dict(model_of(config, name).version_labels) == {"stable": 5} for name in names)
 
 
-def test_nobody_edits_while_somebody_sends(tmp_path):
+def test_nobody_edits_while_somebody_sends(tmp_path: Path) -> None:
     edit(tmp_path, {"a": new_block("a", "/a")})
     done = threading.Event()
 
@@ -203,10 +220,10 @@ def test_nobody_edits_while_somebody_sends(tmp_path):
     assert read(tmp_path).names == []
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models.config").write_text(FILE)
 
-    def full(descriptor):
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 
 import pytest
@@ -9,12 +10,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.repository.journal import ChangeBegun, ChangeEnded, Checked, RecordedStep
+from spikeless.repository.journal import ChangeBegun, ChangeEnded, Checked, Entry, RecordedStep
 from spikeless.repository.models_config import model_in, new_block, with_versions
-from spikeless.rollout.plans import ServedModel, end_canary, promotion, rollback, undo, version_before
+from spikeless.rollout.plans import Plan, ServedModel, end_canary, promotion, rollback, undo, version_before
 
 
-def model(served=(1,), labels=None, canary=None):
+def model(
+    served: Collection[int] = (1,), labels: dict[str, int] | None = None, canary: int | None = None
+) -> ServedModel:
     block = None
     if served:
         labels = {"stable": max(served)} if labels is None else labels
@@ -23,12 +26,12 @@ def model(served=(1,), labels=None, canary=None):
     return ServedModel("m", {"m": block, "m-canary": other}, frozenset(served), "/models/m")
 
 
-def plan_of(model, version, label="stable", **more):
+def plan_of(model: ServedModel, version: int, label: str = "stable", **more: bool) -> Plan:
     options = {"canary": False, "keep_previous": True, "takes_unlabelled": False, **more}
     return promotion(model, version, label, **options)
 
 
-def shape(plan):
+def shape(plan: Plan) -> list[tuple[list[int], dict[str, int], int | None]]:
     """Each state as (versions, labels, canary)."""
     found = []
     for blocks in plan.states:
@@ -44,7 +47,7 @@ def shape(plan):
     return found
 
 
-def test_a_promotion_loads_as_canary_then_adds_then_moves():
+def test_a_promotion_loads_as_canary_then_adds_then_moves() -> None:
     assert shape(plan_of(model([1]), 2)) == [
         ([1], {"stable": 1}, None),
         ([1], {"stable": 1}, 2),
@@ -60,7 +63,7 @@ def test_a_promotion_loads_as_canary_then_adds_then_moves():
     ]
 
 
-def test_the_first_version_of_a_model():
+def test_the_first_version_of_a_model() -> None:
     assert shape(plan_of(model([]), 1)) == [
         ([], {}, None),
         ([], {}, 1),
@@ -69,7 +72,7 @@ def test_the_first_version_of_a_model():
     ]
 
 
-def test_what_is_loaded_already_is_not_loaded_again():
+def test_what_is_loaded_already_is_not_loaded_again() -> None:
     assert shape(plan_of(model([1, 2], {"stable": 1}), 2)) == [
         ([1, 2], {"stable": 1}, None),
         ([1, 2], {"stable": 1}, None),
@@ -78,11 +81,11 @@ def test_what_is_loaded_already_is_not_loaded_again():
     assert not plan_of(model([1, 2]), 2).changes, "promoting what is stable changes nothing"
 
 
-def test_an_older_version_takes_the_newer_one_out():
+def test_an_older_version_takes_the_newer_one_out() -> None:
     assert shape(plan_of(model([2]), 1))[-1] == ([1], {"stable": 1}, None)
 
 
-def test_the_policy_latest_becomes_a_specific_one():
+def test_the_policy_latest_becomes_a_specific_one() -> None:
     block = new_block("m", "/models/m")
     latest = ServedModel("m", {"m": block, "m-canary": None}, frozenset([4]), "/models/m")
     plan = plan_of(latest, 5)
@@ -92,7 +95,7 @@ def test_the_policy_latest_becomes_a_specific_one():
     assert plan.previous == 4
 
 
-def test_refusals():
+def test_refusals() -> None:
     with pytest.raises(FailedPrecondition, match=r"labels \{'blue': 2\} of m would be above the stable"):
         plan_of(model([1]), 2, "blue")
     assert shape(plan_of(model([1]), 2, "blue", takes_unlabelled=True))[-1][1] == {"stable": 1, "blue": 2}
@@ -109,7 +112,7 @@ def test_refusals():
         end_canary(model())
 
 
-def test_a_rollback_is_one_step_when_the_version_is_loaded():
+def test_a_rollback_is_one_step_when_the_version_is_loaded() -> None:
     assert shape(rollback(model([1, 2]), 1, "stable")) == [
         ([1, 2], {"stable": 2}, None),
         ([1], {"stable": 1}, None),
@@ -121,7 +124,7 @@ def test_a_rollback_is_one_step_when_the_version_is_loaded():
     ]
 
 
-def test_undoing_and_ending():
+def test_undoing_and_ending() -> None:
     plan = plan_of(model([1]), 2)
     steps = tuple(RecordedStep(step.title, step.blocks) for step in plan.steps)
     record = ChangeBegun("1", "promote", 2, "stable", 1, steps=steps)
@@ -133,7 +136,9 @@ numbers = st.integers(0, 6)
 
 
 @given(st.sets(numbers, min_size=1), st.data(), numbers, st.booleans(), st.booleans())
-def test_every_state_is_safe_to_serve(served, data, version, canary, keep):
+def test_every_state_is_safe_to_serve(
+    served: set[int], data: st.DataObject, version: int, canary: bool, keep: bool
+) -> None:
     """Requests without a label get the stable version; labels point at loaded ones."""
     stable = max(served)
     before = model(served, {"stable": stable, "other": data.draw(st.sampled_from(sorted(served)))})
@@ -154,7 +159,9 @@ def test_every_state_is_safe_to_serve(served, data, version, canary, keep):
             assert max(versions) == labels["stable"], "nothing but the stable version gets requests meanwhile"
 
 
-def change(identity, action, version, previous, result, label="stable"):
+def change(
+    identity: str, action: str, version: int, previous: int, result: str, label: str = "stable"
+) -> list[Entry]:
     return [
         ChangeBegun(identity, action, version, label, previous),
         Checked(identity, "127.0.0.1:8500", "m", 1),
@@ -162,7 +169,7 @@ def change(identity, action, version, previous, result, label="stable"):
     ]
 
 
-def test_the_version_before():
+def test_the_version_before() -> None:
     records = change("a", "promote", 5, 3, "promoted")
     assert version_before(records, "stable", 5) == 3
     assert version_before(records, "stable", 4) is None, "models.config was edited since"

@@ -6,7 +6,9 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from spikeless.errors import (
     SpikelessError,
 )
 from spikeless.formats.protos import saved_model_pb2
+from spikeless.repository.candidate import Candidate
 from spikeless.repository.gates import FILES, Gate
 from spikeless.repository.layout import versions
 from spikeless.repository.publishing import publish, stage
@@ -40,16 +43,16 @@ def write_saved_model(path: Path, *, variables: bool = False, asset: str | None 
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path: Path) -> Path:
     return write_saved_model(tmp_path / "source")
 
 
 @pytest.fixture
-def models(tmp_path):
+def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def put(source, models, version=None, **options):
+def put(source: Path, models: Path, version: int | None = None, **options: Any) -> Path:
     options.setdefault("gates", [FILES])
     return publish(source, models, "boston", version, **options)
 
@@ -63,7 +66,7 @@ def leftovers(models: Path) -> list[Path]:
     return [path for path in models.glob("*/.spikeless/staging/*") if path.is_dir()]
 
 
-def test_versions_count_up_and_hold_what_the_source_holds(source, models):
+def test_versions_count_up_and_hold_what_the_source_holds(source: Path, models: Path) -> None:
     (source / "assets.extra").mkdir()
     (source / "assets.extra" / "note").write_text("kept")
     before = tree(source)
@@ -77,10 +80,10 @@ def test_versions_count_up_and_hold_what_the_source_holds(source, models):
     assert not leftovers(models)
 
 
-def test_a_server_sees_no_name_that_is_a_number_but_finished_versions(source, models):
+def test_a_server_sees_no_name_that_is_a_number_but_finished_versions(source: Path, models: Path) -> None:
     seen = []
 
-    def look(candidate):
+    def look(candidate: Candidate) -> None:
         directory = models / "boston"
         seen.append(sorted(path.name for path in directory.iterdir()))
         assert candidate.path.stat().st_dev == directory.stat().st_dev
@@ -92,7 +95,7 @@ def test_a_server_sees_no_name_that_is_a_number_but_finished_versions(source, mo
 
 
 @pytest.mark.parametrize("existing", ["3", "003"])
-def test_an_existing_version_is_never_overwritten(source, models, existing):
+def test_an_existing_version_is_never_overwritten(source: Path, models: Path, existing: str) -> None:
     taken = models / "boston" / existing
     taken.mkdir(parents=True)
     (taken / "precious").write_text("data")
@@ -102,8 +105,8 @@ def test_an_existing_version_is_never_overwritten(source, models, existing):
     assert put(source, models).name == "4"
 
 
-def test_a_version_that_appears_meanwhile_is_not_overwritten(source, models):
-    def appear(candidate):
+def test_a_version_that_appears_meanwhile_is_not_overwritten(source: Path, models: Path) -> None:
+    def appear(candidate: Candidate) -> None:
         (models / "boston" / str(candidate.version)).mkdir()
         (models / "boston" / str(candidate.version) / "precious").write_text("data")
 
@@ -114,32 +117,37 @@ def test_a_version_that_appears_meanwhile_is_not_overwritten(source, models):
 
 
 @pytest.mark.parametrize("name", ["", "1", "12", "a/b", "../up", ".hidden", "-x", "ö", "a" * 129, "a\n"])
-def test_model_names_that_paths_or_servers_would_misread_are_refused(source, models, name):
+def test_model_names_that_paths_or_servers_would_misread_are_refused(
+    source: Path, models: Path, name: str
+) -> None:
     with pytest.raises(InvalidArgument, match="model name"):
         publish(source, models, name)
     assert not models.exists()
 
 
 @pytest.mark.parametrize("version", [-1, 1 << 63])
-def test_version_numbers_out_of_range_are_refused(source, models, version):
+def test_version_numbers_out_of_range_are_refused(source: Path, models: Path, version: int) -> None:
     with pytest.raises(InvalidArgument, match="version"):
         put(source, models, version)
     assert not models.exists()
 
 
-def test_after_the_highest_version_a_number_has_to_be_given(source, models):
+def test_after_the_highest_version_a_number_has_to_be_given(source: Path, models: Path) -> None:
     put(source, models, (1 << 63) - 1)
     with pytest.raises(InvalidArgument, match="give a free one"):
         put(source, models)
     put(source, models, 5)
 
 
-def test_two_publishers_at_once_get_different_numbers(source, models):
+def test_two_publishers_at_once_get_different_numbers(source: Path, models: Path) -> None:
     inside = threading.Barrier(2, timeout=60)
     got = []
 
-    def run():
-        got.append(put(source, models, gates=[Gate("meet", "meet", lambda candidate: inside.wait())]))
+    def meet(candidate: Candidate) -> None:
+        inside.wait()
+
+    def run() -> None:
+        got.append(put(source, models, gates=[Gate("meet", "meet", meet)]))
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -149,8 +157,10 @@ def test_two_publishers_at_once_get_different_numbers(source, models):
     assert sorted(path.name for path in got) == ["1", "2"]
 
 
-def test_the_same_number_twice_at_once_is_refused_and_the_first_one_goes_on(source, models):
-    def second(candidate):
+def test_the_same_number_twice_at_once_is_refused_and_the_first_one_goes_on(
+    source: Path, models: Path
+) -> None:
+    def second(candidate: Candidate) -> None:
         with pytest.raises(AlreadyExists, match="being published by another process"):
             put(source, models, 4)
 
@@ -158,8 +168,8 @@ def test_the_same_number_twice_at_once_is_refused_and_the_first_one_goes_on(sour
     assert list(versions(models, "boston")) == [4]
 
 
-def test_a_step_may_rewrite_the_staged_copy(source, models):
-    def rewrite(candidate):
+def test_a_step_may_rewrite_the_staged_copy(source: Path, models: Path) -> None:
+    def rewrite(candidate: Candidate) -> None:
         (candidate.path / "extra").write_text(str(candidate.version))
 
     published = put(source, models, gates=[Gate("rewrite", "rewrite", rewrite)])
@@ -167,8 +177,8 @@ def test_a_step_may_rewrite_the_staged_copy(source, models):
     assert not (source / "extra").exists()
 
 
-def test_a_step_that_refuses_leaves_nothing(source, models):
-    def refuse(candidate):
+def test_a_step_that_refuses_leaves_nothing(source: Path, models: Path) -> None:
+    def refuse(candidate: Candidate) -> None:
         raise FailedPrecondition("not this one")
 
     with pytest.raises(FailedPrecondition, match="not this one"):
@@ -177,8 +187,8 @@ def test_a_step_that_refuses_leaves_nothing(source, models):
     assert not leftovers(models)
 
 
-def test_progress_names_each_stage(source, models):
-    titles = []
+def test_progress_names_each_stage(source: Path, models: Path) -> None:
+    titles: list[str] = []
     put(
         source,
         models,
@@ -188,13 +198,13 @@ def test_progress_names_each_stage(source, models):
     assert titles == ["copying", "one", "two", "writing to disk", "publishing"]
 
 
-def test_modes_let_every_user_read_and_only_the_owner_write(source, models):
+def test_modes_let_every_user_read_and_only_the_owner_write(source: Path, models: Path) -> None:
     (source / "variables").mkdir(mode=0o700)
     (source / "variables" / "secret").write_text("x")
     (source / "variables" / "secret").chmod(0o600)
     (source / "saved_model.pb").chmod(0o666)
 
-    def add(candidate):
+    def add(candidate: Candidate) -> None:
         (candidate.path / "added").touch(mode=0o400)
 
     old = os.umask(0o077)
@@ -208,7 +218,7 @@ def test_modes_let_every_user_read_and_only_the_owner_write(source, models):
     assert published.parent.stat().st_mode & 0o777 == 0o755
 
 
-def test_links_are_copied_as_what_they_point_at(source, models, tmp_path):
+def test_links_are_copied_as_what_they_point_at(source: Path, models: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "vocabulary").write_text("a b c")
     (source / "assets").symlink_to(tmp_path / "elsewhere")
@@ -220,7 +230,9 @@ def test_links_are_copied_as_what_they_point_at(source, models, tmp_path):
     assert not any(path.is_symlink() for path in published.rglob("*"))
 
 
-def test_a_linked_version_shares_the_files_whose_modes_are_right(source, models, tmp_path):
+def test_a_linked_version_shares_the_files_whose_modes_are_right(
+    source: Path, models: Path, tmp_path: Path
+) -> None:
     (source / "large").write_text("x")
     (source / "large").chmod(0o644)
     (source / "secret").write_text("x")
@@ -240,10 +252,10 @@ def test_a_linked_version_shares_the_files_whose_modes_are_right(source, models,
     assert (source / "secret").stat().st_mode & 0o777 == 0o600, "the source is left as it is"
 
 
-def test_what_cannot_be_linked_is_copied(source, models, monkeypatch):
+def test_what_cannot_be_linked_is_copied(source: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source / "saved_model.pb").chmod(0o644)
 
-    def refuse(*_):
+    def refuse(*_: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
@@ -252,7 +264,7 @@ def test_what_cannot_be_linked_is_copied(source, models, monkeypatch):
     assert versions(models, "boston") == {}
 
 
-def test_links_to_nowhere_or_to_themselves_and_special_files_are_refused(source, models):
+def test_links_to_nowhere_or_to_themselves_and_special_files_are_refused(source: Path, models: Path) -> None:
     bad = source / "bad"
     bad.symlink_to("missing")
     with pytest.raises(InvalidArgument, match=r"source/bad .*broken link"):
@@ -269,34 +281,34 @@ def test_links_to_nowhere_or_to_themselves_and_special_files_are_refused(source,
     assert not leftovers(models)
 
 
-def _no_directory(source):
+def _no_directory(source: Path) -> None:
     shutil.rmtree(source)
 
 
-def _no_file(source):
+def _no_file(source: Path) -> None:
     (source / "saved_model.pb").unlink()
 
 
-def _garbage(source):
+def _garbage(source: Path) -> None:
     (source / "saved_model.pb").write_bytes(b"\xff" * 100)
 
 
-def _empty(source):
+def _empty(source: Path) -> None:
     (source / "saved_model.pb").write_bytes(b"")
 
 
-def _other_tags(source):
+def _other_tags(source: Path) -> None:
     proto = saved_model_pb2.SavedModel()
     proto.meta_graphs.add().meta_info_def.tags.append("train")
     (source / "saved_model.pb").write_bytes(proto.SerializeToString())
 
 
-def _no_variables(source):
+def _no_variables(source: Path) -> None:
     shutil.rmtree(source)
     write_saved_model(source, variables=True)
 
 
-def _no_asset(source):
+def _no_asset(source: Path) -> None:
     shutil.rmtree(source)
     write_saved_model(source, asset="vocabulary.txt")
 
@@ -314,15 +326,15 @@ def _no_asset(source):
     ],
 )
 def test_what_could_not_be_loaded_is_refused_before_anything_is_created(
-    source, models, spoil, error, message
-):
+    source: Path, models: Path, spoil: Callable[[Path], None], error: type[SpikelessError], message: str
+) -> None:
     spoil(source)
     with pytest.raises(error, match=message):
         put(source, models)
     assert not models.exists()
 
 
-def test_a_missing_data_shard_is_refused(source, models):
+def test_a_missing_data_shard_is_refused(source: Path, models: Path) -> None:
     (source / "variables").mkdir()
     (source / "variables" / "variables.index").touch()
     (source / "variables" / "variables.data-00001-of-00002").touch()
@@ -330,8 +342,10 @@ def test_a_missing_data_shard_is_refused(source, models):
         put(source, models)
 
 
-def test_file_system_errors_name_the_file_and_leave_nothing(source, models, monkeypatch):
-    def full(*_):
+def test_file_system_errors_name_the_file_and_leave_nothing(
+    source: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
     put(source, models)
@@ -342,14 +356,14 @@ def test_file_system_errors_name_the_file_and_leave_nothing(source, models, monk
     assert not leftovers(models)
 
 
-def test_a_repository_that_is_no_directory_is_refused(source, models):
+def test_a_repository_that_is_no_directory_is_refused(source: Path, models: Path) -> None:
     models.write_text("a file")
     with pytest.raises(SpikelessError, match="cannot publish to"):
         put(source, models)
     assert models.read_text() == "a file"
 
 
-def test_what_a_dead_publisher_left_is_removed_and_what_is_in_use_is_kept(source, models):
+def test_what_a_dead_publisher_left_is_removed_and_what_is_in_use_is_kept(source: Path, models: Path) -> None:
     staging = models / "boston" / ".spikeless" / "staging"
     put(source, models)
     for name, owned in [("2-dead", True), ("3-killed-early", False)]:
@@ -358,7 +372,7 @@ def test_what_a_dead_publisher_left_is_removed_and_what_is_in_use_is_kept(source
             (staging / name / "owner").touch()
     in_use = []
 
-    def nested(candidate):
+    def nested(candidate: Candidate) -> None:
         assert put(source, models).name == "3"
         in_use.extend(leftovers(models))
         assert candidate.path.is_dir()
