@@ -18,6 +18,11 @@ _STATE_DIRECTORY = ".spikeless"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", re.ASCII)
 
 
+def model_names(models: Path) -> list[str]:
+    """The models of a repository: its folders that are not hidden."""
+    return sorted(path.name for path in models.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
 def model_directory(models: str | os.PathLike[str], name: str) -> Path:
     """Where a model's versions are.
 

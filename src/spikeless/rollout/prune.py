@@ -33,10 +33,12 @@ YOUNG = 86_400.0
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed, and why each of the other versions stays."""
+    """What was removed, and what stays."""
 
     removed: tuple[int, ...]
+    #: Each of the other versions -> why it stays.
     kept: Mapping[int, str]
+    #: Bytes.
     freed: int
 
 

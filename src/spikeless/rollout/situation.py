@@ -98,9 +98,8 @@ class Situation:
                 list.
         """
         self.fleet.statuses(self.name)
-        listed = models_config.read(self.models).names
-        known = {path.name for path in self.models.iterdir() if path.is_dir() and path.name[0] != "."}
-        for name in sorted(known - set(listed)):
+        known = set(layout.model_names(self.models))
+        for name in sorted(known - set(models_config.read(self.models).names)):
             for target, statuses in self.fleet.statuses(name).items():
                 if any(status.state is State.AVAILABLE for status in statuses):
                     entry = ModelsConfig().with_block(name, new_block(name, self._base_path(name))).text

@@ -88,7 +88,7 @@ def status(models: str | os.PathLike[str], name: str | None, targets: tuple[str,
 
 
 def _known(models: Path, config: ModelsConfig) -> list[str]:
-    on_disk = {path.name for path in models.iterdir() if path.is_dir() and path.name[0] != "."}
+    on_disk = set(layout.model_names(models))
     canaries = {name + CANARY_SUFFIX for name in (on_disk | set(config.names))}
     return sorted(on_disk | (set(config.names) - canaries))
 

@@ -37,6 +37,7 @@ from spikeless.disk import proc
 from spikeless.errors import Code, SpikelessError
 from spikeless.formats.states import State, VersionStatus
 from spikeless.formats.versions import list_versions
+from spikeless.repository import layout
 
 #: The kernel's name of a kind of memory -> the metric's.
 _MEMORY = {"RssAnon": "private", "RssFile": "mapped"}
@@ -171,7 +172,7 @@ class Exporter:
 
 def _names(models: Path) -> list[str]:
     try:
-        return sorted(path.name for path in models.iterdir() if path.is_dir() and path.name[0] != ".")
+        return layout.model_names(models)
     except OSError:
         return []
 
