@@ -17,7 +17,7 @@ from spikeless.errors import InvalidArgument
 from spikeless.formats import savedmodel, tfrecord
 from spikeless.formats.protos import prediction_log_pb2
 from spikeless.repository import golden, layout, publishing
-from spikeless.repository.gates import GateSettings, breaking_changes, pipeline
+from spikeless.repository.gates import GateSettings, breaking_changes
 from spikeless.repository.golden import Tolerance
 from spikeless.repository.journal import Journal, Published
 from spikeless.repository.layout import stable_version
@@ -25,7 +25,7 @@ from spikeless.repository.trial import GateError
 
 
 def publish(source: Path, models: Path, **options: Any) -> Path:
-    return publishing.publish(source, models, NAME, gates=pipeline(GateSettings(**options)))
+    return publishing.publish(source, models, NAME, gates=GateSettings(**options).pipeline())
 
 
 def test_a_good_version_passes_and_carries_its_golden_requests(
@@ -116,13 +116,13 @@ def test_golden_files_are_read_before_anything_is_copied(tmp_path: Path) -> None
     file = tmp_path / "golden"
     tfrecord.write(file, [prediction_log().SerializeToString()])
     with pytest.raises(InvalidArgument, match="record 1 has no response"):
-        pipeline(GateSettings(golden=file))
+        GateSettings(golden=file).pipeline()
     tfrecord.write(file, [])
     with pytest.raises(InvalidArgument, match="has no records"):
-        pipeline(GateSettings(golden=file))
+        GateSettings(golden=file).pipeline()
     tfrecord.write(file, [prediction_log_pb2.PredictionLog().SerializeToString()])
     with pytest.raises(InvalidArgument, match="which has no answer"):
-        pipeline(GateSettings(golden=file))
+        GateSettings(golden=file).pipeline()
 
 
 def test_the_stable_version_is_the_labelled_one(models: Path) -> None:

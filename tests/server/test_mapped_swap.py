@@ -15,7 +15,7 @@ from spikeless.disk import proc
 from spikeless.formats.states import State
 from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
-from spikeless.repository.gates import GateSettings, pipeline
+from spikeless.repository.gates import GateSettings
 
 MAKE = SUPPORT / "mapping_models.py"
 SIZE = (1 << 18) * 64 * 4
@@ -35,7 +35,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_swap_takes(serve: ServerFactory, saved_model: Path, tmp_path: Path, mapped: bool) -> None:
     models = tmp_path / "models"
     mapping = MapSettings(verify=False) if mapped else None
-    gates = pipeline(GateSettings(mapping=mapping, load=False))
+    gates = GateSettings(mapping=mapping, load=False).pipeline()
     publishing.publish(saved_model, models, "m", gates=gates)
     inputs = {"ids": np.arange(40, dtype=np.int32).reshape(10, 4)}
     with serve(model_name="m", model_base_path=models / "m") as running:

@@ -190,12 +190,13 @@ def staged(
 ) -> Iterator[Callable[[], Path]]:
     """Stage the next `count` versions; gives a callable that publishes the next one.
 
-    Publishing is a rename and a line in the journal, so it takes no time from the load. The SavedModels take
-    turns. Give two (or one twice), so that the old and the new version share no file;
-    else the new one would find its files in the processor's caches. The `gates` check
-    the first version of each SavedModel, and later ones are hard links to it. With
-    `link` the first ones are hard links to the SavedModels, which then must not be
-    changed. Versions that were not published are deleted at the end of the block.
+    Publishing is a rename and a line in the journal, so it takes no time from the load.
+    The SavedModels take turns. Give two (or one twice), so that the old and the new
+    version share no file; else the new one would find its files in the processor's
+    caches. The `gates` check the first version of each SavedModel, and later ones are
+    hard links to it. With `link` the first ones are hard links to the SavedModels,
+    which then must not be changed. Versions that were not published are deleted at the
+    end of the block.
 
     Raises:
         SpikelessError: what `spikeless.repository.publishing.stage` raises.

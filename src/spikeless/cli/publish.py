@@ -9,7 +9,7 @@ import click
 from spikeless.cli.options import Duration, Size, models_option
 from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
-from spikeless.repository.gates import GateSettings, pipeline
+from spikeless.repository.gates import GateSettings
 from spikeless.repository.golden import Tolerance
 
 
@@ -87,7 +87,7 @@ def command(
         models,
         name,
         version,
-        gates=pipeline(settings),
+        gates=settings.pipeline(),
         serving_root=serving_root,
         progress=lambda title: click.echo(f"{name}: {title}", err=True),
     )

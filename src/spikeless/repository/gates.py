@@ -69,24 +69,23 @@ class GateSettings:
     #: Seconds that the first request may take.
     max_first_request: float = 1.0
 
+    def pipeline(self) -> tuple[Gate, ...]:
+        """The gates in their order.
 
-def pipeline(settings: GateSettings) -> tuple[Gate, ...]:
-    """The gates in their order.
-
-    Raises:
-        SpikelessError: ``settings.golden`` cannot be used (`golden.read_file`).
-    """
-    gates = [FILES, WARMUP]
-    if settings.golden is not None:
-        given = golden.read_file(settings.golden, settings.tolerance)
-        gates.append(Gate("golden", "adding golden requests", partial(_add_golden, given)))
-    if not settings.allow_breaking:
-        gates.append(Gate(SIGNATURES, "comparing signatures", _check_signatures))
-    if settings.mapping is not None:
-        gates.append(Gate("mapping", "mapping parameters", partial(_map, settings.mapping)))
-    if settings.load:
-        gates.append(Gate("trial", "loading and asking it", partial(_try, settings)))
-    return tuple(gates)
+        Raises:
+            SpikelessError: ``golden`` cannot be used (`golden.read_file`).
+        """
+        gates = [FILES, WARMUP]
+        if self.golden is not None:
+            given = golden.read_file(self.golden, self.tolerance)
+            gates.append(Gate("golden", "adding golden requests", partial(_add_golden, given)))
+        if not self.allow_breaking:
+            gates.append(Gate(SIGNATURES, "comparing signatures", _check_signatures))
+        if self.mapping is not None:
+            gates.append(Gate("mapping", "mapping parameters", partial(_map, self.mapping)))
+        if self.load:
+            gates.append(Gate("trial", "loading and asking it", partial(_try, self)))
+        return tuple(gates)
 
 
 def _check_files(candidate: Candidate) -> None:
@@ -152,7 +151,7 @@ def _check_memory(needed: int, budget: int | None) -> None:
 FILES = Gate("files", "checking files", _check_files)
 WARMUP = Gate("warmup", "checking warmup", lambda candidate: _check_warmup(candidate.path), _check_warmup)
 #: The gates of a version that is published without further wishes.
-GATES = pipeline(GateSettings())
+GATES = GateSettings().pipeline()
 
 
 def breaking_changes(old: Any, new: Any) -> list[str]:

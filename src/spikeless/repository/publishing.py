@@ -77,7 +77,7 @@ def stage(
         version: its number, from 0 to 2**63 - 1; by default one more than the highest
             that is there or being published, or 1.
         gates: what the staged copy has to pass, in this order
-            (`spikeless.repository.gates.pipeline`).
+            (`spikeless.repository.gates.GateSettings.pipeline`).
         serving_root: the absolute path at which servers see the repository; where it is
             here by default. A mapped version names its files by it
             (`spikeless.mapping`).
