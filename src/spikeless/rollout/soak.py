@@ -128,6 +128,6 @@ def soak(
             reported = time.monotonic()
             progress(f"soaking, {left:.0f} s to go")
         if interrupted.wait(min(settings.interval, max(left, 0.0))):
-            break
+            return  # Too few latencies to judge.
     for one in watched:
         one.check_latency()
