@@ -57,7 +57,7 @@ def tensorflow_reads(proto: tensor_pb2.TensorProto) -> Any:
 
 
 @pytest.mark.parametrize("number", sorted(NUMPY_DTYPES), ids=dtype_name)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_read_as_tensorflow_reads(number: int, data: st.DataObject) -> None:
     proto = data.draw(protos(number))

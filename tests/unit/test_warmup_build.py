@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
@@ -366,7 +365,6 @@ def test_batches_of_examples_keep_their_context(examples: Path, tmp_path: Path) 
     assert len(with_context.request.input.example_list_with_context.examples) == 3
 
 
-@hypothesis.settings(deadline=None)  # it reads and writes files
 @given(st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=3))
 def test_every_row_is_in_every_batch_size(
     saved_models: Path, tmp_path_factory: pytest.TempPathFactory, rows: int, sizes: list[int]
