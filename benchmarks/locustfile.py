@@ -1,6 +1,6 @@
 """Open-loop load on a running model server, with the model's own warmup requests.
 
-    locust -f benchmarks/locustfile.py --headless --host 127.0.0.1:8500 --model-name boston \\
+    locust -f benchmarks/locustfile.py --headless --host 127.0.0.1:8500 \\
         --requests models/boston/1/assets.extra/tf_serving_warmup_requests \\
         --rate 300 --seconds 30 --record results/load.npz
 

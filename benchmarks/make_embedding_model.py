@@ -1,4 +1,4 @@
-"""Make models to measure reloads with: an embedding of a given size and a small dense network behind it.
+"""Make models to measure reloads with: an embedding of a given size, a small network.
 
     python benchmarks/make_embedding_model.py runs/embedding --size 512MiB
 
@@ -9,7 +9,7 @@ different parameters, each with warmup records that look up random rows; and
 Kinds:
 
 keras    exported by Keras 3, whose exports restore every variable twice
-module   a ``tf.Module``, whose variables are restored once; the table is read densely (``GatherV2``)
+module   a ``tf.Module``, whose variables are restored once; dense reads (``GatherV2``)
 sparse   the same, but the table is read sparsely (``ResourceGather``)
 """
 

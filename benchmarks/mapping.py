@@ -1,38 +1,34 @@
-"""What mapping changes, on real servers: memory, loads, reloads under traffic, throughput, little memory.
+"""What mapping changes, on real servers: memory, loads, swaps, throughput.
 
-    python benchmarks/mapping.py --size 512MiB --repeats 3            # about fifteen minutes
-    python benchmarks/mapping.py --size 8GiB --part load --part swap  # 24 GiB of memory for the stock model
+    python benchmarks/mapping.py --size 512MiB                # about fifteen minutes
+    python benchmarks/mapping.py --size 8GiB --part load      # 24 GiB of memory
 
-In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: raw results in ``--out``, a
-file for each run: ``.npz`` where there is open-loop load (see
-`spikeless.bench.run_file`; `spikeless report` draws them), else ``.json``. Both name
-machine, engine and commit.
+In: sizes, and ``SPIKELESS_SERVER`` for the engine. Out: a raw result in ``--out`` for
+each run: ``.npz`` where there is open-loop load (`spikeless.bench.run_file`;
+`spikeless report` draws them), else ``.json``. Both name machine, engine and commit.
+``--show DIRECTORY`` prints the tables of a directory, and whether they meet the goals.
 
-Every part runs the kinds of model in turn, A B A B. They are rungs of the ladder
-(`spikeless.bench.rungs`), with glibc's allocator throughout:
+Nothing else may run on the machine. Every part runs kinds of model in turn, A B A B.
+They are rungs of the ladder (`spikeless.bench.rungs`), all with glibc's allocator:
 
 stock       the model as exported
 mapped      its parameters mapped (``spikeless map``)
-yielding    mapped, on a server whose loads yield to requests (``--load_threads_yield``, of the
+yielding    mapped, and loads yield to requests (``--load_threads_yield``, a flag of the
             embedded engine; left out with another)
-tuned       the graph optimised beforehand as well (``spikeless map --optimize``), and no more by
-            the server
-bare        a model of a few rows, for the memory of a server without parameters
+tuned       yielding, and the graph optimised beforehand (``spikeless map --optimize``)
+bare        a model of a few rows: the memory of a server without parameters
 
-Nothing else may run meanwhile. ``--show DIRECTORY`` prints the tables of the results in
-a directory and how they compare with the goals.
-
-load        on an idle server: time from publish to AVAILABLE, its processor time, page faults and
-            private memory, and the first requests to the new version, without warmup; also bare
-swap        open-loop load, versions published one after the other: latency and private memory, all
-            reloads folded into one; the only part with yielding
-steady      all servers at once, one client that asks them in turns of half a second: the medians
-throughput  the same with as many requests as four connections can make: their rate
-soak        minutes of load, several requests at once, on a model that looks rows up sparsely
-            (``ResourceGather``): is a copy made? Without tuned.
-squeeze     open-loop load with random rows in a memory cgroup whose page cache has room for half of
-            the parameters (needs root). Where the stock model, whose parameters are heap, does not
-            fit into it, the result says so, and its cgroup gets room for them. Without tuned.
+load        on an idle server: time from publish to AVAILABLE, its processor time, page
+            faults and private memory, the first requests without warmup; also bare
+swap        open-loop load, versions published one after the other: latency and private
+            memory, all reloads folded into one; the only part with yielding
+steady      all servers at once, one client that asks them in turns of half a second
+throughput  the same with as many requests as four connections can make
+soak        minutes of load, several requests at once, on a model that looks rows up
+            sparsely (``ResourceGather``): is a copy made? Not of tuned.
+squeeze     open-loop load with random rows in a memory cgroup with room for half of
+            the parameters (needs root). The stock model, whose parameters are heap,
+            does not fit: the result says so, and its cgroup gets room. Not of tuned.
 """
 
 from __future__ import annotations
@@ -194,7 +190,7 @@ def rungs_of(part: str) -> dict[str, Rung]:
 
 
 def _model(options: Options, kind: str, rung: Rung, sparse: bool) -> Path:
-    """The SavedModel of this kind, made once, with warmup records in it and requests to replay beside it."""
+    """The SavedModel of a kind, made once; requests to replay are beside it."""
     if kind == BARE:
         return _exported(options, BARE, BARE_BYTES, sparse)
     label = f"{options.label}{'-sparse' if sparse else ''}"
@@ -248,7 +244,7 @@ def _served(
     confine: Callable[[int], Any] | None = None,
     swaps: int = 1,
 ) -> Iterator[tuple[launch.ServerProcess, Client, Callable[[], Path]]]:
-    """A server with version 1 available, and what publishes the next versions, staged up to the rename.
+    """A server with version 1 available, and a callable that publishes the next one.
 
     ``confine`` is given the process as soon as there is one.
     """
@@ -354,7 +350,7 @@ def steady(options: Options, scenario: str, subjects: Sequence[Subject]) -> Path
 
 
 def throughput(options: Options, scenario: str, subjects: Sequence[Subject]) -> Path:
-    """As many requests as several connections can make: requests per second in each turn."""
+    """Several connections: requests per second in each turn."""
 
     def rate(calls: Sequence[Call], messages: Sequence[bytes]) -> float:
         with ThreadPoolExecutor(len(calls)) as pool:
@@ -371,7 +367,7 @@ def _turns(
     name: str,
     measure: Callable[[Sequence[Call], Sequence[bytes]], float],
 ) -> Path:
-    """The servers of all kinds run at once and take turns, so that drift affects all."""
+    """The servers of all kinds take turns, so that drift affects all alike."""
     with ExitStack() as stack:
         calls: dict[str, list[Call]] = {}
         for subject in subjects:

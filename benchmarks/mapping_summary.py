@@ -120,9 +120,9 @@ def _load_table(kinds: Mapping[str, list[Any]], label: str) -> list[str]:
     return _table(
         kinds,
         [
-            ("publish to AVAILABLE, s (a look a second)", "{:.2f}", lambda one: one["available_seconds"]),
+            ("publish to AVAILABLE, s (polled every second)", "{:.2f}", lambda one: one["available_seconds"]),
             ("of it loading, s", "{:.3f}", lambda one: one["load_seconds"]),
-            ("processor time of the swap, with the looks at it, s", "{:.2f}", seconds),
+            ("processor time of the swap, with the status requests, s", "{:.2f}", seconds),
             ("page faults of the swap", "{:,.0f}", change("minor_faults", "major_faults")),
             ("of them from disk", "{:,.0f}", change("major_faults")),
             ("private memory before, MiB", "{:,.0f}", lambda one: one["before"]["rss_anon"] / MIB),
@@ -157,12 +157,14 @@ def _turns_table(kinds: Mapping[str, list[Any]], name: str, what: str, form: str
         "| | " + " | ".join(present) + " |",
         "|---|" + "---:|" * len(present),
         f"| {what}, of all turns | " + " | ".join(_spread(cell, form) for cell in values) + " |",
-        "| by stock's in the same turn | " + " | ".join(_spread(cell, "{:.3f}") for cell in ratios) + " |",
+        "| relative to stock in the same turn | "
+        + " | ".join(_spread(cell, "{:.3f}") for cell in ratios)
+        + " |",
     ]
 
 
 def _ratios(repeats: Sequence[Any], name: str, kind: str) -> Values:
-    """The kind's value by stock's, turn for turn."""
+    """The kind's value relative to stock's, turn for turn."""
     return [
         value / stock
         for one in repeats
@@ -270,7 +272,7 @@ def _load_bars(kinds: Mapping[str, list[Any]], label: str, bare: list[Any]) -> I
 
 
 def _private_bars(what: str, kind: str, peak: float, label: str, bare: list[Any]) -> Iterator[_Bar]:
-    """The whole process, and what it has beyond one that serves a model without parameters."""
+    """The whole process, and what it has beyond a server without parameters."""
     most = f"{PRIVATE_SHARE:.0%} of the parameters"
     shares = {f"private memory {what}, the whole process": peak / _bytes(label)}
     if bare:

@@ -38,8 +38,7 @@ from input_pipeline import BLOCK, CYCLE, batches, feature_specification, select
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.training import dataset
 
-# Settings
-# -------------------------------------------------------------------------------------------------
+# Settings.
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,8 +51,7 @@ parser.add_argument("--data", type=Path, default=ROOT / "runs" / ".data", help="
 parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where results go")
 settings = parser.parse_args()
 
-# Records
-# --------------------------------------------------------------------------------------------------
+# Records.
 
 # Those that `spikeless train ctr` would make and keep in the same place.
 made = criteo_synthetic.Settings(train_rows=settings.rows, test_rows=settings.rows // 4)
@@ -63,8 +61,7 @@ data = dataset.read(directory / "train")
 files = [str(shard.path) for shard in data.shards]
 specification = feature_specification(select(data, None))
 
-# The ladder
-# ------------------------------------------------------------------------------------------------
+# The ladder.
 
 STEPS = ("interleave", "vectorised parse", "parallel parse", "cache", "prefetch")
 #: How many times the records of the naive loop the tuned pipeline has to give.
@@ -72,8 +69,9 @@ BAR = 5
 
 
 def pipeline(steps: Collection[str]) -> tf.data.Dataset:
-    """One epoch of batches, made with these of the `STEPS`; without any it is the loop that everybody writes
-    first: file after file, one record parsed at a time.
+    """One epoch of batches, made with these of the `STEPS`.
+
+    Without any it is the naive loop: file after file, one record parsed at a time.
     """
     vectorised = "vectorised parse" in steps
 
@@ -111,8 +109,7 @@ WITHOUT: dict[str, Callable[[], tf.data.Dataset]] = {
     step: partial(pipeline, [other for other in STEPS if other != step]) for step in STEPS
 }
 
-# Timing
-# ---------------------------------------------------------------------------------------------------
+# Timing.
 
 integers = [field.name for field in data.fields if field.name.startswith("I")]
 network = tf.keras.Sequential([tf.keras.layers.Dense(64, "relu"), tf.keras.layers.Dense(1)])
@@ -163,8 +160,7 @@ for repeat in range(1, settings.repeats + 1):
         name = f"tuned without {step}"
         print(f"{repeat}/{settings.repeats} {name:28} {without[step][-1]:12,.0f} records/s", file=sys.stderr)
 
-# Results
-# --------------------------------------------------------------------------------------------------
+# Results.
 
 commit = source_commit()
 machine = describe_machine()

@@ -1,4 +1,4 @@
-"""What the embedded engine adds to a call of TensorFlow's C API, and what it saves over a Flask server.
+"""What the embedded engine adds to a bare call, and what it saves over Flask.
 
     python benchmarks/serving.py --saved-model runs/<id>/saved_model
     python benchmarks/serving.py --show benchmarks/results/serving.npz
@@ -83,7 +83,7 @@ def main() -> None:
         show(settings.output)
 
 
-# --- the four ways ----------------------------------------------------------------------------------
+# The four ways.
 
 
 def signature(path: Path) -> savedmodel.Signature:
@@ -98,7 +98,7 @@ def row(path: Path) -> tuple[str, np.ndarray[Any, Any]]:
 
 
 def bare(path: Path, seconds: float) -> list[int]:
-    """Nanoseconds of each ``TF_SessionRun``, with nothing but the call inside the loop."""
+    """Nanoseconds of each ``TF_SessionRun``, with nothing else in the loop."""
     alias, value = row(path)
     definition = signature(path)
     feeds = {definition.inputs[alias].tensor_name: value}
@@ -125,7 +125,7 @@ def grpc_request(path: Path) -> bytes:
 
 
 def grpcio_client(target: str, path: Path) -> Ask:
-    """What most Python callers use; it takes as much of the machine as the server does."""
+    """What most Python callers use; it takes as much processor time as the server."""
     content = grpc_request(path)
     # A connection of its own for each client.
     channel = grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
@@ -138,7 +138,7 @@ def grpcio_client(target: str, path: Path) -> Ask:
 
 
 def grpc_client(target: str, path: Path) -> Ask:
-    """The least that a gRPC client can do, as `http_client` is for HTTP: one socket, one call at a time.
+    """A minimal gRPC client: one socket, one call at a time.
 
     The frames are those of RFC 9113. Headers go out as literals that are not indexed
     (RFC 7541, 6.2.2), so that they are the same bytes in each call.
@@ -196,7 +196,7 @@ def grpc_client(target: str, path: Path) -> Ask:
 
 
 def http_client(port: int, url: str, path: Path) -> Ask:
-    """The least that an HTTP client can do; it keeps the connection where the server does."""
+    """A minimal HTTP client; it keeps the connection if the server does."""
     _, value = row(path)
     body = json.dumps({"instances": value.tolist()}).encode()
     head = f"POST {url} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -246,7 +246,7 @@ def flask_server(path: Path) -> Iterator[int]:
         process.wait()
 
 
-# --- measuring --------------------------------------------------------------------------------------
+# Measuring.
 
 
 def closed_loop(ask: Ask, end: float) -> list[int]:
@@ -328,7 +328,7 @@ def measure(settings: argparse.Namespace) -> None:
     np.savez_compressed(settings.output, facts=json.dumps(facts), **arrays)  # type: ignore[arg-type]
 
 
-# --- showing ----------------------------------------------------------------------------------------
+# Showing.
 
 
 def show(file: Path) -> None:

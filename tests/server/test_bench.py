@@ -1,4 +1,4 @@
-"""The load generator against servers that answer: in a thread, through Locust, and as the command runs it."""
+"""The load generator on real servers: in a thread, in Locust, and as a command."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_requests_larger_than_the_flow_control_window(server: launch.ServerProce
 def test_a_stall_shows_in_every_request_that_was_due(models: Path, requests: Path) -> None:
     with stand_in(models, "--stall=0.5,0.4") as server:
         columns = drive(requests, server.target, 200, 1.2).columns.ended()
-    # About 80 requests are due while the server stalls; the first waits 400 ms, and so on down to nothing.
+    # About 80 requests are due while the server stalls; the first waits 400 ms, and so
+    # on down to nothing.
     latency = columns["latency"]
     assert latency.max() >= 0.35
     assert np.count_nonzero(latency > 0.1) >= 40
@@ -236,7 +237,7 @@ def test_the_instant_server_ends_with_its_block(requests: Path) -> None:
 
 
 def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
-    """The command starts the engine, publishes three times under load, and writes what the report reads."""
+    """The command starts the engine, publishes three times, and writes a raw result."""
     models, source = tmp_path / "models", tmp_path / "source"
     shutil.copytree(saved_models / "signatures", source)
     (source / "assets.extra").mkdir()

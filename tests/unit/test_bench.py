@@ -33,7 +33,8 @@ def test_poisson_arrivals_have_the_rate_and_its_spread() -> None:
     assert (gaps >= 0).all()
     assert offsets[0] >= 0
     assert offsets[-1] < 100
-    # The gaps of a Poisson process are exponential: mean and standard deviation are equal.
+    # The gaps of a Poisson process are exponential: mean and standard deviation are
+    # equal.
     assert np.std(gaps) == pytest.approx(np.mean(gaps), rel=0.05)
 
 
@@ -106,7 +107,7 @@ def test_latency_counts_from_the_intended_start() -> None:
 
 
 def test_a_stall_delays_every_request_that_was_due() -> None:
-    """Coordinated omission: a client that waits for each answer sees one slow request; the users saw 120."""
+    """Coordinated omission: a client that waits sees one slow request; users 120."""
     intended = Schedule(1000, 10, "constant").offsets()
     columns = RequestColumns(intended, 1)
     stall = (5.0, 5.12)
@@ -166,7 +167,8 @@ def test_the_spike_has_height_and_width() -> None:
     summary = bench.analyse(made_up_run("warmup", 100))
     assert summary.height_ms == pytest.approx(101)
     assert summary.first_ms == pytest.approx(101)
-    # Requests are 5 ms apart and over the SLO of 10 ms while more than 9 ms of the stall are left.
+    # Requests are 5 ms apart and over the SLO of 10 ms while more than 9 ms of the
+    # stall are left.
     assert summary.over_slo == 19
     assert summary.width_ms == pytest.approx(90)
     assert summary.ratio == pytest.approx(101)

@@ -1,4 +1,4 @@
-"""Series of reloads, folded: windows, controls and intervals on data whose right answer is known."""
+"""Folded reloads: windows, controls and intervals on data with known answers."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_what_is_in_every_reload_is_certain_and_what_is_in_one_is_not() -> None:
 
 
 def test_intervals_are_drawn_by_reload() -> None:
-    """With 480 requests each, drawing requests would find the median of medians almost certain."""
+    """Drawing single requests, 480 of each, would make the median almost certain."""
     runs = []
     for level in (2.0, 4.0, 6.0, 8.0):
         run = made_up_run("level", started=f"2026-01-02T03:0{level:.0f}:00.000+00:00")

@@ -1,4 +1,4 @@
-"""The table of the mapping benchmark: what is held against each bar, on runs that are known exactly."""
+"""The tables of the mapping benchmark, on runs that are known exactly."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _load(directory: Path, label: str, kind: str, seconds: float, peak_mib: int,
 
 
 def _bars(text: str) -> dict[str, list[str]]:
-    """The cells of each bar's row after its name; rows that are called "the same" go with the one above."""
+    """The cells of each bar's row; rows called "the same" go with the row above."""
     rows: dict[str, list[str]] = {}
     above = ""
     for line in text.partition("## What mapping is held to")[2].splitlines()[4:]:

@@ -20,7 +20,7 @@ from spikeless import demo
     "--repeats", type=int, default=demo.DemoSettings.repeats, show_default=True, help="Runs of each scenario."
 )
 def command(reports: Path, rate: float, seconds: float, repeats: int) -> None:
-    """Train, warm, publish, serve, swap under load, report; with and without a warmup file.
+    """Train, publish, serve, swap under load, report; with and without a warmup file.
 
     Run it in a clone of the project.
     """
