@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from spikeless.disk import atomic
@@ -69,7 +70,7 @@ class Clicks:
         self.names = [random.integers(0, 1 << 32, size, dtype=np.uint64) for size in self.sizes]
         self.weights = random.normal(0, 0.25, INTEGERS)
 
-    def draw(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def draw(self, rows: int) -> tuple[NDArray[Any], ...]:
         """Labels, probabilities [n], integers [n, 13], categories [n, 26]; -1 empty."""
         random = self.random
         # Few values are frequent and most are rare, as in real logs.
@@ -91,7 +92,7 @@ class Clicks:
         probability = 1 / (1 + np.exp(-logit))
         return (random.random(rows) < probability).astype(int), probability, integers, categories
 
-    def write(self, file: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def write(self, file: Path, rows: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Write rows and return their labels and click probabilities."""
         labels, probabilities, integers, categories = self.draw(rows)
         columns = [labels.astype(str)]

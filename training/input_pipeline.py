@@ -80,7 +80,8 @@ def batches(
         return tf.data.TFRecordDataset(file, COMPRESSION[data.compression]).batch(BLOCK)
 
     def parse(block: tf.Tensor) -> dict[str, tf.Tensor]:
-        return tf.io.parse_example(block, specification)
+        parsed: dict[str, tf.Tensor] = tf.io.parse_example(block, specification)
+        return parsed
 
     def mix(block: dict[str, tf.Tensor], random: tf.Tensor) -> dict[str, tf.Tensor]:
         first = next(iter(block.values()))

@@ -39,7 +39,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from py4j.protocol import Py4JError, Py4JJavaError
@@ -75,7 +75,7 @@ class TFRecordDataSource(DataSource):
         return "tfrecord"
 
     def schema(self) -> StructType:
-        return StructType.fromJson(dataset.read(self._path("path")).schema)
+        return StructType.fromJson(dict(dataset.read(self._path("path")).schema))
 
     def reader(self, schema: StructType) -> DataSourceReader:
         return TFRecordReader(dataset.read(self._path("path")), dataset.fields_of(schema.jsonValue()))
@@ -201,10 +201,10 @@ class TFRecordWriter(DataSourceArrowWriter):
         return Written(partition, file.name, records, file.stat().st_size)
 
     def commit(self, messages: list[WriterCommitMessage | None]) -> None:
-        written = sorted(
-            (message for message in messages if message is not None), key=lambda message: message.partition
-        )
-        shards = {}
+        # Not by their class: that of another process is another one.
+        written = cast("list[Written]", [message for message in messages if message is not None])
+        written.sort(key=lambda message: message.partition)
+        shards: dict[str, dict[str, int]] = {}
         for message in written:
             if message.records:
                 name = f"part-{len(shards):05d}-{self.job}{self.suffix}"
@@ -249,7 +249,7 @@ class TFRecordWriter(DataSourceArrowWriter):
 # Workers import nothing from this folder: what they need of this module travels with
 # the job.
 if __name__ != "__main__":
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
 
 # Those of Spark's that PySpark knows, and the others.
 SPARK_ERRORS = (PySparkException, Py4JJavaError)
@@ -302,7 +302,7 @@ def read_input(
     reader = spark.read.format(format).options(**{"mode": "FAILFAST", **(options or {})})
     if schema is None:
         return reader.load(path)
-    wanted = StructType.fromDDL(schema)
+    wanted = cast(StructType, StructType.fromDDL(schema))
     frame = reader.schema(wanted).load(path)
     row = F.to_json(F.struct("*"))
     for field in wanted:

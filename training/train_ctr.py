@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import criteo_synthetic
 import keras
@@ -31,12 +32,14 @@ import scipy.sparse
 import tensorflow as tf
 from criteo_synthetic import CATEGORIES, INTEGERS, USER_CATEGORIES
 from input_pipeline import batches, naming_faults, select
+from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from spikeless.errors import InvalidArgument
 from spikeless.training import dataset
 from spikeless.training.export import export
+from spikeless.training.settings import parse_settings
 
 # Settings -----------------------------------------------------------------------------
 
@@ -66,10 +69,7 @@ parser.add_argument(
 )
 parser.add_argument("--seed", type=int, default=1, help="of the data, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
-settings = parser.parse_args()
-for key, value in vars(settings).items():
-    if type(value) is int and key != "seed" and value < 1:
-        parser.error(f"--{key.replace('_', '-')} must be 1 or more")
+settings = parse_settings(parser)
 if settings.synthetic_rows < 100:
     parser.error("--synthetic-rows must be 100 or more, for clicks to be among those of the test")
 if (settings.train is None) != (settings.test is None):
@@ -116,12 +116,12 @@ def check_types(data: dataset.Dataset) -> None:
             )
 
 
-def labels_of(data: dataset.Dataset) -> np.ndarray:
+def labels_of(data: dataset.Dataset) -> NDArray[np.int64]:
     """The labels [records]; refuses data without both 0 and 1, or with others."""
     fields = select(data, ["label"], ["label"])
     with naming_faults(data, fields):
         made = batches(data, 4096, columns=["label"], required=["label"], cache=False)
-        labels = np.concatenate([batch["label"].numpy() for batch in made])
+        labels: NDArray[np.int64] = np.concatenate([batch["label"].numpy() for batch in made])
     if not np.isin(labels, [0, 1]).all():
         for shard in data.shards:
             rows = dataset.rows(shard, fields, gzipped=data.compression == "gzip")
@@ -142,7 +142,7 @@ def inputs_of(batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
 check_types(train)
 check_types(test)
 train_labels, test_labels = labels_of(train), labels_of(test)
-reading = {"columns": COLUMNS, "required": ["label"], "null_integer": MISSING}
+reading: dict[str, Any] = {"columns": COLUMNS, "required": ["label"], "null_integer": MISSING}
 train_batches = batches(train, settings.batch_size, seed=settings.seed, **reading)
 test_batches = batches(test, 4096, **reading)
 print(f"{train.records} records to train on, {test.records} to test on, {train_labels.mean():.1%} clicks")
@@ -299,7 +299,7 @@ print("test AUC: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.
         tf.TensorSpec([None, CATEGORIES], tf.string, name="categories"),
     ]
 )
-def predict(integers, categories):
+def predict(integers: tf.Tensor, categories: tf.Tensor) -> dict[str, tf.Tensor]:
     """Integers [n, 13] (-1: not known), categories [n, 26] -> probability [n]."""
     return {"probability": predict_hashes(integers, hash_of(categories, SALTS))}
 
@@ -312,7 +312,12 @@ def predict(integers, categories):
         tf.TensorSpec([None, CATEGORIES - USER_CATEGORIES], tf.string, name="candidate_categories"),
     ]
 )
-def rank(user_integers, user_categories, candidate_integers, candidate_categories):
+def rank(
+    user_integers: tf.Tensor,
+    user_categories: tf.Tensor,
+    candidate_integers: tf.Tensor,
+    candidate_categories: tf.Tensor,
+) -> dict[str, tf.Tensor]:
     """One user [1, ...], hashed once, and candidates [n, ...] -> probability [n]."""
     count = tf.shape(candidate_integers)[0]
     user_hashes = hash_of(user_categories, SALTS[:USER_CATEGORIES])
@@ -328,7 +333,7 @@ categories = np.char.decode(categories.astype(bytes)).tolist()
 integers = integers.tolist()
 
 
-def rank_request(candidates: int) -> dict:
+def rank_request(candidates: int) -> dict[str, Any]:
     return {
         "signature_name": "rank",
         "inputs": {
@@ -340,7 +345,7 @@ def rank_request(candidates: int) -> dict:
     }
 
 
-def predict_request(count: int) -> dict:
+def predict_request(count: int) -> dict[str, Any]:
     return {
         "signature_name": "serving_default",
         "inputs": {"integers": integers[:count], "categories": categories[:count]},

@@ -20,11 +20,13 @@ import time
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 from spikeless.training.export import export
+from spikeless.training.settings import parse_settings
 
 # Settings -----------------------------------------------------------------------------
 
@@ -41,10 +43,7 @@ parser.add_argument("--l2", type=float, default=1e-3, help="penalty on the squar
 parser.add_argument("--test-fraction", type=float, default=0.2, help="part of the rows kept for the test")
 parser.add_argument("--seed", type=int, default=1, help="of the split, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
-settings = parser.parse_args()
-for key, value in vars(settings).items():
-    if type(value) is int and key != "seed" and value < 1:
-        parser.error(f"--{key.replace('_', '-')} must be 1 or more")
+settings = parse_settings(parser)
 
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
@@ -107,7 +106,7 @@ model.fit(
 )
 
 
-def auc(features: np.ndarray, labels: np.ndarray) -> float:
+def auc(features: NDArray[np.float64], labels: NDArray[np.float32]) -> float:
     return float(roc_auc_score(labels, model.predict(features, verbose=0)))
 
 
@@ -118,19 +117,19 @@ print(f"AUC: {metrics['train_auc']:.4f} on the training rows, {metrics['test_auc
 
 
 @tf.function(input_signature=[tf.TensorSpec([None, len(names)], tf.float32, name="features")])
-def predict(features):
+def predict(features: tf.Tensor) -> dict[str, tf.Tensor]:
     """Raw features [batch, 30] -> probability of malignant [batch]."""
     return {"probability": model(features)}
 
 
-def parse(examples):
+def parse(examples: tf.Tensor) -> tf.Tensor:
     """tf.Examples [batch], one float per feature name -> raw features [batch, 30]."""
     columns = tf.io.parse_example(examples, {name: tf.io.FixedLenFeature([], tf.float32) for name in names})
     return tf.stack([columns[name] for name in names], axis=1)
 
 
 @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
-def classify(inputs):
+def classify(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
     """tf.Examples [batch] -> class names and their probabilities, both [batch, 2]."""
     probability = model(parse(inputs))
     scores = tf.stack([1 - probability, probability], axis=1)
@@ -139,7 +138,7 @@ def classify(inputs):
 
 
 @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
-def regress(inputs):
+def regress(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
     """Serialized tf.Examples [batch] -> probability of malignant [batch]."""
     return {"outputs": model(parse(inputs))}
 

@@ -21,13 +21,16 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from spikeless.errors import InvalidArgument, Unavailable
 from spikeless.training.export import export
+from spikeless.training.settings import parse_settings
 
 # Settings -----------------------------------------------------------------------------
 
@@ -49,11 +52,7 @@ parser.add_argument(
 )
 parser.add_argument("--seed", type=int, default=1, help="of the split, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
-settings = parser.parse_args()
-for key, value in vars(settings).items():
-    least = 0 if key in ("epochs", "logical_devices") else 1
-    if type(value) is int and key != "seed" and value < least:
-        parser.error(f"--{key.replace('_', '-')} must be {least} or more")
+settings = parse_settings(parser, may_be_zero=["epochs", "logical_devices"])
 
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's
@@ -79,7 +78,7 @@ print(f"{devices} device(s), {settings.batch_size} pictures on each, {global_bat
 MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/t10k-labels-idx1-ubyte.gz"
 
 
-def mnist() -> tuple[np.ndarray, ...]:
+def mnist() -> tuple[NDArray[Any], ...]:
     """Pictures [n, 28, 28] uint8, labels [n] int64 to train on, to test on."""
     import tensorflow_datasets
 
@@ -91,7 +90,7 @@ def mnist() -> tuple[np.ndarray, ...]:
     )
 
 
-def digits() -> tuple[np.ndarray, ...]:
+def digits() -> tuple[NDArray[Any], ...]:
     """The same of scikit-learn's 1,797 digits, a fifth of them for the test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -230,7 +229,7 @@ print(f"test accuracy {accuracy:.4f} on {used}")
 
 
 @tf.function(input_signature=[tf.TensorSpec([None, 28, 28], tf.uint8, name="pictures")])
-def predict(pictures):
+def predict(pictures: tf.Tensor) -> dict[str, tf.Tensor]:
     """Pictures [n, 28, 28], white on black -> digit [n], probabilities [n, 10]."""
     probabilities = tf.nn.softmax(model(pictures, training=False))
     return {"digit": tf.argmax(probabilities, axis=1), "probabilities": probabilities}

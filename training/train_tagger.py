@@ -24,10 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from spikeless import errors
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.training.settings import parse_settings
 
 # Settings -----------------------------------------------------------------------------
 
@@ -49,10 +51,7 @@ parser.add_argument("--learning-rate", type=float, default=0.003, help="of Adam"
 parser.add_argument("--predictions", type=Path, help="write the test sentences with the tags found here")
 parser.add_argument("--seed", type=int, default=1, help="of the initial weights and the shuffling")
 parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run directory is written")
-settings = parser.parse_args()
-for key, value in vars(settings).items():
-    if type(value) is int and key != "seed" and value < 1:
-        parser.error(f"--{key.replace('_', '-')} must be 1 or more")
+settings = parse_settings(parser)
 
 # Data ---------------------------------------------------------------------------------
 
@@ -69,7 +68,9 @@ def read(file: Path, known: set[str] | None = None) -> list[tuple[list[str], lis
         raise NotFound(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{file} is not UTF-8 text: {error}") from None
-    sentences, words, tags = [], [], []
+    sentences = []
+    words: list[str] = []
+    tags: list[str] = []
     for number, line in enumerate([*lines, ""], start=1):
         columns = line.split()
         if not columns or columns[0] == "-DOCSTART-":
@@ -160,7 +161,7 @@ print(
 def batches(sentences: list[tuple[list[str], list[str]]], *, shuffle: bool = False) -> tf.data.Dataset:
     """Word ids, tag ids, weights [batch, longest]; padding is 0 in all of them."""
 
-    def encoded():
+    def encoded() -> Iterator[tuple[list[int], list[int], list[float]]]:
         for words, tags in sentences:
             ids = [word_ids.get(word, UNKNOWN) for word in words]
             yield ids, [tag_ids[tag] for tag in tags], [1.0] * len(ids)
@@ -211,7 +212,7 @@ without_crf.fit(train_batches, epochs=settings.epochs, verbose=verbose)
 
 
 @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int64)])
-def viterbi(ids):
+def viterbi(ids: tf.Tensor) -> tf.Tensor:
     """Word ids [batch, length], padded at the end -> tag ids of the best path."""
     length = tf.shape(ids)[1]
     ids = tf.pad(ids, [[0, 0], [0, tf.maximum(1 - length, 0)]])  # a GRU cannot take sentences of no word
@@ -219,12 +220,12 @@ def viterbi(ids):
 
 
 @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int64)])
-def likeliest(ids):
+def likeliest(ids: tf.Tensor) -> tf.Tensor:
     """The same without the CRF: the best tag of each word by itself."""
     return tf.argmax(without_crf(ids, training=False), axis=-1)
 
 
-def tags_of(find) -> list[list[str]]:
+def tags_of(find: Callable[[tf.Tensor], tf.Tensor]) -> list[list[str]]:
     """The tags that a function finds in the test sentences, without padding."""
     found = [row for ids, _, _ in test_batches for row in find(ids).numpy()]
     return [[TAGS[tag] for tag in row[: len(words)]] for row, (words, _) in zip(found, test, strict=True)]
@@ -256,7 +257,7 @@ print(f"entity F1: {metrics['test_f1']:.4f} with the CRF, {metrics['test_f1_with
 names = tf.constant(TAGS)
 
 
-def named(ids, tags):
+def named(ids: tf.Tensor, tags: tf.Tensor) -> tf.Tensor:
     """Tag names [batch, length]; padding has none."""
     return tf.where(ids == PADDING, "", tf.gather(names, tags))
 
@@ -275,14 +276,14 @@ with tempfile.TemporaryDirectory() as folder:
     table = tf.lookup.StaticHashTable(lines, default_value=UNKNOWN - FIRST)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="sentences")])
-    def tag_sentences(sentences):
+    def tag_sentences(sentences: tf.Tensor) -> dict[str, tf.Tensor]:
         """Sentences [batch] -> words, tags [batch, longest], padded with ""."""
         words = tf.strings.split(sentences)
         ids = words.with_values(table.lookup(words.values) + FIRST).to_tensor(PADDING)
         return {"words": words.to_tensor(""), "tags": named(ids, viterbi(ids))}
 
     @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int64, name="ids")])
-    def tag_ids_of(ids):
+    def tag_ids_of(ids: tf.Tensor) -> dict[str, tf.Tensor]:
         """Word ids [batch, length], padded with 0 -> tag ids, names [batch, length]."""
         tags = viterbi(ids)
         return {"tag_ids": tags, "tags": named(ids, tags)}
