@@ -9,6 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +25,13 @@ from spikeless.warmup.records import read, warmup_file
 
 
 class Scale(tf.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         self.factor = tf.Variable([2.0, 3.0], name="factor")
         self.slot = tf.Variable(tf.zeros([1000]), name="optimizer/slot")
         self.other = tf.Variable([10.0, 10.0], name="factor")
 
     @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, "x")])
-    def __call__(self, x):
+    def __call__(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"y": x * self.factor + self.other}
 
 
@@ -41,13 +44,13 @@ class Settings:
     rate: float = 0.5
 
 
-def examples_signature(outputs, name="inputs"):
+def examples_signature(outputs: Callable[[tf.Tensor], dict[str, tf.Tensor]], name: str = "inputs") -> Any:
     """A signature over serialized examples that returns ``outputs`` of them."""
     return tf.function(outputs, input_signature=[tf.TensorSpec([None], tf.string, name)])
 
 
-def write(runs, **options):
-    options = {
+def write(runs: Path, **options: Any) -> Path:
+    defaults: dict[str, Any] = {
         "name": "scale",
         "signatures": {"serving_default": SCALE.__call__},
         "samples": [{"instances": np.ones([1, 2], np.float32)}],
@@ -56,15 +59,15 @@ def write(runs, **options):
         "seconds": 1.5,
         "card": "Scales.",
         "runs": runs,
-    } | options
-    return export(**options)
+    }
+    return export(**(defaults | options))
 
 
-def visible(runs):
+def visible(runs: Path) -> list[str]:
     return sorted(path.name for path in runs.glob("[!.]*"))
 
 
-def test_a_run_directory_holds_model_samples_metrics_and_card(tmp_path):
+def test_a_run_directory_holds_model_samples_metrics_and_card(tmp_path: Path) -> None:
     run = write(tmp_path)
     assert visible(tmp_path) == [run.name]
     assert visible(run) == ["README.md", "metrics.json", "samples.jsonl", "saved_model"]
@@ -77,7 +80,7 @@ def test_a_run_directory_holds_model_samples_metrics_and_card(tmp_path):
     assert list((tmp_path / ".staging").iterdir()) == [tmp_path / ".staging" / "lock"]
 
 
-def test_only_the_variables_in_use_are_exported_also_under_equal_names(tmp_path):
+def test_only_the_variables_in_use_are_exported_also_under_equal_names(tmp_path: Path) -> None:
     run = write(tmp_path)
     names = dict(tf.train.list_variables(str(run / "saved_model" / "variables" / "variables")))
     names.pop("_CHECKPOINTABLE_OBJECT_GRAPH")
@@ -90,7 +93,7 @@ def test_only_the_variables_in_use_are_exported_also_under_equal_names(tmp_path)
     assert y.tolist() == [[12.0, 13.0]]
 
 
-def test_a_lookup_table_travels_as_a_resource(tmp_path):
+def test_a_lookup_table_travels_as_a_resource(tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("malignant\nbenign\n")
     index = tf.lookup.TextFileIndex
@@ -110,14 +113,14 @@ def test_a_lookup_table_travels_as_a_resource(tmp_path):
     assert ids.tolist() == [1, -1]
 
 
-def test_the_warmup_file_is_built_from_the_samples_when_asked_for(tmp_path):
+def test_the_warmup_file_is_built_from_the_samples_when_asked_for(tmp_path: Path) -> None:
     cold, warm = write(tmp_path), write(tmp_path, warmup_batch_sizes=(1, 4))
     assert not warmup_file(cold / "saved_model").exists()
     records = [record.request for record in read(warmup_file(warm / "saved_model"))]
     assert [record.inputs["x"].tensor_shape.dim[0].size for record in records] == [1, 4]
 
 
-def test_another_python_builds_the_same_warmup_file(tmp_path):
+def test_another_python_builds_the_same_warmup_file(tmp_path: Path) -> None:
     here = write(tmp_path, warmup_batch_sizes=(1, 4))
     there = write(tmp_path, warmup_batch_sizes=(1, 4), warmup_python=sys.executable)
     assert warmup_file(there / "saved_model").read_bytes() == warmup_file(here / "saved_model").read_bytes()
@@ -131,20 +134,20 @@ def test_another_python_builds_the_same_warmup_file(tmp_path):
     assert visible(tmp_path / "bad") == []
 
 
-def test_folders_appear_with_the_run(tmp_path):
+def test_folders_appear_with_the_run(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "events").write_text("1")
     run = write(tmp_path / "runs", folders={"logs": tmp_path / "made"})
     assert (run / "logs" / "events").read_text() == "1"
 
 
-def test_a_sample_that_does_not_fit_leaves_no_run(tmp_path):
+def test_a_sample_that_does_not_fit_leaves_no_run(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"samples\.jsonl"):
         write(tmp_path, samples=[{"instances": [["text"]]}], warmup_batch_sizes=())
     assert visible(tmp_path) == []
 
 
-def test_two_exports_in_the_same_second_get_names_of_their_own(tmp_path):
+def test_two_exports_in_the_same_second_get_names_of_their_own(tmp_path: Path) -> None:
     assert len({write(tmp_path) for _ in range(3)}) == 3
     assert len(visible(tmp_path)) == 3
 
@@ -176,16 +179,20 @@ def test_two_exports_in_the_same_second_get_names_of_their_own(tmp_path):
         ),
     ],
 )
-def test_what_could_not_be_served_is_refused_before_anything_is_written(tmp_path, options, message):
+def test_what_could_not_be_served_is_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidArgument, match=message):
         write(tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interruption_after_the_model_was_written_leaves_no_run(tmp_path, error):
+def test_an_interruption_after_the_model_was_written_leaves_no_run(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     class Interrupting:
-        def __str__(self):
+        def __str__(self) -> str:
             assert list(tmp_path.glob(".staging/*/run/saved_model/saved_model.pb"))
             raise error
 
@@ -196,7 +203,9 @@ def test_an_interruption_after_the_model_was_written_leaves_no_run(tmp_path, err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_while_training_leaves_no_run_and_exits_130(tmp_path, number):
+def test_an_interrupt_while_training_leaves_no_run_and_exits_130(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     command = [sys.executable, "-u", "-m", "spikeless", "train", "factorization_machine"]
     command += ["--runs", str(tmp_path), "--epochs", "1000000"]
     with subprocess.Popen(

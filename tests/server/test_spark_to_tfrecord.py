@@ -208,7 +208,16 @@ def test_the_command_writes_the_same_on_a_cluster(tmp_path: Path, monkeypatch: p
     source.write_text("".join(f"{i % 2}\t{i}\tname {i}\n" for i in range(50)))
     schema = tmp_path / "in.ddl"
     schema.write_text("label INT NOT NULL, number BIGINT, name STRING")
-    arguments = ["--format", "csv", "--option", "sep=\t", "--schema", schema, "--shards", "2"]
+    arguments: list[str | Path] = [
+        "--format",
+        "csv",
+        "--option",
+        "sep=\t",
+        "--schema",
+        schema,
+        "--shards",
+        "2",
+    ]
     cluster = command(source, tmp_path / "cluster", *arguments, "--master", "local-cluster[2,1,1024]")
     assert cluster.returncode == 0, cluster.stderr
     assert cluster.stdout == f"50 records in 2 shards: {tmp_path / 'cluster'}\n"

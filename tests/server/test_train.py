@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from places import ROOT
 from sklearn.datasets import load_breast_cancer
 from trained_models import spikeless
@@ -22,18 +26,18 @@ NAMES = [str(name).replace(" ", "_") for name in DATA.feature_names]
 
 
 @pytest.fixture(scope="module")
-def model(boston_run):
+def model(boston_run: Path) -> Iterator[Model]:
     with Session.load(boston_run / "saved_model") as session:
         yield Model(session)
 
 
-def predict(model: Model, rows: np.ndarray) -> np.ndarray:
+def predict(model: Model, rows: NDArray[Any]) -> NDArray[Any]:
     request = predict_pb2.PredictRequest()
     request.inputs["features"].CopyFrom(to_proto(rows.astype(np.float32)))
     return to_numpy(model.predict(request).outputs["probability"])
 
 
-def as_examples(rows: np.ndarray) -> input_pb2.Input:
+def as_examples(rows: NDArray[Any]) -> input_pb2.Input:
     result = input_pb2.Input()
     for row in rows:
         example = result.example_list.examples.add()
@@ -42,7 +46,7 @@ def as_examples(rows: np.ndarray) -> input_pb2.Input:
     return result
 
 
-def test_without_a_name_the_models_are_listed():
+def test_without_a_name_the_models_are_listed() -> None:
     done = spikeless("train")
     assert done.returncode == 0
     names = [line.split()[0] for line in done.stdout.splitlines()]
@@ -51,7 +55,7 @@ def test_without_a_name_the_models_are_listed():
     )
 
 
-def test_an_unknown_name_and_an_unknown_option(tmp_path):
+def test_an_unknown_name_and_an_unknown_option(tmp_path: Path) -> None:
     done = spikeless("train", "nothing")
     assert done.returncode == 1
     assert "spikeless: error: training/ has no training script for 'nothing'" in done.stderr
@@ -68,13 +72,13 @@ def test_an_unknown_name_and_an_unknown_option(tmp_path):
         ("tagger", "--units"),
     ],
 )
-def test_numbers_that_make_no_sense_are_wrong_usage(name, option):
+def test_numbers_that_make_no_sense_are_wrong_usage(name: str, option: str) -> None:
     done = spikeless("train", name, option, "0")
     assert done.returncode == 2
     assert f"{option} must be 1 or more" in done.stderr.splitlines()[-1]
 
 
-def test_the_run_directory_says_how_good_the_model_is_and_how_to_make_it_again(boston_run):
+def test_the_run_directory_says_how_good_the_model_is_and_how_to_make_it_again(boston_run: Path) -> None:
     record = json.loads((boston_run / "metrics.json").read_text())
     assert record["metrics"]["test_auc"] > 0.97
     assert record["settings"]["seed"] == 1
@@ -86,13 +90,13 @@ def test_the_run_directory_says_how_good_the_model_is_and_how_to_make_it_again(b
     assert "learning_rate" in card
 
 
-def test_the_warmup_file_has_each_kind_of_request_in_several_sizes(boston_run):
+def test_the_warmup_file_has_each_kind_of_request_in_several_sizes(boston_run: Path) -> None:
     records = warmup.inspect(boston_run / "saved_model")
-    kinds = {(record.kind, record.inputs[0].shape[0]) for record in records}
+    kinds = {(record.kind, (record.inputs[0].shape or ())[0]) for record in records}
     assert kinds == {(kind, size) for kind in ("Predict", "Classify", "Regress") for size in (1, 8, 32)}
 
 
-def test_signatures_are_what_each_kind_of_request_needs(boston_run):
+def test_signatures_are_what_each_kind_of_request_needs(boston_run: Path) -> None:
     signatures = savedmodel.read(boston_run / "saved_model").signatures()
     assert {key: signature.method_name for key, signature in signatures.items()} == {
         "classify": savedmodel.CLASSIFY_METHOD,
@@ -102,7 +106,7 @@ def test_signatures_are_what_each_kind_of_request_needs(boston_run):
     assert signatures["serving_default"].inputs["features"].shape == (None, 30)
 
 
-def test_every_kind_of_request_gets_the_same_probability(model):
+def test_every_kind_of_request_gets_the_same_probability(model: Model) -> None:
     rows = DATA.data[:20]
     probability = predict(model, rows)
     assert probability.shape == (20,)
@@ -119,13 +123,13 @@ def test_every_kind_of_request_gets_the_same_probability(model):
         np.testing.assert_allclose([entry.score for entry in row.classes], [1 - value, value], atol=1e-6)
 
 
-def test_the_served_model_tells_malignant_from_benign_in_raw_rows(model):
+def test_the_served_model_tells_malignant_from_benign_in_raw_rows(model: Model) -> None:
     malignant = DATA.target == 0
     probability = predict(model, DATA.data)
     assert ((probability > 0.5) == malignant).mean() > 0.95
 
 
-def test_only_what_serving_needs_is_exported(boston_run):
+def test_only_what_serving_needs_is_exported(boston_run: Path) -> None:
     variables = boston_run / "saved_model" / "variables" / "variables.data-00000-of-00001"
     # mean, variance, bias, linear [30], factors [30, 8] as float32, and the object
     # graph; no optimizer.
@@ -133,7 +137,9 @@ def test_only_what_serving_needs_is_exported(boston_run):
 
 
 @pytest.mark.parametrize("where", ["run", "warmup/boston"])
-def test_sample_requests_are_rows_of_the_data_and_are_answered(boston_run, model, where):
+def test_sample_requests_are_rows_of_the_data_and_are_answered(
+    boston_run: Path, model: Model, where: str
+) -> None:
     folder = boston_run if where == "run" else ROOT / where
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["signature_name"] for sample in samples] == ["serving_default", "classify", "regress"]
@@ -145,7 +151,7 @@ def test_sample_requests_are_rows_of_the_data_and_are_answered(boston_run, model
     assert np.isfinite(predict(model, rows)).all()
 
 
-def test_the_same_seed_gives_the_same_model(boston_run, model, tmp_path):
+def test_the_same_seed_gives_the_same_model(boston_run: Path, model: Model, tmp_path: Path) -> None:
     done = spikeless("train", "factorization_machine", "--runs", tmp_path, "--seed", 1)
     assert done.returncode == 0, done.stderr
     (again,) = tmp_path.glob("factorization_machine-*")

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import criteo_synthetic
 import numpy as np
 import pytest
 import tensorflow as tf
 from harness import Running, put_version, run_server
+from numpy.typing import NDArray
 from places import ROOT
 from trained_models import NEEDS_JAVA, spikeless
 
@@ -57,7 +59,7 @@ def served(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
         yield running
 
 
-def rows_of(data: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(data: Path, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Integers [count, 13] and categories [count, 26] of the test records."""
     read = dataset.read(data / "test")
     rows = [row for shard in read.shards for row in dataset.rows(shard, read.fields, gzipped=False)][:count]
@@ -103,7 +105,7 @@ def test_ranking_is_predicting_each_candidate_with_the_same_user(data: Path, ser
 
 def test_the_warmup_file_ranks_one_to_all_candidates(run: Path) -> None:
     shapes = [
-        next(entry.shape[0] for entry in record.inputs if entry.name == "candidate_integers")
+        next((entry.shape or ())[0] for entry in record.inputs if entry.name == "candidate_integers")
         for record in warmup.inspect(run / "saved_model")
         if record.signatures == ("rank",)
     ]

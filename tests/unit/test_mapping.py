@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 from places import FIXTURES, SUPPORT
@@ -25,7 +26,8 @@ from spikeless.errors import (
     SpikelessError,
 )
 from spikeless.formats import savedmodel, session_overrides
-from spikeless.formats.protos import meta_graph_pb2, node_def_pb2, types_pb2
+from spikeless.formats.checkpoint import Pieces
+from spikeless.formats.protos import types_pb2
 from spikeless.mapping import (
     COPIED_BYTES,
     MANIFEST_FILE,
@@ -46,8 +48,9 @@ from spikeless.repository.candidate import Candidate
 from spikeless.repository.gates import Gate
 from spikeless.runtime import Session
 
-MetaGraphDef = meta_graph_pb2.MetaGraphDef
-NodeDef = node_def_pb2.NodeDef
+#: The generated classes have no types.
+MetaGraphDef: TypeAlias = Any
+NodeDef: TypeAlias = Any
 
 pytestmark = pytest.mark.xdist_group("mapping")
 
@@ -109,7 +112,7 @@ EXPECTED = {
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models of mapping_models.py, and those that TensorFlow 2.15 exported."""
     directory = tmp_path_factory.mktemp("originals")
-    command = [sys.executable, SUPPORT / "mapping_models.py", directory]
+    command: list[str | Path] = [sys.executable, SUPPORT / "mapping_models.py", directory]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in directory.iterdir() if path.is_dir()} - REFUSED <= EXPECTED.keys()
@@ -137,8 +140,8 @@ def test_each_kind(mapped: Path, originals: Path, name: str) -> None:
     assert len(states[VariableState.DROPPED]) == expected.dropped
     reasons = {v.name: v.reason for v in states[VariableState.RESTORED] if "smaller than" not in v.reason}
     assert reasons.keys() == expected.reasons.keys()
-    for variable, reason in expected.reasons.items():
-        assert reason in reasons[variable]
+    for variable_name, reason in expected.reasons.items():
+        assert reason in reasons[variable_name]
     for variable in states[VariableState.MAPPED]:
         assert variable.bytes is not None
         assert variable.bytes >= 1024
@@ -149,14 +152,23 @@ def test_each_kind(mapped: Path, originals: Path, name: str) -> None:
     )
     # The original is as it was, and nothing is on disk twice.
     assert not is_mapped(originals / name)
-    size = lambda root: sum(file.stat().st_size for file in root.rglob("variables.data-*"))  # noqa: E731
-    assert size(path) <= size(originals / name)
+    assert _data_bytes(path) <= _data_bytes(originals / name)
+
+
+def _data_bytes(root: Path) -> int:
+    return sum(file.stat().st_size for file in root.rglob("variables.data-*"))
 
 
 def test_python_loads_the_mapped_models(originals: Path, mapped: Path) -> None:
     """``tf.saved_model.load`` and ``tf.compat.v1.saved_model.load``."""
     names = EXPECTED.keys() - NOT_IN_PYTHON
-    command = [sys.executable, SUPPORT / "load_in_python.py", originals, mapped, *sorted(names)]
+    command: list[str | Path] = [
+        sys.executable,
+        SUPPORT / "load_in_python.py",
+        originals,
+        mapped,
+        *sorted(names),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-4000:]
 
@@ -334,7 +346,12 @@ def test_assets_and_warmup_go_along(originals: Path, mapped: Path, tmp_path: Pat
     ],
 )
 def test_refusals_write_nothing(
-    originals: Path, tmp_path: Path, name: str, damage: Callable | None, error: type, message: str
+    originals: Path,
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], object] | None,
+    error: type,
+    message: str,
 ) -> None:
     source, out = originals / name, tmp_path / "out" / "1"
     out.parent.mkdir()
@@ -359,7 +376,7 @@ def _tagged(path: Path, tag: str) -> None:
     _edit(path, lambda graph: graph.meta_info_def.tags.append(tag))
 
 
-def _edit(path: Path, change: Callable) -> None:
+def _edit(path: Path, change: Callable[[MetaGraphDef], None]) -> None:
     proto = savedmodel.read(path).proto
     change(proto.meta_graphs[0])
     (path / "saved_model.pb").write_bytes(proto.SerializeToString())
@@ -422,7 +439,7 @@ def _name_in_signature(graph: MetaGraphDef) -> None:
     ],
 )
 def test_what_is_restored_in_an_unusual_way_is_left_alone(
-    originals: Path, tmp_path: Path, change: Callable, reason: str
+    originals: Path, tmp_path: Path, change: Callable[[MetaGraphDef], None], reason: str
 ) -> None:
     path = shutil.copytree(originals / "v1_references", tmp_path / "model")
     assert _reason(path, "table") == ""
@@ -516,7 +533,7 @@ def test_a_model_that_answers_otherwise_is_refused(
 ) -> None:
     apply = rewrite.apply
 
-    def broken(plan: MappingPlan, files: dict) -> None:
+    def broken(plan: MappingPlan, files: Mapping[Pieces, str]) -> None:
         apply(plan, files)
         graph = plan.meta_graph.graph_def
         for function in graph.library.function:
@@ -539,7 +556,7 @@ def test_a_model_that_answers_otherwise_is_refused(
     ],
 )
 def test_check_names_the_file(
-    mapped: Path, tmp_path: Path, damage: Callable, error: type, message: str
+    mapped: Path, tmp_path: Path, damage: Callable[[Path], object], error: type, message: str
 ) -> None:
     path = shutil.copytree(mapped / "module", tmp_path / "model")
     file = path / read_manifest(path).mapped_files()[0].path
@@ -585,9 +602,12 @@ def test_inspect_tells_what_mapping_would_do(originals: Path, mapped: Path) -> N
     assert all(v.file is None for v in before)
 
 
-def _spikeless(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def _spikeless(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "spikeless", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, **options
+    )
+    return done
 
 
 def test_the_command(originals: Path, tmp_path: Path) -> None:
@@ -638,7 +658,12 @@ def test_the_command(originals: Path, tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_nothing_is_half_there(originals: Path, tmp_path: Path) -> None:
-    command = [sys.executable, SUPPORT / "killed_mappers.py", originals / "module", tmp_path]
+    command: list[str | Path] = [
+        sys.executable,
+        SUPPORT / "killed_mappers.py",
+        originals / "module",
+        tmp_path,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     kills = done.stdout.splitlines()
@@ -855,13 +880,19 @@ print(mappings())
 def test_private_memory(tmp_path: Path, kind: str, optimize: bool) -> None:
     """No copy of the parameters is made, at load or by reads of either kind."""
     size = (1 << 18) * 64 * 4
-    command = [sys.executable, SUPPORT / "mapping_models.py", "--large", kind, tmp_path / "stock"]
+    command: list[str | Path] = [
+        sys.executable,
+        SUPPORT / "mapping_models.py",
+        "--large",
+        kind,
+        tmp_path / "stock",
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     manifest = map_saved_model(tmp_path / "stock", tmp_path / "mapped", MapSettings(optimize=optimize))
     assert [v.bytes for v in manifest.variables if v.state is VariableState.MAPPED] == [size]
 
     def measure(name: str) -> list[int]:
-        command = [sys.executable, "-c", _MEMORY, tmp_path / name]
+        command = [sys.executable, "-c", _MEMORY, str(tmp_path / name)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
         return [int(number) for number in done.stdout.split()]
 
@@ -921,7 +952,9 @@ def test_publish_maps_and_pins(originals: Path, tmp_path: Path) -> None:
         (lambda file: _flip(file), "data-00001-of-00003 has changed"),
     ],
 )
-def test_publish_refuses_damaged_files(mapped: Path, tmp_path: Path, damage: Callable, message: str) -> None:
+def test_publish_refuses_damaged_files(
+    mapped: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
     source = shutil.copytree(mapped / "module", tmp_path / "source")
     file = source / "variables" / "variables.data-00001-of-00003"
     file.chmod(0o644)

@@ -102,7 +102,7 @@ pages.Mapping(sys.argv[1]).lock()
 
 
 def test_the_limit_is_named(file: Path) -> None:
-    command = [sys.executable, "-c", _LIMITED, file, "first"]
+    command = [sys.executable, "-c", _LIMITED, str(file), "first"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "ResourceExhausted" in done.stderr
     assert "memlock limit (now 65536 bytes)" in done.stderr
@@ -186,7 +186,7 @@ def test_the_command_keeps_until_it_is_told_to_stop(tmp_path: Path) -> None:
         "-m",
         "spikeless",
         "keep",
-        tmp_path,
+        str(tmp_path),
         "--budget",
         "64MiB",
         "--poll",
