@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 
 import click
 from prometheus_client import CollectorRegistry, start_http_server
 
+from spikeless.cli.options import interruptible
 from spikeless.errors import Unavailable
 from spikeless.sidecars.exporter import Exporter, ExporterSettings
 
@@ -39,19 +38,17 @@ def command(
     """
     if pid is not None and status_file is not None:
         raise click.UsageError("--pid and --status-file are two ways to see the same process: give one")
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     exporter = Exporter(ExporterSettings(target, models, pid, status_file))
     registry = CollectorRegistry()
-    exporter.start()
-    registry.register(exporter)
-    try:
-        server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    print(f"exporting {target} on http://{host}:{server.server_port}/metrics", flush=True)
-    ended.wait()
-    server.shutdown()
-    thread.join()
-    exporter.stop()
+    with interruptible() as ended:
+        exporter.start()
+        registry.register(exporter)
+        try:
+            server, thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        print(f"exporting {target} on http://{host}:{server.server_port}/metrics", flush=True)
+        ended.wait()
+        server.shutdown()
+        thread.join()
+        exporter.stop()

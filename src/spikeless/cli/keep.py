@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 
 import click
 
-from spikeless.cli.options import Size
+from spikeless.cli.options import Size, interruptible
 from spikeless.errors import SpikelessError
 from spikeless.sidecars.keep import Keeper, Kept, served_versions
 
@@ -28,11 +26,8 @@ def command(models: Path, budget: int, poll: float, once: bool) -> None:
     prints a line whenever something changes, and goes on with what it has when it can
     lock no more or models.config cannot be read.
     """
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     complaint = ""
-    with Keeper(lambda: served_versions(models), budget) as keeper:
+    with interruptible() as stop, Keeper(lambda: served_versions(models), budget) as keeper:
         kept = keeper.poll()  # what is wrong at the start ends it
         _report(kept, budget)
         while not once and not stop.wait(poll):
