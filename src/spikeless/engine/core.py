@@ -42,6 +42,7 @@ class ServerCore:
         self._labels: _Labels = {}
         self._reloading = threading.Lock()
         self._polling = threading.Lock()
+        self._complaints: list[str] = []
         self._stopping = threading.Event()
         self._poller = threading.Thread(target=self._poll_forever, name="poll", daemon=True)
 
@@ -119,14 +120,20 @@ class ServerCore:
     def poll(self) -> None:
         """Tell the manager which of the versions in the file system are wanted."""
         with self._polling:
+            complaints: list[str] = []
             for config in self._config.model_config_list.config:
                 try:
-                    versions = aspired_versions(config)
+                    versions = aspired_versions(config, complaints.append)
                 except SpikelessError as error:
                     # A mount that comes and goes must not unload a model.
-                    _log.error("%s", error)
+                    complaints.append(f"{error}, the base path of {config.name}")
                     continue
                 self.manager.set_aspired(config.name, versions)
+            # Each is logged once, not at every poll.
+            for complaint in complaints:
+                if complaint not in self._complaints:
+                    _log.warning("%s", complaint)
+            self._complaints = complaints
 
     def _poll_forever(self) -> None:
         while not self._stopping.wait(self._flags.file_system_poll_wait_seconds):

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
@@ -111,7 +112,11 @@ class Server:
 
     def _read_config(self) -> model_server_config_pb2.ModelServerConfig:
         if self._flags.model_config_file:
-            return read_model_config(self._flags.model_config_file)
+            file = Path(self._flags.model_config_file)
+            if not file.exists() and file.parent.is_dir():
+                _log.warning("%s is not there yet: no model is served until one is promoted", file)
+                return model_server_config_pb2.ModelServerConfig()
+            return read_model_config(file)
         return _single_model_config(self._flags.model_name, self._flags.model_base_path)
 
     def _listen(self) -> Ports:

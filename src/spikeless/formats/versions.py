@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from spikeless.errors import NotFound
@@ -37,8 +38,17 @@ def list_versions(base_path: str | os.PathLike[str]) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def aspired_versions(config: model_server_config_pb2.ModelConfig) -> dict[int, Path]:
-    """The versions on disk that the policy selects; without one, the highest."""
+def aspired_versions(
+    config: model_server_config_pb2.ModelConfig, warn: Callable[[str], None] = _log.warning
+) -> dict[int, Path]:
+    """The versions on disk that the policy selects; without one, the highest.
+
+    Args:
+        warn: called with each thing that is not as configured.
+
+    Raises:
+        NotFound: there is no base path.
+    """
     versions = list_versions(config.base_path)
     policy = config.model_version_policy
     choice = policy.WhichOneof("policy_choice")
@@ -48,14 +58,13 @@ def aspired_versions(config: model_server_config_pb2.ModelConfig) -> dict[int, P
         wanted = set(policy.specific.versions)
         aspired = {version: path for version, path in versions.items() if version in wanted}
         for version in sorted(wanted - set(aspired)):
-            _log.warning("version %d of %s is configured but not on disk", version, config.name)
+            warn(f"version {version} of {config.name} is configured but not on disk")
     else:
         newest = sorted(versions)[-max(policy.latest.num_versions, 1) :]
         aspired = {version: versions[version] for version in newest}
     if not aspired:
-        _log.warning(
-            "no versions of servable %s found under base path %s: a version is a folder named by a number",
-            config.name,
-            config.base_path,
+        warn(
+            f"no versions of servable {config.name} found under base path {config.base_path}: a version is a "
+            "folder named by a number"
         )
     return aspired

@@ -115,8 +115,10 @@ def promote(
     check_files(known[version])
     asked = probes.of_version(known[version])
     with _alone(models, name, fleet, settings.serving_root, progress, interrupted, wait=True) as found:
-        before = found.before(unfinished=found.was_cut_short(plans.PROMOTE))
         found.check_servers()
+        found.check_paths(version)
+        found = found.listed()
+        before = found.before(unfinished=found.was_cut_short(plans.PROMOTE))
         plan = plans.promotion(
             before,
             version,
@@ -163,6 +165,7 @@ def rollback(
         unfinished = found.unfinished
         if unfinished is not None and unfinished.action == plans.PROMOTE and version is None:
             return _carry_out(plans.undo(unfinished), found, settings)
+        found.check_paths()
         model = found.before(unfinished=True)
         if label not in model.labels:
             raise NotFound(f"{name} has no label {label} in {Path(models, models_config.FILE_NAME)}")

@@ -7,7 +7,7 @@ In: a repository, its ``models.config``, a model's journal, and the servers. Out
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spikeless.errors import FailedPrecondition, NotFound
@@ -15,7 +15,7 @@ from spikeless.formats.states import State
 from spikeless.repository import layout, models_config
 from spikeless.repository.journal import ChangeBegun, Journal
 from spikeless.repository.models_config import Blocks, ModelsConfig, model_in, new_block
-from spikeless.rollout import plans
+from spikeless.rollout import local_servers, plans
 from spikeless.rollout.fleet import Fleet
 from spikeless.rollout.plans import CANARY_SUFFIX, ServedModel
 
@@ -98,7 +98,7 @@ class Situation:
                 list.
         """
         self.fleet.statuses(self.name)
-        known = set(layout.model_names(self.models))
+        known = set(layout.model_names(self.models)) - {self.name}
         for name in sorted(known - set(models_config.read(self.models).names)):
             for target, statuses in self.fleet.statuses(name).items():
                 if any(status.state is State.AVAILABLE for status in statuses):
@@ -108,6 +108,74 @@ class Situation:
                         f"it, and a reload would unload it: start servers with --model_config_file, or add\n"
                         f"{entry}"
                     )
+
+    def check_paths(self, version: int | None = None) -> None:
+        """Check that servers on this machine find the model where they will be sent.
+
+        Where the process of a server cannot be seen, nothing is checked.
+
+        Raises:
+            FailedPrecondition: a server has the model from another directory than
+                ``models.config`` says, or does not see the version there.
+        """
+        file = self.models / models_config.FILE_NAME
+        block = self.current[self.name]
+        path = self._base_path(self.name) if block is None else model_in(block).base_path
+        remedy = (
+            "say where servers see the repository with --serving-root"
+            if block is None
+            else f"correct base_path in {file}, or remove the entry of {self.name} from it"
+        )
+        for target in self.fleet.clients:
+            server = local_servers.find(target)
+            if server is None:
+                continue
+            told = server.base_path(self.name)
+            if told is not None and not server.same(told, path):
+                raise FailedPrecondition(
+                    f"{target} serves {self.name} from {told}, and would be sent to {path}; nothing was "
+                    f"changed: {remedy}"
+                )
+            if version is not None and not server.sees(f"{path}/{version}"):
+                raise FailedPrecondition(
+                    f"{target} does not see version {version} of {self.name} in {path}, where it would be "
+                    f"sent; nothing was changed: {remedy}"
+                )
+
+    def listed(self, *, write: bool = True) -> Situation:
+        """The same with the model in ``models.config`` when servers have it already.
+
+        So a server of one model, or of all folders, can be promoted on: without an
+        entry to put back, a promotion that fails would unload the model.
+
+        Raises:
+            FailedPrecondition: where a server sees the repository is not known.
+        """
+        if self.current[self.name] is not None:
+            return self
+        serving = [
+            target
+            for target, statuses in self.fleet.statuses(self.name).items()
+            if any(status.state is State.AVAILABLE for status in statuses)
+        ]
+        if not serving:
+            return self
+        for target in serving:
+            if (
+                self.serving_root is None
+                and local_servers.on_loopback(target)
+                and local_servers.find(target) is None
+            ):
+                raise FailedPrecondition(
+                    f"{target} serves {self.name}, and where it sees {self.models} cannot be told from here; "
+                    "nothing was changed: give that path with --serving-root, which is /models in our "
+                    "containers"
+                )
+        block = new_block(self.name, self._base_path(self.name))
+        if write:
+            models_config.edit(self.models, {self.name: block})
+            self.fleet.progress(f"{self.models / models_config.FILE_NAME} lists {self.name} from now on")
+        return replace(self, current={**self.current, self.name: block})
 
 
 def find(models: Path, name: str, fleet: Fleet, serving_root: str | None) -> Situation:

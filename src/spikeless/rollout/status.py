@@ -102,7 +102,7 @@ def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]
     seen: dict[int, dict[str, str]] = {}
     for client in clients:
         _ask(client, name, config, seen, problems)
-    if model is None and on_disk:
+    if model is None and on_disk and config.names:
         problems.append(f"models.config does not list {name}")
     problems += [
         f"version {version} is {reason}, but not on disk"
@@ -152,7 +152,8 @@ def _ask(
                 states_here = seen.setdefault(one.version, {})
                 states_here[client.target] = ", ".join(filter(None, [states_here.get(client.target), text]))
         if model is None:
-            problems += [f"{client.target} serves {servable}, which is not configured"] if available else []
+            if available and config.names:  # Without a file, servers serve what they find.
+                problems.append(f"{client.target} serves {servable}, which is not configured")
             continue
         wanted = set(model.model_version_policy.specific.versions)
         if not wanted:

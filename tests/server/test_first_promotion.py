@@ -1,0 +1,102 @@
+"""The first promotion in a fresh clone, on servers that no models.config describes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from promotion_models import NAME, add_version, fleet_of, model_of, served, settings
+
+from spikeless import launch
+from spikeless.client import Client
+from spikeless.errors import FailedPrecondition
+from spikeless.repository import models_config
+from spikeless.repository.models_config import new_block
+from spikeless.rollout.promotion import PromotionError, promote, rollback
+
+POLL = ("--file_system_poll_wait_seconds=0.1", "--max_num_load_retries=0")
+ELSEWHERE = f"/nowhere/{NAME}"
+
+
+@pytest.fixture
+def clone(scales: Path, tmp_path: Path) -> Path:
+    """A repository with a version, and without a models.config."""
+    models = tmp_path / "models"
+    add_version(scales / "1", models, 1)
+    return models
+
+
+def serve_all(models: Path, *flags: str) -> launch.ServerProcess:
+    """A server of all that is in the folder of the one model."""
+    return launch.start(launch.LaunchSettings(NAME, models / NAME, flags=(*POLL, *flags)))
+
+
+def test_a_server_of_one_model_can_be_promoted_on(clone: Path, scales: Path) -> None:
+    with serve_all(clone) as server, Client(server.target) as client:
+        add_version(scales / "2", clone, 2, expected=3.0)
+        with pytest.raises(PromotionError, match="everything is as it was"):
+            promote(clone, NAME, 2, fleet_of(server), settings())
+        assert served(client) == 2, "it serves the highest version, as before"
+        add_version(scales / "3", clone, 3)
+        server.wait_for(lambda: served(client) == 3, "a version that is published later")
+        promote(clone, NAME, 3, fleet_of(server), settings())
+        assert served(client, label="stable") == 3
+        assert model_of(clone).base_path == str(clone / NAME)
+
+
+def test_a_configuration_for_other_paths_changes_nothing(clone: Path, scales: Path) -> None:
+    """As in containers: the file says /models, the server runs outside."""
+    models_config.edit(clone, {NAME: new_block(NAME, ELSEWHERE)})
+    text = (clone / "models.config").read_text()
+    with serve_all(clone) as server, Client(server.target) as client:
+        with pytest.raises(FailedPrecondition) as caught:
+            promote(clone, NAME, 1, fleet_of(server), settings())
+        for part in (str(clone / NAME), ELSEWHERE, "nothing was changed", "correct base_path in"):
+            assert part in str(caught.value)
+        with pytest.raises(FailedPrecondition, match="nothing was changed"):
+            rollback(clone, NAME, fleet_of(server), version=1)
+        assert (clone / "models.config").read_text() == text
+        add_version(scales / "2", clone, 2)
+        server.wait_for(lambda: served(client) == 2, "a version that is published later")
+
+
+def test_a_path_that_the_server_does_not_see_changes_nothing(clone: Path) -> None:
+    flag = f"--model_config_file={clone / 'models.config'}"
+    with launch.start(launch.LaunchSettings(flags=(*POLL, flag))) as server:
+        with pytest.raises(FailedPrecondition, match=r"does not see version 1 .*/nowhere.*--serving-root"):
+            promote(clone, NAME, 1, fleet_of(server), settings(serving_root="/nowhere"))
+        assert not (clone / "models.config").exists()
+
+
+def test_a_clone_without_models_config(clone: Path) -> None:
+    flag = f"--model_config_file={clone / 'models.config'}"
+    with launch.start(launch.LaunchSettings(flags=(*POLL, flag))) as server, Client(server.target) as client:
+        assert "no model is served until one is promoted" in server.log_tail()
+        promote(clone, NAME, 1, fleet_of(server), settings())
+        assert served(client, label="stable") == 1
+    with (
+        launch.start(
+            launch.LaunchSettings(
+                flags=(*POLL, flag, "--allow_version_labels_for_unavailable_models"), wait_for=[NAME]
+            )
+        ) as server,
+        Client(server.target) as client,
+    ):
+        assert served(client, label="stable") == 1, "after a restart, too"
+
+
+def test_a_missing_base_path_is_logged_once(clone: Path, scales: Path) -> None:
+    blocks = {name: new_block(name, str(clone / name)) for name in (NAME, "other")}
+    (clone / "other").mkdir()
+    shutil.copytree(scales / "1", clone / "other" / "1")
+    models_config.edit(clone, blocks)
+    flag = f"--model_config_file={clone / 'models.config'}"
+    with launch.start(launch.LaunchSettings(flags=(*POLL, flag), wait_for=[*blocks])) as server:
+        (clone / NAME).rename(clone / "away")
+        with Client(server.target) as client:
+            for version in (2, 3, 4):  # Each is found by a later poll.
+                (clone / "other" / str(version - 1)).rename(clone / "other" / str(version))
+                server.wait_for(lambda: client.statuses("other")[-1].version >= version, "a poll")  # noqa: B023
+            assert served(client) == 1, "what is loaded stays"
+        assert server.log_path.read_text().count("Could not find base path") == 1
