@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from spikeless import errors
+from spikeless.disk import children
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.training.settings import parse_settings
 
@@ -128,7 +129,7 @@ if importlib.util.find_spec("tf2crf") is None:
     if not ready.exists():
         print("making .venv-tagger for TensorFlow 2.15 and tf2crf, once: a minute or two", file=sys.stderr)
     try:
-        subprocess.run(["make", "--silent", "tagger-env"], cwd=HERE.parent, stdout=sys.stderr, check=True)
+        children.run(["make", "--silent", "tagger-env"], cwd=HERE.parent, stdout=sys.stderr, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise FailedPrecondition(f"the tagger's environment could not be made ({error}); see above") from None
     python = ready.with_name("bin") / "python"

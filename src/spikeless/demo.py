@@ -25,6 +25,7 @@ from rich.table import Table
 from spikeless import bench, launch, warmup
 from spikeless.bench import report
 from spikeless.bench.rungs import LOAD_THREADS
+from spikeless.disk import children
 from spikeless.errors import FailedPrecondition, NotFound
 from spikeless.repository import publishing
 
@@ -153,7 +154,7 @@ def _train(root: Path, runs: Path, seed: int) -> Path:
     """Run the training script and return its run directory."""
     before = set(runs.glob(f"{SCRIPT}-*"))
     command = [sys.executable, "-m", "spikeless", "train", "--training", str(root / TRAINING_SCRIPT.parent)]
-    done = subprocess.run(
+    done = children.run(
         [*command, SCRIPT, "--seed", str(seed), "--runs", str(runs)],
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -10,7 +10,7 @@ a path        a ``tensorflow_model_server`` binary
 
 A child process gets its own session: it can be signalled as a group, a Ctrl-C meant for
 the caller does not reach it, and the kernel schedules it and its load generator as two
-groups.
+groups. It ends with the caller, however that ends (`spikeless.disk.children`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import grpc
 import psutil
 
 from spikeless import __version__
-from spikeless.disk import proc
+from spikeless.disk import children, proc
 from spikeless.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -328,7 +328,7 @@ class _Child:
         # lost with the caller.
         with server.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                server.command,
+                children.tied(server.command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -35,6 +35,7 @@ from spikeless.bench.replayed import read_requests
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.watch import Watcher
 from spikeless.client import Client
+from spikeless.disk import children
 from spikeless.errors import FailedPrecondition, Internal, NotFound
 from spikeless.repository import publishing
 from spikeless.repository.candidate import Candidate
@@ -257,7 +258,7 @@ def _drive(
     lines: queue.Queue[str | None] = queue.Queue()
     tail: list[str] = []
     process = subprocess.Popen(
-        command,
+        children.tied(command),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

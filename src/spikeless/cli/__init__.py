@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -58,6 +63,11 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command; exit with 0, with 1 after an error, with 2 for wrong usage."""
+    with _sigterm_unwinds():
+        _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> NoReturn:
     try:
         result: Any = cli.main(args=arguments, prog_name="spikeless", standalone_mode=False)
     except SpikelessError as error:
@@ -80,6 +90,24 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print("spikeless: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM end the command by an exception: what it started is stopped."""
+
+    def terminate(signum: int, frame: FrameType | None) -> NoReturn:
+        print("spikeless: terminated", file=sys.stderr)
+        sys.exit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(error: object) -> NoReturn:

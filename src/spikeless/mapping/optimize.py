@@ -17,9 +17,9 @@ package is large, and an optimiser may crash.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
+from spikeless.disk import children
 from spikeless.errors import FailedPrecondition
 from spikeless.formats.graph import ancestors, called, closure, library_of, operation_name, replace
 from spikeless.formats.protos import graph_pb2, meta_graph_pb2
@@ -49,7 +49,7 @@ def optimize(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
     for node in item.graph_def.node:
         node.device = node.device or _DEVICE
     item.collection_def[_FETCHES].node_list.value.extend(roots)
-    done = subprocess.run(
+    done = children.run(
         [sys.executable, "-m", "spikeless.mapping.optimize"],
         input=item.SerializeToString(),
         capture_output=True,

@@ -19,6 +19,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
+from spikeless.disk import children
 from spikeless.disk.proc import private_memory
 from spikeless.errors import FailedPrecondition, SpikelessError
 from spikeless.formats.session_overrides import session_config
@@ -57,7 +58,7 @@ def run(version: Path, stable: Path | None = None) -> Findings:
             wrongly.
     """
     command = [*_COMMAND, str(version), *([] if stable is None else [str(stable)])]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = children.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     try:
         result = json.loads(done.stdout)
     except ValueError:

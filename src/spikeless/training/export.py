@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import spikeless
-from spikeless.disk import atomic
+from spikeless.disk import atomic, children
 from spikeless.disk.git import commit
 from spikeless.errors import InvalidArgument
 
@@ -235,7 +235,7 @@ def _warm(saved_model: Path, samples: Path, batch_sizes: Sequence[int], python: 
             command += ["--batch-sizes", ",".join(map(str, batch_sizes))]
         # Standard error says what is wrong; standard output, where the file is now,
         # which it will not stay.
-        if subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL).returncode:
+        if children.run(list(map(str, command)), stdout=subprocess.DEVNULL).returncode:
             raise InvalidArgument("no run directory was written: its warmup file could not be built")
         return
     from spikeless import warmup  # only here: it needs more than TensorFlow

@@ -19,6 +19,7 @@ import numpy as np
 from spikeless.bench import analysis
 from spikeless.bench.run_file import Floor, ServerFacts, Settings
 from spikeless.bench.scenario import Progress, run
+from spikeless.disk import children
 from spikeless.errors import Unavailable
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import prediction_log_pb2
@@ -31,7 +32,7 @@ FLOOR_SECONDS = 5.0
 def instant_server() -> Iterator[str]:
     """Run `spikeless.bench.load.instant_server`; gives its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "spikeless.bench.load.instant_server"],
+        children.tied([sys.executable, "-m", "spikeless.bench.load.instant_server"]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
