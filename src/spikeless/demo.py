@@ -20,7 +20,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from spikeless import bench, launch, warmup
 from spikeless.bench import report
@@ -34,17 +33,6 @@ SCENARIOS = ("no warmup", "warmup")
 SAMPLES = Path("warmup") / MODEL / "samples.jsonl"
 SCRIPT = "factorization_machine"
 TRAINING_SCRIPT = Path("training") / f"train_{SCRIPT}.py"
-#: What the terminal shows of the report's table.
-HEADLINES = (
-    "steady p50",
-    "steady p99.9",
-    "reload p99.9",
-    "reload p99.9 / steady p99.9",
-    "requests over the SLO",
-    "first request on the new version",
-    "failed requests",
-    "served by",
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +93,7 @@ def run(settings: DemoSettings, console: Console) -> Path:
             results.append(path)
 
     page = report.write(results, directory)
-    _print_table(results, console)
+    report.show(report.group([bench.read_run(path) for path in results]), console)
     console.print(f"done in {time.monotonic() - started:.0f} s; the report: [bold]{page}[/bold]")
     return page
 
@@ -187,15 +175,3 @@ def _served(
         )
         with launch.start(settings) as server:
             yield server, candidate.publish
-
-
-def _print_table(results: list[Path], console: Console) -> None:
-    scenarios = report.group([bench.read_run(path) for path in results])
-    table = Table(title="Version 2 published under load", title_justify="left")
-    table.add_column("")
-    for scenario in scenarios:
-        table.add_column(scenario.name, justify="right")
-    for row in report.table(scenarios):
-        if row.label in HEADLINES:
-            table.add_row(row.label, *row.cells)
-    console.print(table)

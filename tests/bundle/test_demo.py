@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_runs import made_up_run
 from places import ROOT
 
 from spikeless import bench, demo
-from spikeless.bench import report
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo serves all of these tests
 
@@ -58,14 +56,10 @@ def test_only_one_scenario_has_warmup_files(done: tuple[Path, str]) -> None:
 
 def test_the_terminal_ends_with_the_table_and_the_place_of_the_report(done: tuple[Path, str]) -> None:
     page, output = done
-    for headline in demo.HEADLINES:
-        assert headline in output
+    assert "SLO " in output
+    for label in ("reload p99.9", "steady p99.9", "first request on the new version", "failed requests"):
+        assert label in output
     assert str(page) in output.replace("\n", "")
-
-
-def test_every_headline_is_a_row_of_the_report() -> None:
-    labels = {row.label for row in report.table(report.group([made_up_run()]))}
-    assert set(demo.HEADLINES) <= labels
 
 
 def test_outside_a_clone_it_says_so(tmp_path: Path) -> None:

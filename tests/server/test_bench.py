@@ -276,7 +276,8 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
 
     report = spikeless("report", tmp_path / "raw", "--out", tmp_path / "report")
     assert report.returncode == 0, report.stderr
-    assert "| first request on the new version |" in report.stdout
+    assert "first request on the new version" in report.stdout
+    assert "SLO " in report.stdout.splitlines()[-2], "the verdict comes last, before the place of the page"
     assert "Swapping boston 3 times" in (tmp_path / "report" / "index.html").read_text()
 
 

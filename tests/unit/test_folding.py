@@ -139,14 +139,14 @@ def test_what_is_in_every_reload_is_certain_and_what_is_in_one_is_not() -> None:
 def test_intervals_are_drawn_by_reload() -> None:
     """Drawing single requests, 480 of each, would make the median almost certain."""
     runs = []
-    for level in (2.0, 4.0, 6.0, 8.0):
+    for level in (2.0, 4.0, 6.0, 8.0, 9.0):
         run = made_up_run("level", started=f"2026-01-02T03:0{level:.0f}:00.000+00:00")
         inside = (run.requests["intended"] >= 10) & (run.requests["intended"] < 12.4)
         latency = np.where(inside, level / 1e3, run.requests["latency"])
         runs.append(dataclasses.replace(run, requests={**run.requests, "latency": latency}))
     fold = folded(*runs)
-    assert fold.reload["p50"].value == pytest.approx(4)
-    assert (fold.reload["p50"].low, fold.reload["p50"].high) == pytest.approx((2, 8))
+    assert fold.reload["p50"].value == pytest.approx(6)
+    assert (fold.reload["p50"].low, fold.reload["p50"].high) == pytest.approx((2, 9))
     assert folded(*runs) == fold, "the draws are seeded"
 
 
@@ -164,10 +164,10 @@ def test_figures_of_a_draw_are_those_of_its_requests() -> None:
 
 
 def test_a_reload_is_left_out_with_its_control() -> None:
-    run = made_up_run("series", 10, 200, 30, 40)
+    run = made_up_run("series", 10, 200, 30, 40, 20, 20)
     late_reload = folded(with_lag(run, 30, 31))
     assert late_reload.left_out == ["run 1, reload 2: window: 41.7% of the requests left more than 5 ms late"]
-    assert [swap.new_version for _, swap in late_reload.pairs] == [2, 4, 5]
+    assert [swap.new_version for _, swap in late_reload.pairs] == [2, 4, 5, 6, 7]
     assert late_reload.reload["max"].value == pytest.approx(41)
     late_control = folded(with_lag(run, 20, 21))
     assert late_control.left_out == [
@@ -194,9 +194,10 @@ def test_windows_without_requests_do_not_count() -> None:
     assert folded(run).left_out == ["run 1, reload 2: control: no request"]
 
 
-def test_one_reload_cannot_be_folded() -> None:
-    fold = folded(made_up_run("single", 50))
-    assert len(fold.pairs) == 1
+def test_fewer_than_five_reloads_cannot_be_folded() -> None:
+    fold = folded(made_up_run("four", *[50] * 4))
+    assert len(fold.pairs) == 4
     assert not fold.enough
     assert fold.reload == {}
+    assert folded(made_up_run("five", *[50] * 5)).enough
     assert folded(made_up_run("none", publishes=(), states=())).pairs == []

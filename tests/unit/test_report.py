@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bench_runs import MACHINE, made_up_run, with_failures
+from rich.console import Console
 
 from spikeless.bench import Run, report
-from spikeless.errors import InvalidArgument, NotFound
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 
 
 def rows(*runs: Run) -> dict[str, list[str]]:
@@ -43,33 +47,192 @@ def test_contaminated_repeats_are_left_out_and_named() -> None:
     dirty = dataclasses.replace(dirty, requests={**dirty.requests, "lag": dirty.requests["lag"] + 0.01})
     runs = [made_up_run("warmup", 40), dirty]
     assert rows(*runs)["reload max"] == ["41.0 ms"]
-    assert any("run 2, reload window contaminated" in text for text in report.warnings(report.group(runs)))
+    (contaminated,) = (note for note in report.notes(report.group(runs)) if "contaminated" in note.text)
+    assert contaminated.text.startswith("2 windows contaminated")
+    assert [detail.partition(" window")[0] for detail in contaminated.details] == [
+        "warmup, run 2, steady",
+        "warmup, run 2, reload",
+    ]
     assert rows(dirty)["reload max"] == ["501 ms"], "without a clean run it is all there is"
 
 
 def test_several_reloads_are_folded() -> None:
-    cells = rows(made_up_run("series", 50, 50, 50), made_up_run("single", 50))
-    assert cells["folded reloads"] == ["3 of 3", "1 of 1"]
+    cells = rows(made_up_run("series", *[50] * 5), made_up_run("single", 50))
+    assert cells["folded reloads"] == ["5 of 5", "1 of 1"]
     assert cells["folded reload max"] == ["51.0 ms [51.0, 51.0]", "-"]
     assert cells["folded control max"] == ["1.00 ms [1.00, 1.00]", "-"]
     assert cells["folded excess max"] == ["50.0 ms [50.0, 50.0]", "-"]
-    assert "folded reloads" not in rows(made_up_run("single", 50))
-    text = report.render_markdown(report.group([made_up_run("series", 50, 50)]))
-    assert "2 versions published, one every 20 s" in text
+    text = report.render_markdown(report.group([made_up_run("series", *[50] * 5)]))
+    assert "5 versions published, one every 20 s" in text
     assert "95% intervals from 2,000 draws of whole reloads" in text
 
 
-def test_reloads_that_are_left_out_are_named() -> None:
+def test_fewer_than_five_reloads_have_no_interval() -> None:
+    assert "folded reloads" not in rows(made_up_run("series", *[50] * 4))
+    assert "[" not in report.render_markdown(report.group([made_up_run("series", *[50] * 4)]))
+
+
+def test_reloads_that_are_left_out_are_named_in_one_note() -> None:
     run = made_up_run("series", *[0] * 8)
     late = {**run.requests, "lag": np.where(run.requests["intended"] > 20, 0.006, 0.0)}
-    (warning,) = [
-        text
-        for text in report.warnings(report.group([dataclasses.replace(run, requests=late)]))
-        if "folded" in text
+    (note,) = [
+        note
+        for note in report.notes(report.group([dataclasses.replace(run, requests=late)]))
+        if "folded" in note.text
     ]
-    assert "7 of 8 reloads are left out of the folded figures (too few are left to have any)" in warning
-    assert "run 1, reload 2: window: 100.0% of the requests left more than 5 ms late" in warning
-    assert warning.endswith("; and 2 more.")
+    assert note.text == (
+        "7 of 8 reloads left out of the folded figures; too few are left for any with series."
+    )
+    assert len(note.details) == 7
+    assert "run 1, reload 2: window: 100.0% of the requests left more than 5 ms late" in note.details[0]
+
+
+def test_the_same_note_is_there_once() -> None:
+    said = "measured with glibc, because `apt-get` is missing"
+    runs = [made_up_run(name, notes=(said,)) for name in ("a", "b", "b")]
+    assert report.notes(report.group(runs)) == [report.Note(said[:1].upper() + said[1:])]
+    assert report.render_markdown(report.group(runs)).count("measured with glibc") == 0
+    assert report.render_markdown(report.group(runs)).count("Measured with glibc") == 1
+    (partly,) = report.notes(report.group([runs[0], made_up_run("b")]))
+    assert partly.details == ["a"], "where it does not hold for all runs, it says for which"
+    page = report.render_html(report.group(runs))
+    assert "because <code>apt-get</code> is missing" in page, "backticks are rendered"
+    body = page[page.index("<main>") :]
+    assert body.index("Measured with glibc") > body.index('id="zoom-0"'), "below the charts"
+
+
+@pytest.mark.parametrize(
+    ("runs", "kind", "sentence"),
+    [
+        (
+            [made_up_run("warmup")],
+            "held",
+            "SLO held. While a version was swapped, 99.9% of the requests took at most 1.00 ms (SLO 10 ms), "
+            "and no request failed.",
+        ),
+        (
+            [made_up_run("cold", 80)],
+            "broken",
+            "SLO broken. While a version was swapped, 99.9% of the requests took at most 81.0 ms (SLO 10 "
+            "ms), and no request failed.",
+        ),
+        (
+            [made_up_run("cold", 80), made_up_run("warmup", 2)],
+            "mixed",
+            "SLO held with “warmup”, broken with “cold”. p99.9 during swaps is 3.00 ms with “warmup”, and "
+            "81.0 ms with “cold” (SLO 10 ms), and no request failed.",
+        ),
+        (
+            [with_failures(made_up_run("a"), 3), with_failures(made_up_run("b"), 2)],
+            "broken",
+            "SLO broken in every scenario. p99.9 during swaps is 1.00 ms (SLO 10 ms), and 5 requests failed.",
+        ),
+        (
+            [made_up_run("load", publishes=(), states=())],
+            "held",
+            "SLO held. Without a swap, 99.9% of the requests took at most 1.00 ms (SLO 10 ms), and no "
+            "request failed.",
+        ),
+    ],
+)
+def test_the_verdict_is_one_sentence(runs: list[Run], kind: str, sentence: str) -> None:
+    verdict = report.judge(report.group(runs))
+    assert f"{verdict.title}. {verdict.sentence}" == sentence
+    assert verdict.kind == kind
+    page = report.render_html(report.group(runs))
+    body = page[page.index("<main>") :]
+    assert body.index(verdict.title) < body.index('class="plot'), "it comes first"
+
+
+def test_card_table_markdown_and_terminal_show_one_number() -> None:
+    scenarios = report.group([*(made_up_run("cold", height) for height in (79, 195)), made_up_run("warm")])
+    cells = {row.label: row.cells for row in report.table(scenarios)}
+    assert cells["reload p99.9"][0] == "138 ms (80.0 to 196)"
+    page = report.render_html(scenarios).replace("\N{NO-BREAK SPACE}", " ")
+    assert '<div class="figure spiky">138 ms <small>(80.0 to 196)</small>' in page
+    assert "<td>138 ms (80.0 to 196)</td>" in page
+    assert "| reload p99.9 | 138 ms (80.0 to 196) | 1.00 ms |" in report.render_markdown(scenarios)
+    console = Console(record=True, width=200, file=io.StringIO())
+    report.show(scenarios, console)
+    text = console.export_text()
+    assert "138 ms (80.0 to 196)" in text
+    assert "138 ms with “cold”" in report.judge(scenarios).sentence
+    assert "folded" not in text, "advanced rows are left to the page"
+
+
+def test_several_scenarios_are_one_chart() -> None:
+    runs = [made_up_run(name, height) for name, height in (("stock", 80), ("warm", 20), ("mapped", 1))]
+    page = report.render_html(report.group(runs))
+    data = json.loads(
+        page.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
+    )
+    assert data["ladder"]["name"] == ["stock", "warm", "mapped"]
+    assert data["ladder"]["ms"] == [81, 21, 2]
+    assert data["ladder"]["held"] == [False, False, True]
+    assert data["ladder"]["reloads"] == [[81], [21], [2]]
+    assert '<div class="figure' not in page, "it takes the place of the cards"
+    assert '"ladder": null' in report.render_html(report.group(runs[:2]))
+
+
+def test_every_version_is_named_on_its_lane() -> None:
+    """Lanes are shared by versions that do not overlap."""
+    page = report.render_html(report.group([made_up_run("series", 1, 1, 1)]))
+    data = json.loads(
+        page.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
+    )
+    lanes = [[part["version"] for part in lane["segments"]] for lane in data["runs"][0]["tracks"]]
+    assert [sorted(set(lane)) for lane in lanes] == [[1, 3], [2, 4]]
+    assert "v1, ..." not in page
+
+
+def test_the_page_links_its_raw_results(tmp_path: Path) -> None:
+    made_up_run().save(tmp_path / "raw.npz")
+    page = report.write([tmp_path / "raw.npz"], tmp_path / "out").read_text()
+    assert '<a href="../raw.npz">../raw.npz</a>' in page
+    encoded = page.partition("data:text/markdown;base64,")[2].partition('"')[0]
+    assert base64.b64decode(encoded).decode() == (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_results_of_one_machine_are_compared() -> None:
+    before = [made_up_run("swap", height) for height in (79, 195)]
+    after = [made_up_run("swap", height) for height in (3, 4)]
+    comparison = report.compare(("old", before), ("new", after))
+    assert comparison.columns == ("old", "new", "new relative to old")
+    cells = {row.label: list(row.cells) for row in comparison.rows}
+    assert cells["reload p99.9"] == ["138 ms (80.0 to 196)", "4.50 ms (4.00 to 5.00)", "0.03x"]
+    assert cells["steady p99.9"] == ["1.00 ms", "1.00 ms", "same"]
+    again = report.compare(("old", before), ("new", [made_up_run("swap", 100), made_up_run("swap", 300)]))
+    assert {row.label: row.cells[2] for row in again.rows}["reload max"] == "1.46x, ranges overlap"
+    text = report.render_markdown(comparison.scenarios, comparison)
+    assert "| reload p99.9 | 138 ms (80.0 to 196) | 4.50 ms (4.00 to 5.00) | 0.03x |" in text
+    assert "What changed" in report.render_html(comparison.scenarios, comparison)
+
+
+def test_scenarios_of_the_same_name_are_compared() -> None:
+    before = [made_up_run("cold", 80), made_up_run("warm", 2), made_up_run("other")]
+    after = [made_up_run("warm", 4), made_up_run("cold", 40)]
+    comparison = report.compare(("a", before), ("b", after))
+    assert [one.name for one in comparison.scenarios] == ["cold, a", "cold, b", "warm, a", "warm, b"]
+    maxima = [(row.group, *row.cells[:2]) for row in comparison.rows if row.label == "reload max"]
+    assert maxima == [("cold", "81.0 ms", "41.0 ms"), ("warm", "3.00 ms", "5.00 ms")]
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    other = dataclasses.replace(MACHINE, cpu="another processor")
+    sides = ("a", [made_up_run()]), ("b", [made_up_run(machine=other)])
+    with pytest.raises(FailedPrecondition, match=r"a processor.* / another processor.*--force"):
+        report.compare(*sides)
+    forced = report.compare(*sides, force=True)
+    (serious,) = (note for note in report.notes(forced.scenarios) if note.serious)
+    assert "different machines" in serious.text
+    page = report.render_html(forced.scenarios, forced)
+    body = page[page.index("<main>") :]
+    assert body.index("different machines") < body.index('class="plot'), "nobody overlooks it"
+    one, two = ([made_up_run(name) for name in names] for names in ("ab", "cd"))
+    with pytest.raises(InvalidArgument, match="no scenario in common"):
+        report.compare(("a", one), ("b", two))
+    with pytest.raises(InvalidArgument, match="both results are called a"):
+        report.compare(("a", [made_up_run()]), ("a", [made_up_run()]))
 
 
 def test_failures_are_named_by_code() -> None:
@@ -80,12 +243,12 @@ def test_failures_are_named_by_code() -> None:
 def test_runs_of_different_machines_are_not_to_be_compared() -> None:
     other = dataclasses.replace(MACHINE, cpu="another processor")
     runs = [made_up_run(), made_up_run("other", machine=other)]
-    assert any("different machines" in text for text in report.warnings(report.group(runs)))
+    assert any("different machines" in note.text for note in report.notes(report.group(runs)))
 
 
 def test_markdown_states_what_was_measured() -> None:
     text = report.render_markdown(report.group([made_up_run("a|b")]))
-    assert text.startswith("| | a\\|b |\n|---|---:|\n")
+    assert "\n| | a\\|b |\n|---|---:|\n" in text
     assert "- engine: embedded 0.1.0" in text
     assert "- allocator: jemalloc (libjemalloc.so.2)" in text
     assert "- generator's floor: p50 0.30, p99 0.60, p99.9 1.50" in text

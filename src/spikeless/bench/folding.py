@@ -22,20 +22,21 @@ from spikeless.bench.run_file import Run
 
 #: The share of the requests that do not exceed a figure -> its name.
 FIGURES = {0.5: "p50", 0.99: "p99", 0.999: "p99.9", 1.0: "max"}
-#: From a single reload nothing can be drawn.
-FEWEST_RELOADS = 2
+#: An interval from fewer would pretend to know what it does not.
+FEWEST_RELOADS = 5
 DRAWS = 2000
 CONFIDENCE = 0.95
 SEED = 1
 
 FOLD_RULES = (
-    "Folded figures: the requests of all reloads together, counted from the moment of publishing, and those "
-    "of as many control windows of the same lengths, each from the middle of the quiet time before its "
-    "reload. A reload is left out, with its control, when it was not seen to end, or when its window or "
-    "control is contaminated, empty or missing. A server that takes the processors makes the generator late "
-    "and so contaminates windows: see how many reloads are left before comparing. The excess is reload minus "
-    f"control. In brackets: {CONFIDENCE:.0%} intervals from {DRAWS:,} draws of whole reloads with their "
-    f"controls (bootstrap, seed {SEED}); that of a maximum cannot exceed what was measured."
+    f"Folded figures, from {FEWEST_RELOADS} reloads on: the requests of all reloads together, counted from "
+    "the moment of publishing, and those of as many control windows of the same lengths, each from the "
+    "middle of the quiet time before its reload. A reload is left out, with its control, when it was not "
+    "seen to end, or when its window or control is contaminated, empty or missing. A server that takes the "
+    "processors makes the generator late and so contaminates windows: see how many reloads are left before "
+    f"comparing. The excess is reload minus control. In brackets: {CONFIDENCE:.0%} intervals from {DRAWS:,} "
+    f"draws of whole reloads with their controls (bootstrap, seed {SEED}); that of a maximum cannot exceed "
+    "what was measured."
 )
 
 

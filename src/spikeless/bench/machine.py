@@ -32,6 +32,13 @@ class Machine:
     memory: int
     python: str
 
+    def describe(self) -> str:
+        """One line, the same for every run on one machine."""
+        return (
+            f"{self.cpu}, {self.cpus} CPUs, {self.memory / 2**30:.0f} GiB, {self.system}, {self.kernel}, "
+            f"{self.architecture}"
+        )
+
 
 def describe_machine() -> Machine:
     """The machine that this process runs on."""

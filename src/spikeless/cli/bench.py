@@ -159,7 +159,7 @@ def run_command(
     if as_json:
         click.echo(json.dumps({"result": str(path), **dataclasses.asdict(summary)}, indent=1))
     else:
-        click.echo(report.render_markdown(report.group([result])))
+        report.show(report.group([result]))
         click.echo(path)
 
 

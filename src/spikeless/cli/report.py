@@ -7,33 +7,58 @@ from pathlib import Path
 
 import click
 
-from spikeless.bench import report
+from spikeless.bench import read_run, report
 from spikeless.errors import NotFound
 
 _PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("results", type=_PATH, nargs=-1, required=True)
+@click.argument("results", type=_PATH, nargs=-1)
+@click.option(
+    "--compare", type=_PATH, nargs=2, metavar="BEFORE AFTER", help="Two results, and what changed between."
+)
+@click.option("--force", is_flag=True, help="Compare even if they are from different machines.")
 @click.option("--out", type=_PATH, help="Directory of the report.  [default: reports/<time>]")
-def command(results: tuple[Path, ...], out: Path | None) -> None:
+def command(
+    results: tuple[Path, ...], compare: tuple[Path, Path] | None, force: bool, out: Path | None
+) -> None:
     """Turn the raw RESULTS of `spikeless bench` into OUT/index.html.
 
-    RESULTS are files, or directories of them. The page needs no network. Its table is
-    also written to OUT/summary.md and to standard output.
+    RESULTS are files, or directories of them. The page needs no network. Verdict and
+    table are also printed, and OUT/summary.md has them for a pull request.
     """
+    if bool(results) == bool(compare):
+        raise click.UsageError("give RESULTS, or two of them with --compare BEFORE AFTER")
+    if force and not compare:
+        raise click.UsageError("--force belongs to --compare")
     now = datetime.datetime.now(datetime.timezone.utc)
     directory = out or Path("reports") / now.strftime("%Y%m%dT%H%M%SZ")
-    page = report.write(_files(results), directory)
-    click.echo((directory / "summary.md").read_text())
+    comparison = None
+    if compare:
+        before, after = map(_files, compare)
+        files = [*before, *after]
+        old, new = ([read_run(path) for path in paths] for paths in (before, after))
+        names = _names(*compare)
+        comparison = report.compare((names[0], old), (names[1], new), force)
+        scenarios = comparison.scenarios
+    else:
+        files = [file for result in results for file in _files(result)]
+        scenarios = report.group([read_run(path) for path in files])
+    page = report.write(files, directory, comparison)
+    report.show(scenarios, comparison=comparison)
     click.echo(page)
 
 
-def _files(results: tuple[Path, ...]) -> list[Path]:
-    files: list[Path] = []
-    for result in results:
-        found = sorted(result.glob("*.npz")) if result.is_dir() else [result]
-        if not found:
-            raise NotFound(f"{result} holds no raw results (*.npz)")
-        files += found
-    return files
+def _names(before: Path, after: Path) -> tuple[str, str]:
+    """Short names of two results: those of their files, or their whole paths."""
+    if before.stem != after.stem:
+        return before.stem, after.stem
+    return str(before), str(after)
+
+
+def _files(result: Path) -> list[Path]:
+    found = sorted(result.glob("*.npz")) if result.is_dir() else [result]
+    if not found:
+        raise NotFound(f"{result} holds no raw results (*.npz)")
+    return found

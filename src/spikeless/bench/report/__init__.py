@@ -1,26 +1,35 @@
 """Raw results become a page that a person reads, and the same table in Markdown."""
 
+from spikeless.bench.report.comparison import Comparison, compare
+from spikeless.bench.report.notes import Note, notes
 from spikeless.bench.report.page import (
     floor_text,
     provenance,
     render_html,
     render_markdown,
-    warnings,
     write,
 )
 from spikeless.bench.report.pictures import Panel
 from spikeless.bench.report.table import Row, Scenario, group, table
+from spikeless.bench.report.terminal import show
+from spikeless.bench.report.verdict import Verdict, judge
 
 __all__ = [
+    "Comparison",
+    "Note",
     "Panel",
     "Row",
     "Scenario",
+    "Verdict",
+    "compare",
     "floor_text",
     "group",
+    "judge",
+    "notes",
     "provenance",
     "render_html",
     "render_markdown",
+    "show",
     "table",
-    "warnings",
     "write",
 ]

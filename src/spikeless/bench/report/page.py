@@ -6,8 +6,10 @@ a directory.
 
 from __future__ import annotations
 
+import base64
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -15,46 +17,73 @@ import jinja2
 from spikeless import __version__
 from spikeless.bench import run_file
 from spikeless.bench.analysis import RULES
-from spikeless.bench.folding import FOLD_RULES, Fold
-from spikeless.bench.report.pictures import Panel, draw
-from spikeless.bench.report.table import Scenario, estimate, group, milliseconds, table
+from spikeless.bench.folding import FOLD_RULES
+from spikeless.bench.report.comparison import Comparison
+from spikeless.bench.report.notes import notes
+from spikeless.bench.report.pictures import Panel, draw, draw_ladder
+from spikeless.bench.report.table import Row, Scenario, estimate, group, table
+from spikeless.bench.report.verdict import judge
 from spikeless.disk.atomic import write_atomically
 
-#: At most this many of the reloads that were left out are named.
-_NAMED = 5
 
-
-def write(results: Sequence[str | os.PathLike[str]], directory: str | os.PathLike[str]) -> Path:
+def write(
+    results: Sequence[str | os.PathLike[str]],
+    directory: str | os.PathLike[str],
+    comparison: Comparison | None = None,
+) -> Path:
     """Write the report on these raw results; returns the path of the page.
+
+    With a `comparison` of them it says what changed.
 
     Raises:
         InvalidArgument: there are no results, or a run has no steady window.
         NotFound, DataLoss: a result cannot be read.
     """
-    scenarios = group([run_file.read_run(path) for path in results])
+    scenarios = comparison.scenarios if comparison else group([run_file.read_run(path) for path in results])
     out = Path(directory)
-    html, markdown = render_html(scenarios), render_markdown(scenarios)
+    sources = [Path(os.path.relpath(path, out)).as_posix() for path in results]
+    html, markdown = render_html(scenarios, comparison, sources), render_markdown(scenarios, comparison)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "summary.md", markdown.encode())
     write_atomically(out / "index.html", html.encode())
     return out / "index.html"
 
 
-def render_markdown(scenarios: Sequence[Scenario]) -> str:
-    """The table, with the facts of the measurement below it."""
-    lines = [
-        "| | " + " | ".join(_escape(scenario.name) for scenario in scenarios) + " |",
-        "|---|" + "---:|" * len(scenarios),
+def render_markdown(scenarios: Sequence[Scenario], comparison: Comparison | None = None) -> str:
+    """Verdict and table, with every other figure and fact folded below.
+
+    It can be the comment of a pull request as it is.
+    """
+    verdict = judge(scenarios)
+    names = [scenario.name for scenario in scenarios]
+    main = _markdown_table(names, [row for row in table(scenarios) if not row.advanced])
+    rest = _markdown_table(names, [row for row in table(scenarios) if row.advanced])
+    if comparison is not None:
+        main, rest = _markdown_table(comparison.columns, comparison.rows), [*main, "", *rest]
+    lines = [f"**{verdict.title}.** {verdict.sentence}", "", *main, ""]
+    lines += [f"- {note.text}" for note in notes(scenarios)]
+    lines += ["", "<details><summary>All figures, and what was measured</summary>", "", *rest, ""]
+    lines += [f"- {name}: {_escape(value)}" for name, value in provenance(scenarios)]
+    lines += [f"- {detail}" for note in notes(scenarios) for detail in note.details]
+    lines += [f"- {rule}" for rule in _rules(scenarios)]
+    return "\n".join([*lines, "", "</details>", ""])
+
+
+def _markdown_table(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    return [
+        "| | " + " | ".join(map(_escape, names)) + " |",
+        "|---|" + "---:|" * len(names),
+        *(f"| {row.label} | " + " | ".join(map(_escape, row.cells)) + " |" for row in rows),
     ]
-    lines += [f"| {row.label} | " + " | ".join(map(_escape, row.cells)) + " |" for row in table(scenarios)]
-    lines += ["", *(f"- {name}: {_escape(value)}" for name, value in provenance(scenarios)), ""]
-    lines += [f"- {remark}" for remark in (*warnings(scenarios), *_rules(scenarios))]
-    lines.append("")
-    return "\n".join(lines)
 
 
-def render_html(scenarios: Sequence[Scenario]) -> str:
-    """The page, with all scripts and styles inside."""
+def render_html(
+    scenarios: Sequence[Scenario], comparison: Comparison | None = None, sources: Sequence[str] = ()
+) -> str:
+    """The page, with all scripts and styles inside.
+
+    `sources` are the addresses of the raw results as seen from the page.
+    """
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(
@@ -64,24 +93,46 @@ def render_html(scenarios: Sequence[Scenario]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = lambda text: text.replace(" ms", "\u00a0ms")
     facts = scenarios[0].runs[0].facts
     panels = [draw(scenario) for scenario in scenarios]
+    verdict = judge(scenarios)
+    rows = table(scenarios)
+    remarks = notes(scenarios)
     page = environment.get_template("report.html.j2").render(
-        title=_title(panels[0]),
+        title=_title(panels[0]) if comparison is None else f"{comparison.before} and {comparison.after}",
+        verdict=verdict,
         facts=facts,
         settings=facts.settings,
         panels=panels,
-        rows=table(scenarios),
+        scenarios=scenarios,
+        ladder=draw_ladder(scenarios, verdict) if len(scenarios) > len(_SIDES) else None,
+        sides=_SIDES[: len(scenarios)],
+        groups=_grouped(row for row in rows if not row.advanced),
+        advanced=_grouped(row for row in rows if row.advanced),
+        cells={row.label: row.cells for row in rows},
+        comparison=comparison,
+        changes=_grouped(comparison.rows) if comparison else (),
         provenance=provenance(scenarios),
-        warnings=warnings(scenarios),
+        serious=[note for note in remarks if note.serious],
+        notes=[note for note in remarks if not note.serious],
         rules=_rules(scenarios),
         repeats=max(len(scenario.runs) for scenario in scenarios),
-        milliseconds=milliseconds,
         estimate=estimate,
+        sources=sources,
+        markdown=base64.b64encode(render_markdown(scenarios, comparison).encode()).decode(),
         version=__version__,
     )
     # The library goes in last: templating five megabytes of script takes time.
     return page.replace("/* plotly */", get_plotlyjs(), 1)
+
+
+#: The charts show at most two scenarios, side by side; of more, the reader chooses.
+_SIDES = (0, 1)
+
+
+def _grouped(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    return [(name, list(found)) for name, found in itertools.groupby(rows, lambda row: row.group)]
 
 
 def provenance(scenarios: Sequence[Scenario]) -> list[tuple[str, str]]:
@@ -136,32 +187,6 @@ def floor_text(floor: run_file.Floor | None) -> str:
         f"p50 {floor.p50:.2f}, p99 {floor.p99:.2f}, p99.9 {floor.p99_9:.2f}, max {floor.max:.2f} ms at "
         f"{floor.rate:g}/s ({floor.requests:,} requests to a server that answers at once)"
     )
-
-
-def warnings(scenarios: Sequence[Scenario]) -> list[str]:
-    """Caveats: what makes a number doubtful."""
-    found = []
-    for scenario in scenarios:
-        for number, summary in enumerate(scenario.summaries, start=1):
-            where = f"{scenario.name}, run {number}" if len(scenario.runs) > 1 else scenario.name
-            found += [f"{where}: {note}" for note in summary.notes]
-            for name, window in (("steady", summary.steady), ("reload", summary.reload)):
-                if window is not None:
-                    found += [f"{where}, {name} window contaminated: {why}." for why in window.contaminated]
-        if scenario.fold.left_out and sum(len(summary.reloads) for summary in scenario.summaries) > 1:
-            found.append(f"{scenario.name}: {_left_out(scenario.fold)}")
-    machines = {run.facts.machine for scenario in scenarios for run in scenario.runs}
-    if len(machines) > 1:
-        found.append("These runs are from different machines: do not compare them.")
-    return found
-
-
-def _left_out(fold: Fold) -> str:
-    named, more = fold.left_out[:_NAMED], len(fold.left_out) - _NAMED
-    text = "; ".join(named) + (f"; and {more} more" if more > 0 else "")
-    total = len(fold.pairs) + len(fold.left_out)
-    rest = "" if fold.enough else " (too few are left to have any)"
-    return f"{len(fold.left_out)} of {total} reloads are left out of the folded figures{rest}: {text}."
 
 
 def _rules(scenarios: Sequence[Scenario]) -> list[str]:

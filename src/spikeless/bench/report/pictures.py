@@ -1,7 +1,8 @@
 """What the charts of the report draw.
 
 In: a scenario. Out: a `Panel` with the points of its charts, as the page's script reads
-them. The run with the median reload spike stands for the scenario.
+them. The run with the median reload spike stands for the scenario. `draw_ladder` has
+the one chart of several scenarios.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from spikeless.bench.analysis import Reload, Summary, Window, percentile
 from spikeless.bench.folding import Fold
-from spikeless.bench.report.table import NOTHING, Scenario, milliseconds
+from spikeless.bench.report.table import NOTHING, Scenario, headline, milliseconds, spread_text, steady
+from spikeless.bench.report.verdict import Verdict, slo_ms
 from spikeless.bench.run_file import Run
 from spikeless.errors import Code
 
@@ -40,6 +42,8 @@ class Panel:
 
     name: str
     run: Run
+    #: Which one it is, as in ``run 1 of 2``; empty where there is only one.
+    which: str
     summary: Summary
     #: What the page's script draws.
     picture: dict[str, Any]
@@ -54,7 +58,33 @@ def draw(scenario: Scenario) -> Panel:
     run, summary = scenario.runs[scenario.shown], scenario.summaries[scenario.shown]
     picture = _picture(scenario.name, run, summary)
     picture["fold"] = _folded_picture(scenario) if scenario.fold.enough else None
-    return Panel(scenario.name, run, summary, picture, scenario.fold, *_slow_list(run))
+    which = f"run {scenario.shown + 1} of {len(scenario.runs)}" if len(scenario.runs) > 1 else ""
+    picture["which"] = which
+    return Panel(scenario.name, run, which, summary, picture, scenario.fold, *_slow_list(run))
+
+
+def draw_ladder(scenarios: Sequence[Scenario], verdict: Verdict) -> dict[str, Any]:
+    """The headline figure of each scenario beside the steady one, and each reload's."""
+    spreads, calm = [headline(one) for one in scenarios], [steady(one) for one in scenarios]
+    return {
+        "name": [one.name for one in scenarios],
+        "ms": [round(spread.middle, 3) for spread in spreads],
+        "low": [round(spread.low, 3) for spread in spreads],
+        "high": [round(spread.high, 3) for spread in spreads],
+        "text": [spread_text(spread) for spread in spreads],
+        "steady": [round(spread.middle, 3) for spread in calm],
+        "held": list(verdict.held),
+        "slo": [slo_ms(one) for one in scenarios],
+        "reloads": [
+            [
+                round(swap.window.p99_9, 3)
+                for number in one.clean
+                for swap in one.summaries[number].reloads
+                if swap.window.requests
+            ]
+            for one in scenarios
+        ],
+    }
 
 
 def _picture(name: str, run: Run, summary: Summary) -> dict[str, Any]:
@@ -237,7 +267,7 @@ def _marks(swap: Reload, zero: float) -> list[dict[str, Any]]:
 def _tracks(run: Run, zero: float, begin: float = -math.inf, end: float = math.inf) -> list[dict[str, Any]]:
     """The states of the versions, from `begin` to `end` after `zero`.
 
-    Versions that do not overlap share a track.
+    Versions that do not overlap share a track; each segment names its own.
     """
     begin, end = max(begin, -zero), min(end, run.facts.settings.seconds - zero)
     tracks: list[list[dict[str, Any]]] = []
@@ -261,12 +291,7 @@ def _tracks(run: Run, zero: float, begin: float = -math.inf, end: float = math.i
                 tracks.append(segments)
             else:
                 track += segments
-    return [{"label": _track_label(track), "segments": track} for track in tracks]
-
-
-def _track_label(track: Sequence[dict[str, Any]]) -> str:
-    versions = list(dict.fromkeys(segment["version"] for segment in track))
-    return f"v{versions[0]}" if len(versions) == 1 else f"v{versions[0]}, ..."
+    return [{"label": str(number), "segments": track} for number, track in enumerate(tracks)]
 
 
 def _slow_list(run: Run) -> tuple[list[dict[str, Any]], int]:

@@ -1,8 +1,10 @@
 """The numbers of the report: one row for each figure, one cell for each scenario.
 
 In: runs. Out: scenarios, and the rows of their table. Runs of one scenario are repeats:
-a cell has their median and, in brackets, the smallest and the largest. Several reloads
-are also folded into one (`spikeless.bench.folding`).
+a cell has their median and, in brackets, the smallest and the largest. Five or more
+reloads are also folded into one (`spikeless.bench.folding`).
+
+The page, its charts, the Markdown and the terminal all take their numbers from here.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from spikeless.bench.analysis import Summary, analyse
 from spikeless.bench.folding import CONFIDENCE, FIGURES, Estimate, Fold, fold
@@ -53,14 +56,29 @@ class Scenario:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A figure of a scenario: the median of its runs, the smallest and the largest."""
+
+    middle: float
+    low: float
+    high: float
+    #: How many runs have the figure.
+    runs: int
+
+
+@dataclass(frozen=True)
 class Row:
     """A line of the table."""
 
+    #: The heading that it stands under.
+    group: str
     label: str
     #: What the label means; may be empty.
     hint: str
     #: One for each scenario.
     cells: Sequence[str]
+    #: Whether it is only for readers who want every figure.
+    advanced: bool = False
 
 
 def group(runs: Sequence[Run]) -> list[Scenario]:
@@ -78,16 +96,38 @@ def group(runs: Sequence[Run]) -> list[Scenario]:
 
 
 def table(scenarios: Sequence[Scenario]) -> list[Row]:
-    """The rows of the table."""
+    """The rows of the table, group by group; the advanced ones come last."""
     rows = [
-        Row(label, hint, [_cell(scenario, get, show) for scenario in scenarios])
-        for label, hint, get, show in _FIGURES
+        Row(group, figure.label, figure.hint, [_cell(one, figure) for one in scenarios], group in _ADVANCED)
+        for group, figures in _FIGURES.items()
+        for figure in figures
     ]
+    failures = [
+        Row(_FAILURES, "errors", "gRPC status of the requests that failed", [_errors(s) for s in scenarios]),
+        Row(
+            _FAILURES, "served by", "requests per version, in the run drawn", [_served(s) for s in scenarios]
+        ),
+    ]
+    last = max(number for number, row in enumerate(rows) if row.group == _FAILURES) + 1
+    rows[last:last] = failures
     if any(scenario.fold.enough for scenario in scenarios):
         rows += _folded_rows(scenarios)
-    rows.append(Row("errors", "gRPC status of the requests that failed", [_errors(s) for s in scenarios]))
-    rows.append(Row("served by", "requests per version, in the run shown", [_served(s) for s in scenarios]))
     return rows
+
+
+def headline(scenario: Scenario) -> Spread:
+    """The figure that a scenario is judged by: p99.9 during reloads, or the steady one.
+
+    It is that of the row `HEADLINE`, or of ``steady p99.9`` where nothing is reloaded.
+    """
+    return _spread(scenario, _reload("p99_9")) or steady(scenario)
+
+
+def steady(scenario: Scenario) -> Spread:
+    """The steady p99.9."""
+    found = _spread(scenario, _steady("p99_9"))
+    assert found is not None, "every run has a steady window"
+    return found
 
 
 def milliseconds(value: float | None) -> str:
@@ -123,43 +163,94 @@ def _reload(name: str) -> Callable[[Summary], float | None]:
     return lambda summary: getattr(summary.reload, name) if summary.reload else None
 
 
-#: Label, hint, the value of a run, and its format.
-_FIGURES: Sequence[tuple[str, str, Callable[[Summary], float | None], Callable[[float], str]]] = (
-    ("steady p50", "before publishing, after the warm start", _steady("p50"), milliseconds),
-    ("steady p99", "", _steady("p99"), milliseconds),
-    ("steady p99.9", "", _steady("p99_9"), milliseconds),
-    ("steady max", "", _steady("max"), milliseconds),
-    (
-        "reload p50",
-        "from publishing until the old version's end, plus 1 s; all reloads of a run",
-        _reload("p50"),
-        milliseconds,
+def changed(before: Scenario, after: Scenario) -> list[Row]:
+    """Rows with three cells: before, after, and the second relative to the first.
+
+    Where the ranges of the runs overlap, the third says so.
+    """
+    rows = []
+    for heading, figures in _FIGURES.items():
+        for figure in figures if heading not in _ADVANCED else ():
+            old, new = _spread(before, figure.get), _spread(after, figure.get)
+            if old is None or new is None:
+                continue
+            cells = [spread_text(old, figure.show), spread_text(new, figure.show), _relative(old, new)]
+            rows.append(Row(heading, figure.label, figure.hint, cells))
+    return rows
+
+
+def _relative(old: Spread, new: Spread) -> str:
+    if old.middle == new.middle:
+        return "same"
+    factor = f"{new.middle / old.middle:.2f}x" if old.middle else NOTHING
+    overlap = old.low <= new.high and new.low <= old.high
+    return f"{factor}, ranges overlap" if overlap else factor
+
+
+class _Figure(NamedTuple):
+    """What a row shows."""
+
+    label: str
+    hint: str
+    #: Its value in a run.
+    get: Callable[[Summary], float | None]
+    show: Callable[[float], str]
+
+
+#: The row that scenarios are judged by.
+HEADLINE = "reload p99.9"
+_FAILURES = "Failures"
+_FIGURES: dict[str, Sequence[_Figure]] = {
+    "During the swap": (
+        _Figure(
+            HEADLINE, "from publishing until 1 s after the old version's end", _reload("p99_9"), milliseconds
+        ),
+        _Figure("reload p99.9 / steady p99.9", "1.0x: no difference", lambda s: s.ratio, _factor),
+        _Figure("reload max", "the spike's height", _reload("max"), milliseconds),
+        _Figure("spike width", "first to last request over the SLO", lambda s: s.width_ms, milliseconds),
+        _Figure("requests over the SLO", "in a reload", lambda s: s.over_slo if s.reload else None, _whole),
+        _Figure("first request on the new version", "", lambda s: s.first_ms, milliseconds),
+        _Figure("publish to available", "", lambda s: s.swap_seconds, _seconds),
     ),
-    ("reload p99", "", _reload("p99"), milliseconds),
-    ("reload p99.9", "", _reload("p99_9"), milliseconds),
-    ("reload max", "the spike's height", _reload("max"), milliseconds),
-    ("reload p99.9 / steady p99.9", "1.0x: the swap cannot be noticed", lambda s: s.ratio, _factor),
-    ("spike width", "from the first to the last request over the SLO", lambda s: s.width_ms, milliseconds),
-    ("requests over the SLO", "within the reload", lambda s: s.over_slo if s.reload else None, _whole),
-    ("first request on the new version", "", lambda s: s.first_ms, milliseconds),
-    ("publish to available", "", lambda s: s.swap_seconds, _seconds),
-    ("requests in the steady window", "", _steady("requests"), _whole),
-    ("requests in the reload window", "", _reload("requests"), _whole),
-    ("private memory before", "RssAnon just before publishing", lambda s: s.memory_before, _megabytes),
-    ("private memory, peak", "while both versions are there", lambda s: s.memory_peak, _megabytes),
-    ("private memory after", "", lambda s: s.memory_after, _megabytes),
-    ("failed requests", "of the whole run", lambda s: s.failed, _whole),
-)
+    "Without a swap": (
+        _Figure("steady p50", "before publishing, after the warm start", _steady("p50"), milliseconds),
+        _Figure("steady p99", "", _steady("p99"), milliseconds),
+        _Figure("steady p99.9", "", _steady("p99_9"), milliseconds),
+    ),
+    _FAILURES: (_Figure("failed requests", "of the whole run", lambda s: s.failed, _whole),),
+    "Memory": (
+        _Figure("private memory before", "RssAnon before publishing", lambda s: s.memory_before, _megabytes),
+        _Figure("private memory, peak", "during the swap", lambda s: s.memory_peak, _megabytes),
+        _Figure("private memory after", "", lambda s: s.memory_after, _megabytes),
+    ),
+    "Other percentiles and counts": (
+        _Figure("reload p50", "all reloads of a run", _reload("p50"), milliseconds),
+        _Figure("reload p99", "", _reload("p99"), milliseconds),
+        _Figure("steady max", "", _steady("max"), milliseconds),
+        _Figure("requests in the reload window", "", _reload("requests"), _whole),
+        _Figure("requests in the steady window", "", _steady("requests"), _whole),
+    ),
+}
+_FOLDED = "All reloads together"
+_ADVANCED = ("Other percentiles and counts", _FOLDED)
 
 
-def _cell(scenario: Scenario, get: Callable[[Summary], float | None], show: Callable[[float], str]) -> str:
+def _spread(scenario: Scenario, get: Callable[[Summary], float | None]) -> Spread | None:
     found = [value for number in scenario.clean if (value := get(scenario.summaries[number])) is not None]
-    if not found:
-        return NOTHING
-    middle = show(statistics.median(found))
-    if len(found) == 1:
+    return Spread(statistics.median(found), min(found), max(found), len(found)) if found else None
+
+
+def _cell(scenario: Scenario, figure: _Figure) -> str:
+    found = _spread(scenario, figure.get)
+    return spread_text(found, figure.show) if found else NOTHING
+
+
+def spread_text(spread: Spread, show: Callable[[float], str] = milliseconds) -> str:
+    """The median and, of several runs, the range: ``5.62 ms (5.50 to 5.74)``."""
+    middle = show(spread.middle)
+    low, high = (show(value).partition(" ")[0] for value in (spread.low, spread.high))
+    if low == high:
         return middle
-    low, high = (show(value).partition(" ")[0] for value in (min(found), max(found)))
     return f"{middle} ({low} to {high})"
 
 
@@ -167,16 +258,19 @@ def _folded_rows(scenarios: Sequence[Scenario]) -> list[Row]:
     """The figures of all reloads together, and those of windows without a reload."""
 
     def row(label: str, hint: str, get: Callable[[Fold], str]) -> Row:
-        return Row(label, hint, [get(s.fold) if s.fold.enough else NOTHING for s in scenarios])
+        cells = [get(s.fold) if s.fold.enough else NOTHING for s in scenarios]
+        return Row(_FOLDED, label, hint, cells, advanced=True)
 
     def figure(part: str, name: str) -> Callable[[Fold], str]:
         return lambda fold: estimate(getattr(fold, part)[name])
 
     rows = [
         Row(
+            _FOLDED,
             "folded reloads",
             "clean reloads, each with a control window",
             [f"{len(s.fold.pairs)} of {len(s.fold.pairs) + len(s.fold.left_out)}" for s in scenarios],
+            advanced=True,
         )
     ]
     for part, label, hint in _FOLD_PARTS:

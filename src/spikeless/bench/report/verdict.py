@@ -1,0 +1,87 @@
+"""The verdict of a report: one sentence that says whether the SLO held.
+
+In: scenarios. Out: a `Verdict`. A scenario holds its SLO when its headline figure (see
+`spikeless.bench.report.table.headline`) is within it and no request failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spikeless.bench.report.table import Scenario, headline, milliseconds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the report says first."""
+
+    #: Of every scenario.
+    held: Sequence[bool]
+    #: ``SLO held`` or ``SLO broken``, and for which scenarios.
+    title: str
+    sentence: str
+
+    @property
+    def kind(self) -> str:
+        """``held``, ``broken`` or ``mixed``."""
+        return "held" if all(self.held) else "mixed" if any(self.held) else "broken"
+
+
+def slo_ms(scenario: Scenario) -> float:
+    return scenario.runs[0].facts.settings.slo_ms
+
+
+def failed(scenario: Scenario) -> int:
+    """The failed requests of all runs."""
+    return sum(summary.failed for summary in scenario.summaries)
+
+
+def judge(scenarios: Sequence[Scenario]) -> Verdict:
+    """The verdict on these scenarios."""
+    held = [headline(one).middle <= slo_ms(one) and not failed(one) for one in scenarios]
+    if len(scenarios) == 1:
+        title = "SLO held" if held[0] else "SLO broken"
+        return Verdict(held, title, _of_one(scenarios[0]))
+    limits = {slo_ms(one) for one in scenarios}
+    slo = f"SLO {limits.pop():g} ms" if len(limits) == 1 else "each with its own SLO"
+    during = " during swaps" if any(one.summaries[0].reload for one in scenarios) else ""
+    good = [one for one, fine in zip(scenarios, held, strict=True) if fine]
+    bad = [one for one, fine in zip(scenarios, held, strict=True) if not fine]
+    if not good or not bad:
+        title = f"SLO {'held' if good else 'broken'} in every scenario"
+        return Verdict(held, title, f"p99.9{during} is {_range(scenarios)} ({slo}){_failures(scenarios)}.")
+    title = f"SLO held with {_names(good)}, broken with {_names(bad)}"
+    sentence = (
+        f"p99.9{during} is {_range(good)} with {_names(good)}, and {_range(bad)} with {_names(bad)} "
+        f"({slo}){_failures(scenarios)}."
+    )
+    return Verdict(held, title, sentence)
+
+
+def _of_one(scenario: Scenario) -> str:
+    swaps = sum(len(summary.reloads) for summary in scenario.summaries)
+    count = "a version was" if swaps == 1 else f"{swaps} versions were"
+    when = f"While {count} swapped" if swaps else "Without a swap"
+    return (
+        f"{when}, 99.9% of the requests took at most {milliseconds(headline(scenario).middle)} "
+        f"(SLO {slo_ms(scenario):g} ms){_failures([scenario])}."
+    )
+
+
+def _failures(scenarios: Sequence[Scenario]) -> str:
+    total = sum(map(failed, scenarios))
+    return f", and {total:,} requests failed" if total else ", and no request failed"
+
+
+def _range(scenarios: Sequence[Scenario]) -> str:
+    figures = [headline(one).middle for one in scenarios]
+    low, high = milliseconds(min(figures)), milliseconds(max(figures))
+    return low if low == high else f"{low.partition(' ')[0]} to {high}"
+
+
+def _names(scenarios: Sequence[Scenario]) -> str:
+    names = [f"\N{LEFT DOUBLE QUOTATION MARK}{one.name}\N{RIGHT DOUBLE QUOTATION MARK}" for one in scenarios]
+    if len(names) > 3:
+        return f"the {len(names)} others"
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
