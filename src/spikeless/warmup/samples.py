@@ -149,7 +149,7 @@ def _read_npz(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
         with zipfile.ZipFile(file.path) as archive:
             for name in archive.namelist():
                 with archive.open(name) as member:
-                    array = np.lib.format.read_array(member, allow_pickle=False)  # type: ignore[no-untyped-call]
+                    array = np.lib.format.read_array(member, allow_pickle=False)
                     arrays[name.removesuffix(".npy")] = array
     except (ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise InvalidArgument(
