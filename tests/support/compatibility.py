@@ -1,25 +1,53 @@
-"""The tables of the documentation on what the embedded engine takes and does.
+"""The tables of the documentation that are made from code, tests and results.
 
-The compatibility table comes from ``differences.toml``, the table of flags from their
-declarations. As a script it updates the tables between their markers in a file:
-``python tests/support/compatibility.py README.md docs/server-flags.md``.
+In: a Markdown file with markers, ``<!-- NAME -->`` or ``<!-- NAME ARGUMENT -->`` to
+``<!-- /NAME -->``. Out: the same with the tables between them, as `TABLES` makes them.
+As a script it updates all files: ``python tests/support/compatibility.py``.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from prometheus_client.core import Metric
 
 from spikeless.engine import flags
+from spikeless.engine.metrics import Metrics
+from spikeless.sidecars.exporter import Exporter, ExporterSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+_ROOT = Path(__file__).parents[2]
+_RESULTS = _ROOT / "benchmarks" / "results"
 DIFFERENCES = Path(__file__).with_name("differences.toml")
-BLOCK = re.compile(r"(<!-- (compatibility|server flags) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+#: The documents that may have tables, beside those in docs/.
+FRONT_PAGES = ("README.md", "README.zh-CN.md")
+BLOCK = re.compile(r"(<!-- ([a-z][a-z -]*?)(?: (\d\S*))? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def documents() -> list[Path]:
+    """Every file that may have tables."""
+    return [*(_ROOT / name for name in FRONT_PAGES), *sorted((_ROOT / "docs").rglob("*.md"))]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
+    """A Markdown table; ``numbers`` aligns all columns but the first to the right."""
+    line = ["---:" if numbers and column else "---" for column in range(len(header))]
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(line) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# Differences and flags ----------------------------------------------------------------
 
 
 def differences() -> list[dict[str, str]]:
@@ -28,22 +56,164 @@ def differences() -> list[dict[str, str]]:
     return entries
 
 
-def table() -> str:
-    """A markdown table with a row for each difference."""
-    rows = ["| What | TensorFlow Serving 2.20.0 | Embedded engine | Why |", "|---|---|---|---|"]
-    for entry in differences():
-        cells = (entry[key].replace("|", "\\|") for key in ("behaviour", "serving", "embedded", "reason"))
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+def _differences_table() -> str:
+    return _table(
+        ["What", "TensorFlow Serving 2.20.0", "Embedded engine", "Why"],
+        ([entry[key] for key in ("behaviour", "serving", "embedded", "reason")] for entry in differences()),
+    )
+
+
+# Metrics ------------------------------------------------------------------------------
+
+
+def _metric_row(name: str, kind: str, labels: Iterable[str], text: str) -> list[str]:
+    return [f"`{name}`", kind, ", ".join(f"`{label}`" for label in labels), text]
+
+
+def _engine_metrics() -> str:
+    rows = []
+    # The registry only lists the labels of metrics that have values.
+    for collector in Metrics()._registry._collector_to_names:
+        found: Any = collector
+        if hasattr(found, "_labelnames"):
+            suffix = "_total" if found._type == "counter" else ""
+            rows.append(
+                _metric_row(found._name + suffix, found._type, found._labelnames, found._documentation)
+            )
+        elif hasattr(found, "_labels"):
+            kind = "histogram" if found.kind == "histogram" else "counter"
+            rows.append(_metric_row(found._name, kind, found._labels, found._text))
+        else:
+            rows += map(_family_row, found.collect())
+    return _table(["Metric", "Type", "Labels", "What it is"], rows)
+
+
+def _family_row(metric: Metric) -> list[str]:
+    suffix = "_total" if metric.type == "counter" else ""
+    return _metric_row(
+        metric.name + suffix, metric.type, getattr(metric, "_labelnames", ()), metric.documentation
+    )
+
+
+def _exporter_metrics() -> str:
+    exporter = Exporter(ExporterSettings("127.0.0.1:1", _ROOT / "models", pid=os.getpid()))
+    return _table(["Metric", "Type", "Labels", "What it is"], map(_family_row, exporter.collect()))
+
+
+# Variables of the stack ---------------------------------------------------------------
+
+
+def stack_variables() -> dict[str, str]:
+    """Variable -> its default in ``compose.yaml``."""
+    text = (_ROOT / "compose.yaml").read_text()
+    found = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", text))
+    # Passed on as they are: build arguments, and variables without a value.
+    for names in re.findall(r"args: \[([A-Z_, ]+)\]", text):
+        found |= {name: found.get(name, "") for name in names.split(", ")}
+    return found | {name: found.get(name, "") for name in re.findall(r"^ +([A-Z_]+):$", text, re.MULTILINE)}
+
+
+def _stack_table() -> str:
+    text = (_ROOT / "compose.yaml").read_text()
+    said: dict[str, str] = {}
+    for names, what in re.findall(r"^#   ([A-Z_]+(?:, [A-Z_]+)*) {2,}(.+)$", text, re.MULTILINE):
+        said |= dict.fromkeys(names.split(", "), what)
+    rows = []
+    for name, default in sorted(stack_variables().items()):
+        rows.append([f"`{name}`", f"`{default}`" if default else "", said[name]])
+    return _table(["variable", "default", "what it does"], rows)
+
+
+# Results ------------------------------------------------------------------------------
+
+#: What pages show of a summary.
+_SHOWN = (
+    "steady p50",
+    "steady p99.9",
+    "reload p99.9",
+    "requests over the SLO",
+    "first request on the new version",
+    "private memory, peak",
+    "failed requests",
+)
+
+
+def _tables(summary: str) -> Iterator[tuple[str, list[str], dict[str, list[str]]]]:
+    """Each table of a summary: its heading, columns, and rows with their medians."""
+    heading = ""
+    for block in re.split(r"\n\n+", summary):
+        if block.startswith("## "):
+            heading = block[3:].strip()
+        if block.startswith("| |"):
+            lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+            # The median stands before the range.
+            rows = {line[0]: [re.sub(r" [(\[].*", "", cell) for cell in line[1:]] for line in lines[2:]}
+            yield heading, lines[0][1:], rows
+
+
+def _results() -> str:
+    index = (_RESULTS / "README.md").read_text()
+    found = re.search(r"^\| what \|.*?(?=\n\n)", index, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    parts = [re.sub(r"\]\((?!https?:)", "](../benchmarks/results/", found[0]) + "\n"]
+    for summary in sorted(_RESULTS.glob("*/summary.md"), reverse=True):
+        for heading, columns, rows in _tables(summary.read_text()):
+            # One way to serve is no comparison; some tables are of steady load.
+            if len(columns) < 2 or {*rows.get("reload p99.9", "-")} == {"-"}:
+                continue
+            title = summary.parent.name + (f": {heading}" if heading else "")
+            table = _table(["", *columns], ([name, *rows[name]] for name in _SHOWN if name in rows), True)
+            link = f"[All figures](../{summary.relative_to(_ROOT)}), with the range of the repeats."
+            parts.append(f"### {title}\n\n{table}\n{link}\n")
+    return "\n".join(parts)
+
+
+_ENGLISH = ("", "p99.9, no reload", "p99.9 during reloads", "requests over 10 ms", "private memory, peak")
+_CHINESE = ("", "无加载时的 p99.9", "加载期间的 p99.9", "超过 10 ms 的请求", "私有内存峰值")
+_CHINESE_RUNGS = {
+    "stock": "原样",
+    "+ warmup": "+ 预热",
+    "+ load/unload threads": "+ 加载/卸载线程",
+    "+ mapped": "+ 参数映射",
+    "+ optimised": "+ 图优化",
+    "+ loads yield": "+ 加载让出处理器",
+}
+
+
+def _ladder(result: str, header: Sequence[str], names: dict[str, str]) -> str:
+    _, columns, rows = next(_tables((_RESULTS / result / "summary.md").read_text()))
+    shown = ("steady p99.9", "reload p99.9", "requests over the SLO", "private memory, peak")
+    return _table(
+        header,
+        (
+            [names.get(rung, rung), *(rows[name][number] for name in shown)]
+            for number, rung in enumerate(columns)
+        ),
+        True,
+    )
+
+
+#: Name -> what makes the table from the argument.
+TABLES: dict[str, Callable[[str], str]] = {
+    "compatibility": lambda _: _differences_table(),
+    "server flags": lambda _: flags.reference(),
+    "engine metrics": lambda _: _engine_metrics(),
+    "exporter metrics": lambda _: _exporter_metrics(),
+    "stack variables": lambda _: _stack_table(),
+    "results": lambda _: _results(),
+    "ladder": lambda result: _ladder(result, _ENGLISH, {}),
+    "ladder in chinese": lambda result: _ladder(result, _CHINESE, _CHINESE_RUNGS),
+}
 
 
 def updated(text: str) -> str:
     """The text with the tables between their markers."""
-    tables = {"compatibility": table, "server flags": flags.reference}
-    return BLOCK.sub(lambda found: found[1] + tables[found[2]]() + found[3], text)
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]](found[3] or "") + found[4], text)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        file = Path(name)
-        file.write_text(updated(file.read_text()))
+    for document in documents():
+        text = document.read_text()
+        if updated(text) != text:
+            document.write_text(updated(text))
+            print(document.relative_to(_ROOT))

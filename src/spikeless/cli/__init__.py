@@ -48,6 +48,7 @@ class _LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"spikeless.cli.{cmd_name}")
         command: click.Command = module.command
+        command.name = cmd_name
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -51,8 +51,7 @@ def command(**values: Any) -> None:
     """Serve models with the embedded engine; flags are TensorFlow Serving's.
 
     The gRPC port opens when the first version of every model is loaded and warm.
-    SIGTERM and SIGINT let the requests in progress end; with --drain it goes on
-    answering before that, not ready any more.
+    SIGTERM and SIGINT let the requests in progress end.
     """
     try:
         flags = ServerFlags(**values)
@@ -67,7 +66,7 @@ def command(**values: Any) -> None:
         datefmt="%Y-%m-%d %H:%M:%S",
     )
     server = Server(flags)
-    _stop_on_signal(server, flags)
+    _stop_on_signal(server, flags.grace)
     ports = server.start()
     if ports is not None:
         print(f"serving gRPC on {flags.host}:{ports.grpc}", flush=True)
@@ -79,22 +78,12 @@ def command(**values: Any) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _stop_on_signal(server: Server, flags: ServerFlags) -> None:
-    """Drain and stop at SIGTERM or SIGINT; the second one ends the draining.
-
-    That happens on threads of their own: handlers must not wait.
-    """
-    drain = flags.drain
-
-    def stop(seconds: float) -> None:
-        server.drain(seconds)
-        server.stop(flags.grace)
+def _stop_on_signal(server: Server, grace: float) -> None:
+    """Stop at SIGTERM or SIGINT, on a thread of its own: handlers must not wait."""
 
     def handle(received: int, _: object) -> None:
-        nonlocal drain
         _log.info("%s: draining", signal.Signals(received).name)
-        threading.Thread(target=stop, args=(drain,), name="stop").start()
-        drain = 0.0
+        threading.Thread(target=server.stop, args=(grace,), name="stop").start()
 
     for number in _STOP_SIGNALS:
         signal.signal(number, handle)

@@ -57,7 +57,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 def command() -> None:
     """Build, inspect and verify warmup files.
 
-    A server replays the requests in <version>/assets.extra/tf_serving_warmup_requests
+    A server replays the requests in VERSION/assets.extra/tf_serving_warmup_requests
     before the version takes traffic, so that its first caller does not wait for what
     only the first request has to do.
     """

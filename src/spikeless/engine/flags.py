@@ -165,9 +165,6 @@ class ServerFlags:
     grpc_channel_arguments: str = _flag(
         "", "Comma-separated name=value arguments of the gRPC server.", check=channel_arguments
     )
-    drain: float = _flag(
-        0.0, "Seconds to go on answering after SIGTERM, while the health service says NOT_SERVING.", own=True
-    )
     grace: float = _flag(10.0, "Seconds that requests in progress have to end after SIGTERM.", own=True)
 
     # Ignored: they change nothing here.

@@ -196,11 +196,6 @@ class Server:
         """Block until the server has stopped; False after ``timeout`` seconds."""
         return self._stopped.wait(timeout)
 
-    def drain(self, seconds: float) -> None:
-        """Say that it is not ready any more, and go on answering for some time."""
-        self._health.enter_graceful_shutdown()
-        self._stopping.wait(seconds)
-
     def stop(self, grace: float) -> None:
         """Take no new requests, let others end within ``grace`` seconds, unload."""
         if self._stopping.is_set():

@@ -9,7 +9,7 @@ and shares the message classes.
 
 Modules of this package import messages from here only. (``model_service_pb2`` and
 ``prediction_service_pb2`` hold nothing but service descriptors and are left out:
-current protobuf cannot import those of TensorFlow Serving 2.20.)
+current protobuf cannot import those of 2.20.0.)
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def tensorflow_directory() -> Path:
     """The folder of the installed ``tensorflow`` wheel, found without importing it."""
     spec = importlib.util.find_spec("tensorflow")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("tensorflow is not installed: run `pip install spikeless`")
+        raise ImportError("tensorflow is not installed: run `pip install -r requirements.txt`")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -1,0 +1,66 @@
+"""The documentation tells the truth: its commands run."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pages
+import pytest
+from places import ROOT
+
+DOCS = ROOT / "docs"
+#: tests/bundle/test_containers.py runs this page on a container engine.
+DOCKER = DOCS / "how-to" / "docker.md"
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "docker" / "README.md"]
+#: Front pages are run by test_readme.py.
+RUNNABLE = [
+    document
+    for document in DOCUMENTS
+    if document != DOCKER
+    and not document.name.startswith("README")
+    and any(not block.excuse for block in pages.blocks(document.read_text()))
+]
+#: What commands may need of a clone.
+FOLDERS = ("training", "warmup", "benchmarks")
+
+
+def name(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture
+def clone(tmp_path: Path, boston_run: Path) -> Path:
+    """A clone in which the demo model was trained."""
+    for folder in FOLDERS:
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    shutil.copytree(boston_run, tmp_path / "runs" / boston_run.name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", RUNNABLE, ids=name)
+def test_the_commands_run(document: Path, clone: Path) -> None:
+    pages.run(document.read_text(), clone)
+
+
+def test_commands_that_are_not_run_here_name_the_test_that_runs_them() -> None:
+    for document in DOCUMENTS:
+        for block in pages.blocks(document.read_text()):
+            named = re.findall(r"tests/\w+(?:/\w+\.py)?", block.excuse)
+            assert bool(named) == bool(block.excuse), f"{name(document)}: {block.excuse}"
+            assert all((ROOT / path).exists() for path in named), f"{name(document)}: {block.excuse}"
+
+
+def test_every_page_says_whom_it_helps() -> None:
+    for page in DOCS.rglob("*.md"):
+        if page.name != "index.md":
+            text = page.read_text()
+            assert text.startswith("# "), page
+            assert re.match(r"For (?:whoever|models) ", text.split("\n\n")[1]), page
+
+
+def test_the_picture_of_the_spike_is_of_the_checked_in_result() -> None:
+    pictures = runpy.run_path(str(DOCS / "pictures.py"))
+    assert pictures["PICTURE"].read_text() == pictures["spike"](), "run: python docs/pictures.py"
