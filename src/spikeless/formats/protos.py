@@ -7,9 +7,10 @@ package of that name stands in while the messages are imported (tens of millisec
 and is taken away afterwards, so that a later ``import tensorflow`` gets the real one
 and shares the message classes.
 
-Modules of this package import messages from here only. (``model_service_pb2`` and
-``prediction_service_pb2`` hold nothing but service descriptors and are left out:
-current protobuf cannot import those of 2.20.0.)
+Modules of this package import messages from here only, hence each ``as``.
+(``model_service_pb2`` and ``prediction_service_pb2`` hold nothing but service
+descriptors and are left out: current protobuf cannot import those of TensorFlow
+Serving 2.20.)
 """
 
 from __future__ import annotations
@@ -95,90 +96,31 @@ def _bare_tensorflow() -> Iterator[None]:
 
 
 with _bare_tensorflow():
-    from tensorflow.core.example import example_pb2, feature_pb2
-    from tensorflow.core.framework import (
-        attr_value_pb2,
-        function_pb2,
-        graph_pb2,
-        node_def_pb2,
-        op_def_pb2,
-        tensor_pb2,
-        tensor_shape_pb2,
-        tensor_slice_pb2,
-        types_pb2,
-        versions_pb2,
-    )
-    from tensorflow.core.protobuf import (
-        config_pb2,
-        meta_graph_pb2,
-        rewriter_config_pb2,
-        saved_model_pb2,
-        saved_object_graph_pb2,
-        saver_pb2,
-        struct_pb2,
-        tensor_bundle_pb2,
-        trackable_object_graph_pb2,
-    )
-    from tensorflow_serving.apis import (
-        classification_pb2,
-        get_model_metadata_pb2,
-        get_model_status_pb2,
-        inference_pb2,
-        input_pb2,
-        model_management_pb2,
-        model_pb2,
-        model_service_pb2_grpc,
-        predict_pb2,
-        prediction_log_pb2,
-        prediction_service_pb2_grpc,
-        regression_pb2,
-        status_pb2,
-    )
-    from tensorflow_serving.config import (
-        file_system_storage_path_source_pb2,
-        model_server_config_pb2,
-        platform_config_pb2,
-    )
-
-__all__ = [
-    "attr_value_pb2",
-    "classification_pb2",
-    "config_pb2",
-    "example_pb2",
-    "feature_pb2",
-    "file_system_storage_path_source_pb2",
-    "function_pb2",
-    "get_model_metadata_pb2",
-    "get_model_status_pb2",
-    "graph_pb2",
-    "inference_pb2",
-    "input_pb2",
-    "message_class",
-    "meta_graph_pb2",
-    "model_management_pb2",
-    "model_pb2",
-    "model_server_config_pb2",
-    "model_service_pb2_grpc",
-    "node_def_pb2",
-    "op_def_pb2",
-    "platform_config_pb2",
-    "predict_pb2",
-    "prediction_log_pb2",
-    "prediction_service_pb2_grpc",
-    "read_text_proto",
-    "regression_pb2",
-    "rewriter_config_pb2",
-    "saved_model_pb2",
-    "saved_object_graph_pb2",
-    "saver_pb2",
-    "status_pb2",
-    "struct_pb2",
-    "tensor_bundle_pb2",
-    "tensor_pb2",
-    "tensor_shape_pb2",
-    "tensor_slice_pb2",
-    "tensorflow_directory",
-    "trackable_object_graph_pb2",
-    "types_pb2",
-    "versions_pb2",
-]
+    from tensorflow.core.example import example_pb2 as example_pb2
+    from tensorflow.core.example import feature_pb2 as feature_pb2
+    from tensorflow.core.framework import attr_value_pb2 as attr_value_pb2
+    from tensorflow.core.framework import function_pb2 as function_pb2
+    from tensorflow.core.framework import graph_pb2 as graph_pb2
+    from tensorflow.core.framework import node_def_pb2 as node_def_pb2
+    from tensorflow.core.framework import op_def_pb2 as op_def_pb2
+    from tensorflow.core.framework import tensor_pb2 as tensor_pb2
+    from tensorflow.core.framework import tensor_shape_pb2 as tensor_shape_pb2
+    from tensorflow.core.framework import tensor_slice_pb2 as tensor_slice_pb2
+    from tensorflow.core.framework import types_pb2 as types_pb2
+    from tensorflow.core.protobuf import config_pb2 as config_pb2
+    from tensorflow.core.protobuf import meta_graph_pb2 as meta_graph_pb2
+    from tensorflow.core.protobuf import saved_model_pb2 as saved_model_pb2
+    from tensorflow.core.protobuf import tensor_bundle_pb2 as tensor_bundle_pb2
+    from tensorflow_serving.apis import classification_pb2 as classification_pb2
+    from tensorflow_serving.apis import get_model_metadata_pb2 as get_model_metadata_pb2
+    from tensorflow_serving.apis import get_model_status_pb2 as get_model_status_pb2
+    from tensorflow_serving.apis import inference_pb2 as inference_pb2
+    from tensorflow_serving.apis import input_pb2 as input_pb2
+    from tensorflow_serving.apis import model_management_pb2 as model_management_pb2
+    from tensorflow_serving.apis import model_pb2 as model_pb2
+    from tensorflow_serving.apis import model_service_pb2_grpc as model_service_pb2_grpc
+    from tensorflow_serving.apis import predict_pb2 as predict_pb2
+    from tensorflow_serving.apis import prediction_log_pb2 as prediction_log_pb2
+    from tensorflow_serving.apis import prediction_service_pb2_grpc as prediction_service_pb2_grpc
+    from tensorflow_serving.apis import regression_pb2 as regression_pb2
+    from tensorflow_serving.config import model_server_config_pb2 as model_server_config_pb2

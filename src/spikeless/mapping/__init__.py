@@ -35,40 +35,17 @@ The path of each file is written into the graph. It is absolute, and the one tha
 *server* sees: see ``MapSettings.serving_root`` and ``repin``.
 """
 
-from spikeless.mapping.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    VariableRecord,
-    check,
-    check_files,
-    is_mapped,
-    read_manifest,
-)
-from spikeless.mapping.plan import VariableState
-from spikeless.mapping.write import (
-    COPIED_BYTES,
-    MapSettings,
-    inspect,
-    map_in_place,
-    map_saved_model,
-    repin,
-    write_mapped,
-)
-
-__all__ = [
-    "COPIED_BYTES",
-    "MANIFEST_FILE",
-    "Manifest",
-    "MapSettings",
-    "VariableRecord",
-    "VariableState",
-    "check",
-    "check_files",
-    "inspect",
-    "is_mapped",
-    "map_in_place",
-    "map_saved_model",
-    "read_manifest",
-    "repin",
-    "write_mapped",
-]
+from spikeless.mapping.manifest import MANIFEST_FILE as MANIFEST_FILE
+from spikeless.mapping.manifest import Manifest as Manifest
+from spikeless.mapping.manifest import VariableRecord as VariableRecord
+from spikeless.mapping.manifest import check as check
+from spikeless.mapping.manifest import check_files as check_files
+from spikeless.mapping.manifest import is_mapped as is_mapped
+from spikeless.mapping.manifest import read_manifest as read_manifest
+from spikeless.mapping.plan import VariableState as VariableState
+from spikeless.mapping.write import COPIED_BYTES as COPIED_BYTES
+from spikeless.mapping.write import MapSettings as MapSettings
+from spikeless.mapping.write import inspect as inspect
+from spikeless.mapping.write import map_in_place as map_in_place
+from spikeless.mapping.write import map_saved_model as map_saved_model
+from spikeless.mapping.write import repin as repin

@@ -5,26 +5,17 @@ In: a SavedModel and, where there are any, sample requests. Out: the file
 that any TensorFlow Serving replays while it loads the version.
 """
 
-from spikeless.warmup.build import BuildSettings, build, make_requests
-from spikeless.warmup.inspection import InputSummary, RecordSummary, inspect
-from spikeless.warmup.records import MAX_RECORDS, warmup_file
-from spikeless.warmup.replay import WarmupError, replay
-from spikeless.warmup.samples import SampleFile
-from spikeless.warmup.verification import FirstRequest, Verification, verify
-
-__all__ = [
-    "MAX_RECORDS",
-    "BuildSettings",
-    "FirstRequest",
-    "InputSummary",
-    "RecordSummary",
-    "SampleFile",
-    "Verification",
-    "WarmupError",
-    "build",
-    "inspect",
-    "make_requests",
-    "replay",
-    "verify",
-    "warmup_file",
-]
+from spikeless.warmup.build import BuildSettings as BuildSettings
+from spikeless.warmup.build import build as build
+from spikeless.warmup.build import make_requests as make_requests
+from spikeless.warmup.inspection import InputSummary as InputSummary
+from spikeless.warmup.inspection import RecordSummary as RecordSummary
+from spikeless.warmup.inspection import inspect as inspect
+from spikeless.warmup.records import MAX_RECORDS as MAX_RECORDS
+from spikeless.warmup.records import warmup_file as warmup_file
+from spikeless.warmup.replay import WarmupError as WarmupError
+from spikeless.warmup.replay import replay as replay
+from spikeless.warmup.samples import SampleFile as SampleFile
+from spikeless.warmup.verification import FirstRequest as FirstRequest
+from spikeless.warmup.verification import Verification as Verification
+from spikeless.warmup.verification import verify as verify
