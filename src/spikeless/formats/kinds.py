@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -39,19 +40,13 @@ class Kind:
 
     #: Its method of ``PredictionService``, such as ``Predict``.
     name: str
-    #: Its field of ``PredictionLog``.
+    #: Its field of ``PredictionLog``, whose messages are the request and the response.
     log_field: str
-    request: type[Any]
-    response: type[Any]
-    #: The method of `spikeless.runtime.model.Model` that answers it.
-    method: str
     #: The values in a response, by the name of the output.
     outputs: Callable[[Any], _Arrays]
     #: The method name of the signatures that it is for; None for one that asks
-    #: signatures of other kinds.
+    #: signatures of other kinds, which has no REST call.
     signature_method: str | None = None
-    #: What follows the colon in a REST path; None where there is no REST call.
-    rest_verb: str | None = None
     #: The parts of a request that have a ``model_spec`` each.
     request_parts: Callable[[Any], Sequence[Any]] = _whole
     #: The parts of a response that have a ``model_spec`` each.
@@ -59,6 +54,24 @@ class Kind:
 
     def __str__(self) -> str:
         return self.name
+
+    @cached_property
+    def request(self) -> type[Any]:
+        return type(getattr(prediction_log_pb2.PredictionLog(), self.log_field).request)
+
+    @cached_property
+    def response(self) -> type[Any]:
+        return type(getattr(prediction_log_pb2.PredictionLog(), self.log_field).response)
+
+    @property
+    def method(self) -> str:
+        """The method of `spikeless.runtime.model.Model` that answers it."""
+        return self.log_field.removesuffix("_log")
+
+    @property
+    def rest_verb(self) -> str | None:
+        """What follows the colon in a REST path; None where there is no REST call."""
+        return self.method if self.signature_method else None
 
     @property
     def path(self) -> str:
@@ -108,43 +121,13 @@ def _results(response: inference_pb2.MultiInferenceResponse) -> _Arrays:
 
 
 KINDS = (
+    Kind("Predict", "predict_log", _tensors, PREDICT_METHOD),
+    Kind("Classify", "classify_log", _classes, CLASSIFY_METHOD),
+    Kind("Regress", "regress_log", _values, REGRESS_METHOD),
     Kind(
-        name="Predict",
-        log_field="predict_log",
-        request=predict_pb2.PredictRequest,
-        response=predict_pb2.PredictResponse,
-        method="predict",
-        outputs=_tensors,
-        signature_method=PREDICT_METHOD,
-        rest_verb="predict",
-    ),
-    Kind(
-        name="Classify",
-        log_field="classify_log",
-        request=classification_pb2.ClassificationRequest,
-        response=classification_pb2.ClassificationResponse,
-        method="classify",
-        outputs=_classes,
-        signature_method=CLASSIFY_METHOD,
-        rest_verb="classify",
-    ),
-    Kind(
-        name="Regress",
-        log_field="regress_log",
-        request=regression_pb2.RegressionRequest,
-        response=regression_pb2.RegressionResponse,
-        method="regress",
-        outputs=_values,
-        signature_method=REGRESS_METHOD,
-        rest_verb="regress",
-    ),
-    Kind(
-        name="MultiInference",
-        log_field="multi_inference_log",
-        request=inference_pb2.MultiInferenceRequest,
-        response=inference_pb2.MultiInferenceResponse,
-        method="multi_inference",
-        outputs=_results,
+        "MultiInference",
+        "multi_inference_log",
+        _results,
         request_parts=attrgetter("tasks"),
         response_parts=attrgetter("results"),
     ),
