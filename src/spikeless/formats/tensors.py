@@ -19,51 +19,31 @@ from spikeless.errors import InvalidArgument, Unimplemented
 from spikeless.formats import wire
 from spikeless.formats.protos import tensor_pb2, tensor_shape_pb2, types_pb2
 
-#: TensorFlow DataType number -> NumPy dtype (strings are object arrays of ``bytes``).
-NUMPY_DTYPES: dict[int, np.dtype[Any]] = {
-    types_pb2.DT_FLOAT: np.dtype(np.float32),
-    types_pb2.DT_DOUBLE: np.dtype(np.float64),
-    types_pb2.DT_INT32: np.dtype(np.int32),
-    types_pb2.DT_UINT8: np.dtype(np.uint8),
-    types_pb2.DT_INT16: np.dtype(np.int16),
-    types_pb2.DT_INT8: np.dtype(np.int8),
-    types_pb2.DT_STRING: np.dtype(object),
-    types_pb2.DT_COMPLEX64: np.dtype(np.complex64),
-    types_pb2.DT_INT64: np.dtype(np.int64),
-    types_pb2.DT_BOOL: np.dtype(np.bool_),
-    types_pb2.DT_UINT16: np.dtype(np.uint16),
-    types_pb2.DT_COMPLEX128: np.dtype(np.complex128),
-    types_pb2.DT_HALF: np.dtype(np.float16),
-    types_pb2.DT_UINT32: np.dtype(np.uint32),
-    types_pb2.DT_UINT64: np.dtype(np.uint64),
-    types_pb2.DT_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    types_pb2.DT_FLOAT8_E5M2: np.dtype(ml_dtypes.float8_e5m2),
-    types_pb2.DT_FLOAT8_E4M3FN: np.dtype(ml_dtypes.float8_e4m3fn),
+#: TensorFlow DataType number -> the NumPy type, and the typed field with its values.
+#: Half and bfloat16 keep their bits in ``half_val``.
+_TYPES: dict[int, tuple[type[Any], str]] = {
+    types_pb2.DT_FLOAT: (np.float32, "float_val"),
+    types_pb2.DT_DOUBLE: (np.float64, "double_val"),
+    types_pb2.DT_INT32: (np.int32, "int_val"),
+    types_pb2.DT_UINT8: (np.uint8, "int_val"),
+    types_pb2.DT_INT16: (np.int16, "int_val"),
+    types_pb2.DT_INT8: (np.int8, "int_val"),
+    types_pb2.DT_STRING: (object, "string_val"),
+    types_pb2.DT_COMPLEX64: (np.complex64, "scomplex_val"),
+    types_pb2.DT_INT64: (np.int64, "int64_val"),
+    types_pb2.DT_BOOL: (np.bool_, "bool_val"),
+    types_pb2.DT_UINT16: (np.uint16, "int_val"),
+    types_pb2.DT_COMPLEX128: (np.complex128, "dcomplex_val"),
+    types_pb2.DT_HALF: (np.float16, "half_val"),
+    types_pb2.DT_UINT32: (np.uint32, "uint32_val"),
+    types_pb2.DT_UINT64: (np.uint64, "uint64_val"),
+    types_pb2.DT_BFLOAT16: (ml_dtypes.bfloat16, "half_val"),
+    types_pb2.DT_FLOAT8_E5M2: (ml_dtypes.float8_e5m2, "float8_val"),
+    types_pb2.DT_FLOAT8_E4M3FN: (ml_dtypes.float8_e4m3fn, "float8_val"),
 }
+#: DataType number -> NumPy dtype (strings are object arrays of ``bytes``).
+NUMPY_DTYPES: dict[int, np.dtype[Any]] = {number: np.dtype(kind) for number, (kind, _) in _TYPES.items()}
 _DATA_TYPES = {dtype: number for number, dtype in NUMPY_DTYPES.items()}
-
-#: The typed field that holds each dtype's values; half and bfloat16 keep their bits in
-#: ``half_val``.
-_VALUE_FIELDS: dict[int, str] = {
-    types_pb2.DT_FLOAT: "float_val",
-    types_pb2.DT_DOUBLE: "double_val",
-    types_pb2.DT_INT32: "int_val",
-    types_pb2.DT_UINT8: "int_val",
-    types_pb2.DT_INT16: "int_val",
-    types_pb2.DT_INT8: "int_val",
-    types_pb2.DT_UINT16: "int_val",
-    types_pb2.DT_STRING: "string_val",
-    types_pb2.DT_COMPLEX64: "scomplex_val",
-    types_pb2.DT_COMPLEX128: "dcomplex_val",
-    types_pb2.DT_INT64: "int64_val",
-    types_pb2.DT_BOOL: "bool_val",
-    types_pb2.DT_HALF: "half_val",
-    types_pb2.DT_BFLOAT16: "half_val",
-    types_pb2.DT_UINT32: "uint32_val",
-    types_pb2.DT_UINT64: "uint64_val",
-    types_pb2.DT_FLOAT8_E5M2: "float8_val",
-    types_pb2.DT_FLOAT8_E4M3FN: "float8_val",
-}
 
 #: Fields of floating point numbers -> their number in ``TensorProto`` and the NumPy
 #: dtype of one of them. Their packed encoding is the array's own bytes.
@@ -171,7 +151,7 @@ def to_numpy(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any]:
 
 def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any], count: int) -> np.ndarray[Any, Any]:
     """The first ``count`` values of the dtype's field; there may be fewer."""
-    field = _VALUE_FIELDS[proto.dtype]
+    _, field = _TYPES[proto.dtype]
     values = getattr(proto, field)
     if field in _PACKED:
         number, part = _PACKED[field]
@@ -270,7 +250,7 @@ def write_proto(
 
 
 def _set_field(proto: tensor_pb2.TensorProto, flat: np.ndarray[Any, Any]) -> None:
-    field = _VALUE_FIELDS[proto.dtype]
+    _, field = _TYPES[proto.dtype]
     if field in _PACKED:
         if flat.size:
             proto.MergeFromString(wire.field(_PACKED[field][0], flat.view(np.uint8).data))
