@@ -144,6 +144,7 @@ def test_an_edit_that_would_change_another_model_is_refused() -> None:
         (b"model_config_list { config { name: 3 } }", r"not in protocol buffer text format"),
         (b"\xff", "cannot be read"),
         (b"model_config_list { config { name 'a' } }", "line 1"),
+        (b"model_config_list: -", "line 1: cannot make sense of 'the end'"),
     ],
 )
 def test_a_file_that_cannot_be_read_names_the_file_and_the_line(

@@ -17,7 +17,9 @@ _TOKEN = re.compile(
     r"""(?P<space>(?:\s|\#[^\n]*)+)
       | (?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
       | (?P<word>[A-Za-z0-9_+\-.]+)
-      | (?P<mark>[{}<>\[\]:,;/])""",
+      | (?P<mark>[{}<>\[\]:,;/])
+      | (?P<end>\Z)
+      | (?P<unknown>.)""",
     re.VERBOSE,
 )
 _CLOSING = {"{": "}", "<": ">"}
@@ -50,14 +52,6 @@ class TextField:
     is_list: bool
 
 
-@dataclass(frozen=True)
-class _Token:
-    kind: str
-    text: str
-    start: int
-    end: int
-
-
 def parse(text: str) -> Message:
     """The message that ``text`` holds; its start and end are those of the text.
 
@@ -69,102 +63,75 @@ def parse(text: str) -> Message:
 
 
 class _Parser:
+    """Looks one token ahead. No string equals a mark: its text includes the quotes."""
+
     def __init__(self, text: str) -> None:
         self._text = text
-        self._tokens = list(self._tokenize())
-        self._next = 0
+        self._tokens = (token for token in _TOKEN.finditer(text) if token.lastgroup != "space")
+        self._next = next(self._tokens)
+        #: Behind the last token that was taken.
+        self._end = 0
 
-    def _tokenize(self) -> Iterator[_Token]:
-        at = 0
-        while at < len(self._text):
-            match = _TOKEN.match(self._text, at)
-            if match is None:
-                raise self._error(at)
-            kind = match.lastgroup or ""
-            if kind != "space":
-                yield _Token(kind, match[0], at, match.end())
-            at = match.end()
-        yield _Token("end", "", at, at)
-
-    def _error(self, at: int) -> InvalidArgument:
+    def _error(self, token: re.Match[str]) -> InvalidArgument:
+        at = token.start()
         line = self._text.count("\n", 0, at) + 1
         found = self._text[at : at + 20].split("\n")[0] or "the end"
         return InvalidArgument(f"line {line}: cannot make sense of {found!r}")
 
-    def _peek(self) -> _Token:
-        return self._tokens[self._next]
-
-    def _advance(self) -> _Token:
-        token = self._tokens[self._next]
-        self._next += 1
+    def _advance(self) -> re.Match[str]:
+        token = self._next
+        self._next, self._end = next(self._tokens, token), token.end()
         return token
 
-    def _expect(self, text: str) -> _Token:
-        token = self._advance()
-        if token.text != text or token.kind == "string":
-            raise self._error(token.start)
-        return token
+    def _skip(self, *texts: str) -> bool:
+        """Take the next token if it is one of these."""
+        return self._next[0] in texts and bool(self._advance())
+
+    def _expect(self, text: str) -> None:
+        if not self._skip(text):
+            raise self._error(self._next)
 
     def fields(self, closing: str) -> tuple[TextField, ...]:
         """Fields up to the token ``closing``, which stays."""
         found = []
-        while not (self._peek().kind in ("mark", "end") and self._peek().text == closing):
+        while self._next[0] != closing:
             found.append(self._field())
         return tuple(found)
 
     def _field(self) -> TextField:
         name = self._advance()
-        if name.text == "[" and name.kind == "mark":
+        if name[0] == "[":
             # An extension, or the type of an Any: [example.com/package.Type].
-            while self._peek().kind == "word" or self._peek().text in ("/", "."):
+            while self._next.lastgroup == "word" or self._next[0] == "/":
                 self._advance()
             self._expect("]")
-        elif name.kind != "word":
-            raise self._error(name.start)
-        if self._peek().text == ":":
-            self._advance()
-        elif self._peek().text not in _CLOSING:
-            raise self._error(self._peek().start)
-        is_list = self._peek().kind == "mark" and self._peek().text == "["
-        messages = self._value()
-        if self._peek().text in (",", ";") and self._peek().kind == "mark":
-            self._advance()
-        return TextField(name.text, name.start, self._tokens[self._next - 1].end, messages, is_list)
+        elif name.lastgroup != "word":
+            raise self._error(name)
+        if not self._skip(":") and self._next[0] not in _CLOSING:
+            raise self._error(self._next)
+        is_list = self._skip("[")
+        messages = tuple(self._list() if is_list else self._value())
+        self._skip(",", ";")
+        return TextField(name[0], name.start(), self._end, messages, is_list)
 
-    def _value(self) -> tuple[Message, ...]:
-        token = self._peek()
-        if token.text in _CLOSING and token.kind == "mark":
-            return (self._message(),)
-        if token.text == "[" and token.kind == "mark":
-            return self._list()
-        self._scalar()
-        return ()
-
-    def _message(self) -> Message:
-        opening = self._advance()
-        fields = self.fields(_CLOSING[opening.text])
-        closing = self._expect(_CLOSING[opening.text])
-        return Message(opening.start, closing.end, fields)
-
-    def _list(self) -> tuple[Message, ...]:
-        self._expect("[")
-        found: list[Message] = []
-        while self._peek().text != "]":
-            if self._peek().text in _CLOSING and self._peek().kind == "mark":
-                found.append(self._message())
-            else:
-                self._scalar()
-            if self._peek().text != "]":
+    def _list(self) -> Iterator[Message]:
+        while not self._skip("]"):
+            yield from self._value()
+            if self._next[0] != "]":
                 self._expect(",")
-        self._expect("]")
-        return tuple(found)
 
-    def _scalar(self) -> None:
+    def _value(self) -> Iterator[Message]:
+        """Its message, where the value is one."""
         token = self._advance()
-        if token.kind == "string":
-            while self._peek().kind == "string":
+        if token[0] in _CLOSING:
+            closing = _CLOSING[token[0]]
+            fields = self.fields(closing)
+            self._expect(closing)
+            yield Message(token.start(), self._end, fields)
+        elif token.lastgroup == "string":
+            while self._next.lastgroup == "string":
                 self._advance()
-        elif token.kind != "word":
-            raise self._error(token.start)
-        elif token.text == "-":
-            self._advance()
+        elif token.lastgroup != "word":
+            raise self._error(token)
+        elif token[0] == "-":
+            yield from self._value()
