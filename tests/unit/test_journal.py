@@ -18,16 +18,16 @@ from spikeless.repository.journal import (
     Journal,
     Latencies,
     Published,
-    RecordedStep,
     Removed,
     Requests,
     Soaked,
+    Step,
 )
 
 BLOCKS = {"m": 'config { name: "m" }', "m-canary": None}
 ENTRIES: list[Entry] = [
     Published(2, 1000, 1, gates=("files", "trial"), findings=Findings(load=0.5, warmup=3, first=0.1)),
-    ChangeBegun("1", "promote", 2, "stable", 1, "better", ("a:1",), (RecordedStep("as it was", BLOCKS),)),
+    ChangeBegun("1", "promote", 2, "stable", 1, "better", ("a:1",), (Step("as it was", BLOCKS),)),
     Checked("1", "a:1", "m-canary", 3),
     Checked("1", "a:1", "m", 3, candidate=Latencies(3, 0, 1.0, 2.0), stable=Latencies(3, 3)),
     Soaked("1", "a:1", Latencies(), Latencies(), Requests(7, 1)),
@@ -103,7 +103,7 @@ def test_lines_of_older_releases_are_read(tmp_path: Path) -> None:
     )
     assert journal.entries() == [
         Published(2, 5, allow_breaking=True, findings=Findings(load=0.5, memory=1)),
-        ChangeBegun("1", "promote", 2, "stable", None, "", ("a:1",), (RecordedStep("as it was", BLOCKS),)),
+        ChangeBegun("1", "promote", 2, "stable", None, "", ("a:1",), (Step("as it was", BLOCKS),)),
         Checked("1", "a:1", "m", 3),
         Soaked("1", "a:1", Latencies(3, 0, 1.0), Latencies(3, 0, 1.0), Requests(1, 0)),
         ChangeEnded("1", "put back", "why"),

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.repository.journal import ChangeBegun, ChangeEnded, Checked, Entry, RecordedStep
+from spikeless.repository.journal import ChangeBegun, ChangeEnded, Checked, Entry, Step
 from spikeless.repository.models_config import model_in, new_block, with_versions
 from spikeless.rollout.plans import Plan, ServedModel, end_canary, promotion, rollback, undo, version_before
 
@@ -126,7 +126,7 @@ def test_a_rollback_is_one_step_when_the_version_is_loaded() -> None:
 
 def test_undoing_and_ending() -> None:
     plan = plan_of(model([1]), 2)
-    steps = tuple(RecordedStep(step.title, step.blocks) for step in plan.steps)
+    steps = tuple(Step(step.title, step.blocks) for step in plan.steps)
     record = ChangeBegun("1", "promote", 2, "stable", 1, steps=steps)
     assert undo(record).states[-1] == plan.states[0]
     assert shape(end_canary(model([1], canary=2)))[-1] == ([1], {"stable": 1}, None)

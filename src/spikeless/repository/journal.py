@@ -69,13 +69,16 @@ class Published:
 
 
 @dataclass(frozen=True)
-class RecordedStep:
-    """One step of a planned change, as `spikeless.rollout.plans.Step` has it."""
+class Step:
+    """One state of ``models.config``, and what is checked when it is reached."""
 
     title: str
     blocks: Blocks
+    #: Versions are loaded: servers take turns.
     loads: bool = False
+    #: The servable under which the version is asked then; empty for none.
     ask: str = ""
+    #: Compare it with the stable version and watch it, too.
     compare: bool = False
 
 
@@ -94,7 +97,7 @@ class ChangeBegun:
     previous: int | None = None
     reason: str = ""
     servers: tuple[str, ...] = ()
-    steps: tuple[RecordedStep, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     @property
     def states(self) -> list[Blocks]:
@@ -178,7 +181,7 @@ _NAMES = {kind: event for event, kind in _EVENTS.items()}
 #: Fields that are JSON objects, or lists of them -> what they hold.
 _NESTED: dict[str, type[Any]] = {
     "findings": Findings,
-    "steps": RecordedStep,
+    "steps": Step,
     "candidate": Latencies,
     "stable": Latencies,
     "traffic": Requests,
@@ -260,13 +263,10 @@ class Journal:
 
     def unfinished(self) -> ChangeBegun | None:
         """The last change, when it has no end."""
-        begun: ChangeBegun | None = None
-        for entry in self.entries():
-            if isinstance(entry, ChangeBegun):
-                begun = entry
-            elif isinstance(entry, ChangeEnded) and begun is not None and entry.id == begun.id:
-                begun = None
-        return begun
+        entries = self.entries()
+        ended = {entry.id for entry in entries if isinstance(entry, ChangeEnded)}
+        begun = [entry for entry in entries if isinstance(entry, ChangeBegun)]
+        return begun[-1] if begun and begun[-1].id not in ended else None
 
 
 def outcomes(entries: Iterable[Entry]) -> Iterator[tuple[Published | ChangeBegun, str]]:

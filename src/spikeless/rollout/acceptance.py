@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikeless.repository.journal import Checked, Journal, Requests, Soaked
+from spikeless.repository.journal import Checked, Journal, Requests, Soaked, Step
 from spikeless.rollout import probes
 from spikeless.rollout.fleet import Fleet
-from spikeless.rollout.plans import Plan, Step
+from spikeless.rollout.plans import Plan
 from spikeless.rollout.probes import ComparisonSettings, Pair, Probes, Remote
 from spikeless.rollout.soak import SoakSettings, Watched, soak
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from spikeless.errors import SpikelessError
 from spikeless.repository import models_config
-from spikeless.repository.journal import ChangeBegun, ChangeEnded, RecordedStep
+from spikeless.repository.journal import ChangeBegun, ChangeEnded, Step
 from spikeless.rollout import plans
 from spikeless.rollout.acceptance import Acceptance
-from spikeless.rollout.plans import Plan, Step
+from spikeless.rollout.plans import Plan
 from spikeless.rollout.situation import Situation
 
 
@@ -45,7 +45,7 @@ class Execution:
                 plan.previous,
                 reason,
                 servers=tuple(self.found.fleet.clients),
-                steps=tuple(RecordedStep(**vars(step)) for step in plan.steps),
+                steps=plan.steps,
             )
         )
 

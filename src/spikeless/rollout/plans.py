@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
-from spikeless.repository.journal import ChangeBegun, Entry, outcomes
+from spikeless.repository.journal import ChangeBegun, Entry, Step, outcomes
 from spikeless.repository.models_config import (
     STABLE,
     Blocks,
@@ -36,20 +36,6 @@ PROMOTE, ROLLBACK = "promote", "rollback"
 #: Results, as the journal and the commands name them.
 PROMOTED, CANARY, ROLLED_BACK, UNDONE, ENDED = "promoted", "canary", "rolled back", "undone", "canary ended"
 UNCHANGED, PUT_BACK = "unchanged", "put back"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One state of ``models.config``, and what is checked when it is reached."""
-
-    title: str
-    blocks: Blocks
-    #: Versions are loaded: servers take turns.
-    loads: bool = False
-    #: The servable under which the version is asked then; empty for none.
-    ask: str = ""
-    #: Compare it with the stable version and watch it, too.
-    compare: bool = False
 
 
 @dataclass(frozen=True)
