@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import logging
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -17,6 +21,10 @@ from spikeless.errors import InvalidArgument
 
 _log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: Seconds that stopping may take where ``--grace`` leaves less.
+_MIN_STOP_SECONDS = 2.0
+#: The part of the grace that calls in progress have; unloading has the rest.
+_DRAINING = 0.9
 
 
 def _option(flag: Flag) -> click.Option:
@@ -51,7 +59,8 @@ def command(**values: Any) -> None:
     """Serve models with the embedded engine; flags are TensorFlow Serving's.
 
     The gRPC port opens when the first version of every model is loaded and warm.
-    SIGTERM and SIGINT let the requests in progress end.
+    SIGTERM and SIGINT let the requests in progress end; a second one ends the server
+    at once.
     """
     try:
         flags = ServerFlags(**values)
@@ -66,24 +75,47 @@ def command(**values: Any) -> None:
         datefmt="%Y-%m-%d %H:%M:%S",
     )
     server = Server(flags)
-    _stop_on_signal(server, flags.grace)
-    ports = server.start()
-    if ports is not None:
-        print(f"serving gRPC on {flags.host}:{ports.grpc}", flush=True)
-        if ports.rest is not None:
-            print(f"serving REST on http://{flags.host}:{ports.rest}", flush=True)
+    with _stopping_on_signals(server, flags.grace):
+        ports = server.start()
+        if ports is not None:
+            print(f"serving gRPC on {flags.host}:{ports.grpc}", flush=True)
+            if ports.rest is not None:
+                print(f"serving REST on http://{flags.host}:{ports.rest}", flush=True)
         server.wait()
-    # A second signal must not kill the interpreter while it exits.
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
-def _stop_on_signal(server: Server, grace: float) -> None:
-    """Stop at SIGTERM or SIGINT, on a thread of its own: handlers must not wait."""
+@contextlib.contextmanager
+def _stopping_on_signals(server: Server, grace: float) -> Iterator[None]:
+    """Stop the server at SIGTERM or SIGINT.
 
-    def handle(received: int, _: object) -> None:
-        _log.info("%s: draining", signal.Signals(received).name)
-        threading.Thread(target=server.stop, args=(grace,), name="stop").start()
+    Whatever that gets stuck in, the process ends with code 1 when the grace is over,
+    and at once at a second signal.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    for number in _STOP_SIGNALS:
-        signal.signal(number, handle)
+    def obey() -> None:
+        received = os.read(reader, 1)
+        if not received:
+            return
+        # A thread that needs none of the interpreter's locks, and that tells what all
+        # others were doing.
+        faulthandler.dump_traceback_later(max(grace, _MIN_STOP_SECONDS), exit=True)
+        draining = _DRAINING * grace
+        _log.info("%s: calls in progress have %g s to end", signal.Signals(received[0]).name, draining)
+        threading.Thread(target=server.stop, args=(draining,), name="stop", daemon=True).start()
+        if received := os.read(reader, 1):
+            os._exit(128 + received[0])
+
+    # Handlers in Python run on the main thread, which may miss that there is one to
+    # run, when it is about to wait. The pipe is written by the signal itself.
+    handlers = {number: signal.signal(number, lambda *_: None) for number in _STOP_SIGNALS}
+    old_writer = signal.set_wakeup_fd(writer)
+    threading.Thread(target=obey, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(old_writer)
+        os.close(writer)

@@ -165,7 +165,11 @@ class ServerFlags:
     grpc_channel_arguments: str = _flag(
         "", "Comma-separated name=value arguments of the gRPC server.", check=channel_arguments
     )
-    grace: float = _flag(10.0, "Seconds that requests in progress have to end after SIGTERM.", own=True)
+    grace: float = _flag(
+        10.0,
+        "Seconds after SIGTERM in which the server ends; requests in progress have nine tenths of them.",
+        own=True,
+    )
 
     # Ignored: they change nothing here.
     batching_parameters_file: str | None = _ignored("requests are not batched")

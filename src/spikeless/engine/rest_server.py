@@ -7,7 +7,9 @@ a bounded number of workers answer complete requests.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +29,8 @@ from spikeless.formats import rest_json
 
 #: Answers up to this many bytes are copied behind their head and sent with it.
 _SMALL = 1 << 16
+#: Seconds after which the loop looks around although nothing has happened.
+_LOOP_SECONDS = 1.0
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -183,24 +187,36 @@ class RestServer:
 
     def _run(self) -> None:
         while not self._closing:
-            wasyncore.poll2(1.0, self._connections)
+            wasyncore.poll2(_LOOP_SECONDS, self._connections)
 
     def stop(self, grace: float) -> None:
         """Take no new requests; let those in progress end within ``grace`` seconds."""
         if not self._thread.is_alive():
             return
         deadline = time.monotonic() + grace
-        self._server.trigger.pull_trigger(self._stop_listening)
+        server = self._server
+        self._wake(self._stop_listening)
         while time.monotonic() < deadline and any(
-            channel.busy() for channel in list(self._server.active_channels.values())
+            channel.busy() for channel in list(server.active_channels.values())
         ):
             time.sleep(0.01)
-        self._server.task_dispatcher.shutdown(timeout=max(0.0, deadline - time.monotonic()))
+        server.task_dispatcher.shutdown(timeout=max(0.0, deadline - time.monotonic()))
         self._closing = True
-        self._server.trigger.pull_trigger()
-        self._thread.join()
-        # Not before the loop has ended: the pipe that wakes it is among them.
-        wasyncore.close_all(self._connections)
+        self._wake()
+        # Whatever the loop is stuck in, it does not keep the server from stopping.
+        self._thread.join(_LOOP_SECONDS + 1.0)
+        if not self._thread.is_alive() and not server.task_dispatcher.threads:
+            # Not before: a worker that still runs would write to a pipe of that number.
+            wasyncore.close_all(self._connections, ignore_all=True)
+            return
+        for channel in list(server.active_channels.values()):
+            with contextlib.suppress(OSError):
+                channel.socket.shutdown(socket.SHUT_RDWR)
+
+    def _wake(self, thunk: Callable[[], None] | None = None) -> None:
+        """Let the loop look around now, and call ``thunk``; else it does so soon."""
+        with contextlib.suppress(OSError):
+            self._server.trigger.pull_trigger(thunk)
 
     def _stop_listening(self) -> None:
         self._server.draining = True

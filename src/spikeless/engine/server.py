@@ -9,9 +9,10 @@ import gc
 import logging
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,7 +23,7 @@ from spikeless.engine.flags import ServerFlags, channel_arguments
 from spikeless.engine.grpc_api import ModelServicer, PredictionServicer
 from spikeless.engine.handlers import MAX_REQUEST_BYTES, Calls
 from spikeless.engine.loader import ModelLoader
-from spikeless.errors import InvalidArgument, Unavailable
+from spikeless.errors import Internal, InvalidArgument, Unavailable
 from spikeless.formats.protos import (
     model_server_config_pb2,
     model_service_pb2_grpc,
@@ -90,6 +91,8 @@ class Server:
         self._grpc: grpc.Server | None = None
         self._stopping = threading.Event()
         self._stopped = threading.Event()
+        # What failed while it stopped.
+        self._failures: list[str] = []
 
     def start(self) -> Ports | None:
         """Load the models, then listen. Returns None when it was stopped meanwhile.
@@ -193,21 +196,38 @@ class Server:
                 complaint, refused = str(error), config
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the server has stopped; False after ``timeout`` seconds."""
-        return self._stopped.wait(timeout)
+        """Block until the server has stopped; False after ``timeout`` seconds.
+
+        Raises:
+            Internal: a part of the server failed while it stopped.
+        """
+        stopped = self._stopped.wait(timeout)
+        if self._failures:
+            raise Internal(f"while stopping: {'; '.join(self._failures)}")
+        return stopped
 
     def stop(self, grace: float) -> None:
-        """Take no new requests, let others end within ``grace`` seconds, unload."""
+        """Take no new requests, let others end within ``grace`` seconds, unload.
+
+        A part that fails keeps no other from stopping; `wait` tells.
+        """
         if self._stopping.is_set():
             self._stopped.wait()
             return
         self._stopping.set()
-        self._health.enter_graceful_shutdown()
+        self._attempt(self._health.enter_graceful_shutdown)
         # Both drain at the same time.
-        draining = self._grpc.stop(grace) if self._grpc is not None else None
+        draining = self._attempt(self._grpc.stop, grace) if self._grpc is not None else None
         if self._rest is not None:
-            self._rest.stop(grace)
+            self._attempt(self._rest.stop, grace)
         if draining is not None:
-            draining.wait()
-        self.core.stop()
+            self._attempt(draining.wait)
+        self._attempt(self.core.stop)
         self._stopped.set()
+
+    def _attempt(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return part(*arguments)
+        except Exception as error:
+            _log.exception("while stopping")
+            self._failures.append(f"{type(error).__name__}: {error}")
