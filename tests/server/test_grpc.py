@@ -397,15 +397,30 @@ def test_multi_inference(client: Client) -> None:
     assert [row.value for row in second.regression_result.regressions] == [4, 40]
 
 
+def test_multi_inference_with_an_input_for_each_signature(client: Client) -> None:
+    """As TensorFlow 2 exports them."""
+    response = multi_inference(client, ("regress", "elsewhere"), ("classify", "classify"))
+    first, second = response.results
+    assert first.model_spec.signature_name == "elsewhere"
+    alone = client.call(
+        client.prediction.Regress,
+        regression_pb2.RegressionRequest(
+            model_spec=model_spec("examples", signature="elsewhere"), input=examples(ONES, TENS)
+        ),
+    )
+    assert first.regression_result == alone.result
+    assert [row.classes[1].score for row in second.classification_result.classifications] == [4, 40]
+
+
 def test_how_multi_inference_refuses(client: Client) -> None:
     with refused(Code.INVALID_ARGUMENT, "^Duplicate evaluation of signature: regress$"):
         multi_inference(client, ("regress", "regress"), ("regress", "regress"))
-    with refused(Code.INVALID_ARGUMENT, "^Input tensor must be the same for all Signatures.$"):
-        multi_inference(client, ("regress", "regress"), ("regress", "elsewhere"))
     with refused(Code.INVALID_ARGUMENT, "^Requested signature not found in model graph: nothing$"):
         multi_inference(client, ("regress", "nothing"))
     with refused(Code.UNIMPLEMENTED, "^Unsupported signature method_name: tensorflow/serving/predict$"):
         multi_inference(client, ("predict", "regress"))
+    with refused(Code.INVALID_ARGUMENT, "^ModelSpec has no name specified.$"):
+        multi_inference(client, ("regress", "regress"), name="")
     with refused(Code.NOT_FOUND, r"^Servable not found for request: Latest\(nobody\)$"):
         multi_inference(client, ("regress", "regress"), name="nobody")
     with refused(Code.INVALID_ARGUMENT, "^Input is empty.$"):

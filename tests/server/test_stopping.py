@@ -10,11 +10,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,9 +183,11 @@ def test_a_part_that_hangs_is_cut_off_when_the_grace_is_over(start: Start) -> No
 
 def test_calls_that_outlast_the_grace_are_cut_off(start: Start) -> None:
     with start("server", "--grace=2") as served, ThreadPoolExecutor() as pool, served.client() as client:
-        steps = {"steps": np.int32(10**9)}
-        calls = [pool.submit(client.predict, "times", steps, signature="spin")]
-        calls.append(pool.submit(served.post, SPIN))
+        steps = {"steps": np.array(10**9, np.int32)}
+        calls: list[Future[Any]] = [
+            pool.submit(client.predict, "times", steps, signature="spin"),
+            pool.submit(served.post, SPIN),
+        ]
         served.send(signal.SIGTERM)
         assert served.exit_code(30) == 1
         assert all(isinstance(call.exception(60), SpikelessError | OSError) for call in calls)

@@ -571,7 +571,6 @@ def test_prediction_logs_that_do_not_fit(signatures: Path, examples: Path, tmp_p
     log = lambda log: log.multi_inference_log.SetInParent()  # noqa: E731
     check(examples, log, InvalidArgument, "has no tasks")
     check(examples, tasks("regress", "regress"), InvalidArgument, "asks twice")
-    check(examples, tasks("regress", "elsewhere"), InvalidArgument, "share one input tensor")
     check(examples, tasks("regress", method="x"), Unimplemented, "cannot ask for method 'x'")
 
 

@@ -158,7 +158,7 @@ class Model:
             raise InvalidArgument(f"No signature was found with the name: {key}")
         self._check_method(signature, head)
         feed, fetches = head.tensors(signature)
-        count, outputs = self._run_examples(kind.name, request.input, feed, fetches, timeout)
+        count, outputs = self._run_examples(kind.name, request.input, [feed], fetches, timeout)
         return kind.response(
             model_spec=self._model_spec(request.model_spec.name, key),
             result=head.result(signature, count, outputs),
@@ -167,48 +167,45 @@ class Model:
     def multi_inference(
         self, request: inference_pb2.MultiInferenceRequest, timeout: float | None = None
     ) -> inference_pb2.MultiInferenceResponse:
-        """Several Classify and Regress signatures on the same examples, in one run."""
-        tasks = [(task, *self._task_signature(task)) for task in request.tasks]
-        names = {task.model_spec.name for task in request.tasks}
-        if "" in names:
-            raise InvalidArgument("Found ModelSpec with an empty model name.")
-        if len(names) > 1:
-            raise InvalidArgument(
-                "All ModelSpecs in a MultiInferenceRequest must access the same model name."
-            )
+        """Several Classify and Regress signatures on the same examples, in one run.
+
+        Each signature may have an input tensor of its own, as in what TensorFlow 2
+        exports: all are fed with the examples.
+        """
+        name = ""
+        tasks: dict[str, tuple[meta_graph_pb2.SignatureDef, _Head]] = {}
         feeds: set[str] = set()
         fetches: set[str] = set()
-        seen: set[str] = set()
-        for _, key, signature, head in tasks:
-            if key in seen:
+        for task in request.tasks:
+            if not task.model_spec.name:
+                raise InvalidArgument("Found ModelSpec with an empty model name.")
+            name = name or task.model_spec.name
+            if name != task.model_spec.name:
+                raise InvalidArgument(
+                    "All ModelSpecs in a MultiInferenceRequest must access the same model name."
+                )
+            key = task.model_spec.signature_name or DEFAULT_SIGNATURE
+            if key in tasks:
                 raise InvalidArgument(f"Duplicate evaluation of signature: {key}")
-            seen.add(key)
+            if key not in self.signature_defs:
+                raise InvalidArgument(f"Requested signature not found in model graph: {key}")
+            if task.method_name not in _HEADS:
+                raise Unimplemented(f"Unsupported signature method_name: {task.method_name}")
+            signature, head = tasks[key] = self.signature_defs[key], _HEADS[task.method_name]
             self._check_method(signature, head)
             feed, outputs = head.tensors(signature)
             feeds.add(feed)
             fetches.update(outputs)
-        if len(feeds) > 1:
-            raise InvalidArgument("Input tensor must be the same for all Signatures.")
-        if not feeds:
+        if not tasks:
             raise InvalidArgument("MultiInferenceRequest has no tasks.")
         count, values = self._run_examples(
-            kinds.MULTI_INFERENCE.name, request.input, feeds.pop(), sorted(fetches), timeout
+            kinds.MULTI_INFERENCE.name, request.input, sorted(feeds), sorted(fetches), timeout
         )
         response = inference_pb2.MultiInferenceResponse()
-        for task, key, signature, head in tasks:
-            result = response.results.add(model_spec=self._model_spec(task.model_spec.name, key))
+        for key, (signature, head) in tasks.items():
+            result = response.results.add(model_spec=self._model_spec(name, key))
             getattr(result, head.field).CopyFrom(head.result(signature, count, values))
         return response
-
-    def _task_signature(
-        self, task: inference_pb2.InferenceTask
-    ) -> tuple[str, meta_graph_pb2.SignatureDef, _Head]:
-        key = task.model_spec.signature_name or DEFAULT_SIGNATURE
-        if key not in self.signature_defs:
-            raise InvalidArgument(f"Requested signature not found in model graph: {key}")
-        if task.method_name not in _HEADS:
-            raise Unimplemented(f"Unsupported signature method_name: {task.method_name}")
-        return key, self.signature_defs[key], _HEADS[task.method_name]
 
     def _check_method(self, signature: meta_graph_pb2.SignatureDef, head: _Head) -> None:
         if self.check_method_names and signature.method_name != head.method:
@@ -218,12 +215,17 @@ class Model:
             )
 
     def _run_examples(
-        self, api: str, examples: input_pb2.Input, feed: str, fetches: list[str], timeout: float | None
+        self,
+        api: str,
+        examples: input_pb2.Input,
+        inputs: list[str],
+        fetches: list[str],
+        timeout: float | None,
     ) -> tuple[int, dict[str, _Array]]:
         serialized = kinds.serialized_examples(examples)
         if not serialized:
             raise InvalidArgument("Input is empty.")
-        feeds = {feed: np.array(serialized, dtype=object)}
+        feeds = dict.fromkeys(inputs, np.array(serialized, dtype=object))
         outputs = self._run_session(api, feeds, fetches, timeout)
         return len(serialized), dict(zip(fetches, outputs, strict=True))
 

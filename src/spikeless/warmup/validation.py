@@ -107,12 +107,6 @@ def _check_multi_inference(servable: Servable, message: Any) -> None:
         if task.method_name not in TASK_KINDS:
             raise Unimplemented(f"MultiInference cannot ask for method {task.method_name!r}")
         _check_examples(servable, servable.signature(key), TASK_KINDS[task.method_name], message.input)
-    tensors = {key: next(iter(servable.signature(key).inputs.values())).tensor_name for key in keys}
-    if len(set(tensors.values())) > 1:
-        raise InvalidArgument(
-            "MultiInference needs signatures that share one input tensor, but theirs are "
-            + ", ".join(f"{key}: {name}" for key, name in tensors.items())
-        )
 
 
 def _names(names: Iterable[str]) -> str:
