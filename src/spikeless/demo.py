@@ -25,7 +25,7 @@ from spikeless import bench, launch, warmup
 from spikeless.bench import report
 from spikeless.bench.rungs import LOAD_THREADS
 from spikeless.disk import children
-from spikeless.errors import FailedPrecondition, NotFound
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.repository import publishing
 
 MODEL = "boston"
@@ -33,6 +33,8 @@ SCENARIOS = ("no warmup", "warmup")
 SAMPLES = Path("warmup") / MODEL / "samples.jsonl"
 SCRIPT = "factorization_machine"
 TRAINING_SCRIPT = Path("training") / f"train_{SCRIPT}.py"
+#: Version 2 comes after five ninths of the load, and enough steady time before it.
+SHORTEST_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,21 @@ class DemoSettings:
     repeats: int = 2
     batch_sizes: tuple[int, ...] = (1, 8, 32)
 
+    def __post_init__(self) -> None:
+        _ = self.load("")  # Raises when it cannot be run.
+        if self.repeats < 1:
+            raise InvalidArgument(f"repeats must be 1 or more, not {self.repeats}")
+
+    def load(self, requests: str) -> bench.Settings:
+        """The load of each run, with the requests of that file."""
+        return bench.Settings(
+            model_name=MODEL,
+            requests=requests,
+            rate=self.rate,
+            seconds=self.seconds,
+            publish_at=self.publish_at,
+        )
+
 
 def run(settings: DemoSettings, console: Console) -> Path:
     """Run the demo and return the path of the report's page.
@@ -67,13 +84,7 @@ def run(settings: DemoSettings, console: Console) -> Path:
     allocator, notes = _allocator(console)
     saved_models = _train_and_warm(settings, directory, console)
 
-    load = bench.Settings(
-        model_name=MODEL,
-        requests=str(warmup.warmup_file(saved_models["warmup"][0])),
-        rate=settings.rate,
-        seconds=settings.seconds,
-        publish_at=settings.publish_at,
-    )
+    load = settings.load(str(warmup.warmup_file(saved_models["warmup"][0])))
     with bench.progress_bar("load generator's floor", bench.FLOOR_SECONDS, console) as progress:
         floor = bench.measure_floor(load, progress=progress)
     results: list[Path] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import shutil
 import signal
 import stat
@@ -15,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_runs import write_requests
+from bench_runs import MACHINE, made_up_run, write_requests
+from click.testing import CliRunner
 from places import ROOT, SUPPORT
 from trained_models import spikeless
 
@@ -24,6 +27,7 @@ from spikeless.bench.load.generator_floor import instant_server
 from spikeless.bench.load.openloop import OpenLoop
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.schedule import Schedule
+from spikeless.cli import cli
 from spikeless.errors import Code, FailedPrecondition
 from spikeless.repository import layout
 
@@ -165,6 +169,8 @@ def test_locust_by_itself_and_with_workers(
 
 def test_locust_says_what_is_wrong(requests: Path, tmp_path: Path) -> None:
     for arguments, message in (
+        ((), "no server to load: give --host HOST:PORT"),
+        (("--host", "127.0.0.1:1"), "no requests to send: give --requests FILE"),
         (("--host", "http://127.0.0.1:1", "--requests", requests), "is no gRPC address"),
         (("--host", "127.0.0.1:1", "--requests", tmp_path / "nowhere"), "cannot be read"),
         (("--host", "127.0.0.1:1", "--requests", requests, "--rate", 0), "must be positive"),
@@ -173,6 +179,29 @@ def test_locust_says_what_is_wrong(requests: Path, tmp_path: Path) -> None:
         assert done.returncode != 0
         assert "spikeless: error: " in done.stderr
         assert message in done.stderr
+
+
+def test_the_locustfile_explains_its_options() -> None:
+    """Which ``locust --help`` does not: it ends before it reads the file."""
+    command = [sys.executable, "benchmarks/locustfile.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for option in ("--requests FILE", "--rate RATE", "--record FILE", "--headless", "--web-host"):
+        assert option in done.stdout
+
+
+def test_the_web_page_of_locust_is_for_this_machine_only(
+    server: launch.ServerProcess, requests: Path
+) -> None:
+    command = [sys.executable, "-m", "locust", "-f", "benchmarks/locustfile.py", "--host", server.target]
+    command += ["--requests", str(requests), "--web-port", str(launch.free_port())]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    with process:
+        assert process.stderr is not None
+        line = next((line for line in process.stderr if "web interface at" in line), "none")
+        process.terminate()
+        process.stderr.read()
+    assert "http://127.0.0.1:" in line
 
 
 def test_an_interrupted_run_keeps_what_it_has(
@@ -281,24 +310,155 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     assert "Swapping boston 3 times" in (tmp_path / "report" / "index.html").read_text()
 
 
-def test_the_command_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
-    place = ("--models", tmp_path / "models", "--out", tmp_path / "raw")
-    done = spikeless("bench", "run", *place)
-    assert done.returncode == 1
-    assert "spikeless: error: no version of boston" in done.stderr
-    for option in ("--publish-at", "--publish-every", "--publishes"):
-        assert spikeless("bench", "run", *place, option, 3).returncode == 2, option
+@pytest.fixture(scope="module")
+def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with version 1 of boston, which carries requests."""
+    directory = tmp_path_factory.mktemp("published")
+    models, source = directory / "models", directory / "source"
+    shutil.copytree(saved_models / "signatures", source)
+    (source / "assets.extra").mkdir()
+    write_requests(source / "assets.extra" / "tf_serving_warmup_requests", 1, 8)
+    done = spikeless("publish", source, "--name", "boston", "--models", models)
+    assert done.returncode == 0, done.stderr
+    return models
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rate 0", "'--rate': 0.0 is not in the range x>0"),
+        ("--seconds -1", "'--seconds': -1.0 is not in the range x>0"),
+        ("--seconds nan", "seconds must be positive"),
+        ("--timeout 0", "'--timeout'"),
+        ("--processes 0", "'--processes': 0 is not in the range x>=1"),
+        ("--warm-seconds -1", "'--warm-seconds'"),
+        ("--slo-ms 0", "'--slo-ms'"),
+        ("--seconds 2", "of 2 s of load the first 3 s do not count; make the load longer"),
+        ("--publish nosuch", "'--publish': Directory 'nosuch' does not exist"),
+        ("--publish models", "models is no SavedModel: it has no saved_model.pb"),
+        ("--publish source --publishes 0", "'--publishes': 0 is not in the range x>=1"),
+        ("--publish source --publish-at 2", "publishing begins at 2 s; make the load longer"),
+        (
+            "--publish source --publish-at 20 --publish-every 6 --publishes 3",
+            "published at 32 s, but the load",
+        ),
+        ("--publish-command /nowhere/publish", "there is no such program"),
+        ("--publish-command ''", "there is no such program"),
+        ("--publish source --publish-command true", "exclude each other"),
+        ("--publish-at 3", "need --publish or --publish-command"),
+        ("--publish-every 3", "need --publish or --publish-command"),
+        ("--publishes 3", "need --publish or --publish-command"),
+        ("--requests nosuch", "nosuch cannot be read"),
+        ("--models nosuch", "no version of boston"),
+        ("--models nosuch --requests requests", "nosuch has no version of boston"),
+        ("--pid 1", "--pid is for --target"),
+        ("--target 127.0.0.1:1 --server-flag=--x", "--allocator and --server-flag are for a server that is"),
+        ("--target 127.0.0.1:1", "no server answers at 127.0.0.1:1"),
+        ("--server-flag=--nosuch=1", "No such option"),
+        ("--server-flag=--grpc_max_threads=none", "--grpc_max_threads"),
+        ("--out requests", "requests is no directory: give one with --out"),
+    ],
+)
+def test_every_option_is_checked_before_anything_is_done(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, message: str
+) -> None:
+    for link in ("models", "source"):
+        (tmp_path / link).symlink_to(published.parent / link)
+    write_requests(tmp_path / "requests", 1)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    result = CliRunner().invoke(cli, ["bench", "run", *shlex.split(options)])
+    assert result.exit_code != 0
+    said = f"{result.output}{result.exception}"
+    assert message in said
+    assert "floor:" not in said, "nothing was measured"
+    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(published.iterdir()) == [published / "boston"], "nothing is staged"
+    for field in ("slo_ms", "warm_seconds", "publish_at", "publish_every"):
+        assert field not in said, "options are named as on the command line"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("demo --seconds 1", "'--seconds': 1.0 is not in the range x>=6"),
+        ("demo --rate 0", "'--rate': 0.0 is not in the range x>0"),
+        ("demo --repeats 0", "'--repeats': 0 is not in the range x>=1"),
+        ("bench floor --seconds 0", "'--seconds'"),
+        ("bench ladder nosuch --name x", "Directory 'nosuch' does not exist"),
+        ("bench ladder models --name x", "models is no SavedModel: it has no saved_model.pb"),
+        ("bench ladder source --name x --rounds 0", "'--rounds': 0 is not in the range x>=1"),
+        ("bench ladder source --name x --requests nosuch", "nosuch cannot be read"),
+        ("report", "give RESULTS, or two of them"),
+        ("report source --compare source source", "give RESULTS, or two of them"),
+        ("report source --force", "--force belongs to --compare"),
+        (
+            "report README.md",
+            "README.md is no raw result of `spikeless bench`: give a *.npz file that it wrote",
+        ),
+    ],
+)
+def test_other_commands_check_before_they_begin(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    for link in ("models", "source"):
+        (tmp_path / link).symlink_to(published.parent / link)
+    (tmp_path / "README.md").write_text("# A page\n")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    result = CliRunner().invoke(cli, shlex.split(command))
+    assert result.exit_code != 0
+    said = f"{result.output}{result.exception}"
+    assert message in said
+    assert "floor:" not in said
+    assert "pickle" not in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_server_that_would_refuse_part_of_the_load_is_named_before_the_run(
+    published: Path, tmp_path: Path
+) -> None:
+    """And one on this machine is found, so that its memory is sampled."""
+    settings = launch.LaunchSettings(
+        "boston", published / "boston", flags=("--grpc_max_threads=8",), engine=launch.EMBEDDED
+    )
+    load = ("--models", published, "--rate", 40, "--seconds", 2, "--warm-seconds", 0, "--no-floor")
+    with launch.start(settings) as server:
+        done = spikeless("bench", "run", "--target", server.target, *load, "--out", tmp_path / "raw")
+        pid = server.pid
+    assert done.returncode == 0, done.stderr
+    warning = done.stderr.splitlines()[0]
+    assert "takes 8 calls at once and refuses more: at 40 requests/s, a stall of 200 ms fills them" in warning
+    assert "--grpc_max_threads=4096" in warning
+    (result,) = (tmp_path / "raw").glob("*.npz")
+    run = bench.read_run(result)
+    assert run.facts.server.pid == pid
+    assert run.facts.server.engine == "embedded"
+    assert run.samples["rss_anon"].min() > 0
+
+
+def test_results_are_compared_by_the_command(tmp_path: Path) -> None:
+    for name, height in (("before", 80), ("after", 3)):
+        made_up_run("swap", height).save(tmp_path / f"{name}.npz")
+    made_up_run("swap", machine=dataclasses.replace(MACHINE, cpus=64)).save(tmp_path / "elsewhere.npz")
+    compare = ("report", "--compare", tmp_path / "before.npz")
+    done = spikeless(*compare, tmp_path / "after.npz", "--out", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert "after relative to before" in done.stdout
+    assert "0.05x" in done.stdout
+    assert "SLO held with “after”, broken with “before”." in done.stdout
+    assert "| reload p99.9 | 81.0 ms | 4.00 ms | 0.05x |" in (tmp_path / "report" / "summary.md").read_text()
+    refused = spikeless(*compare, tmp_path / "elsewhere.npz", "--out", tmp_path / "no")
+    assert refused.returncode == 1
+    assert "before and elsewhere are from different machines" in refused.stderr
+    assert "--force" in refused.stderr
+    assert not (tmp_path / "no").exists()
+    forced = spikeless(*compare, tmp_path / "elsewhere.npz", "--out", tmp_path / "yes", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert "different machines: do not compare them" in forced.stdout
+
+
+def test_a_directory_without_results_is_refused(tmp_path: Path) -> None:
     done = spikeless("report", tmp_path)
     assert done.returncode == 1
     assert "holds no raw results" in done.stderr
-    assert not (tmp_path / "raw").exists()
-
-
-def test_a_target_where_nothing_answers_is_refused_before_any_load(requests: Path, tmp_path: Path) -> None:
-    target = f"127.0.0.1:{launch.free_port()}"
-    command = [sys.executable, "-m", "spikeless", "bench", "run", "--target", target, "--no-floor"]
-    command += ["--requests", str(requests), "--out", str(tmp_path / "raw")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert f"no server answers at {target}" in done.stderr
-    assert not (tmp_path / "raw").exists()

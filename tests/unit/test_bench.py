@@ -16,7 +16,7 @@ from spikeless.bench.analysis import percentile
 from spikeless.bench.columns import RequestColumns
 from spikeless.bench.load.connection import parse_target
 from spikeless.bench.replayed import read_requests
-from spikeless.bench.run_file import empty_samples
+from spikeless.bench.run_file import ServerFacts, empty_samples
 from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import StateChange
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
@@ -76,8 +76,8 @@ def test_impossible_schedules(fields: dict[str, Any], message: str) -> None:
     [
         ({"warm_seconds": 11}, "no steady window"),
         ({"publish_at": 21}, "no steady window"),
-        ({"processes": 0}, "processes"),
-        ({"slo_ms": 0}, "slo_ms"),
+        ({"processes": 0}, "1 process or more"),
+        ({"slo_ms": 0}, "SLO must be positive"),
     ],
 )
 def test_impossible_settings(fields: dict[str, Any], message: str) -> None:
@@ -264,7 +264,7 @@ def test_unreadable_results(tmp_path: Path) -> None:
         bench.read_run(tmp_path / "nowhere.npz")
     garbage = tmp_path / "garbage.npz"
     garbage.write_bytes(b"no zip")
-    with pytest.raises(DataLoss, match="no raw result"):
+    with pytest.raises(DataLoss, match=r"garbage.npz is no raw result .*: give a \*.npz file that it wrote"):
         bench.read_run(garbage)
     made_up_run().save(tmp_path / "run.npz")
     whole = (tmp_path / "run.npz").read_bytes()
@@ -306,6 +306,30 @@ def test_workers_are_merged_by_intended_start() -> None:
 def test_result_paths_are_file_names() -> None:
     run = made_up_run("no warmup / glibc")
     assert bench.result_path(Path("raw"), run) == Path("raw/no-warmup-glibc-20260102T030405Z.npz")
+
+
+# What a server takes at once
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("tensorflow_model_server", "--port=1", "--grpc_max_threads=8"), "takes 8 calls at once"),
+        (("spikeless", "serve", "--grpc_max_threads", "16"), "takes 16 calls at once"),
+        (("spikeless", "serve"), "calls at once and refuses more"),
+        ((), "flags of 127.0.0.1:8500 cannot be seen"),
+    ],
+)
+def test_a_server_that_may_refuse_load_is_named(command: tuple[str, ...], message: str) -> None:
+    said = bench.refusal(ServerFacts("127.0.0.1:8500", command=command), rate=10_000)
+    assert said is not None
+    assert message in said
+    assert "--grpc_max_threads=4096" in said
+
+
+def test_the_servers_that_are_started_take_the_load() -> None:
+    command = ("spikeless", "serve", "--grpc_max_threads=8", *bench.SERVER_FLAGS)
+    assert bench.refusal(ServerFacts("127.0.0.1:8500", command=command), rate=1000) is None
 
 
 # Requests

@@ -40,8 +40,8 @@ def test_one_swap_is_a_series() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"publishes": 0}, "publishes must be 1 or more"),
-        ({"publish_every": 0}, "publish_every positive"),
+        ({"publishes": 0}, "publish 1 version or more"),
+        ({"publish_every": 0}, "positive time between them"),
         ({"publishes": 3, "publish_every": 5.5}, "the last of 3 versions would be published at 21 s"),
     ],
 )

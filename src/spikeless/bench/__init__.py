@@ -13,12 +13,14 @@ from spikeless.bench.analysis import RULES, Reload, Summary, Window, analyse
 from spikeless.bench.folding import FOLD_RULES, Estimate, Fold, fold
 from spikeless.bench.load.generator_floor import FLOOR_SECONDS, measure_floor
 from spikeless.bench.progress import progress_bar
+from spikeless.bench.replayed import read_requests
 from spikeless.bench.run_file import Facts, Floor, Publish, Run, ServerFacts, Settings, merge, read_run
 from spikeless.bench.scenario import (
     SERVER_FLAGS,
     Moment,
     Progress,
     publisher,
+    refusal,
     result_path,
     run,
     running_server,
@@ -50,7 +52,9 @@ __all__ = [
     "merge",
     "progress_bar",
     "publisher",
+    "read_requests",
     "read_run",
+    "refusal",
     "result_path",
     "run",
     "running_server",

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from spikeless import bench, launch
 from spikeless.bench import report
+from spikeless.bench.replayed import read_requests
 from spikeless.bench.rungs import LADDER, Rung
 from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
 from spikeless.errors import AlreadyExists, InvalidArgument
@@ -56,6 +57,7 @@ class LadderSettings:
     def __post_init__(self) -> None:
         if not self.saved_models or not self.rungs or self.rounds < 1:
             raise InvalidArgument("a ladder needs a SavedModel, a rung and a round")
+        _ = self.load(1)  # Raises when it cannot be run.
 
     def load(self, round: int) -> bench.Settings:
         """The load of a round, the same for all rungs; the seed is its number."""
@@ -88,6 +90,7 @@ def run(settings: LadderSettings, console: Console) -> Path:
     """
     if settings.out.exists():
         raise AlreadyExists(f"{settings.out} is there already and is not overwritten; give another --out")
+    read_requests(settings.requests, _MODEL)
     rungs = [rung for rung in settings.rungs if rung.lacking is None]
     notes = [f"Left out: {rung.title}, because {rung.lacking}." for rung in settings.rungs if rung.lacking]
     for note in notes:

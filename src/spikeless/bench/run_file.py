@@ -63,21 +63,23 @@ class Settings:
     def __post_init__(self) -> None:
         _ = self.schedule  # Raises when it is invalid.
         if self.processes < 1:
-            raise InvalidArgument(f"processes must be 1 or more, not {self.processes}")
+            raise InvalidArgument(f"a load needs 1 process or more, not {self.processes}")
         if not (self.timeout > 0 and self.slo_ms > 0 and self.warm_seconds >= 0):
-            raise InvalidArgument("timeout and slo_ms must be positive, warm_seconds not negative")
+            raise InvalidArgument("timeout and SLO must be positive, the warm start not negative")
         if not (self.publishes >= 1 and self.publish_every > 0):
-            raise InvalidArgument("publishes must be 1 or more, publish_every positive")
-        end = self.seconds if self.publish_at is None else self.publish_at
+            raise InvalidArgument("publish 1 version or more, with positive time between them")
+        at = self.publish_at
+        then = "" if at is None else f", and publishing begins at {at:g} s"
+        end = self.seconds if at is None else at
         if not self.warm_seconds < end <= self.seconds:
             raise InvalidArgument(
-                f"there is no steady window: {self.warm_seconds:g} s are for warming, publishing is at "
-                f"{end:g} s of {self.seconds:g} s; change warm_seconds, publish_at or seconds"
+                f"there is no steady window: of {self.seconds:g} s of load the first {self.warm_seconds:g} s "
+                f"do not count{then}; make the load longer, or the warm start shorter"
             )
         if self.publish_moments and self.publish_moments[-1] > self.seconds:
             raise InvalidArgument(
                 f"the last of {self.publishes} versions would be published at {self.publish_moments[-1]:g} s,"
-                f" but the load ends at {self.seconds:g} s; change publishes, publish_every or seconds"
+                f" but the load ends at {self.seconds:g} s; publish fewer or faster, or make it longer"
             )
 
     @property
@@ -176,14 +178,17 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         InvalidArgument: it has another schema.
     """
     name = os.fspath(path)
+    not_one = f"{name} is no raw result of `spikeless bench`: give a *.npz file that it wrote"
     try:
         with np.load(name, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         metadata = json.loads(arrays.pop("metadata").tobytes())
     except OSError as error:
         raise NotFound(f"{name} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataLoss(f"{name} is no raw result of `spikeless bench`: {error}") from None
+    except zipfile.BadZipFile:
+        raise DataLoss(f"{name} is damaged: its end is missing, or it is no raw result") from None
+    except (ValueError, KeyError, EOFError, AttributeError):
+        raise DataLoss(not_one) from None
     schema = metadata.pop("schema", None) if isinstance(metadata, dict) else None
     if schema != SCHEMA:
         raise InvalidArgument(f"{name} has schema {schema}; this version of Spikeless reads schema {SCHEMA}")

@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from spikeless.bench import run_file
 from spikeless.bench.load.openloop import LINE_PREFIX
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
-from spikeless.bench.watch import Watcher
+from spikeless.bench.watch import Watcher, listener
 from spikeless.client import Client
 from spikeless.disk import children
 from spikeless.errors import FailedPrecondition, Internal, NotFound
@@ -44,6 +45,8 @@ from spikeless.repository.gates import GATES, Gate
 #: Of every server that is measured: enough threads that no call is refused, even when
 #: nothing is answered for 4 s at 1000 requests/s.
 SERVER_FLAGS = ("--grpc_max_threads=4096",)
+#: What servers of either engine have without that flag.
+_DEFAULT_THREADS = 4 * len(os.sched_getaffinity(0))
 
 #: Beyond the schedule and the last deadline: to start Locust and to write the file.
 _OVERHEAD_SECONDS = 60.0
@@ -84,7 +87,10 @@ def server_facts(server: launch.ServerProcess) -> ServerFacts:
 
 
 def running_server(target: str, model_name: str, pid: int | None = None) -> ServerFacts:
-    """What is known of a server that somebody else started; without `pid`, its address.
+    """What is known of a server that somebody else started.
+
+    Without `pid` it is looked for among the processes of this machine. Of one that is
+    not there, only the address is known.
 
     Raises:
         SpikelessError: nothing answers at ``target``, or it does not serve the model
@@ -93,6 +99,8 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
     """
     with Client(target) as client:
         client.statuses(model_name)
+    if pid is None:
+        pid = listener(target)
     if pid is None:
         return ServerFacts(target)
     try:
@@ -108,6 +116,27 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
         allocator_proof=allocator.proof,
         command=_portable(command),
         pid=pid,
+    )
+
+
+def refusal(server: ServerFacts, rate: float) -> str | None:
+    """What to say of a server that refuses part of such a load, or may do so; or None.
+
+    A server refuses calls beyond its ``--grpc_max_threads``.
+    """
+    remedy = f"servers that `spikeless bench` starts have {SERVER_FLAGS[0]}, which this one needs, too"
+    if not server.command:
+        return (
+            f"the flags of {server.target} cannot be seen: one with few threads for calls, as by default, "
+            f"refuses part of this load; {remedy}"
+        )
+    given = re.findall(r"(?<= )--?grpc_max_threads[= ](\d+)", " " + " ".join(server.command))
+    threads = int(given[-1]) if given else _DEFAULT_THREADS
+    if threads >= rate:
+        return None
+    return (
+        f"{server.target} takes {threads} calls at once and refuses more: at {rate:g} requests/s, a stall of "
+        f"{threads / rate * 1e3:.0f} ms fills them; {remedy}"
     )
 
 
@@ -217,8 +246,14 @@ def staged(
 
 
 def publisher(command: str) -> Callable[[], object]:
-    """A callable that runs `command`, split as by a shell, and fails when it fails."""
+    """A callable that runs `command`, split as by a shell, and fails when it fails.
+
+    Raises:
+        FailedPrecondition: there is no such program.
+    """
     arguments = shlex.split(command)
+    if not arguments or shutil.which(arguments[0]) is None:
+        raise FailedPrecondition(f"`{command}` cannot be run: there is no such program")
 
     def call() -> str:
         try:
@@ -240,7 +275,8 @@ def _command(scenario: str, settings: Settings, target: str, directory: Path) ->
         command += ["--" + name.replace("_", "-"), str(getattr(settings, name))]
     if settings.processes > 1:
         port = str(launch.free_port())
-        command += ["--processes", str(settings.processes), "--master-bind-port", port, "--master-port", port]
+        command += ["--processes", str(settings.processes), "--master-bind-host", launch.LOOPBACK]
+        command += ["--master-bind-port", port, "--master-port", port]
     return command
 
 

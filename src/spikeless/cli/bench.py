@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import shlex
 import sys
 from contextlib import ExitStack
@@ -13,17 +14,23 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from spikeless import bench, launch
 from spikeless.bench import ladder, report
 from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.rungs import LADDER
+from spikeless.bench.schedule import ARRIVALS
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
-from spikeless.repository import layout
+from spikeless.repository import checks, layout
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
 _PATH = click.Path(path_type=Path)
+_MODEL_PATH = click.Path(path_type=Path, exists=True, file_okay=False)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_NOT_NEGATIVE = click.FloatRange(min=0)
+_COUNT = click.IntRange(min=1)
 
 
 @click.group()
@@ -38,15 +45,19 @@ def _load_options(function: Any) -> Any:
         click.option(
             "--requests", type=_PATH, help="TFRecord file of PredictionLog with the requests to replay."
         ),
-        click.option("--rate", default=300.0, show_default=True, help="Requests per second."),
-        click.option(
-            "--arrivals", type=click.Choice(["poisson", "constant"]), default="poisson", show_default=True
-        ),
+        click.option("--rate", type=_POSITIVE, default=300.0, show_default=True, help="Requests per second."),
+        click.option("--arrivals", type=click.Choice(ARRIVALS), default="poisson", show_default=True),
         click.option("--seed", default=1, show_default=True, help="Seed of the Poisson arrivals."),
         click.option(
-            "--timeout", default=10.0, show_default=True, help="Deadline of each request, in seconds."
+            "--timeout",
+            type=_POSITIVE,
+            default=10.0,
+            show_default=True,
+            help="Deadline of each request, in seconds.",
         ),
-        click.option("--processes", default=1, show_default=True, help="Processes of the load generator."),
+        click.option(
+            "--processes", type=_COUNT, default=1, show_default=True, help="Processes of the load generator."
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -56,26 +67,40 @@ def _load_options(function: Any) -> Any:
 @command.command("run")
 @_load_options
 @click.option("--target", help="HOST:PORT of a running server.  [default: start one for the run]")
-@click.option("--pid", type=int, help="Its process id, to sample its memory.")
+@click.option(
+    "--pid",
+    type=int,
+    help="Its process id, to sample its memory.  [default: who listens there, if on this machine]",
+)
 @click.option("--models", type=_PATH, default="models", show_default=True, help="The model repository.")
 @click.option("--scenario", default="load", show_default=True, help="Name that the report groups runs by.")
-@click.option("--seconds", default=30.0, show_default=True, help="Duration of the load.")
-@click.option("--warm-seconds", default=3.0, show_default=True, help="Left out of the steady window.")
-@click.option("--slo-ms", default=10.0, show_default=True, help="Slower requests count as a spike.")
+@click.option("--seconds", type=_POSITIVE, default=30.0, show_default=True, help="Duration of the load.")
+@click.option(
+    "--warm-seconds",
+    type=_NOT_NEGATIVE,
+    default=3.0,
+    show_default=True,
+    help="Left out of the steady window.",
+)
+@click.option(
+    "--slo-ms", type=_POSITIVE, default=10.0, show_default=True, help="Slower requests count as a spike."
+)
 @click.option(
     "--publish",
     "saved_models",
-    type=_PATH,
+    type=_MODEL_PATH,
     multiple=True,
     help="SavedModel to publish as the next version. Several take turns.",
 )
 @click.option("--publish-command", help="Command that publishes a version instead.")
-@click.option("--publishes", default=1, show_default=True, help="How many versions to publish.")
+@click.option("--publishes", type=_COUNT, default=1, show_default=True, help="How many versions to publish.")
 @click.option(
-    "--publish-every", type=float, help="Seconds between versions.  [default: an equal share of the load]"
+    "--publish-every", type=_POSITIVE, help="Seconds between versions.  [default: an equal share of the load]"
 )
-@click.option("--publish-at", type=float, help="When the first one, in seconds.  [default: 60 % of a share]")
-@click.option("--allocator", type=click.Choice(launch.ALLOCATORS), default="glibc", show_default=True)
+@click.option(
+    "--publish-at", type=_POSITIVE, help="When the first one, in seconds.  [default: 60 % of a share]"
+)
+@click.option("--allocator", type=click.Choice(launch.ALLOCATORS), help="Of that server.  [default: glibc]")
 @click.option("--server-flag", multiple=True, help="Another flag for the server that is started; repeatable.")
 @click.option("--floor/--no-floor", default=True, help="Measure the generator's own latency first.")
 @click.option(
@@ -96,7 +121,7 @@ def run_command(
     publishes: int,
     publish_every: float | None,
     publish_at: float | None,
-    allocator: str,
+    allocator: str | None,
     server_flag: tuple[str, ...],
     floor: bool,
     out: Path,
@@ -117,9 +142,13 @@ def run_command(
         raise click.UsageError(
             "--publishes, --publish-at and --publish-every need --publish or --publish-command"
         )
-    share = seconds / max(publishes, 1)
+    if target is None and pid is not None:
+        raise click.UsageError("--pid is for --target: give that, too")
+    if target is not None and (allocator is not None or server_flag):
+        raise click.UsageError("--allocator and --server-flag are for a server that is started, not --target")
+    share = seconds / publishes
     model_name = load["model_name"]
-    settings = bench.Settings(
+    settings = _settings(
         requests=str(requests or _own_requests(models, model_name)),
         seconds=seconds,
         publish_at=(0.6 * share if publish_at is None else publish_at) if swaps else None,
@@ -129,27 +158,33 @@ def run_command(
         slo_ms=slo_ms,
         **load,
     )
+    bench.read_requests(settings.requests, model_name)
+    for saved_model in saved_models:
+        checks.check_files(saved_model)
+    launched = launch.LaunchSettings(
+        model_name,
+        models / model_name,
+        flags=(*bench.SERVER_FLAGS, *server_flag),
+        allocator=allocator or "glibc",
+    )
+    if target is None:
+        _check_server(launched, models, model_name)
+    publish = None if publish_command is None else bench.publisher(publish_command)
+    facts = None if target is None else bench.running_server(target, model_name, pid)
+    if out.exists() and not out.is_dir():
+        raise InvalidArgument(f"{out} is no directory: give one with --out")
     console = Console(stderr=True)
+    if facts is not None and (warning := bench.refusal(facts, settings.rate)):
+        console.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
     with ExitStack() as stack:
+        if saved_models:
+            publish = stack.enter_context(bench.staged(saved_models, models, model_name, publishes))
         measured = None
         if floor:
             with bench.progress_bar("floor", bench.FLOOR_SECONDS, console) as progress:
                 measured = bench.measure_floor(settings, progress=progress)
-        publish = None
-        if publish_command is not None:
-            publish = bench.publisher(publish_command)
-        elif saved_models:
-            publish = stack.enter_context(bench.staged(saved_models, models, model_name, publishes))
-        if target is None:
-            launched = launch.LaunchSettings(
-                model_name,
-                models / model_name,
-                flags=(*bench.SERVER_FLAGS, *server_flag),
-                allocator=allocator,
-            )
+        if facts is None:
             facts = bench.server_facts(stack.enter_context(launch.start(launched)))
-        else:
-            facts = bench.running_server(target, model_name, pid)
         with bench.progress_bar(scenario, seconds, console) as progress:
             result = bench.run(scenario, settings, facts, publish, measured, progress)
     path = bench.result_path(out, result)
@@ -165,12 +200,14 @@ def run_command(
 
 @command.command("floor")
 @_load_options
-@click.option("--seconds", default=bench.FLOOR_SECONDS, show_default=True, help="Duration of the load.")
+@click.option(
+    "--seconds", type=_POSITIVE, default=bench.FLOOR_SECONDS, show_default=True, help="Duration of the load."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def floor_command(requests: Path | None, seconds: float, as_json: bool, **load: Any) -> None:
     """Measure the load generator's own latency on a server that answers at once."""
     with ExitStack() as stack:
-        settings = bench.Settings(
+        settings = _settings(
             requests=str(requests or stack.enter_context(built_in_requests())),
             seconds=seconds,
             warm_seconds=0.0,
@@ -182,7 +219,7 @@ def floor_command(requests: Path | None, seconds: float, as_json: bool, **load: 
 
 
 @command.command("ladder")
-@click.argument("saved_models", type=_PATH, nargs=-1, required=True)
+@click.argument("saved_models", type=_MODEL_PATH, nargs=-1, required=True)
 @click.option("--name", required=True, help="Ends the name of the result directory.")
 @click.option("--requests", type=_PATH, help="As in `run`.  [default: the first model's warmup file]")
 @click.option(
@@ -192,10 +229,14 @@ def floor_command(requests: Path | None, seconds: float, as_json: bool, **load: 
     multiple=True,
     help="Only this rung; repeatable.  [default: all]",
 )
-@click.option("--rounds", default=2, show_default=True, help="How often all rungs take turns.")
-@click.option("--publishes", default=5, show_default=True, help="Versions published in each run.")
-@click.option("--publish-every", default=10.0, show_default=True, help="Seconds between versions.")
-@click.option("--rate", default=200.0, show_default=True, help="Requests per second.")
+@click.option("--rounds", type=_COUNT, default=2, show_default=True, help="How often all rungs take turns.")
+@click.option(
+    "--publishes", type=_COUNT, default=5, show_default=True, help="Versions published in each run."
+)
+@click.option(
+    "--publish-every", type=_POSITIVE, default=10.0, show_default=True, help="Seconds between versions."
+)
+@click.option("--rate", type=_POSITIVE, default=200.0, show_default=True, help="Requests per second.")
 @click.option(
     "--out", type=_PATH, help="The result directory.  [default: benchmarks/results/<date>-<engine>-<name>]"
 )
@@ -217,6 +258,8 @@ def ladder_command(
     A reload must take less than half of --publish-every, or there is no quiet time to
     compare it with.
     """
+    for saved_model in saved_models:
+        checks.check_files(saved_model)
     now = datetime.datetime.now(datetime.timezone.utc)
     settings = ladder.LadderSettings(
         saved_models=saved_models,
@@ -242,6 +285,30 @@ def merge_command(merged: Path, parts: tuple[Path, ...]) -> None:
         raise InvalidArgument(f"{merged} is there already and is not overwritten")
     bench.merge([bench.read_run(part) for part in parts]).save(merged)
     click.echo(merged)
+
+
+def _settings(**fields: Any) -> bench.Settings:
+    """The settings of a load; what does not go together is wrong usage."""
+    try:
+        return bench.Settings(**fields)
+    except InvalidArgument as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _check_server(settings: launch.LaunchSettings, models: Path, name: str) -> None:
+    """Raise what starting it would raise, without starting it.
+
+    The embedded engine's flags are checked as `spikeless serve` checks them.
+    """
+    if not layout.versions(models, name):
+        raise NotFound(f"{models} has no version of {name}: publish one, or give --models")
+    if settings.allocator == "jemalloc" and not launch.jemalloc_installed():
+        raise NotFound(launch.JEMALLOC_REMEDY)
+    launch.ServerProcess(dataclasses.replace(settings, log=Path(os.devnull)))  # Finds the engine.
+    if launch.chosen_engine() == launch.EMBEDDED:
+        from spikeless.cli import serve
+
+        serve.command.make_context("spikeless serve", list(settings.flags))
 
 
 def _own_requests(models: Path, name: str) -> Path:

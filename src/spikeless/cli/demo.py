@@ -12,12 +12,26 @@ from spikeless import demo
 
 @click.command()
 @click.option("--reports", type=click.Path(path_type=Path), default="reports", show_default=True)
-@click.option("--rate", type=float, default=demo.DemoSettings.rate, show_default=True, help="Requests/s.")
 @click.option(
-    "--seconds", type=float, default=demo.DemoSettings.seconds, show_default=True, help="Of load in each run."
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=demo.DemoSettings.rate,
+    show_default=True,
+    help="Requests/s.",
 )
 @click.option(
-    "--repeats", type=int, default=demo.DemoSettings.repeats, show_default=True, help="Runs of each scenario."
+    "--seconds",
+    type=click.FloatRange(min=demo.SHORTEST_SECONDS),
+    default=demo.DemoSettings.seconds,
+    show_default=True,
+    help="Of load in each run.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=demo.DemoSettings.repeats,
+    show_default=True,
+    help="Runs of each scenario.",
 )
 def command(reports: Path, rate: float, seconds: float, repeats: int) -> None:
     """Train, publish, serve, swap under load, report; with and without a warmup file.

@@ -36,7 +36,8 @@ from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.bench.replayed import ReplayedRequest, read_requests
 from spikeless.bench.run_file import Facts, Run, ServerFacts, Settings
 from spikeless.bench.schedule import ARRIVALS
-from spikeless.errors import Code, SpikelessError
+from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.launch import LOOPBACK
 
 #: From the decision to start until the first request: the workers' time to get ready.
 _LEAD_SECONDS = 1.0
@@ -55,6 +56,7 @@ class _Load:
 
 @events.init_command_line_parser.add_listener
 def _options(parser: LocustArgumentParser) -> None:
+    parser.set_defaults(web_host=LOOPBACK)  # Who wants others to see its page says so.
     group = parser.add_argument_group("Open loop", "The load of Spikeless; -u, -r and -t do not apply")
     add = group.add_argument
     add("--model-name", default="boston", help="Name of the served model")
@@ -94,7 +96,13 @@ def _read(environment: Environment) -> tuple[Settings, list[ReplayedRequest]]:
         SpikelessError: they are wrong.
     """
     options: Namespace = environment.parsed_options
-    parse_target(environment.host or "")
+    if not environment.host:
+        raise InvalidArgument("no server to load: give --host HOST:PORT, for example 127.0.0.1:8500")
+    if not options.requests:
+        raise InvalidArgument(
+            "no requests to send: give --requests FILE, the model's warmup file for example"
+        )
+    parse_target(environment.host)
     settings = Settings(
         model_name=options.model_name,
         requests=options.requests,
