@@ -3,30 +3,28 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# The same with the oldest TensorFlow that is supported.
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-containers docs lint env tagger-env clean fuzz bench-input-pipeline bench-serving bench-mapping bench-ladder
+.PHONY: demo test test-oldest test-containers docs lint env update-pins clean fuzz bench-input-pipeline bench-serving bench-mapping bench-ladder
 .DEFAULT_GOAL := demo
 
 env: $(READY)
 
-$(READY): requirements.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install it, or say PYTHON=python3.10 (or 3.12)"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+$(READY): requirements.txt
+$(OLDEST)/.ready: requirements-oldest.txt
+# Without dependencies: the files name every package, and tf2crf would ask for tensorflow-addons (see pyproject.toml).
+$(READY) $(OLDEST)/.ready: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install it, or say PYTHON=python3.10 (or 3.12, 3.13)"; exit 1; }
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(filter requirements%,$^)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-# The tagger's training has its own environment with TensorFlow 2.15, made on first use.
-TAGGER_PYTHON ?= python3.11
-TAGGER_READY  := .venv-tagger/.ready
-
-tagger-env: $(TAGGER_READY)
-
-$(TAGGER_READY): training/requirements-tagger.txt
-	@command -v $(TAGGER_PYTHON) >/dev/null || { echo "$(TAGGER_PYTHON) is missing: TensorFlow 2.15 needs Python 3.9 to 3.11; name one with TAGGER_PYTHON=python3.10"; exit 1; }
-	test -x .venv-tagger/bin/python || $(TAGGER_PYTHON) -m venv .venv-tagger
-	.venv-tagger/bin/python -m pip install --quiet --disable-pip-version-check -r $<
-	touch $@
+# Both requirements files with the newest versions that work together, on each Python and platform.
+update-pins: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python tests/support/update_pins.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -86,4 +84,4 @@ $(EMBEDDING): | $(READY)
 	$(BIN)/python benchmarks/make_embedding_model.py $@ --size $(SIZE)
 
 clean:
-	rm -rf $(VENV) .venv-tagger reports/* runs/*
+	rm -rf $(VENV) $(OLDEST) reports/* runs/*

@@ -11,25 +11,20 @@ The model: Embedding, Bidirectional GRU, Dense, CRF. The Dense layer scores each
 each word, the CRF adds what follows what, and Viterbi finds the best path. The same
 network without it is trained beside it.
 
-tf2crf needs TensorFlow 2.15. Its environment, .venv-tagger, is made by `make` when it
-is first needed, and this script goes on in there; the SavedModel is served by
-TensorFlow 2.20 like any other.
+tf2crf is for Keras 2 and tensorflow-addons; `spikeless.training.crf` makes it work with
+the installed TensorFlow.
 """
 
 import argparse
-import importlib.util
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from spikeless import errors
-from spikeless.disk import children
-from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.errors import InvalidArgument, NotFound
+from spikeless.training import crf
 from spikeless.training.settings import parse_settings
 
 # Settings -----------------------------------------------------------------------------
@@ -119,31 +114,11 @@ PADDING, UNKNOWN, FIRST = 0, 1, 2
 word_ids = {word: number for number, word in enumerate(vocabulary, start=FIRST)}
 tag_ids = {tag: number for number, tag in enumerate(TAGS)}
 
-# Environment --------------------------------------------------------------------------
+# TensorFlow, with Keras 2 -------------------------------------------------------------
 
-#: Tells the process in the other environment which Python has the rest of Spikeless.
-MAIN_PYTHON = "SPIKELESS_PYTHON"
+crf.prepare()
 
-if importlib.util.find_spec("tf2crf") is None:
-    ready = HERE.parent / ".venv-tagger" / ".ready"
-    if not ready.exists():
-        print("making .venv-tagger for TensorFlow 2.15 and tf2crf, once: a minute or two", file=sys.stderr)
-    try:
-        children.run(["make", "--silent", "tagger-env"], cwd=HERE.parent, stdout=sys.stderr, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise FailedPrecondition(f"the tagger's environment could not be made ({error}); see above") from None
-    python = ready.with_name("bin") / "python"
-    package = Path(errors.__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(package), MAIN_PYTHON: sys.executable}
-    command = [python, "-m", "spikeless", "train", "--training", HERE, "tagger", *sys.argv[1:]]
-    sys.stdout.flush()
-    os.execve(python, list(map(str, command)), environment)
-
-import warnings  # noqa: E402 (from here on in the tagger's environment)
-
-warnings.filterwarnings("ignore", message=r"\s*TensorFlow Addons")  # it has ended, which is why it is here
-
-import tensorflow as tf  # noqa: E402
+import tensorflow as tf  # noqa: E402 (only once the settings and the files are good)
 import tf2crf  # noqa: E402
 from seqeval.metrics import f1_score, precision_score, recall_score  # noqa: E402
 
@@ -311,9 +286,7 @@ Embedding, bidirectional GRU, Dense and a conditional random field (tf2crf); the
 Data: {settings.train.name} ({len(train)} sentences) and {settings.test.name} ({len(test)}).
 """,
         resources=[table],
-        # The warmup builder needs packages that this environment lacks.
-        warmup_batch_sizes=() if MAIN_PYTHON in os.environ else None,
-        warmup_python=os.environ.get(MAIN_PYTHON),
+        warmup_batch_sizes=(),
         runs=settings.runs,
     )
 

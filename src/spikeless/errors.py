@@ -107,6 +107,7 @@ EXTRAS = {
     "serve": ("waitress",),
     "bench": ("gevent", "h2", "jinja2", "locust", "plotly"),
     "train": ("keras", "scipy", "sklearn", "tensorflow_datasets"),
+    "tagger": ("seqeval", "tf_keras"),
     "spark": ("py4j", "pyarrow", "pyspark"),
     "docker": ("docker",),
 }

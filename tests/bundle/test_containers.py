@@ -131,7 +131,7 @@ def is_healthy(container: Container) -> bool:
 
 
 def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: Engine, images: Images) -> None:
-    for name in ("embedded", "tools", "serving", "tagger"):
+    for name in ("embedded", "tools", "serving"):
         image = getattr(images, name)
         config = containers.client.images.get(image).attrs["Config"]
         assert config["User"] == "10001:10001", name
@@ -149,7 +149,7 @@ def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: En
 def test_the_images_are_as_large_as_the_documentation_says(containers: Engine, images: Images) -> None:
     text = (ROOT / "docs" / "how-to" / "docker.md").read_text()
     said = dict(re.findall(r"^\| `spikeless/(\w+)` \|.*\| ([\d.]+) GB", text, re.MULTILINE))
-    assert set(said) == {"embedded", "tools", "tagger"}
+    assert set(said) == {"embedded", "tools"}
     for name, gigabytes in said.items():
         size = containers.client.images.get(getattr(images, name)).attrs["Size"]
         assert size / 1e9 == pytest.approx(float(gigabytes), rel=0.1), name
@@ -159,7 +159,7 @@ def test_nothing_of_the_machine_that_built_them_is_in_the_images(containers: Eng
     unwanted = ("-name pip.conf", "-name .git", "-name .env", "-name 'id_rsa*'", "-path '/run/secrets/*'")
     leftovers = ("-path '/root/.cache/*'", "-path '/build*'")
     search = f"find / -xdev \\( {' -o '.join(unwanted + leftovers)} \\) -print; env"
-    for image in (images.embedded, images.tools, images.serving, images.tagger):
+    for image in (images.embedded, images.tools, images.serving):
         found = containers.run(image, "-c", search, entrypoint="sh", user="0:0")
         assert found.code == 0, found.output
         lines = found.output.splitlines()
@@ -234,10 +234,10 @@ def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
     assert "Successfully installed probe-1" in trusted.output
 
 
-def test_the_tagger_trains_in_an_environment_of_its_own(containers: Engine, images: Images) -> None:
-    arguments = ("--epochs", "1", "--runs", "/tmp/runs")
+def test_the_tagger_trains_in_the_tools(containers: Engine, images: Images) -> None:
+    arguments = ("train", "tagger", "--epochs", "1", "--runs", "/tmp/runs")
     options = {"network_mode": "none", "read_only": True, "tmpfs": TMP}
-    done = containers.run(images.tagger, *arguments, timeout=300, **options)
+    done = containers.run(images.tools, *arguments, timeout=300, **options)
     assert done.code == 0, done.output
     assert "run directory: /tmp/runs/tagger-" in done.output
 

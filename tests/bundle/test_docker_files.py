@@ -141,7 +141,8 @@ def test_the_server_drains_before_it_is_ended() -> None:
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["server"]
     period = found(r"^\$\{STOP_GRACE_PERIOD:-(\d+)s\}$", service["stop_grace_period"])
     grace = found(r"default grace (\d+)", (DOCKER / "entrypoint").read_text())
-    assert int(grace) < int(period)
+    drain = found(r"DRAIN:-(\d+)", (DOCKER / "entrypoint").read_text())
+    assert int(drain) + int(grace) < int(period)
 
 
 # The entrypoint -----------------------------------------------------------------------
@@ -166,7 +167,7 @@ def start(tmp_path: Path) -> Start:
             DOCKER / "entrypoint",
             *flags,
             env={
-                "PATH": f"{binaries}:{ROOT / 'src' / 'spikeless'}:{os.environ['PATH']}",
+                "PATH": f"{binaries}:{DOCKER}:{ROOT / 'src' / 'spikeless'}:{os.environ['PATH']}",
                 "TMPDIR": str(tmp_path),
                 "MODEL_BASE_PATH": str(tmp_path / "models"),
                 "SPIKELESS_ENGINE": "tensorflow_serving",

@@ -112,7 +112,7 @@ def test_a_server_that_dies_and_returns(models: Path, requests: Path) -> None:
     thread.start()
     codes = load.columns.code
     try:
-        wait_until(lambda: np.count_nonzero(codes == Code.OK) > 10)
+        wait_until(lambda: bool(np.count_nonzero(codes == Code.OK) > 10))
         port = server.port
         server.stop(grace=0)
         while not np.count_nonzero(codes == Code.UNAVAILABLE) > 10:

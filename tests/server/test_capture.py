@@ -8,11 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -34,7 +31,7 @@ PREDICT_METHOD = "/tensorflow.serving.PredictionService/Predict"
 
 
 @pytest.fixture(scope="module")
-def target(scales: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def target(scales, tmp_path_factory):
     models = tmp_path_factory.mktemp("capture") / "models"
     shutil.copytree(scales / "2", models / NAME / "1")
     config = f'name: "{NAME}" base_path: "{models / NAME}" model_platform: "tensorflow"'
@@ -44,7 +41,7 @@ def target(scales: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 @contextmanager
-def capturing(target: str, out: Path, sample: float = 1.0, **more: Any) -> Iterator[tuple[Client, Capture]]:
+def capturing(target, out, sample=1.0, **more):
     capture = Capture(CaptureSettings(target, "127.0.0.1:0", RecorderSettings(out, **more), sample))
     port = capture.start()
     try:
@@ -54,13 +51,12 @@ def capturing(target: str, out: Path, sample: float = 1.0, **more: Any) -> Itera
         capture.stop()
 
 
-def test_records_become_warmup_and_golden_requests(target: str, scales: Path, tmp_path: Path) -> None:
+def test_records_become_warmup_and_golden_requests(target, scales, tmp_path):
     """The command, as a user runs it."""
     out = tmp_path / "samples.tfrecord"
     command = [sys.executable, "-m", "spikeless", "capture", "--target", target, "--listen=127.0.0.1:0"]
-    command += ["--out", str(out), "--sample=1"]
+    command += ["--out", out, "--sample=1"]
     relay = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert relay.stdout is not None
     address = relay.stdout.readline().split()[1]
     with Client(address) as client:
         for rows in (1, 2, 4, 2, 1):
@@ -73,7 +69,7 @@ def test_records_become_warmup_and_golden_requests(target: str, scales: Path, tm
     assert f"relayed 6 calls; recorded 3 in {out}, 2 more were alike, 0 did not fit" in errors
 
     records = list(read(out))
-    assert [record.kind and record.kind.name for record in records] == ["Predict"] * 3
+    assert [record.kind.name for record in records] == ["Predict"] * 3
     assert [record.request.inputs["x"].tensor_shape.dim[0].size for record in records] == [1, 2, 4]
     response = records[1].log.predict_log.response
     np.testing.assert_array_equal(to_numpy(response.outputs["y"]), np.full((2, 2), 4, np.float32))
@@ -91,10 +87,10 @@ def test_records_become_warmup_and_golden_requests(target: str, scales: Path, tm
     assert "gate golden: golden request 1 of 3: y is 3 at [0, 0] instead of 2" in done.stderr
 
 
-def test_the_relay_changes_nothing(target: str, tmp_path: Path) -> None:
+def test_the_relay_changes_nothing(target, tmp_path):
     """Error codes, deadlines, metadata and unknown methods come through unchanged."""
     with Client(target) as direct, capturing(target, tmp_path / "out") as (relayed, capture):
-        calls: tuple[Callable[[Client], object], ...] = (
+        for call in (
             lambda client: client.predict(NAME, {"x": X}),
             lambda client: client.predict("unknown", {"x": X}),
             lambda client: client.predict(NAME, {"x": X.astype(np.float64)}),
@@ -102,18 +98,17 @@ def test_the_relay_changes_nothing(target: str, tmp_path: Path) -> None:
             lambda client: client.statuses(NAME),
             lambda client: client.signatures(NAME),
             lambda client: client.is_serving(),
-        )
-        for call in calls:
+        ):
             assert outcome(call, relayed) == outcome(call, direct)
 
-        def unknown(client: Client) -> Any:
+        def unknown(client):
             with grpc.insecure_channel(client.target) as channel:
-                return method(channel, "/no.such.Service/Method")(b"", timeout=10)
+                return channel.unary_unary("/no.such.Service/Method")(b"", timeout=10)
 
         for client in (relayed, direct):
-            with pytest.raises(grpc.RpcError) as refused:
+            with pytest.raises(grpc.RpcError) as caught:
                 unknown(client)
-            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         with grpc.insecure_channel(relayed.target) as channel:
             watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
             assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
@@ -127,26 +122,20 @@ def test_the_relay_changes_nothing(target: str, tmp_path: Path) -> None:
     assert caught.value.code is Code.UNAVAILABLE
 
 
-def method(channel: grpc.Channel, name: str) -> Any:
-    """A call of bytes; the stubs of grpc want functions where None will do."""
-    return channel.unary_unary(name)  # type: ignore[call-arg]
-
-
-def outcome(call: Callable[[Client], object], client: Client) -> object:
+def outcome(call, client):
     try:
         return repr(call(client))
     except SpikelessError as error:
         return error.code, str(error)
 
 
-def test_deadlines_and_cancellations_are_passed_on(target: str, tmp_path: Path) -> None:
+def test_deadlines_and_cancellations_are_passed_on(target, tmp_path):
     """A server that never answers sees the caller's deadline and its leaving."""
-    seen: list[Any] = []
-    left = threading.Event()
+    seen, left = [], threading.Event()
 
-    class Never(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-        def service(self, details: grpc.HandlerCallDetails) -> Any:
-            def answer(request: bytes, context: Any) -> bytes:
+    class Never(grpc.GenericRpcHandler):
+        def service(self, details):
+            def answer(request, context):
                 seen.append((context.time_remaining(), dict(context.invocation_metadata()).get("trace")))
                 context.add_callback(left.set)
                 left.wait(60)
@@ -161,7 +150,7 @@ def test_deadlines_and_cancellations_are_passed_on(target: str, tmp_path: Path) 
     try:
         relay = capturing(f"127.0.0.1:{port}", tmp_path / "out")
         with relay as (client, _), grpc.insecure_channel(client.target) as channel:
-            call = method(channel, PREDICT_METHOD).future(b"", timeout=1000, metadata=[("trace", "7")])
+            call = channel.unary_unary(PREDICT_METHOD).future(b"", timeout=1000, metadata=[("trace", "7")])
             deadline = time.monotonic() + 60
             while not seen:
                 assert time.monotonic() < deadline
@@ -176,7 +165,7 @@ def test_deadlines_and_cancellations_are_passed_on(target: str, tmp_path: Path) 
         server.stop(0)
 
 
-def test_limits_redaction_and_going_on(target: str, tmp_path: Path) -> None:
+def test_limits_redaction_and_going_on(target, tmp_path):
     out = tmp_path / "out"
     with capturing(target, out, limit=2, redact=["x"]) as (client, capture):
         for rows in range(1, 5):
@@ -205,7 +194,7 @@ def test_limits_redaction_and_going_on(target: str, tmp_path: Path) -> None:
     assert list(read(tmp_path / "rare")) == []
 
 
-def test_wrong_settings(tmp_path: Path) -> None:
+def test_wrong_settings(tmp_path):
     with pytest.raises(InvalidArgument, match="--sample 2"):
         CaptureSettings("a:1", "b:1", RecorderSettings(tmp_path / "out"), 2.0)
     with pytest.raises(InvalidArgument, match="--limit"):
@@ -220,7 +209,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
         Capture(CaptureSettings("a:1", "256.0.0.1:1", RecorderSettings(tmp_path / "out"))).start()
 
 
-def test_a_full_disk_loses_records_but_no_call(target: str, tmp_path: Path) -> None:
+def test_a_full_disk_loses_records_but_no_call(target, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", small]).returncode:
@@ -239,12 +228,11 @@ def test_a_full_disk_loses_records_but_no_call(target: str, tmp_path: Path) -> N
         subprocess.run(["umount", small], check=True)
 
 
-def test_memory_is_bounded_while_the_disk_is_slow(tmp_path: Path) -> None:
+def test_memory_is_bounded_while_the_disk_is_slow(tmp_path):
     recorder = Recorder(RecorderSettings(tmp_path / "out", per_shape=1000))
     gate = threading.Event()
     write = recorder._write
-    slow: Any = recorder
-    slow._write = lambda call: (gate.wait(60), write(call))
+    recorder._write = lambda call: (gate.wait(60), write(call))
     request = predict_pb2.PredictRequest(model_spec=model_spec(NAME))
     request.inputs["x"].CopyFrom(to_proto(np.zeros(1 << 20, np.float32)))
     content = request.SerializeToString()
@@ -258,7 +246,7 @@ def test_memory_is_bounded_while_the_disk_is_slow(tmp_path: Path) -> None:
     assert recorder.counts.recorded in (held, held + 1)
 
 
-def test_examples_are_redacted_by_feature(tmp_path: Path) -> None:
+def test_examples_are_redacted_by_feature(tmp_path):
     log = prediction_log_pb2.PredictionLog()
     request = log.classify_log.request
     for holder in (

@@ -120,20 +120,6 @@ def test_the_warmup_file_is_built_from_the_samples_when_asked_for(tmp_path: Path
     assert [record.inputs["x"].tensor_shape.dim[0].size for record in records] == [1, 4]
 
 
-def test_another_python_builds_the_same_warmup_file(tmp_path: Path) -> None:
-    here = write(tmp_path, warmup_batch_sizes=(1, 4))
-    there = write(tmp_path, warmup_batch_sizes=(1, 4), warmup_python=sys.executable)
-    assert warmup_file(there / "saved_model").read_bytes() == warmup_file(here / "saved_model").read_bytes()
-    with pytest.raises(InvalidArgument, match="no run directory was written"):
-        write(
-            tmp_path / "bad",
-            samples=[{"instances": [["text"]]}],
-            warmup_batch_sizes=(),
-            warmup_python=sys.executable,
-        )
-    assert visible(tmp_path / "bad") == []
-
-
 def test_folders_appear_with_the_run(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "events").write_text("1")

@@ -36,7 +36,6 @@ class Images:
     embedded: str
     tools: str
     serving: str
-    tagger: str
     prometheus: str
     #: Whether the serving image is built on a stand-in for TensorFlow Serving's.
     serving_stands_in: bool
@@ -173,10 +172,9 @@ def images(containers: Engine, clone: Path) -> Images:
     # Side by side: while one downloads, another one computes. What they share is built
     # once.
     with ThreadPoolExecutor() as pool:
-        served, tools, tagger, monitor = (
+        served, tools, monitor = (
             pool.submit(serving),
             pool.submit(target, "tools"),
-            pool.submit(target, "tagger"),
             pool.submit(prometheus),
         )
         embedded, on_base, stands_in = served.result()
@@ -185,7 +183,6 @@ def images(containers: Engine, clone: Path) -> Images:
             embedded=embedded,
             tools=tools.result(),
             serving=on_base,
-            tagger=tagger.result(),
             prometheus=monitor.result(),
             serving_stands_in=stands_in,
         )

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from places import ROOT
+from update_pins import FILES, PLATFORMS, PYTHONS, applies
 
 from spikeless.errors import EXTRAS
 from spikeless.launch import free_port
@@ -23,12 +26,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 BASE = [Requirement(line) for line in PROJECT["dependencies"]]
 OPTIONAL = {
     extra: [Requirement(line) for line in lines] for extra, lines in PROJECT["optional-dependencies"].items()
 }
 DECLARED = [*BASE, *(requirement for extra in EXTRAS for requirement in OPTIONAL[extra])]
+DEVELOPMENT = [Requirement(line) for line in PYPROJECT["dependency-groups"]["dev"]]
 PACKAGES = packages_distributions()
 
 
@@ -56,8 +61,8 @@ def imported(file: Path) -> Iterator[str]:
 def test_what_is_imported_is_declared() -> None:
     own = {"spikeless", *(path.stem for path in (ROOT / "training").glob("*.py"))}
     files = {*(ROOT / "src").rglob("*.py"), *(ROOT / "training").glob("*.py")}
-    files.remove(ROOT / "training" / "train_tagger.py")  # It has an environment of its own.
     modules = {module for file in files for module in imported(file)} - own - sys.stdlib_module_names
+    modules.remove("tf2crf")  # No extra can name it, see pyproject.toml.
     assert modules > {"google", "gevent", "ml_dtypes"}
     assert {module for module in modules if not distributions(module) & names(DECLARED)} == set()
     # Nothing that is declared is there for nothing.
@@ -65,12 +70,42 @@ def test_what_is_imported_is_declared() -> None:
     assert names(DECLARED) <= used
 
 
-def test_pins_are_in_the_ranges() -> None:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, lines)}
-    for requirement in DECLARED:
-        (pinned,) = pins[canonicalize_name(requirement.name)].specifier
-        assert requirement.specifier.contains(pinned.version), requirement
+@pytest.mark.parametrize("name", FILES)
+def test_pins_are_in_the_ranges(name: str) -> None:
+    pins = [Requirement(line) for line in (ROOT / name).read_text().splitlines() if line[0] != "#"]
+    held_back = [Requirement(line) for line in FILES[name]]
+    for platform in PLATFORMS:
+        pinned: dict[str, str] = {}
+        for pin in pins:
+            if applies(pin, platform):
+                (exactly,) = pin.specifier
+                assert exactly.operator == "=="
+                assert pinned.setdefault(canonicalize_name(pin.name), exactly.version) == exactly.version
+        for requirement in [*DECLARED, *DEVELOPMENT, *held_back]:
+            if applies(requirement, platform):
+                version = pinned[canonicalize_name(requirement.name)]
+                assert requirement.specifier.contains(version), (requirement, platform)
+
+
+def test_pins_of_tensorflow_are_both_ends_of_its_range() -> None:
+    (wanted,) = (requirement.specifier for requirement in BASE if requirement.name == "tensorflow")
+    pins = [re.findall(r"^tensorflow==(.*)$", (ROOT / name).read_text(), re.MULTILINE) for name in FILES]
+    newest, oldest = (Version(version) for (version,) in pins)
+    assert wanted == SpecifierSet(f">={oldest.major}.{oldest.minor},<{newest.major}.{newest.minor + 1}")
+
+
+def test_tf2crf_is_named_with_the_version_that_is_tested() -> None:
+    (tf2crf,) = (str(requirement) for requirement in DEVELOPMENT if requirement.name == "tf2crf")
+    for file in ("src/spikeless/training/crf.py", "docs/how-to/train.md"):
+        assert f"pip install --no-deps {tf2crf}`" in (ROOT / file).read_text()
+
+
+def test_pins_are_for_every_python_that_is_supported() -> None:
+    minors = [version.minor for version in map(Version, PYTHONS)]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert PROJECT["requires-python"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
+    readme = (ROOT / "README.md").read_text()
+    assert f"Python 3.{minors[0]} to 3.{minors[-1]} " in readme
 
 
 def test_extras_install_what_they_say() -> None:

@@ -59,8 +59,8 @@ def command(**values: Any) -> None:
     """Serve models with the embedded engine; flags are TensorFlow Serving's.
 
     The gRPC port opens when the first version of every model is loaded and warm.
-    SIGTERM and SIGINT let the requests in progress end; a second one ends the server
-    at once.
+    SIGTERM and SIGINT let the requests in progress end; with --drain it goes on
+    answering before that, not ready any more. A second signal ends the server at once.
     """
     try:
         flags = ServerFlags(**values)
@@ -75,7 +75,7 @@ def command(**values: Any) -> None:
         datefmt="%Y-%m-%d %H:%M:%S",
     )
     server = Server(flags)
-    with _stopping_on_signals(server, flags.grace):
+    with _stopping_on_signals(server, flags.drain, flags.grace):
         ports = server.start()
         if ports is not None:
             print(f"serving gRPC on {flags.host}:{ports.grpc}", flush=True)
@@ -85,7 +85,7 @@ def command(**values: Any) -> None:
 
 
 @contextlib.contextmanager
-def _stopping_on_signals(server: Server, grace: float) -> Iterator[None]:
+def _stopping_on_signals(server: Server, drain: float, grace: float) -> Iterator[None]:
     """Stop the server at SIGTERM or SIGINT.
 
     Whatever that gets stuck in, the process ends with code 1 when the grace is over,
@@ -94,16 +94,22 @@ def _stopping_on_signals(server: Server, grace: float) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
+    def stop(name: str) -> None:
+        if drain:
+            _log.info("%s: answering for %g s more", name, drain)
+            server.drain(drain)
+        _log.info("%s: calls in progress have %g s to end", name, _DRAINING * grace)
+        server.stop(_DRAINING * grace)
+
     def obey() -> None:
         received = os.read(reader, 1)
         if not received:
             return
         # A thread that needs none of the interpreter's locks, and that tells what all
         # others were doing.
-        faulthandler.dump_traceback_later(max(grace, _MIN_STOP_SECONDS), exit=True)
-        draining = _DRAINING * grace
-        _log.info("%s: calls in progress have %g s to end", signal.Signals(received[0]).name, draining)
-        threading.Thread(target=server.stop, args=(draining,), name="stop", daemon=True).start()
+        faulthandler.dump_traceback_later(drain + max(grace, _MIN_STOP_SECONDS), exit=True)
+        name = signal.Signals(received[0]).name
+        threading.Thread(target=stop, args=(name,), name="stop", daemon=True).start()
         if received := os.read(reader, 1):
             os._exit(128 + received[0])
 

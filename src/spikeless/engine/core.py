@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from spikeless.engine.flags import DEFAULTS, ServerFlags
@@ -24,7 +24,7 @@ from spikeless.engine.manager import Manager
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, SpikelessError
 from spikeless.formats.protos import model_pb2, model_server_config_pb2
 from spikeless.formats.states import VersionStatus
-from spikeless.formats.versions import aspired_versions
+from spikeless.formats.versions import aspired_versions, list_versions
 from spikeless.runtime.model import Model
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class ServerCore:
         self.manager: Manager[Model] = Manager(loader, flags)
         self._config = model_server_config_pb2.ModelServerConfig()
         self._labels: _Labels = {}
+        # What is served of models whose wanted versions could not be loaded at start.
+        self._instead: dict[str, Mapping[int, Path]] = {}
         self._reloading = threading.Lock()
         self._polling = threading.Lock()
         self._complaints: list[str] = []
@@ -47,11 +49,29 @@ class ServerCore:
         self._poller = threading.Thread(target=self._poll_forever, name="poll", daemon=True)
 
     def start(self, config: model_server_config_pb2.ModelServerConfig) -> None:
-        """Load the models of ``config`` and poll; raises as `reload_config` does."""
+        """Load the models of ``config`` and poll.
+
+        A version that cannot be loaded stops neither the other models nor the server:
+        another version on disk is served instead of it, the next lower one if there is
+        one, until a version that is wanted is available.
+
+        Raises:
+            InvalidArgument, FailedPrecondition: as from `reload_config`.
+            SpikelessError: no model can be served.
+        """
         self.manager.start()
         if self._flags.file_system_poll_wait_seconds > 0:
             self._poller.start()
-        self.reload_config(config)
+        with self._reloading:
+            self._put_in_force(config)
+            failed = self.manager.wait_available(self.model_names(), all_have_versions=False)
+            while failed and not self._stopping.is_set():
+                replaced = [name for name, reason in failed.items() if self._replace(name, reason)]
+                self.poll()
+                failed = self.manager.wait_available(replaced)
+            if names := self.model_names():
+                self._require_one(names)
+            self._move_labels()
 
     @property
     def config(self) -> model_server_config_pb2.ModelServerConfig:
@@ -81,15 +101,50 @@ class ServerCore:
                 configuration is in force.
         """
         with self._reloading:
-            _validate(config)
-            labels = self._checked_labels(config)
-            old = set(self.model_names())
-            self._config, self._labels = config, labels
-            for name in old - set(self.model_names()):
-                self.manager.set_aspired(name, {})
-            self.poll()
-            new = [name for name in self.model_names() if name not in old]
-            self._wait_for(new)
+            self._wait_for(sorted(self._put_in_force(config)))
+
+    def _put_in_force(self, config: model_server_config_pb2.ModelServerConfig) -> set[str]:
+        """Replace the configuration; returns the models that are new."""
+        _validate(config)
+        labels = self._checked_labels(config)
+        old = set(self.model_names())
+        self._config, self._labels = config, labels
+        for name in old - set(self.model_names()):
+            self.manager.set_aspired(name, {})
+        self.poll()
+        return set(self.model_names()) - old
+
+    # --- the start --------------------------------------------------------------------
+
+    def _replace(self, name: str, reason: str) -> bool:
+        """Want another version of a model that failed; False when none is left."""
+        config = next(model for model in self._config.model_config_list.config if model.name == name)
+        tried = {status.version for status in self.manager.statuses(name)}
+        limit = max(tried.union(config.model_version_policy.specific.versions), default=0)
+        with suppress(SpikelessError):
+            versions = list_versions(config.base_path)
+            others = sorted(set(versions) - tried, key=lambda version: (version < limit, version))
+            if others:
+                self._instead[name] = {others[-1]: versions[others[-1]]}
+                _log.warning("version %d of %s is served instead: %s", others[-1], name, reason)
+                return True
+        _log.error("%s is left out: %s", name, reason)
+        return False
+
+    def _require_one(self, names: list[str]) -> None:
+        """Raise unless a model is available."""
+        if not any(self.manager.available(name) for name in names):
+            self._wait_for(names)
+
+    def _move_labels(self) -> None:
+        """Put labels of versions that are not available on the highest one that is."""
+        for name, labels in self._labels.items():
+            self.manager.wait_settled(name, labels.values())
+            available = self.manager.available(name)
+            for label, version in labels.items():
+                if available and version not in available:
+                    _log.error("label %s of %s is on version %d instead", label, name, available[-1])
+                    labels[label] = available[-1]
 
     def _wait_for(self, names: list[str]) -> None:
         failed = self.manager.wait_available(names)
@@ -128,7 +183,9 @@ class ServerCore:
                     # A mount that comes and goes must not unload a model.
                     complaints.append(f"{error}, the base path of {config.name}")
                     continue
-                self.manager.set_aspired(config.name, versions)
+                if set(versions) & set(self.manager.available(config.name)):
+                    self._instead.pop(config.name, None)
+                self.manager.set_aspired(config.name, {**self._instead.get(config.name, {}), **versions})
             # Each is logged once, not at every poll.
             for complaint in complaints:
                 if complaint not in self._complaints:

@@ -165,6 +165,9 @@ class ServerFlags:
     grpc_channel_arguments: str = _flag(
         "", "Comma-separated name=value arguments of the gRPC server.", check=channel_arguments
     )
+    drain: float = _flag(
+        0.0, "Seconds to go on answering after SIGTERM, while the health service says NOT_SERVING.", own=True
+    )
     grace: float = _flag(
         10.0,
         "Seconds after SIGTERM in which the server ends; requests in progress have nine tenths of them.",

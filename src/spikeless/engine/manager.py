@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 #: States of versions that have ended are kept for status queries, this many for each
 #: model.
 MAX_ENDED = 1000
+_NO_VERSION = "it has no version to load"
 
 
 class Closable(Protocol):
@@ -178,8 +179,14 @@ class Manager(Generic[T]):
         with self._changed:
             return [_status(entry) for _, entry in sorted(self._versions.get(name, {}).items())]
 
-    def wait_available(self, names: Iterable[str], timeout: float | None = None) -> dict[str, str]:
+    def wait_available(
+        self, names: Iterable[str], timeout: float | None = None, all_have_versions: bool = True
+    ) -> dict[str, str]:
         """Wait until each model is available, or cannot become available any more.
+
+        Args:
+            all_have_versions: wait for a model that has no version yet, too; else only
+                while no model has one.
 
         Returns:
             The models that have none, with the reason.
@@ -190,7 +197,9 @@ class Manager(Generic[T]):
             """Why the model failed; empty when available, None while undecided."""
             if self._available.get(name):
                 return ""
-            wanted = [entry for entry in self._versions.get(name, {}).values() if entry.aspired]
+            wanted = self._wanted(name)
+            if not wanted and not all_have_versions and any(map(self._wanted, names)):
+                return _NO_VERSION
             if wanted and all(entry.state is State.END for entry in wanted):
                 return "; ".join(f"{entry} due to error: {entry.error}" for entry in wanted)
             return None
@@ -201,10 +210,28 @@ class Manager(Generic[T]):
             )
             results = {name: failure(name) for name in names}
         return {
-            name: "it has no version to load" if reason is None else reason
+            name: _NO_VERSION if reason is None else reason
             for name, reason in results.items()
             if reason != ""
         }
+
+    def wait_settled(self, name: str, versions: Collection[int]) -> None:
+        """Wait until none of these versions is still on its way."""
+        known = self._versions[name]
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._stopping
+                    or not any(
+                        entry.aspired and entry.state in (State.START, State.LOADING)
+                        for entry in known.values()
+                        if entry.version in versions
+                    )
+                )
+            )
+
+    def _wanted(self, name: str) -> list[_Version[T]]:
+        return [entry for entry in self._versions.get(name, {}).values() if entry.aspired]
 
     def stop(self) -> None:
         """Let running requests end, unload everything and stop the threads."""

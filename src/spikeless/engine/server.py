@@ -206,6 +206,11 @@ class Server:
             raise Internal(f"while stopping: {'; '.join(self._failures)}")
         return stopped
 
+    def drain(self, seconds: float) -> None:
+        """Say that it is not ready any more, and go on answering for some time."""
+        self._health.enter_graceful_shutdown()
+        self._stopping.wait(seconds)
+
     def stop(self, grace: float) -> None:
         """Take no new requests, let others end within ``grace`` seconds, unload.
 

@@ -76,7 +76,7 @@ def tensorflow_directory() -> Path:
     """The folder of the installed ``tensorflow`` wheel, found without importing it."""
     spec = importlib.util.find_spec("tensorflow")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("tensorflow is not installed: run `pip install -r requirements.txt`")
+        raise ImportError("tensorflow is not installed: run `pip install spikeless`")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -8,9 +8,7 @@ metrics. Out: ``<runs>/<name>-<UTC time>/``, which appears whole or not at all, 
     metrics.json     settings, metrics, wall time, versions, commit
     README.md        the model card
 
-Without the warmup file, nothing but the standard library and TensorFlow is needed, and
-both TensorFlow 2.15 with Keras 2 and TensorFlow 2.20 with Keras 3 will do, so that a
-script may run in an environment of its own.
+The functions may come from Keras 2 (``tf_keras``) as well as from Keras 3.
 """
 
 from __future__ import annotations
@@ -23,14 +21,14 @@ import json
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import spikeless
-from spikeless.disk import atomic, children
+from spikeless import warmup
+from spikeless.disk import atomic
 from spikeless.disk.git import commit
 from spikeless.errors import InvalidArgument
 
@@ -48,8 +46,8 @@ _PACKAGES = (
     "scikit-learn",
     "pyspark",
     "tensorflow-datasets",
+    "tf_keras",
     "tf2crf",
-    "tensorflow-addons",
     "seqeval",
 )
 
@@ -66,7 +64,6 @@ def export(
     methods: Mapping[str, str] | None = None,
     resources: Iterable[Any] = (),
     warmup_batch_sizes: Sequence[int] | None = None,
-    warmup_python: str | None = None,
     folders: Mapping[str, Path] | None = None,
     runs: str | Path = "runs",
 ) -> Path:
@@ -94,8 +91,6 @@ def export(
         warmup_batch_sizes: build the warmup file from the samples, put into batches of
             each of these sizes; empty leaves them as they are. None leaves warmup to
             ``spikeless warmup build``.
-        warmup_python: the Python that builds it, where this one lacks the packages of
-            `spikeless.warmup`.
         folders: name in the run directory -> a folder to copy there, such as logs.
         runs: where run directories are kept.
 
@@ -138,7 +133,10 @@ def export(
         samples_file = run / "samples.jsonl"
         samples_file.write_text("".join(_json(line) + "\n" for line in lines))
         if warmup_batch_sizes is not None:
-            _warm(saved_model, samples_file, warmup_batch_sizes, warmup_python)
+            wanted = warmup.BuildSettings(
+                samples=(warmup.SampleFile(samples_file),), batch_sizes=tuple(warmup_batch_sizes)
+            )
+            warmup.build(saved_model, wanted)
         for folder, source in (folders or {}).items():
             shutil.copytree(source, run / folder)
         (run / "metrics.json").write_text(json.dumps(record, indent=2, default=_plain) + "\n")
@@ -226,22 +224,6 @@ def _set_methods(saved_model: Path, methods: Mapping[str, str]) -> None:
     for key, method in methods.items():
         updater.replace_method_name(key, METHODS[method])
     updater.save()
-
-
-def _warm(saved_model: Path, samples: Path, batch_sizes: Sequence[int], python: str | None) -> None:
-    if python is not None:
-        command = [python, "-m", "spikeless", "warmup", "build", saved_model, "--samples", samples]
-        if batch_sizes:
-            command += ["--batch-sizes", ",".join(map(str, batch_sizes))]
-        # Standard error says what is wrong; standard output, where the file is now,
-        # which it will not stay.
-        if children.run(list(map(str, command)), stdout=subprocess.DEVNULL).returncode:
-            raise InvalidArgument("no run directory was written: its warmup file could not be built")
-        return
-    from spikeless import warmup  # only here: it needs more than TensorFlow
-
-    settings = warmup.BuildSettings(samples=(warmup.SampleFile(samples),), batch_sizes=tuple(batch_sizes))
-    warmup.build(saved_model, settings)
 
 
 def _rename(run: Path, runs: Path, name: str) -> Path:

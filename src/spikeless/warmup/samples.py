@@ -143,13 +143,14 @@ def _is_document(line: bytes) -> bool:
 
 
 def _read_npz(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
+    read_array: Any = np.lib.format.read_array  # some versions of NumPy have no type for it
     arrays: dict[str, _Array] = {}
     try:
         # Member by member: numpy.load would take a file of another kind for a pickle.
         with zipfile.ZipFile(file.path) as archive:
             for name in archive.namelist():
                 with archive.open(name) as member:
-                    array = np.lib.format.read_array(member, allow_pickle=False)  # type: ignore[no-untyped-call]
+                    array = read_array(member, allow_pickle=False)
                     arrays[name.removesuffix(".npy")] = array
     except (ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise InvalidArgument(

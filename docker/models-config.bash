@@ -1,0 +1,143 @@
+# Bash functions about a ModelServerConfig, for docker/entrypoint: what a server can start with.
+#
+# TensorFlow Serving does not start at all while one model of its configuration cannot be loaded or has no version.
+# `startable` prints the same configuration without versions that failed: an earlier one on disk is served instead.
+# Needs bash 4 and nothing else, for images without Python.
+# shellcheck shell=bash disable=SC2034
+
+# "NAME VERSION" -> why that version is not to be loaded at the start.
+declare -A left_out=()
+# What `read_models` found: for each model its name, its folder, and the text of its fields.
+names=() paths=() policies=() labels=() others=()
+
+# read_models TEXT: fills these arrays.
+read_models() {
+    local text=$1 token previous='' depth=0 field='' index=-1
+    local pattern=$'^[ \t\r\n]*(#[^\n]*|"([^"\\\\]|\\\\.)*"|\'([^\'\\\\]|\\\\.)*\'|[A-Za-z0-9_.+-]+|[][{}<>:,;])'
+    names=() paths=() policies=() labels=() others=()
+    while [[ $text =~ $pattern ]]; do
+        token=${BASH_REMATCH[1]} text=${text:${#BASH_REMATCH[0]}}
+        [[ $token != '#'* ]] || continue
+        case $token in
+            '{' | '<') depth=$((depth + 1)) ;;
+            '}' | '>') depth=$((depth - 1)) ;;
+        esac
+        if ((depth == 2)) && [[ $token == ['{<'] ]]; then
+            index=${#names[@]}
+            names[index]='' paths[index]='' policies[index]='' labels[index]='' others[index]=''
+        elif ((depth >= 2)); then
+            ((depth > 2)) || [[ $previous == : || ! $token =~ ^[A-Za-z_] ]] || field=$token
+            case $field in
+                model_version_policy) policies[index]+=" $token" ;;
+                version_labels) labels[index]+=" $token" ;;
+                *) others[index]+=" $token" ;;
+            esac
+            if ((depth == 2)) && [[ $token == [\"\']* ]]; then
+                [[ $field != name ]] || printf -v 'names[index]' %b "${token:1:-1}"
+                [[ $field != base_path ]] || printf -v 'paths[index]' %b "${token:1:-1}"
+            fi
+        fi
+        previous=$token
+    done
+}
+
+# versions_on_disk FOLDER: the numbers of its versions, lowest first, are then in `found`.
+versions_on_disk() {
+    local folder version
+    found=()
+    for folder in "$1"/*/; do
+        folder=${folder%/} version=${folder##*/}
+        [[ -d $folder && $version =~ ^[0-9]{1,18}$ ]] && found+=("$((10#$version))")
+    done
+    ((${#found[@]} < 2)) || mapfile -t found < <(printf '%s\n' "${found[@]}" | sort -n)
+}
+
+# wanted_versions POLICY: those that a policy selects of `found` are then in `wanted`.
+wanted_versions() {
+    local token number=1
+    wanted=()
+    case " $1 " in
+        *' specific '*)
+            for token in $1; do
+                [[ ! $token =~ ^[0-9]+$ ]] || wanted+=("$token")
+            done
+            ;;
+        *' all '*) wanted=("${found[@]}") ;;
+        *)
+            for token in $1; do
+                [[ ! $token =~ ^[0-9]+$ ]] || number=$token
+            done
+            wanted=("${found[@]}")
+            ((${#found[@]} <= number)) || wanted=("${found[@]: -number}")
+            ;;
+    esac
+}
+
+# choose INDEX: what to start a model with is then in `kept`; whether that is all that is wanted in `complete`.
+choose() {
+    local version limit=0
+    kept=() complete=true
+    if [[ ${paths[$1]} != /* ]]; then
+        # Not a folder here: only what failed tells about it.
+        for version in "${!left_out[@]}"; do
+            [[ ${version% *} != "${names[$1]}" ]] || complete=false
+        done
+        return
+    fi
+    versions_on_disk "${paths[$1]}"
+    wanted_versions "${policies[$1]}"
+    for version in "${wanted[@]}"; do
+        limit=$version
+        if [[ -n ${left_out["${names[$1]} $version"]:-} ]]; then
+            complete=false
+        elif [[ " ${found[*]} " == *" $version "* ]]; then
+            kept+=("$version")
+        fi
+    done
+    ((${#kept[@]} == 0)) || return 0
+    complete=false
+    # The next lower one, or any.
+    for version in "${found[@]}"; do
+        [[ -z ${left_out["${names[$1]} $version"]:-} ]] || continue
+        ((${#kept[@]} && version > limit)) || kept=("$version")
+    done
+}
+
+# everything_starts: whether nothing has to be left out.
+everything_starts() {
+    local index
+    for index in "${!names[@]}"; do
+        choose "$index"
+        [[ $complete == true ]] || return 1
+    done
+}
+
+# startable: prints the configuration to start with, and fails when it has no model. Where `tried` is set, what could
+# not be loaded is in it again, but for labels.
+startable() {
+    local index version text policy found_any=1
+    echo 'model_config_list {'
+    for index in "${!names[@]}"; do
+        choose "$index"
+        if [[ $complete == true ]]; then
+            echo "  config {${others[index]}${policies[index]}${labels[index]} }"
+        elif ((${#kept[@]})); then
+            text=${labels[index]}
+            # Labels may only point at versions that are served.
+            for version in "${wanted[@]}"; do
+                [[ " ${kept[*]} " == *" $version "* ]] ||
+                    text=${text//value : $version \}/value : ${kept[-1]} \}}
+            done
+            policy=" model_version_policy { specific {$(printf ' versions: %s' "${kept[@]}") } }"
+            [[ -z ${tried:-} || -z ${wanted[*]} ]] || policy=${policies[index]}
+            echo "  config {${others[index]}$policy$text }"
+        elif [[ -n ${tried:-} && -n ${found[*]} ]]; then
+            echo "  config {${others[index]}${policies[index]} }"
+        else
+            continue
+        fi
+        found_any=0
+    done
+    echo '}'
+    return $found_any
+}

@@ -1,0 +1,279 @@
+"""The server as the image starts and ends it: what breaks one model stops no other.
+
+``docker/entrypoint`` runs outside a container here, with whichever engine is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import ENGINE, IS_EMBEDDED, put_version, run_server, states
+from places import ROOT
+from promotion_models import X
+
+from spikeless import launch
+from spikeless.client import Client
+from spikeless.errors import SpikelessError
+from spikeless.formats.states import State
+from spikeless.repository import models_config
+from spikeless.repository.models_config import new_block, with_versions
+
+pytestmark = pytest.mark.skipif(ENGINE == launch.DOCKER, reason="it is in the image")
+
+
+class Container:
+    """What the entrypoint started, without a container around it."""
+
+    def __init__(self, models: Path, *flags: str, **environment: str) -> None:
+        self.temporary = models.parent / "tmp"
+        self.temporary.mkdir()
+        self.log = models.parent / "entrypoint.log"
+        self.port, rest = launch.free_port(), launch.free_port()
+        monitoring = models.parent / "monitoring.config"
+        monitoring.write_text("prometheus_config { enable: true }")
+        path = [str(Path(sys.executable).parent), str(ROOT / "docker"), str(ROOT / "src" / "spikeless")]
+        if not IS_EMBEDDED:
+            path.insert(0, str(Path(ENGINE).parent))
+        self.environment = {
+            **os.environ,
+            "PATH": ":".join([*path, os.environ["PATH"]]),
+            "TMPDIR": str(self.temporary),
+            "MODEL_BASE_PATH": str(models),
+            "SPIKELESS_ENGINE": "embedded" if IS_EMBEDDED else "tensorflow_serving",
+            "SPIKELESS_ALLOCATOR": "glibc",
+            **environment,
+        }
+        command = [
+            ROOT / "docker" / "entrypoint",
+            f"--port={self.port}",
+            f"--rest_api_port={rest}",
+            f"--monitoring_config_file={monitoring}",
+            *(["--host=127.0.0.1"] if IS_EMBEDDED else []),
+            *flags,
+        ]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                list(map(str, command)), env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self.client = Client(f"127.0.0.1:{self.port}")
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for a state; a container that ends fails the wait at once."""
+
+        def reached() -> bool:
+            try:
+                return condition()
+            except SpikelessError:
+                return False
+
+        for _ in range(1200):
+            if reached():
+                return
+            try:
+                code = self.process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+            pytest.fail(f"ended with {code} while waiting for {what}:\n{self.log.read_text()}")
+        pytest.fail(f"waited in vain for {what}:\n{self.log.read_text()}")
+
+    def wait_states(self, name: str, **expected: State) -> None:
+        wanted = {int(version.lstrip("v")): state for version, state in expected.items()}
+        self.wait_for(
+            lambda: wanted.items() <= states(self.client, name).items(), f"{name} to reach {expected}"
+        )
+
+    def answers(self, name: str, **spec: str) -> float:
+        return float(self.client.predict(name, {"x": X}, **spec)["y"][0, 0])  # type: ignore[arg-type]
+
+    def health(self) -> tuple[int, str]:
+        """What the container's health check says."""
+        done = subprocess.run(
+            [ROOT / "docker" / "health"], env=self.environment, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stdout
+
+    def server_pid(self) -> int:
+        return int((self.temporary / "spikeless-pid").read_text())
+
+
+@contextmanager
+def container(models: Path, *flags: str, **environment: str) -> Iterator[Container]:
+    running = Container(models, *flags, **{"DRAIN": "0", **environment})
+    try:
+        yield running
+    finally:
+        running.client.close()
+        if running.process.poll() is None:
+            os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+
+
+def put_half_a_version(models: Path, version: int) -> None:
+    """What a copy by hand leaves when it is interrupted."""
+    (models / str(version)).mkdir(parents=True)
+
+
+@pytest.fixture
+def repository(scales: Path, tmp_path: Path) -> Path:
+    """Models of which only ``whole`` is as it should be."""
+    models = tmp_path / "models"
+    put_version(scales / "1", models / "whole", 1)
+    # The newest version is broken; the one before is not.
+    put_version(scales / "1", models / "newest", 1)
+    put_half_a_version(models / "newest", 2)
+    # So it is, with a label on it.
+    put_version(scales / "1", models / "labelled", 1)
+    put_half_a_version(models / "labelled", 2)
+    # There is nothing to go back to, or nothing at all.
+    put_half_a_version(models / "broken", 1)
+    (models / "empty").mkdir()
+    blocks = {name: new_block(name, str(models / name)) for name in ("whole", "newest", "broken", "empty")}
+    blocks["labelled"] = with_versions(new_block("labelled", str(models / "labelled")), [1, 2], {"stable": 2})
+    models_config.edit(models, blocks)
+    return models
+
+
+def test_broken_versions_stop_neither_the_server_nor_other_models(repository: Path, scales: Path) -> None:
+    with container(repository) as running:
+        for name in ("whole", "newest", "labelled"):
+            running.wait_states(name, v1=State.AVAILABLE)
+            assert running.answers(name) == 1
+        assert running.answers("labelled", label="stable") == 1
+        # What is left out, the server's own states say, and the log.
+        running.wait_states("newest", v1=State.AVAILABLE, v2=State.END)
+        running.wait_states("labelled", v1=State.AVAILABLE, v2=State.END)
+        running.wait_states("broken", v1=State.END)
+        (failed,) = running.client.statuses("broken")
+        assert "saved_model.pb" in str(failed.error) or ".pb" in str(failed.error)
+        text = running.log.read_text()
+        for line in ("newest", "labelled", "broken", "empty"):
+            assert any(line in said and ("left out" in said or "instead" in said or "starts with" in said)
+                       for said in text.splitlines()), text  # fmt: skip
+        code, said = running.health()
+        assert (code, "whole newest" in said, "cannot be served: " in said) == (0, True, True), said
+
+        # And what comes later is served.
+        put_version(scales / "3", repository / "newest", 3)
+        running.wait_states("newest", v3=State.AVAILABLE)
+        put_version(scales / "2", repository / "empty", 1)
+        running.wait_states("empty", v1=State.AVAILABLE)
+        assert (running.answers("newest"), running.answers("empty")) == (3, 2)
+
+
+def test_the_embedded_engine_does_so_by_itself(embedded: None, repository: Path, tmp_path: Path) -> None:
+    flags = (
+        f"--model_config_file={repository / 'models.config'}",
+        "--max_num_load_retries=0",
+        "--file_system_poll_wait_seconds=1",
+        "--allow_version_labels_for_unavailable_models=true",
+    )
+    with run_server(tmp_path / "server.log", *flags, wait_for=["whole", "newest", "labelled"]) as running:
+        assert states(running.client, "newest") == {1: State.AVAILABLE, 2: State.END}
+        assert states(running.client, "broken") == {1: State.END}
+        assert states(running.client, "empty") == {}
+        assert running.client.version_of("labelled", "stable") == 1
+        log = running.server.log_path.read_text()
+        assert "version 1 of newest is served instead: {name: newest version: 2} due to error" in log
+        assert "broken is left out" in log
+
+
+def test_one_model_without_a_configuration_file(repository: Path) -> None:
+    with container(repository, MODEL_NAME="newest") as running:
+        running.wait_states("newest", v1=State.AVAILABLE, v2=State.END)
+        assert running.answers("newest") == 1
+
+
+def test_a_server_with_nothing_to_serve_ends_with_the_reason(tmp_path: Path) -> None:
+    put_half_a_version(tmp_path / "models" / "broken", 1)
+    with container(tmp_path / "models") as running:
+        assert running.process.wait(60) not in (0, None)
+        assert "did not become available" in running.log.read_text()
+
+
+def test_it_drains_and_ends(scales: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    put_version(scales / "1", models / "whole", 1)
+    with container(models, DRAIN="3") as running:
+        running.wait_states("whole", v1=State.AVAILABLE)
+        running.wait_for(lambda: running.health()[0] == 0, "the health check to pass")
+        running.process.terminate()
+        running.wait_for(lambda: running.health()[0] == 1, "the health check to fail")
+        assert running.answers("whole") == 1, "it still answers"
+        assert "about to end" in running.health()[1]
+        if IS_EMBEDDED:
+            assert not running.client.is_serving()
+        assert running.process.wait(30) == 0
+
+
+def test_a_server_that_was_stopped_is_killed(scales: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    put_version(scales / "1", models / "whole", 1)
+    with container(models) as running:
+        running.wait_states("whole", v1=State.AVAILABLE)
+        os.kill(running.server_pid(), signal.SIGSTOP)
+        assert running.process.wait(60) == 128 + signal.SIGKILL
+        assert "the server is stopped (SIGSTOP): killing it" in running.log.read_text()
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or os.geteuid() != 0, reason="a process namespace of its own takes root"
+)
+def test_as_the_first_process_it_leaves_no_zombies(scales: Path, tmp_path: Path) -> None:
+    """What a health check leaves that timed out: a process without a parent."""
+    models = tmp_path / "models"
+    put_version(scales / "1", models / "whole", 1)
+    orphan = tmp_path / "orphan"
+    script = tmp_path / "orphans"
+    script.write_text(
+        "#!/bin/bash\n"
+        f"(until [[ -e {tmp_path}/go ]]; do sleep 0.1; done; bash -c 'sleep 0.1 & echo $! > {orphan}') &\n"
+        f"exec {ROOT}/docker/entrypoint \"$@\"\n"
+    )  # fmt: skip
+    script.chmod(0o755)
+    environment = {"SPIKELESS_ALLOCATOR": "glibc"}
+    with container(models, **environment) as template:
+        command = ["unshare", "--pid", "--fork", "--mount-proc", str(script), *template.process.args[1:]]  # type: ignore[index]
+        template.process.terminate()
+        template.process.wait(30)
+        process = subprocess.Popen(
+            command, env=template.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            template.process = process
+            template.wait_states("whole", v1=State.AVAILABLE)
+            (tmp_path / "go").touch()
+            template.wait_for(orphan.exists, "the orphan")
+            namespace = next(
+                int(pid)
+                for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            )
+
+            def zombies() -> list[str]:
+                return [
+                    path.parent.name
+                    for path in Path("/proc").glob("[0-9]*/stat")
+                    if _parent_and_state(path) == (str(namespace), "Z")
+                ]
+
+            template.wait_for(lambda: not zombies(), "the orphan to be reaped")
+            os.kill(namespace, signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _parent_and_state(stat: Path) -> tuple[str, str]:
+    try:
+        state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "", ""
+    return parent, state
