@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from promotion_models import (
     flawless,
     fleet_of,
     model_of,
+    prediction_log,
     served,
     settings,
     start_server,
@@ -30,10 +33,16 @@ from promotion_models import (
 from spikeless import launch
 from spikeless.client import Client
 from spikeless.errors import FailedPrecondition, NotFound, SpikelessError
+from spikeless.formats import tfrecord
 from spikeless.formats.states import State
+from spikeless.repository import models_config
+from spikeless.repository.models_config import new_block
 from spikeless.rollout.fleet import states
 from spikeless.rollout.promotion import Outcome, PromotionError, promote, rollback
 from spikeless.rollout.soak import SoakSettings
+
+#: States of a version that answers, or soon will.
+LIVE = (State.START, State.LOADING, State.AVAILABLE)
 
 
 @pytest.fixture
@@ -105,6 +114,8 @@ def test_requests_never_reach_a_canary(models: Path, server: launch.ServerProces
         assert served(client) == served(client, label="stable") == 1
         with pytest.raises(SpikelessError, match="Servable not found"):
             served(client, version=2)
+        again = promote(models, NAME, 2, fleet_of(server), settings(canary=True))
+        assert str(again) == f"{NAME}: version 2 is served as {NAME}-canary already"
         with pytest.raises(FailedPrecondition, match="version 2 is the canary"):
             promote(models, NAME, 1, fleet_of(server), settings(canary=True))
 
@@ -119,6 +130,74 @@ def test_requests_never_reach_a_canary(models: Path, server: launch.ServerProces
         promote(models, NAME, 2, fleet_of(server), settings())
         assert served(client) == 2
     assert f"{NAME}-canary" not in config_text(models)
+
+
+def test_a_canary_comes_and_goes_without_a_pause(
+    models: Path, server: launch.ServerProcess, client: Client
+) -> None:
+    """A server may still be unloading the one before, for as long as it has callers."""
+    ended = threading.Event()
+
+    def call() -> None:
+        with Client(server.target) as caller:
+            while not ended.is_set():
+                with suppress(SpikelessError):
+                    served(caller, f"{NAME}-canary")
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    try:
+        for _ in range(8):
+            promote(models, NAME, 2, fleet_of(server), settings(canary=True))
+            assert served(client, f"{NAME}-canary") == 2
+            rollback(models, NAME, fleet_of(server), canary=True)
+    finally:
+        ended.set()
+        for caller in callers:
+            caller.join()
+
+
+@pytest.fixture
+def unpinned(models: Path) -> Iterator[launch.ServerProcess]:
+    """A server that serves the newest version on disk."""
+    models_config.edit(models, {NAME: new_block(NAME, str(models / NAME))})
+    with start_server(models, "--num_request_iterations_for_warmup=10") as server:
+        yield server
+
+
+def test_a_version_that_is_published_meanwhile_does_not_disturb(
+    models: Path, unpinned: launch.ServerProcess, scales: Path
+) -> None:
+    with Client(unpinned.target) as client:
+
+        def publish(line: str) -> None:
+            if line == "checking version 2":
+                add_version(scales / "3", models.parent / "staged", 3)
+                (models.parent / "staged" / NAME / "3").rename(models / NAME / "3")
+                unpinned.wait_for(lambda: served(client) == 3, "the newest version to be served")
+
+        assert promote(models, NAME, 2, fleet_of(unpinned), settings(), publish).result == "promoted"
+        assert served(client) == served(client, label="stable") == 2
+        assert {one.version: one.state for one in states(client, NAME)}[3] not in LIVE
+
+
+def test_a_version_that_is_being_loaded_is_waited_for(
+    models: Path, unpinned: launch.ServerProcess, scales: Path
+) -> None:
+    with Client(unpinned.target) as client:
+        # It takes seconds to warm up.
+        staged = add_version(scales / "3", models.parent / "staged", 3)
+        records = [prediction_log().SerializeToString()] * 1000
+        tfrecord.write(staged / "assets.extra" / "tf_serving_warmup_requests", records)
+        staged.rename(models / NAME / "3")
+        unpinned.wait_for(
+            lambda: {one.version: one.state for one in states(client, NAME)}.get(3) is State.LOADING,
+            "version 3 to be loading",
+        )
+        promote(models, NAME, 2, fleet_of(unpinned), settings())
+        assert {one.version: one.state for one in states(client, NAME)}[3] not in LIVE
+        assert served(client) == 2
 
 
 def test_other_labels_and_versions_above_the_stable_one(

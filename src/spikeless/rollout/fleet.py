@@ -45,6 +45,12 @@ _BEGIN_SECONDS = 3.0
 #: Seconds until a server has taken out of service what it no longer should serve.
 _SETTLE_SECONDS = 30.0
 _CALL_SECONDS = 5.0
+#: Seconds of loading after which the reason may be that loads fail and are repeated.
+_HINT_SECONDS = 60.0
+_RETRIES_HINT = (
+    "a server that repeats failed loads does not say that they fail: start it with "
+    "--max_num_load_retries=0, and it says so at once"
+)
 _Answer = TypeVar("_Answer")
 
 
@@ -242,6 +248,14 @@ class _Silent(SpikelessError):
     code = Code.UNAVAILABLE
 
 
+class _StillUnloading(SpikelessError):
+    """A server has mixed up a version with an earlier one of the same name."""
+
+    def __init__(self, answer: SpikelessError) -> None:
+        super().__init__(str(answer))
+        self.answer = answer
+
+
 class _Reload:
     """One server on its way to what is wanted."""
 
@@ -253,6 +267,9 @@ class _Reload:
         self._heard = time.monotonic()
         self._deadline = self._heard + fleet.settings.load_timeout
         self._reported: dict[tuple[str, int], State] = {}
+        # Models with versions on their way that are not wanted, and how long to wait.
+        self._others: set[str] = set()
+        self._others_until: float | None = None
         # Failures from before, which the server forgets when it begins anew.
         self._old: dict[tuple[str, int], str] = {}
 
@@ -265,12 +282,17 @@ class _Reload:
         """
         self._fleet.report(self._client.target, "reloading")
         self._note_old_states()
-        waiting = False
+        began, waiting = time.monotonic(), False
         while True:
             try:
                 self._send()
                 self._follow()
                 return
+            except _StillUnloading as refusal:
+                self._check_time()
+                if time.monotonic() - began > _SETTLE_SECONDS:
+                    raise refusal.answer from None
+                self._pause()
             except _Silent as silence:
                 # It may be restarting, and have lost the configuration: it is sent
                 # again.
@@ -320,14 +342,22 @@ class _Reload:
                 raise _Silent(str(error)) from None
             # The states may know better than the answer why a version cannot be loaded.
             self._ask(self._loaded)
+            # A server that still unloads a version of the name, such as an earlier
+            # canary, takes that one's end for a failure.
+            if "did not become available" in str(error):
+                raise _StillUnloading(error) from None
             raise
 
     def _follow(self) -> None:
         """Wait until every version is available, then until labels are in force."""
         began = time.monotonic()
+        hint_at = began + _HINT_SECONDS
         while not self._ask(self._loaded):
             self._check_time()
             self._pause()
+            if time.monotonic() > hint_at:
+                hint_at = self._deadline
+                self._fleet.report(self._client.target, f"still loading; {_RETRIES_HINT}")
             if time.monotonic() - began > _BEGIN_SECONDS:
                 self._old.clear()
         loaded = time.monotonic()
@@ -352,14 +382,26 @@ class _Reload:
         return answer
 
     def _loaded(self) -> bool:
-        """Whether every wanted version is available; reports each change of state."""
-        return all([self._all_available(name) for name in self._wanted.versions])
+        """Whether every wanted version is available, and no other one is on its way.
+
+        Reports each change of state.
+        """
+        if not all([self._all_available(name) for name in self._wanted.versions]):
+            return False
+        now = time.monotonic()
+        self._others_until = self._others_until or now + _SETTLE_SECONDS
+        return not self._others or now > self._others_until
 
     def _all_available(self, name: str) -> bool:
         missing = set(self._wanted.versions[name])
+        self._others.discard(name)
         for status in states(self._client, name):
             key = (name, status.version)
             if status.version not in missing:
+                # A server that polls the file system may have begun it just before: it
+                # becomes available, too, and takes requests until it is unloaded.
+                if status.state in (State.START, State.LOADING):
+                    self._others.add(name)
                 continue
             if status.state is not State.END:
                 self._old.pop(key, None)
@@ -375,8 +417,11 @@ class _Reload:
         return not missing
 
     def _not_in_force(self) -> str:
-        """Which label, or request without one, gets another version; empty if none."""
+        """What is served otherwise than wanted; empty if nothing is."""
         for name, numbers in self._wanted.versions.items():
+            for status in states(self._client, name):
+                if status.state is State.AVAILABLE and status.version not in numbers:
+                    return f"version {status.version} of {name} is still served"
             asked = {"": max(numbers), **self._wanted.labels[name]}
             for label, version in asked.items():
                 found = self._client.version_of(name, label)
@@ -396,7 +441,7 @@ class _Reload:
             )
             raise DeadlineExceeded(
                 f"not done after {self._fleet.settings.load_timeout:g} s ({known or 'no state is known'}); "
-                "the server's log may say why, --load-timeout gives it longer"
+                f"the server's log may say why, --load-timeout gives it longer; {_RETRIES_HINT}"
             )
 
     def _pause(self) -> None:

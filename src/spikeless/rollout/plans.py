@@ -129,7 +129,9 @@ def promotion(
     if version in served:
         if canary:
             raise FailedPrecondition(f"version {version} of {name} is served already: it is no canary")
-        steps.append(Step(f"checking version {version}", model.before, ask=name, compare=True))
+        # Pinned, so that nothing that is published meanwhile takes the version's place.
+        pinned = model.state(served, labels, model.before[model.canary])
+        steps.append(Step(f"checking version {version}", pinned, ask=name, compare=True))
     else:
         block = with_versions(new_block(model.canary, model_in(model.block).base_path), [version], {})
         staged = model.state(served, labels, block)

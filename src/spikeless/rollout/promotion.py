@@ -67,10 +67,13 @@ class Outcome:
     #: The version that the label pointed at before.
     previous: int | None
     result: str
+    #: Whether it is the canary.
+    canary: bool = False
 
     def __str__(self) -> str:
-        if self.result == plans.CANARY:
-            return f"{self.name}: version {self.version} is served as {self.name}{CANARY_SUFFIX}"
+        if self.canary:
+            already = " already" if self.result == plans.UNCHANGED else ""
+            return f"{self.name}: version {self.version} is served as {self.name}{CANARY_SUFFIX}{already}"
         if self.result == plans.ENDED:
             return f"{self.name}: {self.name}{CANARY_SUFFIX} is not served any more"
         if self.result == plans.UNDONE:
@@ -215,4 +218,5 @@ def _carry_out(
         except Exception as error:
             cause = error if isinstance(error, SpikelessError) else Internal(repr(error))
             raise PromotionError(cause, execution.put_back(cause)) from error
-    return Outcome(found.name, plan.label, plan.version, plan.previous, result)
+    canary = plan.result == plans.CANARY
+    return Outcome(found.name, plan.label, plan.version, plan.previous, result, canary)
