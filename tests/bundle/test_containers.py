@@ -486,7 +486,7 @@ def test_the_commands_of_the_documentation_run(up: Stack, client: Client) -> Non
     for block in blocks:
         if "down" in block:
             assert available(client, "boston") >= {2}
-            assert client.statuses("boston", label="stable")[0].version == 2, "rolled back"
+            assert client.version_of("boston", label="stable") == 2, "rolled back"
         commands = block.replace("localhost:8501", f"localhost:{up.ports['REST_PORT']}")
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", commands],

@@ -195,7 +195,8 @@ def test_labels(reloaded: Running, times: Path) -> None:
     reload([1, 2], stable=1, canary=2)
     assert answer(client, label="canary") == [2, 4]
     assert answer(client) == [2, 4], "requests without a label go to the highest version"
-    (status,) = client.statuses("times", label="canary")
+    assert client.statuses("times", label="canary") == client.statuses("times"), "labels say nothing here"
+    (status,) = client.statuses("times", version=2)
     assert status.version == 2
     reload([1, 2], stable=2)
     assert answer(client, label="stable") == [2, 4]

@@ -146,9 +146,6 @@ def test_empty_lists() -> None:
         ({"inputs": [{"b64": 1}]}, "string", "not formatted correctly for base64"),
         ({"inputs": [{"b64": "aGk=", "c": 1}]}, "string", "not formatted correctly for base64"),
         ({"inputs": ["\ud800"]}, "string", "lone surrogate"),
-        ({"inputs": [0, 2**24]}, "float", "Cannot convert JSON value: 16777216 to float without loss"),
-        ({"inputs": [0.5, 1e39]}, "float", "1e\\+39 to float without loss"),
-        ({"inputs": [2**53]}, "double", "to double without loss"),
         ({"inputs": [10**400]}, "double", "too big"),
     ],
 )
@@ -165,6 +162,23 @@ def test_signature_name() -> None:
         rest_json.signature_name({"signature_name": 1})
     with pytest.raises(InvalidArgument, match="lone surrogate"):
         rest_json.signature_name({"signature_name": "\ud800"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2.2250738585072014e-308", "123456789012345678901234567890", "1" + 300 * "0", "0.1234567890123456789"],
+)
+def test_numbers_are_rounded_correctly(text: str) -> None:
+    for constant in ("", ", NaN"):  # two parsers
+        document = rest_json.parse(f'{{"inputs": [{text}{constant}]}}')
+        assert only(document, "double")[0] == float(text)
+
+
+@pytest.mark.parametrize("constant", ["", ', "a": NaN'])
+def test_numbers_too_large_for_a_double(constant: str) -> None:
+    for number in ("1e400", "-1e400", "1" + 400 * "0", "1" + 400 * "0" + ".5"):
+        with pytest.raises(InvalidArgument, match=r"Number too big to be stored in double\.$"):
+            only(rest_json.parse(f'{{"inputs": [{number}]{constant}}}'), "double")
 
 
 def test_large_numbers_that_fit() -> None:
@@ -202,8 +216,8 @@ def test_long_values_are_cut_in_messages() -> None:
 
 
 _NUMBERS: dict[int, st.SearchStrategy[Any]] = {
-    types_pb2.DT_FLOAT: st.floats(width=32, allow_nan=False),
-    types_pb2.DT_DOUBLE: st.floats(allow_nan=False),
+    types_pb2.DT_FLOAT: st.floats(width=32, allow_nan=False, allow_subnormal=False),
+    types_pb2.DT_DOUBLE: st.floats(allow_nan=False, allow_subnormal=False),
     types_pb2.DT_INT64: st.integers(-(2**63), 2**63 - 1),
     types_pb2.DT_UINT8: st.integers(0, 255),
     types_pb2.DT_BOOL: st.booleans(),
@@ -290,7 +304,6 @@ def test_examples_with_context() -> None:
         ({"examples": [{"a": [1, 2.5]}]}, "Unexpected element type in feature: a expecting type: int64"),
         ({"examples": [{"a": ["x", 1]}]}, "Unexpected element type in feature: a expecting type: bytes"),
         ({"examples": [{"a": 2**63}]}, "9223372036854775808"),
-        ({"examples": [{"a": 1e39}]}, "without loss of precision"),
     ],
 )
 def test_examples_refusals(document: dict[str, Any], message: str) -> None:

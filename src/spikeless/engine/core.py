@@ -237,10 +237,12 @@ class ServerCore:
     def statuses(self, spec: model_pb2.ModelSpec) -> list[VersionStatus]:
         """The state of one version, or of all versions, of a model.
 
+        A label says nothing here, as in TensorFlow Serving: all versions are listed.
+
         Raises:
             NotFound: the model or the version was never seen.
         """
-        version = self.version_of(spec)
+        version = int(spec.version.value) if spec.HasField("version") else None
         statuses = self.manager.statuses(spec.name)
         if version is not None:
             statuses = [status for status in statuses if status.version == version]

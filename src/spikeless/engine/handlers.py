@@ -121,7 +121,7 @@ class Calls:
         """The states of a model's versions.
 
         Raises:
-            InvalidArgument: no model, or an unknown label.
+            InvalidArgument: no model.
             NotFound: the model or version was never seen.
         """
         require_spec(request)

@@ -7,7 +7,8 @@ Prometheus scrapes, below the REST port, at the path of ``--monitoring_config_fi
 
 TensorFlow Serving's metrics, in microseconds, have no version among their labels.
 ``API`` is ``Predict``, ``Classify``, ... over gRPC and for the runtime, and
-``predict``, ``classify``, ... over REST, as it is there:
+``predict``, ``classify``, ... over REST, as it is there; empty for a REST call that
+asks for states or signatures:
 
     :tensorflow:serving:request_count                 calls, by model_name, status
     :tensorflow:serving:request_latency               by model_name, API, entrypoint
@@ -36,7 +37,7 @@ Useful queries:
     sum by (model_name, status) (rate(:tensorflow:serving:request_count[1m]))
     # p99 in milliseconds, as for TensorFlow Serving
     histogram_quantile(0.99, sum by (le, model_name)
-        (rate(:tensorflow:serving:request_latency_bucket[1m]))) / 1000
+        (rate(:tensorflow:serving:request_latency_bucket{API!=""}[1m]))) / 1000
     # p99 of each version, across a swap
     histogram_quantile(0.99, sum by (le, version)
         (rate(spikeless_call_latency_seconds_bucket{model_name="boston"}[1m])))
@@ -197,7 +198,8 @@ class Metrics:
 
     def page(self) -> bytes:
         """The text for Prometheus."""
-        return generate_latest(self._registry)
+        # The client library knows counters only by names that end in _total.
+        return generate_latest(self._registry).replace(b" untyped\n", b" counter\n")
 
     # --- calls ------------------------------------------------------------------------
 

@@ -19,7 +19,15 @@ from google.protobuf.message import Message
 
 from spikeless.engine.flags import ServerFlags
 from spikeless.engine.handlers import MAX_REQUEST_BYTES, SIGNATURES, Call, Calls
-from spikeless.errors import Cancelled, Code, InvalidArgument, ResourceExhausted, SpikelessError
+from spikeless.errors import (
+    Cancelled,
+    Code,
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    SpikelessError,
+    Unimplemented,
+)
 from spikeless.formats import rest_json
 from spikeless.formats.kinds import KINDS
 from spikeless.formats.protos import (
@@ -60,6 +68,9 @@ _STATUSES = {
     Code.UNAVAILABLE: "503 Service Unavailable",
     Code.UNAUTHENTICATED: "401 Unauthorized",
 }
+#: The methods that are heard at all.
+_METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
+_ORIGIN = re.compile("https?://")
 _INTERNAL_ERROR = "500 Internal Server Error"
 _CORS = [
     ("Access-Control-Allow-Origin", "*"),
@@ -108,15 +119,21 @@ class RestApi:
 
     def _answer(self, environ: _Environ, path: str) -> bytes:
         method = environ["REQUEST_METHOD"]
+        if method not in _METHODS:
+            raise Unimplemented(f"{method} is not supported")
+        if method == "OPTIONS":
+            if not _ORIGIN.search(environ.get("HTTP_ORIGIN", "")):
+                raise FailedPrecondition("Origin header is missing in CORS preflight")
+            return b""
         if method == "POST" and (match := _CALL_PATH.fullmatch(path)):
             return self._call(match[4], _model_spec(match), environ)
         if method == "GET" and (match := _MODEL_PATH.fullmatch(path)):
             if not match[1]:
                 raise InvalidArgument("Missing model name in request.")
             spec = _model_spec(match)
-            return self._metadata(spec) if match[4] else self._status(spec)
-        if method == "OPTIONS" and self._has_cors:
-            return b""
+            # Counted without the name of an API, as TensorFlow Serving counts them.
+            with self._calls.counted(spec, ""):
+                return self._metadata(spec) if match[4] else self._status(spec)
         raise InvalidArgument(f"Malformed request: {method} {path}")
 
     def _call(self, verb: str, spec: model_pb2.ModelSpec, environ: _Environ) -> bytes:
@@ -143,11 +160,9 @@ class RestApi:
     def _body(self, environ: _Environ) -> bytes:
         """The body of a request, unpacked where it is packed."""
         body: bytes = environ["wsgi.input"].read()
-        encoding = environ.get("HTTP_CONTENT_ENCODING", "").lower()
-        if encoding in ("", "identity"):
+        # Whatever else a body may be called, it is taken as it is.
+        if "gzip" not in environ.get("HTTP_CONTENT_ENCODING", ""):
             return body
-        if encoding not in ("gzip", "x-gzip"):
-            raise InvalidArgument(f"Content-Encoding {encoding} is not supported, only gzip is")
         unpacker = zlib.decompressobj(wbits=31)
         try:
             unpacked = unpacker.decompress(body, MAX_REQUEST_BYTES)
@@ -155,6 +170,8 @@ class RestApi:
             raise InvalidArgument(f"the body cannot be unpacked: {error}") from None
         if unpacker.unconsumed_tail:
             raise ResourceExhausted(f"the body unpacks to more than {MAX_REQUEST_BYTES} bytes")
+        if not unpacker.eof or unpacker.unused_data:
+            raise InvalidArgument("the body cannot be unpacked: it is cut off, or something follows it")
         return unpacked
 
     def _status(self, spec: model_pb2.ModelSpec) -> bytes:

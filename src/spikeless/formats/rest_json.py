@@ -11,11 +11,15 @@ to the body of the answer. The rules and error texts are those of
 - ``inputs`` holds columns: one value or nested list (signatures with one input), or an
   object with one entry for each input; entries for anything else are ignored. The
   answer has ``outputs``.
-- Numbers must fit their type: no fractions for integers, no numbers for booleans,
-  nothing too large.
+- Numbers must fit their type: no fractions for integers, no numbers for booleans. As
+  floats they are rounded: what is too large is infinite, and what is smaller than the
+  smallest normal number zero, in requests and in answers.
 - Strings are text, or ``{"b64": "..."}`` for bytes; outputs whose name ends in
   ``_bytes`` come as the latter.
-- NaN, Infinity and -Infinity are written as such, although JSON does not know them.
+- NaN, Infinity and -Infinity are written as such, although JSON does not know them;
+  in requests also as Inf.
+- The first of several equal keys counts, but the last of an example's features. What
+  follows the JSON object is ignored.
 
 Values are checked by type and converted in bulk; no Python code runs per number, in
 either direction.
@@ -25,9 +29,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -75,24 +81,44 @@ _INTEGERS = frozenset(
         types_pb2.DT_UINT64,
     }
 )
+
+
+class _Constant(float):
+    """``NaN``, ``Infinity`` or ``Inf`` in a request: no number became too large."""
+
+
 _JSON_TYPES = {
     dict: "Object",
     list: "Array",
     str: "String",
     int: "Number",
     float: "Number",
+    _Constant: "Number",
     type(None): "Null",
 }
+#: Strings, which stay as they are, and the name of a constant outside of them.
+_INF = re.compile(r'("(?:[^"\\]|\\.)*")|Inf(?!inity)', re.DOTALL)
+#: A number that may be too large for a double.
+_LARGE = re.compile(r"[eE]\+?\d{3}|\d{300}")
+_TOO_LARGE = "JSON Parse error: Number too big to be stored in double."
 #: What an element of a ``tf.Example`` becomes, by its Python type.
-_FEATURE_KINDS = {str: "bytes", dict: "bytes", int: "int64", bool: "int64", float: "float"}
+_FEATURE_KINDS = {
+    str: "bytes",
+    dict: "bytes",
+    int: "int64",
+    bool: "int64",
+    float: "float",
+    _Constant: "float",
+}
 
 
 def parse(body: bytes | str) -> dict[str, Any]:
     """The JSON object in a request body; ``NaN`` and ``Infinity`` are numbers."""
-    if not body:
+    content = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
+    if not content:
         raise InvalidArgument("JSON Parse error: The document is empty")
     try:
-        document = _loads(body)
+        document = _loads(content)
     except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, absurdly long numbers, deep nesting
         raise InvalidArgument(f"JSON Parse error: {error}") from None
     if type(document) is not dict:
@@ -100,12 +126,75 @@ def parse(body: bytes | str) -> dict[str, Any]:
     return document
 
 
-def _loads(body: bytes | str) -> Any:
+def _loads(body: bytes) -> Any:
     try:
-        return orjson.loads(body)
+        document = orjson.loads(body)
     except orjson.JSONDecodeError:
-        # Several times slower, but it knows NaN and Infinity.
-        return json.loads(body)
+        pass
+    else:
+        # Each member has a colon: where there are no more, no key is there twice.
+        if type(document) is not dict or _members(document) == body.count(b":"):
+            return document
+    # Several times slower, but it sees every key, and knows NaN and Infinity. What is
+    # no text may follow the object; inside, it is refused where it is used.
+    text = body.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    try:
+        return _first_object(text)
+    except json.JSONDecodeError:
+        if "Inf" not in text:  # which Python does not know
+            raise
+        return _first_object(_INF.sub(lambda found: found[1] or "Infinity", text))
+
+
+def _members(document: dict[str, Any]) -> int:
+    """How many members the objects have that requests usually consist of."""
+    count = len(document)
+    for value in document.values():
+        for item in value if type(value) is list else (value,):
+            if type(item) is not dict:
+                break  # all rows are objects, or none is
+            count += len(item) + sum(len(inner) for inner in item.values() if type(inner) is dict)
+    return count
+
+
+def _first_object(text: str) -> Any:
+    """The value at the beginning of a text."""
+    pairs: list[tuple[str, Any]] = []
+
+    def members(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal pairs
+        pairs = found
+        return dict(found)
+
+    def decode(hook: Callable[[list[tuple[str, Any]]], Any]) -> Any:
+        decoder = json.JSONDecoder(
+            object_pairs_hook=hook,
+            parse_constant=_Constant,
+            # Called for each number, so only where one may be too large.
+            parse_float=_finite if _LARGE.search(text) else None,
+        )
+        return decoder.raw_decode(text.lstrip(" \t\n\r"))[0]
+
+    document = decode(members)
+    if type(document) is dict:
+        document = _first_members(pairs)
+        if EXAMPLES_KEY not in document:
+            return decode(_first_members)
+    return document
+
+
+def _first_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        members.update(reversed(pairs))
+    return members
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(_TOO_LARGE.partition(": ")[2])
+    return value
 
 
 def signature_name(document: Mapping[str, Any]) -> str:
@@ -168,7 +257,7 @@ def predict_inputs(
 def _from_rows(document: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, _Array]:
     rows = document[INSTANCES_KEY]
     if type(rows) is not list:
-        raise InvalidArgument(f"JSON Value: {_text(document)} Excepting 'instances' to be an list/array")
+        raise InvalidArgument(f"JSON Value: {_text(document)} Expecting 'instances' to be an list/array")
     if not rows:
         raise InvalidArgument(f"JSON Value: {_text(document)} No values in 'instances' array")
     named = _is_object(rows[0])
@@ -327,7 +416,7 @@ def _convert(leaves: list[Any], dtype: int) -> _Array:
         _check_types(leaves, types, {int}, dtype)
         return _integers(leaves, dtype)
     if dtype in _FLOATS:
-        _check_types(leaves, types, {int, float}, dtype)
+        _check_types(leaves, types, {int, float, _Constant}, dtype)
         return _floats(leaves, dtype)
     value = _text(leaves[0]) if leaves else "[]"
     raise Unimplemented(f"Conversion of JSON Value: {value} to type: {_type_text(dtype)}")
@@ -356,25 +445,23 @@ def _integers(leaves: list[int], dtype: int) -> _Array:
 
 
 def _floats(leaves: list[float], dtype: int) -> _Array:
-    numpy = numpy_dtype(dtype)
     try:
         values = np.array(leaves, dtype=np.float64)
     except OverflowError:
-        raise InvalidArgument("JSON Parse error: Number too big to be stored in double.") from None
-    limits = np.finfo(numpy)
-    magnitudes = np.abs(values)
-    # Whole numbers are exact up to the width of the fraction; only where there are
-    # larger ones need JSON's integers be told from its decimals, which may be rounded.
-    exact = (1 << (limits.nmant + 1)) - 1
-    for index in np.flatnonzero((magnitudes > exact) & np.isfinite(values)).tolist():
-        leaf = leaves[index]
-        integer = type(leaf) is int and -(1 << 63) <= leaf < 1 << 64
-        if integer or magnitudes[index] > limits.max:
-            target = "float" if dtype == types_pb2.DT_FLOAT else "double"
-            raise InvalidArgument(
-                f"Cannot convert JSON value: {_text(leaf)} to {target} without loss of precision."
-            )
-    return values.astype(numpy)
+        raise InvalidArgument(_TOO_LARGE) from None
+    infinite = np.isinf(values)
+    if infinite.any() and any(type(leaves[index]) is float for index in np.flatnonzero(infinite)):
+        raise InvalidArgument(_TOO_LARGE)
+    with np.errstate(over="ignore"):
+        return _flushed(values.astype(numpy_dtype(dtype)))
+
+
+def _flushed(values: _Array) -> _Array:
+    """Zero for denormal numbers, as on the threads of TensorFlow Serving's REST API."""
+    denormal = np.abs(values) < np.finfo(values.dtype).tiny
+    if (values[denormal] != 0).any():
+        return np.where(denormal, np.copysign(np.zeros((), values.dtype), values), values)
+    return values
 
 
 def _string(leaf: str | dict[str, Any]) -> bytes:
@@ -455,7 +542,7 @@ def _feature(name: str, content: Any) -> feature_pb2.Feature:
         feature.bytes_list.value.extend(map(_string, values))
     elif types <= {int, bool}:
         feature.int64_list.value.extend(_integers([int(v) for v in values], types_pb2.DT_INT64).tolist())
-    elif types == {float}:
+    elif types <= {float, _Constant}:
         feature.float_list.value.extend(_floats(values, types_pb2.DT_FLOAT).tolist())
     else:
         first = _FEATURE_KINDS[type(values[0])]
@@ -528,8 +615,6 @@ def _predictions(outputs: Mapping[str, _Array]) -> bytes:
         if not array.ndim:
             raise InvalidArgument(f"Tensor name: {name} has no shape information ")
         size = array.shape[0]
-        if not size:
-            raise InvalidArgument(f"Tensor name: {name} has invalid batch size: {size}")
         if sizes and size not in sizes:
             raise InvalidArgument(
                 f"Tensor name: {name} has inconsistent batch size: {size} expecting: {sizes.pop()}"
@@ -549,6 +634,8 @@ def _rows_json(array: _Array, name: str) -> list[bytes]:
         return [_array_json(row, name) for row in array]
     if array.dtype.hasobject:
         return [_string_json(value, name) for value in array.tolist()]
+    if not array.size:
+        return []
     # Numbers contain no commas.
     return _numbers_json(array)[1:-1].split(b",")
 
@@ -567,6 +654,8 @@ def _numbers_json(array: _Array) -> bytes:
     # A scalar goes in as a row of one, because its NumPy type has no JSON form of its
     # own everywhere.
     values = np.ascontiguousarray(array).reshape(array.shape or (1,))
+    if values.dtype.kind == "f":
+        values = _flushed(values)
     text = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
     if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
         # JSON has no word for these: they come out as null, which nothing else does, in
