@@ -78,7 +78,7 @@ ROUNDS    ?= 2
 EMBEDDING := runs/embedding-$(SIZE)
 bench-ladder: $(EMBEDDING)
 	$(BIN)/spikeless bench ladder $(EMBEDDING)/1 $(EMBEDDING)/2 --requests $(EMBEDDING)/requests \
-	    --name embedding-$(SIZE) --rounds $(ROUNDS)
+	    --title embedding-$(SIZE) --rounds $(ROUNDS)
 
 $(EMBEDDING): | $(READY)
 	$(BIN)/python benchmarks/make_embedding_model.py $@ --size $(SIZE)

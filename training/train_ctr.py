@@ -25,20 +25,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import criteo_synthetic
-import keras
-import numpy as np
-import scipy.sparse
-import tensorflow as tf
-from criteo_synthetic import CATEGORIES, INTEGERS, USER_CATEGORIES
-from input_pipeline import batches, naming_faults, select
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-
-from spikeless.errors import InvalidArgument
-from spikeless.training import dataset
-from spikeless.training.export import export
 from spikeless.training.settings import parse_settings
 
 # Settings -----------------------------------------------------------------------------
@@ -76,6 +62,22 @@ if (settings.train is None) != (settings.test is None):
     parser.error("--train and --test belong together")
 if min(settings.hidden) < 1:
     parser.error("--hidden must be 1 or more")
+
+# After the settings: --help and wrong options need no TensorFlow.
+import criteo_synthetic
+import keras
+import numpy as np
+import scipy.sparse
+import tensorflow as tf
+from criteo_synthetic import CATEGORIES, INTEGERS, USER_CATEGORIES
+from input_pipeline import batches, naming_faults, select
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from spikeless.errors import InvalidArgument
+from spikeless.training import dataset
+from spikeless.training.export import export
 
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's

@@ -17,15 +17,6 @@ import argparse
 import sys
 import time
 
-import keras
-import numpy as np
-import tensorflow as tf
-from numpy.typing import NDArray
-from sklearn.datasets import load_breast_cancer
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import train_test_split
-
-from spikeless.training.export import export
 from spikeless.training.settings import parse_settings
 
 # Settings -----------------------------------------------------------------------------
@@ -44,6 +35,17 @@ parser.add_argument("--test-fraction", type=float, default=0.2, help="part of th
 parser.add_argument("--seed", type=int, default=1, help="of the split, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
 settings = parse_settings(parser)
+
+# After the settings: --help and wrong options need no TensorFlow.
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+from sklearn.datasets import load_breast_cancer
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import train_test_split
+
+from spikeless.training.export import export
 
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's

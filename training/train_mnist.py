@@ -23,13 +23,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import keras
-import numpy as np
-import tensorflow as tf
-from numpy.typing import NDArray
-
-from spikeless.errors import InvalidArgument, Unavailable
-from spikeless.training.export import export
 from spikeless.training.settings import parse_settings
 
 # Settings -----------------------------------------------------------------------------
@@ -53,6 +46,15 @@ parser.add_argument(
 parser.add_argument("--seed", type=int, default=1, help="of the split, the initial weights and the shuffling")
 parser.add_argument("--runs", default="runs", help="where the run directory is written")
 settings = parse_settings(parser, may_be_zero=["epochs", "logical_devices"])
+
+# After the settings: --help and wrong options need no TensorFlow.
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from spikeless.errors import InvalidArgument, Unavailable
+from spikeless.training.export import export
 
 started = time.monotonic()
 keras.utils.set_random_seed(settings.seed)  # Python's, NumPy's and TensorFlow's

@@ -118,11 +118,11 @@ tag_ids = {tag: number for number, tag in enumerate(TAGS)}
 
 crf.prepare()
 
-import tensorflow as tf  # noqa: E402 (only once the settings and the files are good)
-import tf2crf  # noqa: E402
-from seqeval.metrics import f1_score, precision_score, recall_score  # noqa: E402
+import tensorflow as tf  # only once the settings and the files are good
+import tf2crf
+from seqeval.metrics import f1_score, precision_score, recall_score
 
-from spikeless.training.export import export  # noqa: E402
+from spikeless.training.export import export
 
 # Batches ------------------------------------------------------------------------------
 

@@ -19,7 +19,9 @@ command line into ``spikeless: error: ...`` and exit code 1.
 
 from __future__ import annotations
 
+import difflib
 import enum
+from collections.abc import Iterable
 
 
 class Code(enum.IntEnum):
@@ -100,6 +102,12 @@ class TensorFlowError(SpikelessError):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = Code(code) if code in Code._value2member_map_ else Code.UNKNOWN
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``: did you mean NAME?``, or nothing where no known name is like ``name``."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {found[0]}?" if found else ""
 
 
 #: What each extra of the package installs, by the names that it is imported by.

@@ -327,8 +327,8 @@ def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     ("options", "message"),
     [
         ("--rate 0", "'--rate': 0.0 is not in the range x>0"),
-        ("--seconds -1", "'--seconds': -1.0 is not in the range x>0"),
-        ("--seconds nan", "seconds must be positive"),
+        ("--seconds -1", "'--seconds': '-1' is no duration"),
+        ("--seconds nan", "'--seconds': 'nan' is no duration"),
         ("--timeout 0", "'--timeout'"),
         ("--processes 0", "'--processes': 0 is not in the range x>=1"),
         ("--warm-seconds -1", "'--warm-seconds'"),
@@ -351,9 +351,9 @@ def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ("--requests nosuch", "nosuch cannot be read"),
         ("--models nosuch", "no version of boston"),
         ("--models nosuch --requests requests", "nosuch has no version of boston"),
-        ("--pid 1", "--pid is for --target"),
-        ("--target 127.0.0.1:1 --server-flag=--x", "--allocator and --server-flag are for a server that is"),
-        ("--target 127.0.0.1:1", "no server answers at 127.0.0.1:1"),
+        ("--pid 1", "--pid is for --server"),
+        ("--server 127.0.0.1:1 --server-flag=--x", "--allocator and --server-flag are for a server that is"),
+        ("--server 127.0.0.1:1", "no server answers at 127.0.0.1:1"),
         ("--server-flag=--nosuch=1", "No such option"),
         ("--server-flag=--grpc_max_threads=none", "--grpc_max_threads"),
         ("--out requests", "requests is no directory: give one with --out"),
@@ -381,14 +381,14 @@ def test_every_option_is_checked_before_anything_is_done(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("demo --seconds 1", "'--seconds': 1.0 is not in the range x>=6"),
+        ("demo --seconds 1", "'--seconds': 1 is too short: say 6s or more"),
         ("demo --rate 0", "'--rate': 0.0 is not in the range x>0"),
         ("demo --repeats 0", "'--repeats': 0 is not in the range x>=1"),
         ("bench floor --seconds 0", "'--seconds'"),
-        ("bench ladder nosuch --name x", "Directory 'nosuch' does not exist"),
-        ("bench ladder models --name x", "models is no SavedModel: it has no saved_model.pb"),
-        ("bench ladder source --name x --rounds 0", "'--rounds': 0 is not in the range x>=1"),
-        ("bench ladder source --name x --requests nosuch", "nosuch cannot be read"),
+        ("bench ladder nosuch --title x", "Directory 'nosuch' does not exist"),
+        ("bench ladder models --title x", "models is no SavedModel: it has no saved_model.pb"),
+        ("bench ladder source --title x --rounds 0", "'--rounds': 0 is not in the range x>=1"),
+        ("bench ladder source --title x --requests nosuch", "nosuch cannot be read"),
         ("report", "give RESULTS, or two of them"),
         ("report source --compare source source", "give RESULTS, or two of them"),
         ("report source --force", "--force belongs to --compare"),
@@ -424,7 +424,7 @@ def test_a_server_that_would_refuse_part_of_the_load_is_named_before_the_run(
     )
     load = ("--models", published, "--rate", 40, "--seconds", 2, "--warm-seconds", 0, "--no-floor")
     with launch.start(settings) as server:
-        done = spikeless("bench", "run", "--target", server.target, *load, "--out", tmp_path / "raw")
+        done = spikeless("bench", "run", "--server", server.target, *load, "--out", tmp_path / "raw")
         pid = server.pid
     assert done.returncode == 0, done.stderr
     warning = done.stderr.splitlines()[0]

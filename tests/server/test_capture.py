@@ -8,8 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -31,7 +34,7 @@ PREDICT_METHOD = "/tensorflow.serving.PredictionService/Predict"
 
 
 @pytest.fixture(scope="module")
-def target(scales, tmp_path_factory):
+def target(scales: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     models = tmp_path_factory.mktemp("capture") / "models"
     shutil.copytree(scales / "2", models / NAME / "1")
     config = f'name: "{NAME}" base_path: "{models / NAME}" model_platform: "tensorflow"'
@@ -41,7 +44,7 @@ def target(scales, tmp_path_factory):
 
 
 @contextmanager
-def capturing(target, out, sample=1.0, **more):
+def capturing(target: str, out: Path, sample: float = 1.0, **more: Any) -> Iterator[tuple[Client, Capture]]:
     capture = Capture(CaptureSettings(target, "127.0.0.1:0", RecorderSettings(out, **more), sample))
     port = capture.start()
     try:
@@ -51,12 +54,13 @@ def capturing(target, out, sample=1.0, **more):
         capture.stop()
 
 
-def test_records_become_warmup_and_golden_requests(target, scales, tmp_path):
+def test_records_become_warmup_and_golden_requests(target: str, scales: Path, tmp_path: Path) -> None:
     """The command, as a user runs it."""
     out = tmp_path / "samples.tfrecord"
-    command = [sys.executable, "-m", "spikeless", "capture", "--target", target, "--listen=127.0.0.1:0"]
-    command += ["--out", out, "--sample=1"]
+    command = [sys.executable, "-m", "spikeless", "capture", "--server", target, "--listen=127.0.0.1:0"]
+    command += ["--out", str(out), "--sample=1"]
     relay = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert relay.stdout is not None
     address = relay.stdout.readline().split()[1]
     with Client(address) as client:
         for rows in (1, 2, 4, 2, 1):
@@ -69,7 +73,7 @@ def test_records_become_warmup_and_golden_requests(target, scales, tmp_path):
     assert f"relayed 6 calls; recorded 3 in {out}, 2 more were alike, 0 did not fit" in errors
 
     records = list(read(out))
-    assert [record.kind.name for record in records] == ["Predict"] * 3
+    assert [record.kind and record.kind.name for record in records] == ["Predict"] * 3
     assert [record.request.inputs["x"].tensor_shape.dim[0].size for record in records] == [1, 2, 4]
     response = records[1].log.predict_log.response
     np.testing.assert_array_equal(to_numpy(response.outputs["y"]), np.full((2, 2), 4, np.float32))
@@ -87,10 +91,10 @@ def test_records_become_warmup_and_golden_requests(target, scales, tmp_path):
     assert "gate golden: golden request 1 of 3: y is 3 at [0, 0] instead of 2" in done.stderr
 
 
-def test_the_relay_changes_nothing(target, tmp_path):
+def test_the_relay_changes_nothing(target: str, tmp_path: Path) -> None:
     """Error codes, deadlines, metadata and unknown methods come through unchanged."""
     with Client(target) as direct, capturing(target, tmp_path / "out") as (relayed, capture):
-        for call in (
+        calls: tuple[Callable[[Client], object], ...] = (
             lambda client: client.predict(NAME, {"x": X}),
             lambda client: client.predict("unknown", {"x": X}),
             lambda client: client.predict(NAME, {"x": X.astype(np.float64)}),
@@ -98,17 +102,18 @@ def test_the_relay_changes_nothing(target, tmp_path):
             lambda client: client.statuses(NAME),
             lambda client: client.signatures(NAME),
             lambda client: client.is_serving(),
-        ):
+        )
+        for call in calls:
             assert outcome(call, relayed) == outcome(call, direct)
 
-        def unknown(client):
+        def unknown(client: Client) -> Any:
             with grpc.insecure_channel(client.target) as channel:
-                return channel.unary_unary("/no.such.Service/Method")(b"", timeout=10)
+                return method(channel, "/no.such.Service/Method")(b"", timeout=10)
 
         for client in (relayed, direct):
-            with pytest.raises(grpc.RpcError) as caught:
+            with pytest.raises(grpc.RpcError) as refused:
                 unknown(client)
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
         with grpc.insecure_channel(relayed.target) as channel:
             watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
             assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
@@ -122,20 +127,26 @@ def test_the_relay_changes_nothing(target, tmp_path):
     assert caught.value.code is Code.UNAVAILABLE
 
 
-def outcome(call, client):
+def method(channel: grpc.Channel, name: str) -> Any:
+    """A call of bytes; the stubs of grpc want functions where None will do."""
+    return channel.unary_unary(name)  # type: ignore[call-arg]
+
+
+def outcome(call: Callable[[Client], object], client: Client) -> object:
     try:
         return repr(call(client))
     except SpikelessError as error:
         return error.code, str(error)
 
 
-def test_deadlines_and_cancellations_are_passed_on(target, tmp_path):
+def test_deadlines_and_cancellations_are_passed_on(target: str, tmp_path: Path) -> None:
     """A server that never answers sees the caller's deadline and its leaving."""
-    seen, left = [], threading.Event()
+    seen: list[Any] = []
+    left = threading.Event()
 
-    class Never(grpc.GenericRpcHandler):
-        def service(self, details):
-            def answer(request, context):
+    class Never(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+        def service(self, details: grpc.HandlerCallDetails) -> Any:
+            def answer(request: bytes, context: Any) -> bytes:
                 seen.append((context.time_remaining(), dict(context.invocation_metadata()).get("trace")))
                 context.add_callback(left.set)
                 left.wait(60)
@@ -150,7 +161,7 @@ def test_deadlines_and_cancellations_are_passed_on(target, tmp_path):
     try:
         relay = capturing(f"127.0.0.1:{port}", tmp_path / "out")
         with relay as (client, _), grpc.insecure_channel(client.target) as channel:
-            call = channel.unary_unary(PREDICT_METHOD).future(b"", timeout=1000, metadata=[("trace", "7")])
+            call = method(channel, PREDICT_METHOD).future(b"", timeout=1000, metadata=[("trace", "7")])
             deadline = time.monotonic() + 60
             while not seen:
                 assert time.monotonic() < deadline
@@ -165,7 +176,7 @@ def test_deadlines_and_cancellations_are_passed_on(target, tmp_path):
         server.stop(0)
 
 
-def test_limits_redaction_and_going_on(target, tmp_path):
+def test_limits_redaction_and_going_on(target: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with capturing(target, out, limit=2, redact=["x"]) as (client, capture):
         for rows in range(1, 5):
@@ -194,7 +205,7 @@ def test_limits_redaction_and_going_on(target, tmp_path):
     assert list(read(tmp_path / "rare")) == []
 
 
-def test_wrong_settings(tmp_path):
+def test_wrong_settings(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="--sample 2"):
         CaptureSettings("a:1", "b:1", RecorderSettings(tmp_path / "out"), 2.0)
     with pytest.raises(InvalidArgument, match="--limit"):
@@ -209,7 +220,7 @@ def test_wrong_settings(tmp_path):
         Capture(CaptureSettings("a:1", "256.0.0.1:1", RecorderSettings(tmp_path / "out"))).start()
 
 
-def test_a_full_disk_loses_records_but_no_call(target, tmp_path):
+def test_a_full_disk_loses_records_but_no_call(target: str, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", small]).returncode:
@@ -228,11 +239,12 @@ def test_a_full_disk_loses_records_but_no_call(target, tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
-def test_memory_is_bounded_while_the_disk_is_slow(tmp_path):
+def test_memory_is_bounded_while_the_disk_is_slow(tmp_path: Path) -> None:
     recorder = Recorder(RecorderSettings(tmp_path / "out", per_shape=1000))
     gate = threading.Event()
     write = recorder._write
-    recorder._write = lambda call: (gate.wait(60), write(call))
+    slow: Any = recorder
+    slow._write = lambda call: (gate.wait(60), write(call))
     request = predict_pb2.PredictRequest(model_spec=model_spec(NAME))
     request.inputs["x"].CopyFrom(to_proto(np.zeros(1 << 20, np.float32)))
     content = request.SerializeToString()
@@ -246,7 +258,7 @@ def test_memory_is_bounded_while_the_disk_is_slow(tmp_path):
     assert recorder.counts.recorded in (held, held + 1)
 
 
-def test_examples_are_redacted_by_feature(tmp_path):
+def test_examples_are_redacted_by_feature(tmp_path: Path) -> None:
     log = prediction_log_pb2.PredictionLog()
     request = log.classify_log.request
     for holder in (

@@ -36,7 +36,7 @@ def server(models: Path, tmp_path: Path) -> Iterator[launch.ServerProcess]:
 
 @pytest.fixture
 def exporter(server: launch.ServerProcess, models: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "spikeless", "exporter", "--target", server.target, "--port", "0"]
+    command = [sys.executable, "-m", "spikeless", "exporter", "--server", server.target, "--port", "0"]
     process = subprocess.Popen(
         [*command, "--models", str(models), "--pid", str(server.pid)], stdout=subprocess.PIPE, text=True
     )

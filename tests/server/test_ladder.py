@@ -38,7 +38,7 @@ def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
         "--requests",
         models / "requests",
     )
-    arguments = ("bench", "ladder", models / "1", models / "2", "--name", "tiny", "--rung", "threads", *load)
+    arguments = ("bench", "ladder", models / "1", models / "2", "--title", "tiny", "--rung", "threads", *load)
     done = spikeless(*arguments, "--out", out)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in out.iterdir()) == ["summary.md", "threads-1.npz"]

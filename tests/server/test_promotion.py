@@ -90,6 +90,25 @@ def test_promote_and_roll_back_under_load(models: Path, server: launch.ServerPro
     assert any(event == "check" for event, _ in events)
 
 
+def test_a_dry_run_names_the_steps_and_changes_nothing(
+    models: Path, server: launch.ServerProcess, client: Client
+) -> None:
+    before = config_text(models)
+    outcome = promote(models, NAME, 2, fleet_of(server), settings(), dry_run=True)
+    assert outcome.result == "dry run"
+    assert outcome.steps[0] == f"serving version 2 as {NAME}-canary"
+    assert outcome.steps[-1] == "moving stable"
+    assert "nothing was changed" in str(outcome)
+    with pytest.raises(NotFound, match="no version 9"):
+        promote(models, NAME, 9, fleet_of(server), settings(), dry_run=True)
+    assert config_text(models) == before
+    assert not (models / NAME / ".spikeless" / "journal.jsonl").exists()
+    promote(models, NAME, 2, fleet_of(server), settings())
+    outcome = rollback(models, NAME, fleet_of(server), dry_run=True)
+    assert (outcome.version, outcome.steps) == (1, ("moving stable back to version 1",))
+    assert served(client) == 2
+
+
 def test_a_restart_serves_what_was_promoted(models: Path) -> None:
     with start_server(models) as server:
         promote(models, NAME, 2, fleet_of(server), settings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -46,10 +47,18 @@ def saved_model(boston_run: Path, tmp_path: Path) -> Path:
 
 def test_publish_loads_the_model_and_prints_the_new_version(boston_run: Path, tmp_path: Path) -> None:
     arguments = ("publish", boston_run / "saved_model", "--name=boston", "--models", tmp_path)
+    dry = spikeless(*arguments, "--dry-run", "--json")
+    assert dry.returncode == 0, dry.stderr
+    told = json.loads(dry.stdout)
+    assert (told["path"], told["version"], told["dry_run"]) == (f"{tmp_path}/boston/1", 1, True)
+    assert told["gates"] == ["files", "warmup", "cold", "signatures", "trial"]
+    assert told["warnings"] == []
+    assert not (tmp_path / "boston" / "1").exists()
+
     done = spikeless(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/boston/1\n"
-    titles = ["copying", "checking files", "checking warmup", "comparing signatures"]
+    titles = ["copying", "checking files", "checking warmup", "looking for warmup", "comparing signatures"]
     titles += ["loading and asking it", "writing to disk", "publishing"]
     assert done.stderr.splitlines() == [f"boston: {title}" for title in titles]
     assert tree(tmp_path / "boston" / "1") == tree(boston_run / "saved_model")
@@ -59,6 +68,30 @@ def test_publish_loads_the_model_and_prints_the_new_version(boston_run: Path, tm
     assert again.stderr == (
         f"spikeless: error: {tmp_path}/boston/1 is there already; versions are never overwritten\n"
     )
+
+
+def test_a_version_without_warmup_is_published_with_a_warning(saved_model: Path, tmp_path: Path) -> None:
+    shutil.rmtree(saved_model / "assets.extra")
+    arguments = ("publish", saved_model, "--name=boston", "--models", tmp_path / "models", "--no-load")
+    done = spikeless(*arguments, "--json")
+    assert done.returncode == 0
+    assert "no warmup file" in json.loads(done.stdout)["warnings"][0]
+    assert "boston: warning: it has no warmup file" in done.stderr
+    assert "warning" not in spikeless(*arguments, "--allow-cold").stderr
+
+
+def test_a_version_that_nobody_can_ask_is_refused(tmp_path: Path) -> None:
+    program = "import sys, tensorflow as tf; tf.saved_model.save(tf.Module(), sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, tmp_path / "mute"], check=True, capture_output=True)
+    arguments = ("publish", tmp_path / "mute", "--name=mute", "--models", tmp_path / "new")
+    done = spikeless(*arguments)
+    assert done.returncode == 1
+    assert "has no signature" in done.stderr
+    assert not (tmp_path / "new").exists()
+    done = spikeless(*arguments, "--allow-cold")
+    assert done.returncode == 0, done.stderr
+    assert f"making a new model repository, {tmp_path / 'new'}" in done.stderr
+    assert "warning" not in done.stderr
 
 
 def test_a_kill_at_any_point_leaves_every_visible_version_whole_and_the_next_publish_cleans_up(

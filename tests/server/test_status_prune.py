@@ -57,6 +57,9 @@ def test_status_and_prune_follow_a_promotion(models: Path, scales: Path) -> None
         done = spikeless("status", "--json", "--models", models, "--servers", server.target)
         assert json.loads(done.stdout)[0]["labels"] == {"stable": 2}
 
+        dry = prune(models, NAME, 1, fleet_of(server), dry_run=True)
+        assert (dry.removed, dry.dry_run) == ((3,), True)
+        assert set(layout.versions(models, NAME)) == {1, 2, 3, 4, 5}
         done = spikeless("prune", NAME, "--keep=1", "--json", "--models", models, "--servers", server.target)
         assert done.returncode == 0, done.stderr
         pruned = json.loads(done.stdout)
@@ -82,6 +85,9 @@ def test_status_says_what_does_not_agree(models: Path, scales: Path) -> None:
         add_version(scales / "1", models / "more", 1)
         (models / "more" / NAME).rename(models / "unlisted")
         (models / "more").rmdir()
+        done = spikeless("status", "--json", "--models", models, "--servers", server.target)
+        assert done.returncode == 1, "they disagree"
+        assert json.loads(done.stdout)
         reports = {report.name: report for report in status(models, None, (server.target, gone))}
         problems = "\n".join(reports[NAME].disagreements)
         for text in (

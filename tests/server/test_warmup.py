@@ -16,7 +16,7 @@ def test_boston(boston_run: Path, tmp_path: Path) -> None:
         "warmup/boston/samples.jsonl",
         "--batch-sizes",
         "1,8,32",
-        "--model-name",
+        "--name",
         "boston",
     )
     for arguments in (samples, ("--batch-sizes", "1,8")):  # from samples, and from the signatures alone

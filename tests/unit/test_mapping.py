@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -639,6 +640,22 @@ def test_the_command(originals: Path, tmp_path: Path) -> None:
     repinned = _spikeless("map", "--repin", moved, "--json")
     assert json.loads(repinned.stdout)["min_bytes"] == 4096
     check(moved, str(moved))
+    # From the folder beside it, so that every path has a "..".
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    run = functools.partial(_spikeless, cwd=beside)
+    for command in (
+        ("map", os.path.relpath(source, beside), "../again", "--min-bytes", "4KiB"),
+        ("map", "--repin", "../again"),
+        ("publish", "../again", "--name", "m", "--models", "../models", "--map"),
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    check(tmp_path / "again", str(tmp_path / "again"))
+    check(tmp_path / "models" / "m" / "1", str(tmp_path / "models" / "m" / "1"))
+    done = _spikeless("map", source, tmp_path / "little", "--min-bytes", "1GiB", "--no-verify")
+    assert "nothing is mapped" in done.stdout
+    assert "--min-bytes" in done.stdout
     for wrong in (
         ("map", source),
         ("map", "--repin", moved, out),

@@ -189,6 +189,7 @@ def test_a_step_that_refuses_leaves_nothing(source: Path, models: Path) -> None:
 
 def test_progress_names_each_stage(source: Path, models: Path) -> None:
     titles: list[str] = []
+    models.mkdir()
     put(
         source,
         models,

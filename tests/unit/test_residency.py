@@ -186,6 +186,7 @@ def test_the_command_keeps_until_it_is_told_to_stop(tmp_path: Path) -> None:
         "-m",
         "spikeless",
         "keep",
+        "--models",
         str(tmp_path),
         "--budget",
         "64MiB",

@@ -44,7 +44,7 @@ def test_build_inspect_verify(spikeless: Spikeless, model: Path, tmp_path: Path)
     samples = tmp_path / "samples.jsonl"
     samples.write_text('{"instances": [[1, 2, 3, 4]]}\n{"signature_name": "gather", "instances": [9]}\n')
     code, out, err = spikeless(
-        *("warmup", "build", model, "--samples", samples, "--batch-sizes", "1,8", "--model-name", "m"),
+        *("warmup", "build", model, "--samples", samples, "--batch-sizes", "1,8", "--name", "m"),
         *("--signature", "sequence", "--signature", "serving_default", "--dim", "tokens=7"),
     )
     path = warmup.warmup_file(model)
@@ -63,9 +63,15 @@ def test_build_inspect_verify(spikeless: Spikeless, model: Path, tmp_path: Path)
     ]
     assert records[5]["inputs"] == [{"name": "tokens", "dtype": "DT_INT32", "shape": [8, 7]}]
     assert [record["bytes"] for record in records] == [len(content) for content in tfrecord.read(path)]
-    code, out, _ = spikeless("warmup", "inspect", path)
+    code, out, _ = spikeless("warmup", "inspect", path, "--all")
     assert code == 0
     assert "x: DT_FLOAT [8, 4]" in out
+    assert out.count("Predict") == 6
+    shutil.copy(path, tmp_path / "once")
+    tfrecord.write(path, 20 * list(tfrecord.read(tmp_path / "once")))
+    code, out, _ = spikeless("warmup", "inspect", path)
+    assert (out.count("Predict"), out.count(" 20 ")) == (6, 6), "alike records are one line"
+    shutil.move(tmp_path / "once", path)
 
     code, out, _ = spikeless("warmup", "verify", model, "--json", "--request-iterations", "2")
     assert code == 0

@@ -13,9 +13,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from spikeless import __version__
-from spikeless.errors import SpikelessError, missing_extra
+from spikeless.errors import SpikelessError, missing_extra, nearest
 
 #: Sub-command -> the module of this package that defines a click command ``command``,
 #: and its short help.
@@ -39,6 +40,17 @@ COMMANDS: dict[str, str] = {
 }
 
 
+#: Options by names that they had, or have in other programs -> their name here.
+_OTHER_NAMES = {"--target": "--server", "--model-name": "--name", "--model_name": "--name"}
+
+_COMPLETION = """\b
+Completion of commands and options, in ~/.bashrc:
+  eval "$(_SPIKELESS_COMPLETE=bash_source spikeless)"
+In ~/.zshrc the same with zsh_source; for fish:
+  _SPIKELESS_COMPLETE=fish_source spikeless > ~/.config/fish/completions/spikeless.fish
+"""
+
+
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -51,13 +63,43 @@ class _LazyGroup(click.Group):
         command.name = cmd_name
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command's name without importing any of them."""
+        commands = [CompletionItem(name, help=text) for name, text in COMMANDS.items()]
+        found = [item for item in commands if item.value.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def _quiet_tensorflow(ctx: click.Context, parameter: click.Parameter, verbose: bool) -> None:
+    """Before TensorFlow is loaded: it reads the variable only then."""
+    if verbose:
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
+    else:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_COMPLETION)
 @click.version_option(__version__, prog_name="spikeless")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_quiet_tensorflow,
+    help="Show what TensorFlow logs.",
+)
 def cli() -> None:
     """Swap a TensorFlow Serving model under live traffic without anyone noticing."""
 
@@ -85,12 +127,21 @@ def _run(arguments: list[str] | None) -> NoReturn:
         where = f"{error.filename}: " if error.filename is not None else ""
         _fail(f"{where}{error.strerror or error}")
     except click.ClickException as error:
-        error.show()
+        _with_name_here(error).show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("spikeless: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _with_name_here(error: click.ClickException) -> click.ClickException:
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        known = {name for parameter in error.ctx.command.params for name in parameter.opts}
+        wanted = _OTHER_NAMES.get(error.option_name, "")
+        for name in {wanted, f"{wanted}s"} & known:
+            return click.UsageError(f"no such option {error.option_name}: did you mean {name}?", error.ctx)
+    return error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from spikeless.bench import ladder, report
 from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.rungs import LADDER
 from spikeless.bench.schedule import ARRIVALS
+from spikeless.cli.options import Duration, json_option, models_option
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.repository import checks, layout
@@ -29,7 +30,7 @@ from spikeless.warmup.records import WARMUP_FILE, warmup_file
 _PATH = click.Path(path_type=Path)
 _MODEL_PATH = click.Path(path_type=Path, exists=True, file_okay=False)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
-_NOT_NEGATIVE = click.FloatRange(min=0)
+_TIME = Duration(positive=True)
 _COUNT = click.IntRange(min=1)
 
 
@@ -41,7 +42,7 @@ def command() -> None:
 def _load_options(function: Any) -> Any:
     """The options of the load: ``--requests``, and fields of `bench.Settings`."""
     options = [
-        click.option("--model-name", default="boston", show_default=True, help="Name of the served model."),
+        click.option("--name", "model_name", default="boston", show_default=True, help="Name of the model."),
         click.option(
             "--requests", type=_PATH, help="TFRecord file of PredictionLog with the requests to replay."
         ),
@@ -50,10 +51,10 @@ def _load_options(function: Any) -> Any:
         click.option("--seed", default=1, show_default=True, help="Seed of the Poisson arrivals."),
         click.option(
             "--timeout",
-            type=_POSITIVE,
-            default=10.0,
+            type=_TIME,
+            default="10s",
             show_default=True,
-            help="Deadline of each request, in seconds.",
+            help="Deadline of each request.",
         ),
         click.option(
             "--processes", type=_COUNT, default=1, show_default=True, help="Processes of the load generator."
@@ -66,19 +67,19 @@ def _load_options(function: Any) -> Any:
 
 @command.command("run")
 @_load_options
-@click.option("--target", help="HOST:PORT of a running server.  [default: start one for the run]")
+@click.option("--server", "target", help="gRPC address of a running server.  [default: start one]")
 @click.option(
     "--pid",
     type=int,
     help="Its process id, to sample its memory.  [default: who listens there, if on this machine]",
 )
-@click.option("--models", type=_PATH, default="models", show_default=True, help="The model repository.")
+@models_option
 @click.option("--scenario", default="load", show_default=True, help="Name that the report groups runs by.")
-@click.option("--seconds", type=_POSITIVE, default=30.0, show_default=True, help="Duration of the load.")
+@click.option("--seconds", type=_TIME, default="30s", show_default=True, help="Duration of the load.")
 @click.option(
     "--warm-seconds",
-    type=_NOT_NEGATIVE,
-    default=3.0,
+    type=Duration(),
+    default="3s",
     show_default=True,
     help="Left out of the steady window.",
 )
@@ -95,18 +96,16 @@ def _load_options(function: Any) -> Any:
 @click.option("--publish-command", help="Command that publishes a version instead.")
 @click.option("--publishes", type=_COUNT, default=1, show_default=True, help="How many versions to publish.")
 @click.option(
-    "--publish-every", type=_POSITIVE, help="Seconds between versions.  [default: an equal share of the load]"
+    "--publish-every", type=_TIME, help="Time between versions.  [default: an equal share of the load]"
 )
-@click.option(
-    "--publish-at", type=_POSITIVE, help="When the first one, in seconds.  [default: 60 % of a share]"
-)
+@click.option("--publish-at", type=_TIME, help="When the first one.  [default: 60 % of a share]")
 @click.option("--allocator", type=click.Choice(launch.ALLOCATORS), help="Of that server.  [default: glibc]")
 @click.option("--server-flag", multiple=True, help="Another flag for the server that is started; repeatable.")
 @click.option("--floor/--no-floor", default=True, help="Measure the generator's own latency first.")
 @click.option(
     "--out", type=_PATH, default="reports/raw", show_default=True, help="Directory of the raw results."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@json_option
 def run_command(
     requests: Path | None,
     target: str | None,
@@ -130,7 +129,7 @@ def run_command(
 ) -> None:
     """Drive load against a server and write one raw result.
 
-    Without --target a server is started on MODELS/MODEL_NAME and stopped afterwards;
+    Without --server a server is started on MODELS/MODEL_NAME and stopped afterwards;
     SPIKELESS_SERVER names its engine. With --publish or --publish-command the next
     version is published while the load runs, with --publishes several. By default the
     requests are those of the newest version's warmup file.
@@ -143,9 +142,9 @@ def run_command(
             "--publishes, --publish-at and --publish-every need --publish or --publish-command"
         )
     if target is None and pid is not None:
-        raise click.UsageError("--pid is for --target: give that, too")
+        raise click.UsageError("--pid is for --server: give that, too")
     if target is not None and (allocator is not None or server_flag):
-        raise click.UsageError("--allocator and --server-flag are for a server that is started, not --target")
+        raise click.UsageError("--allocator and --server-flag are for a server that is started, not --server")
     share = seconds / publishes
     model_name = load["model_name"]
     settings = _settings(
@@ -201,9 +200,13 @@ def run_command(
 @command.command("floor")
 @_load_options
 @click.option(
-    "--seconds", type=_POSITIVE, default=bench.FLOOR_SECONDS, show_default=True, help="Duration of the load."
+    "--seconds",
+    type=_TIME,
+    default=f"{bench.FLOOR_SECONDS:g}s",
+    show_default=True,
+    help="Duration of the load.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@json_option
 def floor_command(requests: Path | None, seconds: float, as_json: bool, **load: Any) -> None:
     """Measure the load generator's own latency on a server that answers at once."""
     with ExitStack() as stack:
@@ -220,7 +223,7 @@ def floor_command(requests: Path | None, seconds: float, as_json: bool, **load: 
 
 @command.command("ladder")
 @click.argument("saved_models", type=_MODEL_PATH, nargs=-1, required=True)
-@click.option("--name", required=True, help="Ends the name of the result directory.")
+@click.option("--title", required=True, help="Ends the name of the result directory.")
 @click.option("--requests", type=_PATH, help="As in `run`.  [default: the first model's warmup file]")
 @click.option(
     "--rung",
@@ -233,16 +236,14 @@ def floor_command(requests: Path | None, seconds: float, as_json: bool, **load: 
 @click.option(
     "--publishes", type=_COUNT, default=5, show_default=True, help="Versions published in each run."
 )
-@click.option(
-    "--publish-every", type=_POSITIVE, default=10.0, show_default=True, help="Seconds between versions."
-)
+@click.option("--publish-every", type=_TIME, default="10s", show_default=True, help="Time between versions.")
 @click.option("--rate", type=_POSITIVE, default=200.0, show_default=True, help="Requests per second.")
 @click.option(
-    "--out", type=_PATH, help="The result directory.  [default: benchmarks/results/<date>-<engine>-<name>]"
+    "--out", type=_PATH, help="The result directory.  [default: benchmarks/results/<date>-<engine>-<title>]"
 )
 def ladder_command(
     saved_models: tuple[Path, ...],
-    name: str,
+    title: str,
     requests: Path | None,
     rungs: tuple[str, ...],
     rounds: int,
@@ -264,7 +265,7 @@ def ladder_command(
     settings = ladder.LadderSettings(
         saved_models=saved_models,
         requests=requests or warmup_file(saved_models[0]),
-        out=out or Path("benchmarks/results") / f"{now:%Y-%m-%d}-{Path(launch.chosen_engine()).name}-{name}",
+        out=out or Path("benchmarks/results") / f"{now:%Y-%m-%d}-{Path(launch.chosen_engine()).name}-{title}",
         command=shlex.join(["spikeless", *sys.argv[1:]]),
         rungs=tuple(rung for rung in LADDER if not rungs or rung.key in rungs),
         rounds=rounds,

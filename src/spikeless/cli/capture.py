@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
-from spikeless.cli.options import Size, interruptible, tell
+from spikeless.cli.options import Size, interruptible, server_option, tell
 from spikeless.sidecars.capture import Capture, CaptureSettings
 from spikeless.sidecars.recording import RecorderSettings
 
 
 @click.command()
-@click.option("--target", default="127.0.0.1:8500", show_default=True, help="The server's gRPC address.")
+@server_option
 @click.option(
     "--listen", default="127.0.0.1:8600", show_default=True, help="Where callers come; port 0: any."
 )
@@ -29,7 +29,7 @@ from spikeless.sidecars.recording import RecorderSettings
 )
 @click.option("--redact", multiple=True, help="Input or feature whose values are left out; may be repeated.")
 def command(
-    target: str,
+    server: str,
     listen: str,
     out: Path,
     sample: float,
@@ -48,10 +48,10 @@ def command(
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     settings = RecorderSettings(out, limit, per_shape, max_bytes, redact)
     with interruptible() as asked:
-        capture = Capture(CaptureSettings(target, listen, settings, sample))
+        capture = Capture(CaptureSettings(server, listen, settings, sample))
         port = capture.start()
         host = listen.rpartition(":")[0]
-        click.echo(f"relaying {host}:{port} to {target}")
+        click.echo(f"relaying {host}:{port} to {server}")
         asked.wait()
         capture.stop()
     counts = capture.recorder.counts

@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 
 from spikeless import demo
+from spikeless.cli.options import Duration
 
 
 @click.command()
@@ -21,8 +22,8 @@ from spikeless import demo
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=demo.SHORTEST_SECONDS),
-    default=demo.DemoSettings.seconds,
+    type=Duration(at_least=demo.SHORTEST_SECONDS),
+    default=f"{demo.DemoSettings.seconds:g}s",
     show_default=True,
     help="Of load in each run.",
 )

@@ -26,7 +26,7 @@ from spikeless.mapping import Manifest, MapSettings, VariableState, map_saved_mo
 @click.option(
     "--records", type=click.Path(path_type=Path), help="Warmup records to compare on; the model's by default."
 )
-@click.option("--no-verify", is_flag=True, help="Do not compare the outputs of original and mapped model.")
+@click.option("--verify/--no-verify", default=True, help="Compare the outputs of original and mapped model.")
 @click.option("--optimize", is_flag=True, help="Also optimise the graph, so that the server need not.")
 @click.option(
     "--repin", "repin_only", is_flag=True, help="Correct the paths in a mapped model that was moved."
@@ -38,7 +38,7 @@ def command(
     min_bytes: int,
     serving_root: str | None,
     records: Path | None,
-    no_verify: bool,
+    verify: bool,
     optimize: bool,
     repin_only: bool,
     as_json: bool,
@@ -53,13 +53,13 @@ def command(
     if repin_only:
         if out is not None:
             raise click.UsageError("--repin changes SAVED_MODEL itself: leave OUT away")
-        if no_verify or optimize or records is not None:
+        if not verify or optimize or records is not None:
             raise click.UsageError("--repin maps nothing: leave --no-verify, --optimize and --records away")
         manifest = repin(saved_model, serving_root)
     else:
         if out is None:
             raise click.UsageError("Missing argument 'OUT'.")
-        settings = MapSettings(min_bytes, serving_root, not no_verify, optimize, records)
+        settings = MapSettings(min_bytes, serving_root, verify, optimize, records)
         manifest = map_saved_model(saved_model, out, settings)
     if as_json:
         click.echo(manifest.to_json(), nl=False)
@@ -74,9 +74,15 @@ def summary(manifest: Manifest) -> str:
         chosen = [variable for variable in manifest.variables if variable.state is state]
         total = sum(variable.bytes or 0 for variable in chosen)
         lines.append(f"{state.value:<9} {len(chosen):>5} variables {total / 2**20:>12,.1f} MiB")
+    requests = "request" if manifest.compared == 1 else "requests"
     lines.append(
-        f"compared  {manifest.compared:>5} requests, all answers the same"
+        f"compared  {manifest.compared:>5} {requests}, all answers the same"
         if manifest.compared
         else "not compared"
     )
+    if not any(variable.state is VariableState.MAPPED for variable in manifest.variables):
+        lines.append(
+            "nothing is mapped: `spikeless inspect` says why of each variable; smaller ones are with "
+            "--min-bytes, though TensorFlow copies those under 100KiB"
+        )
     return "\n".join(lines)

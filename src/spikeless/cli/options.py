@@ -32,13 +32,20 @@ class Duration(click.ParamType[Any]):
 
     name = "duration"
 
+    def __init__(self, at_least: float = 0.0, *, positive: bool = False) -> None:
+        self._at_least = at_least
+        self._positive = positive
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
         match = _DURATION.fullmatch(str(value).strip())
         if match is None:
             self.fail(f"{value!r} is no duration: say 30s, 10m or 1h", param, ctx)
-        return float(match[1]) * _UNITS[match[2] or "s"]
+        seconds = float(match[1]) * _UNITS[match[2] or "s"]
+        if seconds < self._at_least:
+            self.fail(f"{value} is too short: say {self._at_least:g}s or more", param, ctx)
+        if self._positive and not seconds:
+            self.fail("it must be more than 0", param, ctx)
+        return seconds
 
 
 class Size(click.ParamType[Any]):
@@ -64,6 +71,11 @@ models_option = click.option(
 )
 
 
+name_option = click.option("--name", required=True, help="Name of the model.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, change nothing.")
+
+
 class _Servers(click.ParamType[Any]):
     name = "servers"
 
@@ -82,6 +94,11 @@ servers_option = click.option(
     default="127.0.0.1:8500",
     show_default=True,
     help="gRPC addresses, HOST:PORT[,HOST:PORT...], or a file with one a line.",
+)
+
+
+server_option = click.option(
+    "--server", default="127.0.0.1:8500", show_default=True, help="gRPC address of the server, HOST:PORT."
 )
 
 
@@ -121,7 +138,8 @@ def change_options(function: _Function) -> _Function:
     for option in (
         fleet_options,
         models_option,
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        json_option,
+        dry_run_option,
         click.option("--reason", default="", help="Why, for the journal."),
     ):
         function = option(function)

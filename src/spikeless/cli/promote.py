@@ -42,7 +42,7 @@ from spikeless.rollout.soak import SoakSettings
 @click.option("--takes-unlabelled", is_flag=True, help="It may take requests that name no label.")
 @click.option("--serving-root", help="Where servers see the repository, when models.config is new.")
 @change_options
-def command(name: str, version: int, models: Path, as_json: bool, **options: Any) -> None:
+def command(name: str, version: int, models: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Make VERSION the version that callers of NAME get.
 
     It is loaded as NAME-canary first, asked its warmup and golden requests there, and
@@ -66,5 +66,5 @@ def command(name: str, version: int, models: Path, as_json: bool, **options: Any
         reason=options["reason"],
     )
     with interruptible() as interrupted:
-        outcome = promote(models, name, version, fleet, settings, tell, interrupted)
+        outcome = promote(models, name, version, fleet, settings, tell, interrupted, dry_run=dry_run)
     print_result(outcome, as_json)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from spikeless.cli.options import models_option, servers_option, tell
+from spikeless.cli.options import dry_run_option, json_option, models_option, servers_option, tell
 from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.prune import prune
 
@@ -20,11 +20,19 @@ from spikeless.rollout.prune import prune
 @click.option("--keep", type=int, required=True, help="The newest versions that stay.")
 @click.option("--force", is_flag=True, help="Remove versions that are younger than a day, too.")
 @click.option("--offline", is_flag=True, help="No server uses this repository: ask none.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
+@dry_run_option
 @models_option
 @servers_option
 def command(
-    name: str, keep: int, force: bool, offline: bool, as_json: bool, models: Path, servers: Any
+    name: str,
+    keep: int,
+    force: bool,
+    offline: bool,
+    as_json: bool,
+    dry_run: bool,
+    models: Path,
+    servers: Any,
 ) -> None:
     """Remove all versions of NAME but the newest.
 
@@ -33,11 +41,12 @@ def command(
     nothing is removed.
     """
     fleet = None if offline else FleetSettings(servers)
-    pruned = prune(models, name, keep, fleet, force=force, progress=tell)
+    pruned = prune(models, name, keep, fleet, force=force, dry_run=dry_run, progress=tell)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(pruned)))
         return
     for version, reason in pruned.kept.items():
         click.echo(f"{name}: version {version} stays: {reason}")
     removed = ", ".join(map(str, pruned.removed)) or "no version"
-    click.echo(f"{name}: removed {removed} ({decimal(pruned.freed)})")
+    done = "would remove" if dry_run else "removed"
+    click.echo(f"{name}: {done} {removed} ({decimal(pruned.freed)})")

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import click
 
-from spikeless.cli.options import Duration, Size, models_option
+from spikeless.cli.options import (
+    Duration,
+    Size,
+    dry_run_option,
+    json_option,
+    models_option,
+    name_option,
+    tell,
+)
 from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
 from spikeless.repository.gates import GateSettings
@@ -15,10 +25,11 @@ from spikeless.repository.golden import Tolerance
 
 @click.command()
 @click.argument("saved_model", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="Name of the model.")
+@name_option
 @click.option("--version", type=int, help="Number of the version.  [default: the next free one]")
 @models_option
 @click.option("--load/--no-load", default=True, help="Load the model first and ask it, as a test.")
+@click.option("--allow-cold", is_flag=True, help="It may have no warmup file, or no signature.")
 @click.option("--allow-breaking", is_flag=True, help="Callers of the stable version may fail.")
 @click.option(
     "--golden",
@@ -44,12 +55,15 @@ from spikeless.repository.golden import Tolerance
 @click.option(
     "--serving-root", help="Absolute path of the repository on the server.  [default: that of --models here]"
 )
+@dry_run_option
+@json_option
 def command(
     saved_model: Path,
     name: str,
     version: int | None,
     models: Path,
     load: bool,
+    allow_cold: bool,
     allow_breaking: bool,
     golden: Path | None,
     rtol: float,
@@ -61,6 +75,8 @@ def command(
     verify: bool,
     optimize: bool,
     serving_root: str | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Copy SAVED_MODEL to MODELS/NAME/VERSION/, which appears whole or not at all.
 
@@ -75,6 +91,7 @@ def command(
         raise click.UsageError("--optimize and --no-verify are for --map: give that, too")
     settings = GateSettings(
         allow_breaking=allow_breaking,
+        allow_cold=allow_cold,
         golden=golden,
         tolerance=Tolerance(rtol, atol),
         mapping=MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize) if mapped else None,
@@ -82,13 +99,32 @@ def command(
         memory=memory,
         max_first_request=max_first_request,
     )
-    published = publishing.publish(
+    staged = publishing.stage(
         saved_model,
         models,
         name,
         version,
         gates=settings.pipeline(),
         serving_root=serving_root,
-        progress=lambda title: click.echo(f"{name}: {title}", err=True),
+        progress=lambda title: tell(f"{name}: {title}"),
     )
-    click.echo(published)
+    with staged as candidate:
+        tell(f"{name}: {'it could be published' if dry_run else 'publishing'}")
+        path = candidate.target if dry_run else candidate.publish()
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "path": str(path),
+                    "name": name,
+                    "version": candidate.version,
+                    "bytes": candidate.size,
+                    "gates": candidate.passed,
+                    "warnings": candidate.warnings,
+                    "findings": dataclasses.asdict(candidate.findings),
+                    "dry_run": dry_run,
+                }
+            )
+        )
+    else:
+        click.echo(path)

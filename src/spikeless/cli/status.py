@@ -27,12 +27,21 @@ from spikeless.rollout.status import ModelReport, VersionReport, status
 def command(name: str | None, as_json: bool, models: Path, servers: Any) -> None:
     """Show the versions of NAME, or of all models: on disk, configured, on each server.
 
-    Where these disagree, it says so below the table.
+    Where these disagree, or a server does not answer, it says so below the table and
+    exits with 1.
     """
     reports = status(models, name, servers)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
-        return
+    else:
+        _print(reports, servers)
+    if any(report.disagreements for report in reports):
+        sys.exit(1)
+
+
+def _print(reports: list[ModelReport], servers: tuple[str, ...]) -> None:
+    if not reports:
+        click.echo("there is no model", err=True)
     # Only a terminal has a width that lines must fit.
     console = Console(width=None if sys.stdout.isatty() else 10_000)
     for report in reports:

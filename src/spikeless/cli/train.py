@@ -7,7 +7,6 @@ script writes: a run directory (`spikeless.training.export`).
 from __future__ import annotations
 
 import ast
-import os
 import runpy
 import signal
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from spikeless.errors import NotFound
+from spikeless.errors import NotFound, nearest
 
 _PREFIX = "train_"
 
@@ -49,10 +48,8 @@ def command(folder: Path, name: str | None, options: tuple[str, ...]) -> None:
             click.echo(f"{key:{width}}  {_summary(path)}")
         return
     if name not in scripts:
-        raise NotFound(f"{folder}/ has no training script for {name!r}; there is: {', '.join(scripts)}")
-    # TensorFlow's start-up notices about absent GPUs and the like; errors still come as
-    # exceptions.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        there = f"there is: {', '.join(scripts)}{nearest(name, scripts)}"
+        raise NotFound(f"{folder}/ has no training script for {name!r}; {there}")
     # SIGTERM (`docker stop`, a batch system) ends a training as Ctrl-C does: what was
     # staged is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

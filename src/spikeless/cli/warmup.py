@@ -12,8 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from spikeless import warmup
+from spikeless.cli.options import json_option
 from spikeless.formats.kinds import KINDS
 from spikeless.warmup import BuildSettings, SampleFile
+from spikeless.warmup.inspection import RecordSummary
 
 _KINDS = {kind.name.lower(): kind.name for kind in KINDS if kind.signature_method}
 
@@ -102,7 +104,8 @@ def command() -> None:
     multiple=True,
     help="Sizes of the unknown dimensions behind the batch, for requests that are made up. Repeatable.",
 )
-@click.option("--model-name", help="The model name in the requests; servers do not look at it.")
+@click.option("--name", help="Name of the model in the requests; servers do not look at it.")
+@json_option
 def build(
     saved_model: Path,
     samples: tuple[SampleFile, ...],
@@ -110,7 +113,8 @@ def build(
     multi_inference: tuple[str, ...],
     batch_sizes: tuple[int, ...],
     dims: _Dims,
-    model_name: str | None,
+    name: str | None,
+    as_json: bool,
 ) -> None:
     """Write the warmup file of SAVED_MODEL, a directory with saved_model.pb.
 
@@ -125,10 +129,13 @@ def build(
         multi_inference=tuple(tuple(keys.split(",")) for keys in multi_inference),
         batch_sizes=batch_sizes,
         dims=dims,
-        model_name=model_name,
+        model_name=name,
     )
     path = warmup.build(saved_model, settings)
     count = len(list(warmup.inspect(path)))
+    if as_json:
+        click.echo(json.dumps({"path": str(path), "records": count, "bytes": path.stat().st_size}))
+        return
     click.echo(f"{path}: {count} {'record' if count == 1 else 'records'}, {path.stat().st_size} bytes")
 
 
@@ -139,21 +146,31 @@ def _key_and_kind(signature: str) -> tuple[str, str | None]:
 
 @command.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def inspect(path: Path, as_json: bool) -> None:
-    """List the records of PATH, a warmup file or a SavedModel that has one."""
+@click.option("--all", "all_records", is_flag=True, help="List every record.")
+@json_option
+def inspect(path: Path, all_records: bool, as_json: bool) -> None:
+    """Summarise the records of PATH, a warmup file or a SavedModel that has one.
+
+    Records of the same kind, signature and inputs are one line. With --json every
+    record is listed.
+    """
     records = list(warmup.inspect(path))
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(record) for record in records], indent=2))
         return
-    table = Table("record", "kind", "signature", "inputs", "bytes")
+    groups: dict[object, list[RecordSummary]] = {}
     for record in records:
+        alike = record.number if all_records else (record.kind, record.signatures, record.inputs)
+        groups.setdefault(alike, []).append(record)
+    table = Table("record" if all_records else "records", "kind", "signature", "inputs", "bytes")
+    for group in groups.values():
+        first = group[0]
         table.add_row(
-            str(record.number),
-            record.kind or "(no request)",
-            escape("\n".join(record.signatures)),
-            escape("\n".join(map(str, record.inputs))),
-            str(record.bytes),
+            str(first.number if all_records else len(group)),
+            first.kind or "(no request)",
+            escape("\n".join(first.signatures)),
+            escape("\n".join(map(str, first.inputs))),
+            str(sum(record.bytes for record in group)),
         )
     Console().print(table)
 
@@ -167,7 +184,7 @@ def inspect(path: Path, as_json: bool) -> None:
     show_default=True,
     help="How often each record is replayed, as --num_request_iterations_for_warmup of the server.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def verify(saved_model: Path, request_iterations: int, as_json: bool) -> None:
     """Replay the warmup file of SAVED_MODEL as a server would, and measure the gain.
 

@@ -90,7 +90,10 @@ def read(path: str | os.PathLike[str]) -> SavedModel:
     directory = Path(path)
     file = directory / SAVED_MODEL_FILE
     if not file.is_file():
-        what = "is no SavedModel: it has no saved_model.pb" if directory.is_dir() else "does not exist"
+        if directory.is_dir():
+            what = "is no SavedModel: it has no saved_model.pb"
+        else:
+            what = "is a file, not a SavedModel" if directory.exists() else "does not exist"
         raise NotFound(f"{directory} {what}; give the folder that an export wrote")
     proto = saved_model_pb2.SavedModel()
     try:

@@ -190,11 +190,16 @@ def check_files(saved_model: str | os.PathLike[str], manifest: Manifest, *, dige
             raise DataLoss(f"{path} has changed since it was mapped; map the model again")
 
 
+def here(path: Path) -> str:
+    """The absolute path of something on this machine, without ``..``."""
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
 def absolute(serving_root: str) -> str:
     """The root as it goes into paths; it must be absolute and plain."""
     root = PurePosixPath(serving_root)
     if not root.is_absolute() or ".." in root.parts:
-        raise InvalidArgument(f"serving root {serving_root!r} must be an absolute path without '..'")
+        raise InvalidArgument(f"--serving-root {serving_root!r} must be an absolute path without '..'")
     return str(root)
 
 

@@ -78,7 +78,7 @@ def map_saved_model(
         raise AlreadyExists(f"{out} exists already; give a new folder")
     settings = settings or MapSettings()
     if settings.serving_root is None:
-        settings = dataclasses.replace(settings, serving_root=str(out.absolute()))
+        settings = dataclasses.replace(settings, serving_root=manifests.here(out))
     with atomic.reported_errors(f"map {source} to {out}"):
         # Not where publishers stage theirs: ``out`` may be beside versions.
         with atomic.staging(out.absolute().parent / ".spikeless" / "mapping") as staging:
@@ -104,7 +104,7 @@ def write_mapped(
             as ``source`` does.
     """
     source, target = Path(source), Path(target)
-    serving_root = manifests.absolute(settings.serving_root or str(target.absolute()))
+    serving_root = manifests.absolute(settings.serving_root or manifests.here(target))
     if manifests.is_mapped(source):
         raise FailedPrecondition(
             f"{source} is mapped already; map the original, or move this one with --repin"
@@ -126,7 +126,7 @@ def write_mapped(
         )
         if settings.optimize:
             optimize(plan.meta_graph)
-    _pin(model.proto, str(target.absolute()))
+    _pin(model.proto, manifests.here(target))
     (target / savedmodel.SAVED_MODEL_FILE).write_bytes(model.proto.SerializeToString())
     if settings.optimize:
         session_overrides.disable_optimizer(target)
@@ -156,7 +156,7 @@ def write_mapped(
 def map_in_place(saved_model: Path, settings: MapSettings | None = None) -> Manifest:
     """Replace a staged SavedModel by its mapped copy; raises as ``write_mapped``."""
     mapped = saved_model.with_name(f"{saved_model.name}-mapped")
-    settings = dataclasses.replace(settings or MapSettings(), serving_root=str(saved_model.absolute()))
+    settings = dataclasses.replace(settings or MapSettings(), serving_root=manifests.here(saved_model))
     manifest = write_mapped(saved_model, mapped, settings)
     shutil.rmtree(saved_model)
     mapped.rename(saved_model)
@@ -184,7 +184,7 @@ def repin(
     """
     saved_model = Path(saved_model)
     manifest = manifests.read_manifest(saved_model)
-    root = manifests.absolute(serving_root or str(saved_model.absolute()))
+    root = manifests.absolute(serving_root or manifests.here(saved_model))
     manifests.check_files(saved_model, manifest, digests=digests)
     proto = savedmodel.read(saved_model).proto
     _pin(proto, root)

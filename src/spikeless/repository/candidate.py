@@ -31,6 +31,8 @@ class Candidate:
     size: int = 0
     #: Names of the gates that it has passed.
     passed: list[str] = field(default_factory=list)
+    #: What callers may notice, although it passed.
+    warnings: list[str] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
 
     @property

@@ -5,6 +5,7 @@ numbers and the remedy; and what was found, for the journal.
 
 ``files``       everything that the graph names is there
 ``warmup``      every warmup record fits its signature
+``cold``        it has a signature that answers; without a warmup file, it warns
 ``golden``      (a rewrite) golden requests become part of the version
 ``signatures``  no signature, input or output that callers use now is lost or changed
 ``mapping``     (a rewrite) parameters are mapped from files
@@ -33,6 +34,7 @@ from spikeless.repository.candidate import SIGNATURES, Candidate
 from spikeless.repository.checks import check_files, check_warmup
 from spikeless.repository.golden import Golden, Tolerance
 from spikeless.repository.trial import GateError
+from spikeless.warmup.records import warmup_file
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class GateSettings:
     #: Map its parameters from files, unless they are mapped already; None leaves them
     #: as they are.
     mapping: MapSettings | None = None
+    #: It may have no warmup file, and no signature that answers.
+    allow_cold: bool = False
     #: Load it and ask it, as a test.
     load: bool = True
     #: Bytes that servers have for it; by default what is available on this machine now.
@@ -75,7 +79,7 @@ class GateSettings:
         Raises:
             SpikelessError: ``golden`` cannot be used (`golden.read_file`).
         """
-        gates = [FILES, WARMUP]
+        gates = [FILES, WARMUP] if self.allow_cold else [FILES, WARMUP, COLD]
         if self.golden is not None:
             given = golden.read_file(self.golden, self.tolerance)
             gates.append(Gate("golden", "adding golden requests", partial(_add_golden, given)))
@@ -97,6 +101,23 @@ def _check_warmup(version: Path) -> None:
         check_warmup(version)
     except SpikelessError as error:
         raise GateError("warmup", f"{error}; build it again with `spikeless warmup build`") from None
+
+
+def _check_answers(version: Path) -> None:
+    if not savedmodel.read(version).signatures():
+        raise GateError(
+            "cold",
+            f"{version} has no signature, so nobody can ask it: export it with signatures, or say "
+            "--allow-cold",
+        )
+
+
+def _check_cold(candidate: Candidate) -> None:
+    if not warmup_file(candidate.path).exists():
+        candidate.warnings.append(
+            "it has no warmup file, so the first callers of each server will wait: write one with `spikeless "
+            "warmup build` before publishing, or say --allow-cold"
+        )
 
 
 def _add_golden(given: Golden, candidate: Candidate) -> None:
@@ -149,6 +170,7 @@ def _check_memory(needed: int, budget: int | None) -> None:
 
 
 FILES = Gate("files", "checking files", _check_files)
+COLD = Gate("cold", "looking for warmup", _check_cold, _check_answers)
 WARMUP = Gate("warmup", "checking warmup", lambda candidate: _check_warmup(candidate.path), _check_warmup)
 #: The gates of a version that is published without further wishes.
 GATES = GateSettings().pipeline()

@@ -24,6 +24,7 @@ from spikeless.formats.checkpoint import READ_ONLY
 from spikeless.formats.versions import MAX_VERSION, list_versions
 from spikeless.mapping import check_files as check_mapped_files
 from spikeless.mapping import is_mapped, read_manifest, repin
+from spikeless.mapping.manifest import here
 from spikeless.repository import layout
 from spikeless.repository.candidate import Candidate
 from spikeless.repository.checks import check_files
@@ -106,6 +107,8 @@ def stage(
     stable = layout.stable_version(models, name)
     with ExitStack() as stack:
         with atomic.reported_errors(f"publish to {directory}"):
+            if not Path(models).exists():
+                progress(f"making a new model repository, {models}")
             number, staging = stack.enter_context(_reserved(directory, version))
             candidate = Candidate(staging / "version", directory / str(number), stable)
             progress("copying")
@@ -117,8 +120,10 @@ def stage(
                 progress(gate.title)
                 gate.run(candidate)
                 candidate.passed.append(gate.name)
+            for warning in candidate.warnings:
+                progress(f"warning: {warning}")
             if is_mapped(candidate.path):
-                _prepare_mapped(candidate, serving_root or str(Path(models).absolute()))
+                _prepare_mapped(candidate, serving_root or here(Path(models)))
             progress("writing to disk")
             atomic.make_readable(candidate.path)
             atomic.sync_tree(candidate.path)

@@ -35,7 +35,7 @@ CANARY_SUFFIX = "-canary"
 PROMOTE, ROLLBACK = "promote", "rollback"
 #: Results, as the journal and the commands name them.
 PROMOTED, CANARY, ROLLED_BACK, UNDONE, ENDED = "promoted", "canary", "rolled back", "undone", "canary ended"
-UNCHANGED, PUT_BACK = "unchanged", "put back"
+UNCHANGED, PUT_BACK, DRY_RUN = "unchanged", "put back", "dry run"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spikeless.disk.locks import model_lock
-from spikeless.errors import Internal, NotFound, SpikelessError
+from spikeless.errors import Internal, NotFound, SpikelessError, nearest
 from spikeless.repository import layout, models_config
 from spikeless.repository.checks import check_files
 from spikeless.repository.models_config import STABLE
@@ -69,8 +69,12 @@ class Outcome:
     result: str
     #: Whether it is the canary.
     canary: bool = False
+    #: What would be done, one step after the other, in a dry run.
+    steps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        if self.result == plans.DRY_RUN:
+            return "\n".join([f"{self.name}: nothing was changed; without --dry-run:", *self.steps])
         if self.canary:
             already = " already" if self.result == plans.UNCHANGED else ""
             return f"{self.name}: version {self.version} is served as {self.name}{CANARY_SUFFIX}{already}"
@@ -98,11 +102,14 @@ def promote(
     settings: PromotionSettings | None = None,
     progress: Progress = lambda line: None,
     interrupted: threading.Event | None = None,
+    *,
+    dry_run: bool = False,
 ) -> Outcome:
     """Give callers another version of a model, after checking it on the servers.
 
     Args:
         interrupted: when it is set, the promotion ends and everything is put back.
+        dry_run: change nothing; the outcome has the steps.
 
     Raises:
         NotFound: there is no such version on disk.
@@ -114,13 +121,14 @@ def promote(
     known = layout.versions(models, name)
     if version not in known:
         numbers = ", ".join(map(str, known)) or "none"
-        raise NotFound(f"{Path(models, name)} has no version {version}; there is: {numbers}")
+        similar = "" if known else _mistyped(Path(models), name)
+        raise NotFound(f"{Path(models, name)} has no version {version}; there is: {numbers}{similar}")
     check_files(known[version])
     asked = probes.of_version(known[version])
     with _alone(models, name, fleet, settings.serving_root, progress, interrupted, wait=True) as found:
         found.check_servers()
         found.check_paths(version)
-        found = found.listed()
+        found = found.listed(write=not dry_run)
         before = found.before(unfinished=found.was_cut_short(plans.PROMOTE))
         plan = plans.promotion(
             before,
@@ -130,7 +138,7 @@ def promote(
             keep_previous=settings.keep_previous,
             takes_unlabelled=settings.takes_unlabelled,
         )
-        return _carry_out(plan, found, settings, asked)
+        return _carry_out(plan, found, settings, asked, dry_run=dry_run)
 
 
 def rollback(
@@ -142,6 +150,7 @@ def rollback(
     label: str = STABLE,
     canary: bool = False,
     reason: str = "",
+    dry_run: bool = False,
     progress: Progress = lambda line: None,
     interrupted: threading.Event | None = None,
 ) -> Outcome:
@@ -154,6 +163,7 @@ def rollback(
         version: the version to go back to; by default the one that the label pointed at
             before.
         canary: take ``<name>-canary`` out of service instead; the label stays.
+        dry_run: change nothing; the outcome has the steps.
 
     Raises:
         NotFound: there is no version to go back to.
@@ -164,10 +174,11 @@ def rollback(
     settings = PromotionSettings(label=label, reason=reason)
     with _alone(models, name, fleet, None, progress, interrupted, wait=False) as found:
         if canary:
-            return _carry_out(plans.end_canary(found.before(unfinished=False)), found, settings)
+            plan = plans.end_canary(found.before(unfinished=False))
+            return _carry_out(plan, found, settings, dry_run=dry_run)
         unfinished = found.unfinished
         if unfinished is not None and unfinished.action == plans.PROMOTE and version is None:
-            return _carry_out(plans.undo(unfinished), found, settings)
+            return _carry_out(plans.undo(unfinished), found, settings, dry_run=dry_run)
         found.check_paths()
         model = found.before(unfinished=True)
         if label not in model.labels:
@@ -175,7 +186,12 @@ def rollback(
         target = found.version_before(label, model.labels[label]) if version is None else version
         if target not in found.versions:
             raise NotFound(f"version {target} is not in {Path(models, name)} any more")
-        return _carry_out(plans.rollback(model, target, label), found, settings)
+        plan = plans.rollback(model, target, label)
+        return _carry_out(plan, found, settings, dry_run=dry_run)
+
+
+def _mistyped(models: Path, name: str) -> str:
+    return nearest(name, layout.model_names(models)) if models.is_dir() else ""
 
 
 @contextmanager
@@ -191,7 +207,7 @@ def _alone(
     """Hold the model's lock and connections to the servers in the block."""
     models = Path(models)
     if not layout.versions(models, name):
-        raise NotFound(f"{models / name} has no versions: publish one first")
+        raise NotFound(f"{models / name} has no versions: publish one first{_mistyped(models, name)}")
     state = layout.state_directory(models, name)
     lock = model_lock(state, name, wait=wait, progress=progress, interrupted=interrupted)
     with lock, Fleet(models, fleet, progress, interrupted) as servers:
@@ -199,10 +215,18 @@ def _alone(
 
 
 def _carry_out(
-    plan: Plan, found: Situation, settings: PromotionSettings, asked: Probes | None = None
+    plan: Plan,
+    found: Situation,
+    settings: PromotionSettings,
+    asked: Probes | None = None,
+    *,
+    dry_run: bool,
 ) -> Outcome:
     """Carry a plan out; put everything back when it fails."""
     result = plan.result
+    if dry_run:
+        steps = tuple(step.title for step in plan.steps[1:])
+        return Outcome(found.name, plan.label, plan.version, plan.previous, plans.DRY_RUN, steps=steps)
     if found.unfinished is None and not plan.changes:
         # Servers may still differ from what models.config says.
         found.fleet.apply(plan.states[-1])

@@ -18,7 +18,7 @@ import psutil
 
 from spikeless.disk import atomic, proc
 from spikeless.disk.locks import model_lock
-from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, nearest
 from spikeless.formats.states import State
 from spikeless.repository import layout, models_config
 from spikeless.repository.journal import Journal, Removed
@@ -40,6 +40,8 @@ class Pruned:
     kept: Mapping[int, str]
     #: Bytes.
     freed: int
+    #: Nothing was removed: that is what would be.
+    dry_run: bool = False
 
 
 def prune(
@@ -49,6 +51,7 @@ def prune(
     fleet: FleetSettings | None,
     *,
     force: bool = False,
+    dry_run: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pruned:
     """Remove all but the newest ``keep`` versions.
@@ -59,6 +62,7 @@ def prune(
         fleet: the servers to ask what is loaded; None where no server uses the
             repository.
         force: remove versions that are younger than a day, too. Nothing else is forced.
+        dry_run: remove nothing, only find out what would be.
 
     Raises:
         NotFound: the model has no versions.
@@ -68,23 +72,27 @@ def prune(
     models = Path(models)
     versions = layout.versions(models, name)
     if not versions:
-        raise NotFound(f"{models / name} has no versions")
+        similar = nearest(name, layout.model_names(models)) if models.is_dir() else ""
+        raise NotFound(f"{models / name} has no versions{similar}")
     if keep < 1:
         raise InvalidArgument(f"--keep {keep}: the newest version always stays, so 1 or more")
     state = layout.state_directory(models, name)
     # No promotion chooses a version while this does.
     with model_lock(state, name, wait=True, progress=progress):
-        _empty(state / _TRASH)
         reasons = _reasons(models, name, versions, keep, fleet, force)
         removed = {version: path for version, path in versions.items() if version not in reasons}
         sizes = {version: atomic.size_of(path) for version, path in removed.items()}
+        pruned = Pruned(tuple(removed), reasons, sum(sizes.values()), dry_run)
+        if dry_run:
+            return pruned
         for version, path in removed.items():
             progress(f"removing version {version}")
             _remove(path, state)
             Journal(models, name).append(Removed(version, sizes[version]))
-        progress("freeing the space")
-        _empty(state / _TRASH)
-    return Pruned(tuple(removed), reasons, sum(sizes.values()))
+        if (state / _TRASH).is_dir():
+            progress("freeing the space")
+            _empty(state / _TRASH)
+    return pruned
 
 
 def _remove(version: Path, state: Path) -> None:
@@ -183,5 +191,4 @@ def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
 
 def _empty(trash: Path) -> None:
     """Remove what this or an earlier, killed prune has put out of sight."""
-    if trash.is_dir():
-        shutil.rmtree(trash, ignore_errors=True)
+    shutil.rmtree(trash, ignore_errors=True)

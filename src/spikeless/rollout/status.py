@@ -17,7 +17,7 @@ from typing import Any
 
 from spikeless.client import Client
 from spikeless.disk import atomic
-from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError
+from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, SpikelessError, nearest
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.formats.states import State, VersionStatus
 from spikeless.mapping import is_mapped
@@ -81,7 +81,9 @@ def status(models: str | os.PathLike[str], name: str | None, targets: tuple[str,
     config = models_config.read(models)
     known = _known(models, config)
     if name is not None and name not in known:
-        raise NotFound(f"{models} has no model {name}; there is: {', '.join(known) or 'none'}")
+        raise NotFound(
+            f"{models} has no model {name}; there is: {', '.join(known) or 'none'}{nearest(name, known)}"
+        )
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(target, _CALL_SECONDS)) for target in targets]
         return [_report(models, config, one, clients) for one in ([name] if name else known)]

@@ -110,6 +110,8 @@ def build(saved_model: str | os.PathLike[str], settings: BuildSettings | None = 
 
 
 def _check(settings: BuildSettings) -> None:
+    if isinstance(settings.samples, str) or not all(isinstance(one, SampleFile) for one in settings.samples):
+        raise InvalidArgument("samples must be a tuple of SampleFile, such as (SampleFile(path),)")
     for size in settings.batch_sizes:
         if size < 1:
             raise InvalidArgument(f"batch size {size}: it must be 1 or more")

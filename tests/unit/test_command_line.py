@@ -1,0 +1,132 @@
+"""The command as a whole: names, completion, TensorFlow's log, and quick help."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+import pytest
+from trained_models import spikeless
+
+from spikeless.cli import COMMANDS, cli
+from spikeless.cli.options import Duration
+from spikeless.errors import InvalidArgument, NotFound, nearest
+from spikeless.formats import savedmodel
+from spikeless.warmup import BuildSettings, make_requests
+
+#: Commands that read, and whose result a program would read.
+ANSWERING = ("publish", "map", "keep", "inspect", "promote", "rollback", "status", "prune")
+CHANGING = ("publish", "promote", "rollback", "prune")
+
+
+def commands() -> dict[str, click.Command]:
+    context = click.Context(cli)
+    found: dict[str, click.Command] = {}
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        found[name] = command
+        if isinstance(command, click.Group):
+            found |= {f"{name} {sub}": command.commands[sub] for sub in command.commands}
+    return found
+
+
+def options(command: click.Command) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+def test_one_thing_has_one_name_everywhere() -> None:
+    found = commands()
+    for name, command in found.items():
+        if name != "serve":
+            assert not options(command) & {"--target", "--model-name", "--model_name"}, name
+    assert all("--json" in options(found[name]) for name in ANSWERING)
+    assert all("--dry-run" in options(found[name]) for name in CHANGING)
+    assert {
+        type(parameter.type)
+        for command in found.values()
+        for parameter in command.params
+        if {"--seconds", "--timeout", "--publish-every", "--poll", "--soak"} & set(parameter.opts)
+    } == {Duration}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("promot", "boston", "2"), "did you mean promote?"),
+        (("exporter", "--target", "a:1"), "did you mean --server?"),
+        (("bench", "run", "--model-name", "a"), "did you mean --name?"),
+        (("status", "--target", "a:1"), "did you mean --servers?"),
+        (("promote", "boston", "2", "--dryrun"), "--dry-run"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_right_one(arguments: tuple[str, ...], hint: str) -> None:
+    done = spikeless(*arguments)
+    assert done.returncode == 2
+    assert hint in done.stderr
+
+
+def test_the_nearest_name() -> None:
+    assert nearest("bostn", ["boston", "ctr"]) == ": did you mean boston?"
+    assert nearest("nothing", ["boston", "ctr"]) == ""
+
+
+def test_a_mistyped_model_and_script_are_answered_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "boston").mkdir()
+    for command in (("promote", "bostn", "1"), ("rollback", "bostn"), ("prune", "bostn", "--keep=1")):
+        done = spikeless(*command, "--models", tmp_path)
+        assert done.returncode == 1
+        assert "did you mean boston?" in done.stderr
+    assert "did you mean mnist?" in spikeless("train", "mnits").stderr
+
+
+def test_completion_imports_no_command() -> None:
+    environment = {**os.environ, "_SPIKELESS_COMPLETE": "bash_complete", "PYTHONPROFILEIMPORTTIME": "1"}
+    done = spikeless(env=environment | {"COMP_WORDS": "spikeless pro", "COMP_CWORD": "1"})
+    assert done.stdout == "plain,promote\n"
+    assert "spikeless.cli.promote" not in done.stderr
+    done = spikeless(env=environment | {"COMP_WORDS": "spikeless prune --ke", "COMP_CWORD": "2"})
+    assert done.stdout == "plain,--keep\n"
+    assert "_SPIKELESS_COMPLETE=bash_source" in spikeless("--help").stdout
+
+
+@pytest.mark.parametrize("script", ["ctr", "factorization_machine", "mnist", "tagger"])
+def test_the_help_of_a_training_script_needs_no_tensorflow(script: str) -> None:
+    done = spikeless("train", script, "--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0
+    assert f"spikeless train {script}" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "spikeless.training.settings" in imported
+    assert not imported & {"tensorflow", "keras", "numpy", "sklearn"}
+
+
+def test_tensorflow_logs_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train_loud.py").write_text('"""Log."""\nimport tensorflow as tf\ntf.constant(1)\n')
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    arguments = ("train", "--training", tmp_path, "loud")
+    quiet, loud = spikeless(*arguments), spikeless("-v", *arguments)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert "tensorflow" in loud.stderr
+
+
+def test_a_file_is_not_a_missing_folder(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("")
+    with pytest.raises(NotFound, match="is a file, not a SavedModel"):
+        savedmodel.read(tmp_path / "README.md")
+
+
+@pytest.mark.parametrize("samples", ["requests.jsonl", ("requests.jsonl",)])
+def test_samples_are_files_with_a_type(samples: object, saved_models: Path) -> None:
+    with pytest.raises(InvalidArgument, match="SampleFile"):
+        make_requests(saved_models / "signatures", BuildSettings(samples=samples))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("12", 12.0), ("1.5s", 1.5), ("10m", 600.0)])
+def test_durations(text: str, seconds: float) -> None:
+    assert Duration().convert(text, None, None) == seconds
+
+
+def test_a_duration_that_is_too_short() -> None:
+    with pytest.raises(click.BadParameter, match="1s or more"):
+        Duration(at_least=1).convert("10ms", None, None)
