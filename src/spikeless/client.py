@@ -13,9 +13,11 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spikeless.errors import Code, SpikelessError, Unavailable
+from spikeless.formats import wire
 from spikeless.formats.protos import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -72,6 +74,13 @@ class Client:
         self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
         self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        # As the stub's method, but for messages that are no UTF-8: a server passes on what
+        # a damaged file holds.
+        self._model_status = self._channel.unary_unary(
+            "/tensorflow.serving.ModelService/GetModelStatus",
+            request_serializer=get_model_status_pb2.GetModelStatusRequest.SerializeToString,
+            response_deserializer=_decoded_status,
+        )
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def call(self, method: Any, request: Any) -> Any:
@@ -100,7 +109,7 @@ class Client:
     def statuses(self, name: str, version: int | None = None, label: str = "") -> list[VersionStatus]:
         """The states of all versions of a model, lowest first, or of the given one."""
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=model_spec(name, version, label))
-        response = self.call(self.models.GetModelStatus, request)
+        response = self.call(self._model_status, request)
         return sorted((_version_status(status) for status in response.model_version_status), key=_number)
 
     def signatures(self, name: str, version: int | None = None) -> dict[str, meta_graph_pb2.SignatureDef]:
@@ -174,6 +183,26 @@ def model_spec(
     elif label:
         spec.version_label = label
     return spec
+
+
+def _decoded_status(content: bytes) -> get_model_status_pb2.GetModelStatusResponse:
+    """A response, with replacement characters for what is no UTF-8 in its messages."""
+    response = get_model_status_pb2.GetModelStatusResponse
+    try:
+        return response.FromString(content)
+    except DecodeError:
+        # Fields 1: model_version_status, 3: status, 2: error_message.
+        return response.FromString(_readable(content, (1, 3, 2)))
+
+
+def _readable(content: bytes | memoryview, path: tuple[int, ...]) -> bytes:
+    """A message in which the text at a path of fields is UTF-8, or the text itself."""
+    if not path:
+        return bytes(content).decode(errors="replace").encode()
+    return b"".join(
+        wire.field(number, _readable(value, path[1:])) if number == path[0] else bytes(whole)
+        for number, whole, value in wire.fields(memoryview(content))
+    )
 
 
 def _version_status(status: get_model_status_pb2.ModelVersionStatus) -> VersionStatus:

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, Protocol
@@ -149,7 +151,9 @@ def test_the_server_drains_before_it_is_ended() -> None:
 
 
 class Start(Protocol):
-    def __call__(self, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]: ...
+    def __call__(
+        self, *flags: str, under: Sequence[str] = (), **environment: str
+    ) -> subprocess.CompletedProcess[str]: ...
 
 
 @pytest.fixture
@@ -162,8 +166,9 @@ def start(tmp_path: Path) -> Start:
     server.chmod(0o755)
     (tmp_path / "models").mkdir()
 
-    def start(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(*flags: str, under: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
         return run(
+            *under,
             DOCKER / "entrypoint",
             *flags,
             env={
@@ -221,7 +226,8 @@ def test_the_servers_status_is_copied_to_where_an_exporter_reads_it(start: Start
     copied.write_text("of a server before\n")
     # A server that ends when its memory has been copied; the copying ends with it.
     server.write_text(
-        f"#!/bin/bash\nuntil [[ $(< {copied}) == *RssAnon* ]] 2> /dev/null; do sleep 0.05; done\n"
+        "#!/bin/bash\n[[ $1 != --help ]] || exit 0\n"
+        f"until [[ $(< {copied}) == *RssAnon* ]] 2> /dev/null; do sleep 0.05; done\n"
     )
     done = start(STATUS_FILE=str(copied))
     assert done.returncode == 0, done.stderr
@@ -235,6 +241,48 @@ def test_without_a_model_it_does_not_start(start: Start) -> None:
     assert done.returncode == 1
     assert "holds no model" in done.stderr
     assert done.stdout == ""
+
+
+#: As TensorFlow Serving prints it.
+HELP = """usage: tensorflow_model_server
+Flags:
+\t--port=8500                      \tint32\tTCP port to listen on for gRPC/HTTP API.
+\t--enable_batching=false          \tbool\tenable batching
+"""
+
+
+def test_what_the_server_would_pass_over_is_refused(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "models" / "boston").mkdir()
+    server = tmp_path / "bin" / "tensorflow_model_server"
+    server.write_text(f'#!/bin/sh\ncase $1 in --help) echo \'{HELP}\' ;; *) echo "$0" "$@" ;; esac\n')
+    for flags, reason in (
+        (["bash"], "'bash' is no flag: write --name=value"),
+        (["--port", "9000"], "--port needs a value: --port=VALUE"),
+        (["--prot=9000"], "this server has no flag --prot"),
+    ):
+        done = start(*flags)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert reason in done.stderr
+    assert "--port=9000 --enable_batching" in start("--port=9000", "--enable_batching").stdout
+
+
+def test_help_and_version_need_no_models(start: Start) -> None:
+    for flag in ("--help", "--version"):
+        done = start(flag, SPIKELESS_ALLOCATOR="jemalloc")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[1:] == [flag, "LD_PRELOAD="]
+
+
+def test_a_repository_that_cannot_be_read_is_not_an_empty_one(start: Start) -> None:
+    # Root can read everything: as somebody else.
+    under = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    with tempfile.TemporaryDirectory() as models:
+        Path(models, "boston").mkdir()
+        Path(models).chmod(0o300)
+        done = start(under=under, MODEL_BASE_PATH=models, TMPDIR=tempfile.gettempdir())
+        Path(models).chmod(0o700)
+    assert done.returncode == 1
+    assert f"cannot read {models}: allow it on the host, chmod -R go+rX" in done.stderr
 
 
 def test_an_allocator_that_does_not_load_is_an_error(start: Start, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from promotion_models import X
 
 from spikeless import launch
 from spikeless.client import Client
+from spikeless.disk import proc
 from spikeless.errors import SpikelessError
 from spikeless.formats.states import State
 from spikeless.repository import models_config
@@ -218,6 +219,7 @@ def test_a_server_that_was_stopped_is_killed(scales: Path, tmp_path: Path) -> No
     put_version(scales / "1", models / "whole", 1)
     with container(models) as running:
         running.wait_states("whole", v1=State.AVAILABLE)
+        assert proc.server_of(running.process.pid) == running.server_pid(), "what bench and exporter watch"
         os.kill(running.server_pid(), signal.SIGSTOP)
         assert running.process.wait(60) == 128 + signal.SIGKILL
         assert "the server is stopped (SIGSTOP): killing it" in running.log.read_text()

@@ -219,6 +219,25 @@ def test_a_version_that_is_being_loaded_is_waited_for(
         assert served(client) == 2
 
 
+def test_the_state_of_a_version_with_damaged_text_can_be_read(
+    models: Path, unpinned: launch.ServerProcess, scales: Path
+) -> None:
+    """A server's message quotes the text of the record, whatever its bytes are."""
+    staged = add_version(scales / "3", models.parent / "staged", 3)
+    log = prediction_log()
+    log.predict_log.request.inputs["XXX"].CopyFrom(log.predict_log.request.inputs["x"])
+    record = log.SerializeToString().replace(b"XXX", b"\xff\xfe\x80")
+    tfrecord.write(staged / "assets.extra" / "tf_serving_warmup_requests", [record])
+    staged.rename(models / NAME / "3")
+    with Client(unpinned.target) as client:
+        unpinned.wait_for(
+            lambda: {one.version: one.state for one in states(client, NAME)}.get(3) is State.END,
+            "version 3 to fail",
+        )
+        (failed,) = client.statuses(NAME, 3)
+        assert failed.error is not None
+
+
 def test_other_labels_and_versions_above_the_stable_one(
     models: Path, server: launch.ServerProcess, client: Client
 ) -> None:

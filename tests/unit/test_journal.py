@@ -45,6 +45,16 @@ def write_lines(journal: Journal, *lines: object) -> None:
     journal.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in lines))
 
 
+def test_the_operator_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container everybody is root, or a number."""
+    journal = Journal(tmp_path, "m")
+    journal.append(ENTRIES[0])
+    monkeypatch.setenv("SPIKELESS_OPERATOR", "ada")
+    journal.append(ENTRIES[0])
+    before, named = (json.loads(line)["user"] for line in journal.path.read_text().splitlines())
+    assert (before != "ada", named) == (True, "ada")
+
+
 def test_entries_come_back_in_order_with_who_and_when(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "m")
     assert journal.entries() == []

@@ -36,7 +36,7 @@ from spikeless.bench.replayed import read_requests
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.watch import Watcher, listener
 from spikeless.client import Client
-from spikeless.disk import children
+from spikeless.disk import children, proc
 from spikeless.errors import FailedPrecondition, Internal, NotFound
 from spikeless.repository import publishing
 from spikeless.repository.candidate import Candidate
@@ -89,7 +89,8 @@ def server_facts(server: launch.ServerProcess) -> ServerFacts:
 def running_server(target: str, model_name: str, pid: int | None = None) -> ServerFacts:
     """What is known of a server that somebody else started.
 
-    Without `pid` it is looked for among the processes of this machine. Of one that is
+    `pid` may be its container's first process. Without `pid` it is looked for among the
+    processes of this machine. Of one that is
     not there, only the address is known.
 
     Raises:
@@ -104,8 +105,9 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
     if pid is None:
         return ServerFacts(target)
     try:
+        pid = proc.server_of(pid)
         command = psutil.Process(pid).cmdline()
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, FileNotFoundError):
         raise NotFound(f"there is no process {pid}") from None
     allocator = launch.allocator_of(pid)
     engine = "embedded" if "spikeless" in command else Path(command[0]).name

@@ -38,6 +38,24 @@ def private_memory(pid: int | str = "self") -> int:
     return memory(pid).get("RssAnon", 0)
 
 
+def server_of(pid: int) -> int:
+    """The process that serves, for a ``pid`` that may be its container's first process.
+
+    That is the largest of the process and its children: an entrypoint or an init that
+    waits for the server is small.
+    """
+    children = (_PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
+    family = [pid, *map(int, children)]
+    return max(family, key=_resident)
+
+
+def _resident(pid: int) -> int:
+    try:
+        return memory(pid).get("VmRSS", 0)
+    except OSError:  # It has ended meanwhile.
+        return 0
+
+
 class MappedFile(NamedTuple):
     """A part of a process's memory that holds a file, or what was a file."""
 

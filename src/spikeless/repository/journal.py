@@ -27,6 +27,9 @@ from spikeless.repository import layout
 from spikeless.repository.models_config import Blocks
 
 FILE_NAME = "journal.jsonl"
+#: Names who changes something, where the user of the process says nothing: in a
+#: container or a pipeline.
+OPERATOR_VARIABLE = "SPIKELESS_OPERATOR"
 SCHEMA = 1
 #: The outcome of publishing (`outcomes`); changes name theirs.
 PASSED = "gates passed"
@@ -293,6 +296,8 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _user() -> str:
+    if operator := os.environ.get(OPERATOR_VARIABLE):
+        return operator
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -55,7 +55,7 @@ class ExporterSettings:
     #: The model repository; every folder in it that is not hidden is the name of a
     #: model to ask for.
     models: Path
-    #: The server's process, when this process can see it.
+    #: The server's process, or its container's first one, when this process can see it.
     pid: int | None = None
     #: Where it cannot: a fresh copy of the ``/proc/<pid>/status`` of that process.
     status_file: Path | None = None
@@ -160,7 +160,7 @@ class Exporter:
         pid, copy = self.settings.pid, self.settings.status_file
         try:
             if pid is not None:
-                memory = proc.memory(pid)
+                memory = proc.memory(proc.server_of(pid))
             elif copy is not None and time.time() - copy.stat().st_mtime <= MAX_STATUS_AGE:
                 memory = proc.memory_in(copy)
             else:
