@@ -50,12 +50,37 @@ def test_flags_that_promise_secrecy_are_refused(flag: Flag, capsys: pytest.Captu
 @pytest.mark.parametrize(
     "flag",
     [
-        "--no_such_flag=1",
         "--rest_api_port=many",
-        "--enable_model_warmup=perhaps",
+        "--enable_model_warmup=no",
+        "--enable_model_warmup=",
         "--grpc_channel_arguments=grpc.something",
     ],
 )
 def test_wrong_usage(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(flag) == 2
     assert "Usage: spikeless serve" in capsys.readouterr().err
+
+
+def test_unknown_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--grpc_max_thread=5", "positional", "--no_such=1", "-x") == 1
+    assert capsys.readouterr().err.splitlines()[:4] == [
+        "unknown argument: --grpc_max_thread=5 is ignored: did you mean --grpc_max_threads?",
+        "unknown argument: positional is ignored",
+        "unknown argument: --no_such=1 is ignored",
+        "unknown argument: -x is ignored",
+    ]
+
+
+@pytest.mark.parametrize("word", ["true", "True", "1", "false", "FALSE", "0"])
+def test_booleans(word: str) -> None:
+    assert run(f"--enable_model_warmup={word}") == 1, "it got as far as reading the configuration"
+
+
+def test_values_behind_a_space_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--port", "99999") == 2
+    assert "99999 is not in the range" in capsys.readouterr().err
+
+
+def test_fractions_of_seconds() -> None:
+    for flag in ("file_system_poll_wait_seconds", "model_config_file_poll_wait_seconds"):
+        assert run(f"--{flag}=0.5") == 1

@@ -27,7 +27,12 @@ from harness import (
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code, SpikelessError
 from spikeless.formats import tfrecord
-from spikeless.formats.protos import get_model_status_pb2, predict_pb2, prediction_log_pb2
+from spikeless.formats.protos import (
+    get_model_status_pb2,
+    model_server_config_pb2,
+    predict_pb2,
+    prediction_log_pb2,
+)
 from spikeless.formats.states import State
 from spikeless.formats.tensors import to_proto
 
@@ -239,11 +244,46 @@ def test_configurations_that_are_refused(reloaded: Running, times: Path) -> None
         client.reload_config(model_config(("times", times), ("times", times)))
     with refused(Code.INVALID_ARGUMENT, "^Expected model times to have an absolute path or URI; got "):
         client.reload_config(model_config(("times", Path("models/times"))))
-    unknown = model_config(("times", times))
-    unknown.model_config_list.config[0].model_platform = "caffe"
-    with refused(Code.INVALID_ARGUMENT, "platform"):
-        client.reload_config(unknown)
+    for changes, message in (
+        ({"model_platform": "caffe"}, "^Model times requests unsupported platform caffe$"),
+        ({"model_platform": ""}, "^Illegal setting neither .*model_type .*, model name is times$"),
+        ({"model_type": 1}, "^Illegal setting both .*model_type .*, model name is times$"),
+        ({"model_platform": "", "model_type": 2}, "^ModelServerConfig::model_type choice 2 not supported.$"),
+        ({"logging_config": {}}, "^No request-logger-creator provided"),
+    ):
+        changed = model_config(("times", times))
+        for name, value in changes.items():
+            if isinstance(value, dict):
+                getattr(changed.model_config_list.config[0], name).SetInParent()
+            else:
+                setattr(changed.model_config_list.config[0], name, value)
+        with refused(Code.INVALID_ARGUMENT, message):
+            client.reload_config(changed)
     assert answer(client) == before
+
+
+def test_the_deprecated_type_is_a_platform(reloaded: Running, times: Path) -> None:
+    config = model_config(("times", times))
+    config.model_config_list.config[0].model_platform = ""
+    config.model_config_list.config[0].model_type = model_server_config_pb2.TENSORFLOW
+    reloaded.client.reload_config(config)
+    reloaded.wait("times", {7: State.AVAILABLE})
+
+
+def test_models_without_a_name(embedded: None, reloaded: Running, times: Path) -> None:
+    with refused(Code.INVALID_ARGUMENT, "has no name"):
+        reloaded.client.reload_config(model_config(("", times)))
+
+
+def test_folders_that_are_no_versions(
+    embedded: None, reloaded: Running, saved_models: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "odd"
+    put_version(saved_models / "times_one", models, 3)
+    for name in ("-4", "+5", "7 ", " 8", "0x9", "1e1", str(2**63)):
+        (models / name).symlink_to(models / "3")
+    reloaded.client.reload_config(model_config(("odd", models)))
+    assert set(states(reloaded.client, "odd")) == {3}
 
 
 def test_the_configuration_file_is_watched(times: Path, tmp_path: Path, serve: ServerFactory) -> None:

@@ -25,7 +25,7 @@ from spikeless.client import Client, model_spec
 from spikeless.errors import Code, SpikelessError
 from spikeless.formats.protos import predict_pb2, prediction_service_pb2_grpc
 from spikeless.formats.states import State
-from spikeless.formats.tensors import to_proto
+from spikeless.formats.tensors import to_numpy, to_proto
 
 X = {"x": np.array([1.0], np.float32)}
 
@@ -84,6 +84,23 @@ def test_calls_can_run_on_their_own_threads(models: Path, serve: ServerFactory) 
         # Denormal numbers are zero there, as on TensorFlow's own threads.
         values = np.array([6e-39, -6e-39, 1.2e-38], np.float32)
         assert running.client.predict("times", {"x": values})["y"].tolist() == [0, 0, values[2]]
+
+
+def test_answers_can_be_packed(saved_models: Path, tmp_path: Path, serve: ServerFactory) -> None:
+    put_version(saved_models / "dtypes", tmp_path / "dtypes", 1)
+    flag = "--enable_serialization_as_tensor_content=true"
+    with serve(flag, model_name="dtypes", model_base_path=tmp_path / "dtypes") as running:
+        for signature, values in (
+            ("float32", np.array([[1.5, 2.5]], np.float32)),
+            ("string", np.array([[b"", b"abc", 300 * b"x"]], object)),
+        ):
+            request = predict_pb2.PredictRequest(model_spec=model_spec("dtypes", signature=signature))
+            (alias,) = running.client.signatures("dtypes")[signature].inputs
+            request.inputs[alias].CopyFrom(to_proto(values))
+            (output,) = running.client.call(running.client.prediction.Predict, request).outputs.values()
+            assert output.tensor_content
+            assert not output.string_val
+            np.testing.assert_array_equal(to_numpy(output), values)
 
 
 def test_messages_over_the_limit(models: Path, serve: ServerFactory) -> None:

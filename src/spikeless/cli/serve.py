@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import faulthandler
 import logging
 import os
@@ -21,20 +22,30 @@ from spikeless.errors import InvalidArgument
 
 _log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 #: Seconds that stopping may take where ``--grace`` leaves less.
 _MIN_STOP_SECONDS = 2.0
 #: The part of the grace that calls in progress have; unloading has the rest.
 _DRAINING = 0.9
 
 
+def _boolean(value: str | bool) -> bool:
+    """What TensorFlow takes for a boolean: nothing that would fail there."""
+    if isinstance(value, bool):
+        return value
+    if (word := value.lower()) not in _BOOLEANS:
+        raise click.BadParameter(f"{value!r} is not true, false, 1 or 0")
+    return _BOOLEANS[word]
+
+
 def _option(flag: Flag) -> click.Option:
     """An option spelt as TensorFlow's: ``--name=value``; ``--name`` for booleans."""
-    kind: Any = flag.kind
+    kind: Any = _boolean if flag.kind is bool else flag.kind
     if flag.minimum is not None:
         kind = click.IntRange(flag.minimum, flag.maximum)
     switch: dict[str, Any] = {}
     if flag.kind is bool or not flag.has_effect:
-        switch = {"is_flag": False, "flag_value": "true"}
+        switch = {"is_flag": False, "flag_value": "true", "metavar": "BOOLEAN"}
     return click.Option(
         [f"--{flag.name}", flag.name],
         type=kind,
@@ -53,9 +64,22 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
         context.exit()
 
 
-@click.command(params=[_option(flag) for flag in FLAGS])
+def _name_unknown(arguments: list[str]) -> None:
+    """Say what is ignored, as TensorFlow Serving does, and what may have been meant."""
+    names = [f"--{flag.name}" for flag in FLAGS]
+    for argument in arguments:
+        meant = difflib.get_close_matches(argument.partition("=")[0], names, n=1)
+        hint = f": did you mean {meant[0]}?" if meant else ""
+        print(f"unknown argument: {argument} is ignored{hint}", file=sys.stderr)
+
+
+@click.command(
+    params=[_option(flag) for flag in FLAGS],
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version)
-def command(**values: Any) -> None:
+@click.pass_context
+def command(context: click.Context, /, **values: Any) -> None:
     """Serve models with the embedded engine; flags are TensorFlow Serving's.
 
     The gRPC port opens when the first version of every model is loaded and warm.
@@ -66,6 +90,7 @@ def command(**values: Any) -> None:
         flags = ServerFlags(**values)
     except InvalidArgument as error:
         raise click.UsageError(str(error)) from None
+    _name_unknown(context.args)
     for flag in flags.ignored():
         print(f"--{flag.name} is ignored: {flag.ignored}", file=sys.stderr)
     logging.basicConfig(

@@ -270,12 +270,26 @@ def _validate(config: model_server_config_pb2.ModelServerConfig) -> None:
         if model.name in seen:
             raise InvalidArgument(f"Illegal to list model {model.name} multiple times in config list")
         seen.add(model.name)
-        if model.model_platform != _PLATFORM and not model.model_type:
+        _check_platform(model)
+        if model.HasField("logging_config"):
+            # TensorFlow Serving's own words: it comes without a log collector.
             raise InvalidArgument(
-                f"model {model.name}: model_platform is {model.model_platform!r}, it must be {_PLATFORM!r}"
+                f"No request-logger-creator provided: model {model.name} has a logging_config"
             )
         if not os.path.isabs(model.base_path):
             raise InvalidArgument(
                 f"Expected model {model.name} to have an absolute path or URI; got base_path()="
                 f"{model.base_path}"
             )
+
+
+def _check_platform(model: model_server_config_pb2.ModelConfig) -> None:
+    both = "ModelServerConfig::model_type (deprecated) {} ModelServerConfig::model_platform, model name is {}"
+    if model.model_type and model.model_platform:
+        raise InvalidArgument(f"Illegal setting both {both.format('and', model.name)}")
+    if not model.model_type and not model.model_platform:
+        raise InvalidArgument(f"Illegal setting neither {both.format('nor', model.name)}")
+    if model.model_type not in (0, model_server_config_pb2.TENSORFLOW):
+        raise InvalidArgument(f"ModelServerConfig::model_type choice {model.model_type} not supported.")
+    if model.model_platform not in ("", _PLATFORM):
+        raise InvalidArgument(f"Model {model.name} requests unsupported platform {model.model_platform}")

@@ -159,7 +159,7 @@ class ServerFlags:
         "Threads for independent operations; 0: automatic; -1: the call's own, which no deadline interrupts.",
         minimum=-1,
     )
-    enable_serialization_as_tensor_content: bool = _flag(False, "Answer numbers in tensor_content.")
+    enable_serialization_as_tensor_content: bool = _flag(False, "Answer in tensor_content.")
     enable_signature_method_name_check: bool = _flag(False, "A signature's method name must fit the call.")
     grpc_max_threads: int = _flag(4 * _PROCESSORS, "Calls in progress at once; more are refused.", **_THREADS)
     grpc_channel_arguments: str = _flag(

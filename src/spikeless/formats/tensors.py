@@ -232,9 +232,16 @@ def to_proto(array: Any, dtype: int | None = None, as_field: bool = False) -> te
 
 
 def write_proto(
-    proto: tensor_pb2.TensorProto, array: Any, dtype: int | None = None, as_field: bool = False
+    proto: tensor_pb2.TensorProto,
+    array: Any,
+    dtype: int | None = None,
+    as_field: bool = False,
+    pack_strings: bool = False,
 ) -> None:
-    """The same into a TensorProto that is there, and empty."""
+    """The same into a TensorProto that is there, and empty.
+
+    ``pack_strings`` puts strings into ``tensor_content`` too.
+    """
     values = np.asarray(array)
     number = data_type(values.dtype) if dtype is None else dtype
     proto.dtype = number
@@ -242,7 +249,13 @@ def write_proto(
     for dim in values.shape:
         proto.tensor_shape.dim.add(size=dim)
     if number == types_pb2.DT_STRING:
-        proto.string_val.extend(as_bytes(values.reshape(-1).tolist()))
+        strings = as_bytes(values.reshape(-1).tolist())
+        if pack_strings:
+            proto.tensor_content = b"".join(
+                [*(wire.write_varint(len(string)) for string in strings), *strings]
+            )
+        else:
+            proto.string_val.extend(strings)
     elif as_field:
         _set_field(proto, np.ascontiguousarray(values, dtype=numpy_dtype(number)).reshape(-1))
     else:

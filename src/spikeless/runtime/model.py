@@ -59,7 +59,7 @@ class Model:
     session: Session
     #: Goes into the ``model_spec`` of every response; None leaves it out.
     version: int | None = None
-    #: Numeric outputs go into ``tensor_content`` instead of the typed fields
+    #: Outputs go into ``tensor_content`` instead of the typed fields
     #: (``--enable_serialization_as_tensor_content``).
     tensor_content: bool = False
     #: A signature's method name must fit the call. Off by default, as in TensorFlow
@@ -98,7 +98,12 @@ class Model:
         outputs = self._run(key, request.inputs, to_numpy, request.output_filter, timeout)
         response = predict_pb2.PredictResponse(model_spec=self._model_spec(request.model_spec.name, key))
         for alias, output in outputs.items():
-            write_proto(response.outputs[alias], output, as_field=not self.tensor_content)
+            write_proto(
+                response.outputs[alias],
+                output,
+                as_field=not self.tensor_content,
+                pack_strings=self.tensor_content,
+            )
         return response
 
     def predict_arrays(
