@@ -189,8 +189,8 @@ def test_the_last_of_equal_features_counts(request_: Http) -> None:
 
 
 def test_infinity_has_a_short_name(request_: Http) -> None:
-    answer = predict(request_, "times", b'{"instances": [Inf, -Inf, Infinity, NaN]}')
-    np.testing.assert_array_equal(answer["predictions"], [math.inf, -math.inf, math.inf, math.nan])
+    answer = predict(request_, "times", b'{"instances": [Inf, -Inf, Infinity, NaN, -NaN], "a": "Inf -NaN"}')
+    np.testing.assert_array_equal(answer["predictions"], [math.inf, -math.inf, math.inf, math.nan, math.nan])
     status, _ = request_("POST", "/v1/models/times:predict", b'{"instances": [Infi]}')
     assert status == 400
 
@@ -201,6 +201,13 @@ def test_strings_that_are_no_text(embedded: None, request_: Http) -> None:
         status, error = refusal(request_, "dtypes:predict", body)
         assert (status, "is not valid Unicode" in error) == (400, True), error
         assert predict(request_, "times", b'{"unused": "' + text + b'", "instances": [1.0]}')
+
+
+def test_the_first_of_equal_keys_counts_everywhere(embedded: None, request_: Http) -> None:
+    body = b'{"instances": [{"x": 1.0, "x": "a"}]}'
+    assert predict(request_, "times", body) == {"predictions": [2.0]}
+    body = b'{"signature_name": "string", "inputs": [[{"b64": "YQ==", "b64": "Yg=="}]]}'
+    assert predict(request_, "dtypes", body) == {"outputs": [["a"]]}
 
 
 def test_nesting_has_an_end(embedded: None, request_: Http) -> None:
@@ -409,6 +416,22 @@ def test_other_paths_are_not_found(shared: Running) -> None:
         response = connection.getresponse()
         response.read()
         assert response.status == 404
+
+
+def test_paths_that_are_escaped_badly(shared: Running) -> None:
+    connection = http.client.HTTPConnection(urlsplit(shared.rest_url).netloc, timeout=30)
+    connection.request("GET", "/v1/models/%zz")
+    assert connection.getresponse().status == 400
+
+
+def test_names_that_are_no_text(embedded: None, request_: Http) -> None:
+    assert refusal(request_, "%ff", None, "GET") == (400, "Failed to decode model name:%ff")
+
+
+def test_a_query_behind_the_path_of_metrics(embedded: None, shared: Running) -> None:
+    connection = http.client.HTTPConnection(urlsplit(shared.rest_url).netloc, timeout=30)
+    connection.request("GET", "/monitoring/prometheus/metrics?job=times")
+    assert connection.getresponse().status == 200
 
 
 def test_a_name_is_missing(request_: Http) -> None:

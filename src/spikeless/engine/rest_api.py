@@ -71,6 +71,7 @@ _STATUSES = {
 #: The methods that are heard at all.
 _METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _ORIGIN = re.compile("https?://")
+_BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 _INTERNAL_ERROR = "500 Internal Server Error"
 _CORS = [
     ("Access-Control-Allow-Origin", "*"),
@@ -125,6 +126,8 @@ class RestApi:
             if not _ORIGIN.search(environ.get("HTTP_ORIGIN", "")):
                 raise FailedPrecondition("Origin header is missing in CORS preflight")
             return b""
+        if _BAD_ESCAPE.search(path):
+            raise InvalidArgument(f"Malformed request: {method} {path}")
         if method == "POST" and (match := _CALL_PATH.fullmatch(path)):
             return self._call(match[4], _model_spec(match), environ)
         if method == "GET" and (match := _MODEL_PATH.fullmatch(path)):

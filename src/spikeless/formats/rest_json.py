@@ -96,8 +96,10 @@ _JSON_TYPES = {
     _Constant: "Number",
     type(None): "Null",
 }
-#: Strings, which stay as they are, and the name of a constant outside of them.
-_INF = re.compile(r'("(?:[^"\\]|\\.)*")|Inf(?!inity)', re.DOTALL)
+#: Strings, which stay as they are, and constants outside of them that Python does not
+#: know.
+_CONSTANTS = re.compile(r'("(?:[^"\\]|\\.)*")|Inf(?!inity)|-NaN', re.DOTALL)
+_PYTHON_NAMES = {"Inf": "Infinity", "-NaN": "NaN"}
 #: A number that may be too large for a double.
 _LARGE = re.compile(r"[eE]\+?\d{3}|\d{300}")
 _TOO_LARGE = "JSON Parse error: Number too big to be stored in double."
@@ -141,9 +143,9 @@ def _loads(body: bytes) -> Any:
     try:
         return _first_object(text)
     except json.JSONDecodeError:
-        if "Inf" not in text:  # which Python does not know
+        if "Inf" not in text and "-NaN" not in text:  # which Python does not know
             raise
-        return _first_object(_INF.sub(lambda found: found[1] or "Infinity", text))
+        return _first_object(_CONSTANTS.sub(lambda found: found[1] or _PYTHON_NAMES[found[0]], text))
 
 
 def _members(document: dict[str, Any]) -> int:
