@@ -74,8 +74,8 @@ class Client:
         self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
         self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
-        # As the stub's method, but for messages that are no UTF-8: a server passes on what
-        # a damaged file holds.
+        # As the stub's method, but for messages that are no UTF-8: a server passes on
+        # what a damaged file holds.
         self._model_status = self._channel.unary_unary(
             "/tensorflow.serving.ModelService/GetModelStatus",
             request_serializer=get_model_status_pb2.GetModelStatusRequest.SerializeToString,

@@ -106,7 +106,7 @@ def _exporter_metrics() -> str:
 def stack_variables() -> dict[str, str]:
     """Variable -> its default in ``compose.yaml``."""
     text = (_ROOT / "compose.yaml").read_text()
-    found = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", text))
+    found = dict(re.findall(r"\$\{([A-Z_]+):-(\$\{\w+:-\}|[^}]*)\}", text))
     # Passed on as they are: build arguments, and variables without a value.
     for names in re.findall(r"args: \[([A-Z_, ]+)\]", text):
         found |= {name: found.get(name, "") for name in names.split(", ")}
@@ -118,6 +118,8 @@ def _stack_table() -> str:
     said: dict[str, str] = {}
     for names, what in re.findall(r"^#   ([A-Z_]+(?:, [A-Z_]+)*) {2,}(.+)$", text, re.MULTILINE):
         said |= dict.fromkeys(names.split(", "), what)
+    unexplained = stack_variables().keys() - said.keys()
+    assert not unexplained, f"the head of compose.yaml does not explain {unexplained}"
     rows = []
     for name, default in sorted(stack_variables().items()):
         rows.append([f"`{name}`", f"`{default}`" if default else "", said[name]])
