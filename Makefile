@@ -6,7 +6,8 @@ READY  := $(VENV)/.ready
 # The same with the oldest TensorFlow that is supported.
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest test-containers docs lint env update-pins clean fuzz bench-input-pipeline bench-serving bench-mapping bench-ladder
+.PHONY: demo test test-oldest test-containers docs lint env system-packages update-pins fuzz \
+        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -25,6 +26,10 @@ $(READY) $(OLDEST)/.ready: pyproject.toml
 update-pins: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python tests/support/update_pins.py
+
+# What pip cannot install, on Debian or Ubuntu: a browser, Java, jemalloc. It needs root, or sudo without a password.
+system-packages:
+	.ci/system-packages
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -83,5 +88,22 @@ bench-ladder: $(EMBEDDING)
 $(EMBEDDING): | $(READY)
 	$(BIN)/python benchmarks/make_embedding_model.py $@ --size $(SIZE)
 
+# Each removes one kind of thing: `clean` what is made again in seconds, the others what takes longer, or is yours.
 clean:
-	rm -rf $(VENV) $(OLDEST) reports/* runs/*
+	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The environments.
+clean-env:
+	rm -rf $(VENV) $(OLDEST)
+
+# What training and measuring have written, with the data that scripts have downloaded or made.
+clean-runs:
+	rm -rf runs/* runs/.data reports/*
+
+# Every published version, its journal and models.config.
+clean-models:
+	rm -rf models/* models/.models.config.lock
+
+# The container engine of the tests, 13 GB of packages and images, where no engine was there before.
+clean-cache:
+	rm -rf "$${SPIKELESS_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/spikeless}/engine"
