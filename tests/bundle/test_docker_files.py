@@ -147,6 +147,36 @@ def test_the_server_drains_before_it_is_ended() -> None:
     assert int(drain) + int(grace) < int(period)
 
 
+def test_every_alert_is_shown_to_fire_and_to_stop_and_explained() -> None:
+    """By the tests that promtool runs, and by the page for operators."""
+    rules = yaml.safe_load((DOCKER / "monitoring" / "rules.yml").read_text())
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+    tests = yaml.safe_load((ROOT / "tests" / "bundle" / "rules_test.yml").read_text())["tests"]
+    for alert in alerts:
+        fires = [case for case in tests if _fired(case, alert)]
+        assert any(_stopped(case, alert) for case in fires), alert
+    page = (ROOT / "docs" / "how-to" / "operate.md").read_text()
+    assert set(re.findall(r"^\| `([A-Z]\w+)` \|", page, re.MULTILINE)) == alerts
+
+
+def _fired(case: dict[str, Any], alert: str) -> list[float]:
+    """The minutes at which a case expects an alert."""
+    return [
+        _minutes(one) for one in case["alert_rule_test"] if one["alertname"] == alert and one["exp_alerts"]
+    ]
+
+
+def _stopped(case: dict[str, Any], alert: str) -> bool:
+    quiet = [one for one in case["alert_rule_test"] if one["alertname"] == alert and not one["exp_alerts"]]
+    return any(_minutes(one) > max(_fired(case, alert)) for one in quiet)
+
+
+def _minutes(one: dict[str, Any]) -> float:
+    parts = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", one["eval_time"])
+    assert parts is not None
+    return int(parts[1] or 0) + int(parts[2] or 0) / 60
+
+
 # The entrypoint -----------------------------------------------------------------------
 
 

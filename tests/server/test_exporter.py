@@ -15,7 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from spikeless import launch
-from spikeless.repository import publishing
+from spikeless.repository import models_config, publishing
+from spikeless.repository.models_config import new_block, with_versions
 from spikeless.sidecars.exporter import MAX_STATUS_AGE, Exporter, ExporterSettings
 
 FAST = ("--file_system_poll_wait_seconds=0.1", "--max_num_load_retries=0")
@@ -85,9 +86,18 @@ def test_states_reloads_errors_and_memory(
         lambda: any(key[0] == error[0] and key[-1] == "3" for key in scrape(exporter)), "the error"
     )
     assert value(*available, "2") == 1
+    assert value("spikeless_versions_missing", "m") == 1
     shutil.rmtree(models / "m" / "3")
     server.wait_for(
         lambda: not any(key[0] == error[0] for key in scrape(exporter)), "the error to be history"
+    )
+
+    assert value("spikeless_versions_missing", "m") == 0
+    block = new_block("m", str(models / "m"))
+    models_config.edit(models, {"m": with_versions(block, [2, 7], {}), "gone": new_block("gone", "/gone")})
+    server.wait_for(
+        lambda: all(value("spikeless_versions_missing", name) == 1 for name in ("m", "gone")),
+        "what models.config names to be missed",
     )
 
     server.stop()

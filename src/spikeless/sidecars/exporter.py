@@ -11,6 +11,9 @@ TensorFlow Serving's ``ModelService``.
         1 for the state that a version is in, else 0
     spikeless_version_error{model_name, version, status}
         1 for a version that could not be loaded
+    spikeless_versions_missing{model_name}
+        how many versions it should serve and does not: those that ``models.config``
+        names, else the newest one on disk
     spikeless_reloads_total{model_name}
         how often the AVAILABLE versions changed
     spikeless_memory_private_bytes
@@ -27,6 +30,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +41,7 @@ from spikeless.disk import proc
 from spikeless.errors import Code, SpikelessError
 from spikeless.formats.states import State, VersionStatus
 from spikeless.formats.versions import list_versions
-from spikeless.repository import layout
+from spikeless.repository import layout, models_config
 
 #: The kernel's name of a kind of memory -> the metric's.
 _MEMORY = {"RssAnon": "private", "RssFile": "mapped"}
@@ -73,6 +77,7 @@ class Exporter:
         self.settings = settings
         self._client = Client(settings.target, timeout=2.0)
         self._statuses: dict[str, list[VersionStatus]] = {}
+        self._missing: dict[str, int] = {}
         self._reloads: dict[str, int] = {}
         self._up = False
         self._lock = threading.Lock()
@@ -96,16 +101,24 @@ class Exporter:
     def poll(self) -> None:
         """Ask the server for the states of every model's versions."""
         found: dict[str, list[VersionStatus]] = {}
+        missing: dict[str, int] = {}
         up = False
-        for name in _names(self.settings.models):
+        for name, wanted in _wanted(self.settings.models).items():
             try:
                 statuses = self._client.statuses(name)
-                on_disk = list_versions(self.settings.models / name)
-                found[name] = [status for status in statuses if _matters(status, status.version in on_disk)]
                 up = True
             except SpikelessError as error:
                 # A server that does not know the model answers too.
                 up = up or error.code is Code.NOT_FOUND
+                statuses = []
+            on_disk = _on_disk(self.settings.models, name)
+            matter = [status for status in statuses if _matters(status, status.version in on_disk)]
+            if matter:
+                found[name] = matter
+            if wanted is not None:
+                newest = {max(on_disk)} if on_disk else set()
+                available = _available(statuses)
+                missing[name] = len((wanted or newest) - available) or int(not available)
         with self._lock:
             self._up = up
             for name, statuses in found.items():
@@ -116,12 +129,13 @@ class Exporter:
             if up:
                 # What was known before the server went away is kept, so that its return
                 # counts as a reload only when it serves something else.
-                self._statuses = found
+                self._statuses, self._missing = found, missing
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus scrapes."""
         with self._lock:
-            up, statuses, reloads = self._up, self._statuses if self._up else {}, dict(self._reloads)
+            up, reloads = self._up, dict(self._reloads)
+            statuses, missing = (self._statuses, self._missing) if up else ({}, {})
         yield GaugeMetricFamily("spikeless_server_up", "Whether the model server answers.", value=float(up))
         state = GaugeMetricFamily(
             "spikeless_version_state",
@@ -142,6 +156,14 @@ class Exporter:
                     error.add_metric([name, str(status.version), status.error.code.name], 1.0)
         yield state
         yield error
+        behind = GaugeMetricFamily(
+            "spikeless_versions_missing",
+            "How many versions it should serve and does not.",
+            labels=["model_name"],
+        )
+        for name, count in missing.items():
+            behind.add_metric([name], count)
+        yield behind
         counter = CounterMetricFamily(
             "spikeless_reloads", "How often the AVAILABLE versions changed.", labels=["model_name"]
         )
@@ -170,11 +192,29 @@ class Exporter:
         return {kind: memory[field] for field, kind in _MEMORY.items() if field in memory}
 
 
-def _names(models: Path) -> list[str]:
+def _wanted(models: Path) -> dict[str, set[int] | None]:
+    """The models of a repository, and the versions that ``models.config`` names.
+
+    None for a model that it does not list; without the file, all are served.
+    """
+    on_disk: list[str] = []
+    with suppress(OSError):
+        on_disk = layout.model_names(models)
     try:
-        return layout.model_names(models)
-    except OSError:
-        return []
+        listed = models_config.read(models).message.model_config_list.config
+    except SpikelessError:
+        listed = []
+    wanted: dict[str, set[int] | None] = dict.fromkeys(on_disk, None if listed else set())
+    for model in listed:
+        wanted[model.name] = set(model.model_version_policy.specific.versions)
+    return wanted
+
+
+def _on_disk(models: Path, name: str) -> set[int]:
+    try:
+        return set(list_versions(models / name))
+    except SpikelessError:
+        return set()
 
 
 def _matters(status: VersionStatus, on_disk: bool) -> bool:
