@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_runs import MACHINE, made_up_run, write_requests
+from bench_runs import MACHINE, made_up_run, publish_boston, write_requests
 from click.testing import CliRunner
 from places import ROOT, SUPPORT
 from trained_models import spikeless
@@ -267,12 +268,7 @@ def test_the_instant_server_ends_with_its_block(requests: Path) -> None:
 
 def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     """The command starts the engine, publishes three times, and writes a raw result."""
-    models, source = tmp_path / "models", tmp_path / "source"
-    shutil.copytree(saved_models / "signatures", source)
-    (source / "assets.extra").mkdir()
-    write_requests(source / "assets.extra" / "tf_serving_warmup_requests", 1, 8)
-    first = spikeless("publish", source, "--name", "boston", "--models", models)
-    assert first.returncode == 0, first.stderr
+    models, source = publish_boston(saved_models / "signatures", tmp_path), tmp_path / "source"
 
     load: tuple[str | int, ...] = ("--rate", 100, "--seconds", 18, "--warm-seconds", 1, "--timeout", 60)
     load += ("--publishes", 3, "--publish-at", 3, "--publish-every", 5)
@@ -280,6 +276,11 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     options = (*load, *place, "--publish", source, "--scenario", "warm", "--no-floor", "--json")
     done = spikeless("bench", "run", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    for happened in ("publish v2", "v2 AVAILABLE", "v1 END", "publish v4", "v4 AVAILABLE"):
+        assert len([line for line in lines if line.endswith(f" s {happened}")]) == 1, happened
+    assert any(re.search(r"/18 s, [\d,]+ sent, \d+/s, p99 .* private, v1 AVAILABLE", line) for line in lines)
+    assert "\x1b" not in done.stderr
     answer = json.loads(done.stdout)
     assert answer["codes"] == {"OK": len(Schedule(100, 18).offsets())}
     assert len(answer["reloads"]) == 3
@@ -313,14 +314,7 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with version 1 of boston, which carries requests."""
-    directory = tmp_path_factory.mktemp("published")
-    models, source = directory / "models", directory / "source"
-    shutil.copytree(saved_models / "signatures", source)
-    (source / "assets.extra").mkdir()
-    write_requests(source / "assets.extra" / "tf_serving_warmup_requests", 1, 8)
-    done = spikeless("publish", source, "--name", "boston", "--models", models)
-    assert done.returncode == 0, done.stderr
-    return models
+    return publish_boston(saved_models / "signatures", tmp_path_factory.mktemp("published"))
 
 
 @pytest.mark.parametrize(

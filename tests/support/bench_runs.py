@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spikeless.errors import Code
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import prediction_log_pb2
 from spikeless.formats.tensors import to_proto
+from spikeless.repository import publishing
 
 SETTINGS = Settings(
     "boston", "requests", rate=200, seconds=20, arrivals="constant", publish_at=10, warm_seconds=2
@@ -112,6 +114,19 @@ def write_requests(path: Path, *sizes: int, alias: str = "x", width: int = 4) ->
         records.append(log.SerializeToString())
     tfrecord.write(path, records)
     return path
+
+
+def publish_boston(saved_model: Path, directory: Path) -> Path:
+    """A new repository with version 1 of boston, which carries requests.
+
+    What was published is in ``source`` beside it.
+    """
+    models, source = directory / "models", directory / "source"
+    shutil.copytree(saved_model, source)
+    (source / "assets.extra").mkdir()
+    write_requests(source / "assets.extra" / "tf_serving_warmup_requests", 1, 8)
+    publishing.publish(source, models, "boston", gates=())
+    return models
 
 
 def reload_of(summary: Summary) -> Window:

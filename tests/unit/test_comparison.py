@@ -64,7 +64,7 @@ PAGE = """\
 
 def test_metrics_are_read_by_their_names() -> None:
     found = server_metrics.parse(PAGE, "here")
-    assert found == {"m": Traffic(100, 10), "m-canary": Traffic(5, 0)}
+    assert found == {"m": Traffic(100, 10, {10.0: 1, math.inf: 90}), "m-canary": Traffic(5, 0)}
     assert found["m"].error_rate == 0.1
     later = Traffic(150, 12)
     assert later.since(found["m"]) == Traffic(50, 2)
@@ -94,3 +94,23 @@ def test_metrics_are_fetched_or_their_absence_explained() -> None:
         server_metrics.read("file:///etc/passwd")
     with pytest.raises(InvalidArgument, match="--metrics"):
         SoakSettings(metrics="127.0.0.1:8501")
+
+
+def test_latencies_come_from_the_buckets() -> None:
+    name = ":tensorflow:serving:request_latency"
+    lines = [f"# TYPE {name} histogram"]
+    for entry, counts in (("Predict", (90, 99, 100)), ("REST", (0, 1, 100))):
+        lines += [
+            f'{name}_bucket{{model_name="m",entrypoint="{entry}",le="{bound}"}} {count}'
+            for bound, count in zip(("1000", "5000", "+Inf"), counts, strict=True)
+        ]
+    count = ":tensorflow:serving:request_count"
+    lines += [f"# TYPE {count} counter", f'{count}{{model_name="m",status="OK"}} 200']
+    traffic = server_metrics.parse("\n".join(lines) + "\n", "a page")["m"]
+    assert traffic.percentile_ms(0.45) == 1
+    assert traffic.percentile_ms(0.5) == 5
+    assert traffic.percentile_ms(0.99) == float("inf")
+    assert Traffic().percentile_ms(0.99) is None
+    assert traffic.since(traffic).percentile_ms(0.99) is None
+    earlier = Traffic(100, buckets={1000.0: 0.0, 5000.0: 1.0, float("inf"): 100.0})
+    assert traffic.since(earlier).percentile_ms(0.9) == 1

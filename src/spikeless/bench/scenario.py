@@ -63,10 +63,17 @@ class Moment:
     elapsed: float
     sent: int
     failed: int
-    #: Of the last half second.
+    #: Requests that were answered in each of the last seconds, their p99 (of several
+    #: workers the largest) and the slowest; all of the last half second.
+    rate: float
+    p99_ms: float
     slowest_ms: float
     #: Version -> state.
     states: dict[int, str]
+    #: Private memory (RssAnon) of the server in bytes; None: unknown.
+    memory: int | None = None
+    #: What happened to versions since the start, in order: seconds after it, and what.
+    events: Sequence[tuple[float, str]] = ()
 
 
 Progress = Callable[[Moment], None]
@@ -332,7 +339,7 @@ def _drive(
                 continue
             workers[facts["worker"]] = facts
             if progress is not None and start is not None:
-                progress(_moment(start, workers, watcher))
+                progress(_moment(start, workers, watcher, series.published))
         code = process.wait()
     finally:
         if process.poll() is None:
@@ -345,15 +352,33 @@ def _drive(
     return start, series.published
 
 
-def _moment(start: float, workers: dict[int, dict[str, Any]], watcher: Watcher) -> Moment:
+def _moment(
+    start: float, workers: dict[int, dict[str, Any]], watcher: Watcher, published: Sequence[Publish]
+) -> Moment:
     reports = workers.values()
+    events = [(publish.begin, _published(publish)) for publish in published]
+    events += [
+        (change.t, f"v{change.version} {change.state}")
+        for change in watcher.state_changes(start)
+        if change.t >= 0
+    ]
     return Moment(
         elapsed=time.monotonic() - start,
         sent=sum(report["sent"] for report in reports),
         failed=sum(report["failed"] for report in reports),
+        rate=sum(report["rate"] for report in reports),
+        p99_ms=max(report["p99_ms"] for report in reports),
         slowest_ms=max(report["slowest_ms"] for report in reports),
         states=watcher.states,
+        memory=watcher.private_memory,
+        events=sorted(events),
     )
+
+
+def _published(publish: Publish) -> str:
+    """What was published, where the result is the directory of a version."""
+    name = Path(publish.result).name
+    return f"publish v{name}" if name.isdecimal() else "publish"
 
 
 def _drain(stream: IO[str], lines: queue.Queue[str | None]) -> None:

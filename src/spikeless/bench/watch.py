@@ -115,6 +115,11 @@ class Watcher:
         """The last known state of each version."""
         return dict(self._known)
 
+    @property
+    def private_memory(self) -> int | None:
+        """The last sample in bytes; None without any."""
+        return self._samples[-1][1] if self._samples else None
+
     def _every(self, period: float, action: Callable[[], None]) -> None:
         due = time.monotonic()
         while not self._stop.is_set():

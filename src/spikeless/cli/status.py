@@ -3,51 +3,169 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from spikeless.bench.watch import listener
 from spikeless.cli.options import models_option, servers_option
-from spikeless.rollout.status import ModelReport, VersionReport, status
+from spikeless.disk import proc
+from spikeless.errors import SpikelessError
+from spikeless.rollout import server_metrics
+from spikeless.rollout.server_metrics import Traffic
+from spikeless.rollout.status import ModelReport, VersionReport, changes, status
+
+_WATCH_SECONDS = 0.5
+_LINE_SECONDS = 5.0
+#: Of the last changes, so many stay on the terminal.
+_SHOWN_EVENTS = 12
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--watch", is_flag=True, help="Go on, and show each change when it happens, until Ctrl-C.")
+@click.option(
+    "--metrics",
+    default="",
+    help="With --watch, for rate and p99: as in http://{host}:8501/monitoring/prometheus/metrics.",
+)
 @models_option
 @servers_option
-def command(name: str | None, as_json: bool, models: Path, servers: Any) -> None:
+def command(name: str | None, as_json: bool, watch: bool, metrics: str, models: Path, servers: Any) -> None:
     """Show the versions of NAME, or of all models: on disk, configured, on each server.
 
     Where these disagree, or a server does not answer, it says so below the table and
     exits with 1.
     """
+    if watch and as_json:
+        raise click.UsageError("--watch and --json exclude each other")
+    if metrics and not watch:
+        raise click.UsageError("--metrics is for --watch: give that, too")
+    # Only a terminal has a width that lines must fit.
+    console = Console(width=None if sys.stdout.isatty() else 10_000)
+    if watch:
+        with suppress(KeyboardInterrupt):
+            _Watch(console, [_Load(server, metrics) for server in servers]).run(
+                lambda: status(models, name, servers), servers
+            )
+        return
     reports = status(models, name, servers)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
     else:
-        _print(reports, servers)
+        if not reports:
+            click.echo("there is no model", err=True)
+        for part in _reports(reports, servers):
+            console.print(part)
     if any(report.disagreements for report in reports):
         sys.exit(1)
 
 
-def _print(reports: list[ModelReport], servers: tuple[str, ...]) -> None:
-    if not reports:
-        click.echo("there is no model", err=True)
-    # Only a terminal has a width that lines must fit.
-    console = Console(width=None if sys.stdout.isatty() else 10_000)
+def _reports(reports: list[ModelReport], servers: tuple[str, ...]) -> Iterator[RenderableType]:
     for report in reports:
-        console.print(_table(report, servers))
+        yield _table(report, servers)
         for problem in report.disagreements:
-            console.print(f"  ! {escape(problem)}", soft_wrap=True)
+            yield Text(f"  ! {problem}", no_wrap=True, overflow="ignore")
+
+
+class _Load:
+    """What one server has to do: its memory, and by its metrics its requests."""
+
+    def __init__(self, server: str, metrics: str) -> None:
+        self._server = server
+        self._url = metrics.replace("{host}", server.rpartition(":")[0])
+        self._pid: int | None = None
+        self._before: tuple[float, dict[str, Traffic]] | None = None
+
+    def lines(self) -> list[str]:
+        """A line for each model, since the last time, and one for memory."""
+        parts = [*self._traffic(), *self._memory()]
+        return [f"{self._server}: {part}" for part in parts]
+
+    def _traffic(self) -> Iterator[str]:
+        if not self._url:
+            return
+        try:
+            now, traffic = time.monotonic(), server_metrics.read(self._url)
+        except SpikelessError as error:
+            yield str(error)
+            return
+        before, self._before = self._before, (now, traffic)
+        if before is None:
+            return
+        for model, total in sorted(traffic.items()):
+            recent = total.since(before[1].get(model, Traffic()))
+            p99 = recent.percentile_ms(0.99)
+            text = "" if p99 is None else f", p99 at most {p99:.1f} ms"
+            yield f"{model} {recent.requests / (now - before[0]):.0f}/s{text}, {recent.errors:.0f} failed"
+
+    def _memory(self) -> Iterator[str]:
+        """Of a server on this machine."""
+        self._pid = self._pid or listener(self._server)
+        try:
+            if self._pid is not None:
+                yield f"{proc.private_memory(self._pid) / 2**20:,.0f} MiB private"
+        except OSError:
+            self._pid = None
+
+
+class _Watch:
+    """Shows reports again and again, and the moment of each change."""
+
+    def __init__(self, console: Console, loads: list[_Load]) -> None:
+        self._console = console
+        self._loads = loads
+        self._events: deque[str] = deque(maxlen=_SHOWN_EVENTS)
+        self._line_due = 0.0
+
+    def run(self, ask: Callable[[], list[ModelReport]], servers: tuple[str, ...]) -> None:
+        """Go on until interrupted."""
+        before: list[ModelReport] = []
+        with (
+            Live(console=self._console, auto_refresh=False)
+            if self._console.is_terminal
+            else nullcontext() as live
+        ):
+            while True:
+                reports = ask()
+                new = [f"{datetime.datetime.now():%H:%M:%S} {change}" for change in changes(before, reports)]
+                problems = [problem for one in reports for problem in one.disagreements]
+                known = [problem for one in before for problem in one.disagreements]
+                before = reports
+                self._events += new
+                load = [line for one in self._loads for line in one.lines()]
+                if live is not None:
+                    below = [Text(f"  {line}") for line in (*load, *self._events)]
+                    live.update(Group(*_reports(reports, servers), *below), refresh=True)
+                else:
+                    self._print(
+                        [*new, *(f"! {problem}" for problem in problems if problem not in known)], load
+                    )
+                time.sleep(_WATCH_SECONDS)
+
+    def _print(self, lines: list[str], load: list[str]) -> None:
+        """Lines of what is new, and every few seconds of the load."""
+        if time.monotonic() >= self._line_due:
+            self._line_due = time.monotonic() + _LINE_SECONDS
+            lines = [*lines, *load]
+        for line in lines:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(report: ModelReport, servers: tuple[str, ...]) -> Table:

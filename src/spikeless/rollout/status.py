@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +87,30 @@ def status(models: str | os.PathLike[str], name: str | None, targets: tuple[str,
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(target, _CALL_SECONDS)) for target in targets]
         return [_report(models, config, one, clients) for one in ([name] if name else known)]
+
+
+def changes(before: Sequence[ModelReport], after: Sequence[ModelReport]) -> list[str]:
+    """What is another state in the second report: ``boston 2 AVAILABLE on HOST:PORT``.
+
+    A version that a server no longer lists is ``gone``.
+    """
+    old, new = _states(before), _states(after)
+    found = [
+        f"{what} {state} on {server}"
+        for (what, server), state in new.items()
+        if old.get((what, server)) != state
+    ]
+    return found + [f"{what} gone on {server}" for what, server in old if (what, server) not in new]
+
+
+def _states(reports: Sequence[ModelReport]) -> dict[tuple[str, str], str]:
+    """Model and version, and server -> state."""
+    return {
+        (f"{report.name} {version.version}", server): state
+        for report in reports
+        for version in report.versions
+        for server, state in version.servers.items()
+    }
 
 
 def _known(models: Path, config: ModelsConfig) -> list[str]:

@@ -24,12 +24,14 @@ from typing import Any
 
 import gevent
 import gevent.queue
+import numpy as np
 from locust import LoadTestShape, User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 
+from spikeless.bench.analysis import percentile
 from spikeless.bench.load.connection import parse_target
 from spikeless.bench.load.openloop import LINE_PREFIX, OpenLoop
 from spikeless.bench.machine import describe_machine, source_commit
@@ -190,7 +192,8 @@ class OpenLoopUser(User):
         columns = load.columns
         methods = [request.kind.name for request in load.requests]
         next_line = start
-        failed, slowest = 0, 0.0
+        failed = 0
+        recent: list[float] = []
         while not thread.ready() or load.finished:
             gevent.sleep(_REPORT_SECONDS)
             while load.finished:
@@ -198,7 +201,7 @@ class OpenLoopUser(User):
                 code = Code(columns.code[index])
                 latency = float(columns.latency[index]) * 1e3
                 failed += code != Code.OK
-                slowest = max(slowest, latency)
+                recent.append(latency)
                 fire(
                     request_type="gRPC",
                     name=methods[columns.request[index]],
@@ -209,8 +212,15 @@ class OpenLoopUser(User):
                 )
             if time.monotonic() >= next_line:
                 next_line += _LINE_SECONDS
-                _tell(worker=worker, sent=load.sent, failed=failed, slowest_ms=round(slowest, 3))
-                slowest = 0.0
+                _tell(
+                    worker=worker,
+                    sent=load.sent,
+                    failed=failed,
+                    rate=len(recent) / _LINE_SECONDS,
+                    p99_ms=round(percentile(np.array(recent), 0.99), 3) if recent else 0.0,
+                    slowest_ms=round(max(recent, default=0.0), 3),
+                )
+                recent.clear()
 
     def _save(self, load: OpenLoop, settings: Settings, share: dict[str, Any]) -> None:
         options: Namespace = self.environment.parsed_options
