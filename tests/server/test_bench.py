@@ -348,7 +348,6 @@ def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ("--pid 1", "--pid is for --server"),
         ("--server 127.0.0.1:1 --server-flag=--x", "--allocator and --server-flag are for a server that is"),
         ("--server 127.0.0.1:1", "no server answers at 127.0.0.1:1"),
-        ("--server-flag=--nosuch=1", "No such option"),
         ("--server-flag=--grpc_max_threads=none", "--grpc_max_threads"),
         ("--out requests", "requests is no directory: give one with --out"),
     ],
