@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import grpc
@@ -32,8 +33,9 @@ from spikeless.formats.protos import (
 from spikeless.formats.states import State, VersionStatus
 from spikeless.formats.tensors import to_numpy, to_proto
 
-# Reconnect soon, to find a server that was restarted at once; never through a proxy.
-_CHANNEL_OPTIONS = [
+#: Messages of any size. Reconnect soon, to find a server that was restarted at once;
+#: never through a proxy.
+CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -71,7 +73,7 @@ class Client:
     def __init__(self, target: str, timeout: float = 10.0) -> None:
         self.target = target
         self.timeout = timeout
-        self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         # As the stub's method, but for messages that are no UTF-8: a server passes on
@@ -110,7 +112,7 @@ class Client:
         """The states of all versions of a model, lowest first, or of the given one."""
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=model_spec(name, version, label))
         response = self.call(self._model_status, request)
-        return sorted((_version_status(status) for status in response.model_version_status), key=_number)
+        return sorted(map(_version_status, response.model_version_status), key=attrgetter("version"))
 
     def signatures(self, name: str, version: int | None = None) -> dict[str, meta_graph_pb2.SignatureDef]:
         """The signatures of a model that is being served."""
@@ -210,7 +212,3 @@ def _version_status(status: get_model_status_pb2.ModelVersionStatus) -> VersionS
     if status.status.error_code:
         error = RemoteError(Code(status.status.error_code), status.status.error_message)
     return VersionStatus(status.version, State(status.state), error)
-
-
-def _number(status: VersionStatus) -> int:
-    return status.version

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import grpc
 import psutil
@@ -46,6 +47,7 @@ from spikeless.errors import (
     missing_extra,
 )
 from spikeless.formats.protos import get_model_status_pb2, model_service_pb2_grpc
+from spikeless.formats.states import State
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -75,9 +77,6 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.enable_http_proxy", 0),
 ]
-
-# States of a version, numbered as in get_model_status.proto.
-_State = get_model_status_pb2.ModelVersionStatus.State
 
 
 @dataclass(frozen=True)
@@ -171,42 +170,29 @@ def start(settings: LaunchSettings) -> ServerProcess:
 class ServerProcess:
     """A model server that runs beside this process; a context manager that stops it."""
 
-    #: The gRPC address.
-    target: str
-    #: The base of the REST API, or None.
-    rest_url: str | None
-    #: Which engine it is, its version, and the command that starts it.
-    engine: str
-    engine_version: str
-    command: list[str]
-    #: Where both of its output streams go.
-    log_path: Path
-
     def __init__(self, settings: LaunchSettings) -> None:
         self.settings = settings
         self.port = settings.port or free_port()
         self.rest_port = (settings.rest_port or free_port()) if settings.rest else None
+        #: The gRPC address.
         self.target = f"{LOOPBACK}:{self.port}"
+        #: The base of the REST API, or None.
         self.rest_url = f"http://{LOOPBACK}:{self.rest_port}" if self.rest_port else None
+        #: Which engine it is, its version, and the command that starts it.
         self.engine, self.engine_version, self.command = self._plan(settings.engine or chosen_engine())
-        if settings.log is None:
-            handle, name = tempfile.mkstemp(prefix="spikeless-server-", suffix=".log")
-            os.close(handle)
-            self.log_path = Path(name)
-        else:
-            self.log_path = settings.log
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._process: _Process | None = None
+        #: Where both of its output streams go.
+        self.log_path = settings.log or _temporary_log()
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._process: _Child | _Container | None = None
 
     def _plan(self, engine: str) -> tuple[str, str, list[str]]:
         """The engine's name, its version, and the command line that starts it."""
         flags = [f"--port={self.port}"]
         if self.rest_port:
             flags.append(f"--rest_api_port={self.rest_port}")
-        if self.settings.model_base_path is not None:
-            flags.append(f"--model_name={self.settings.model_name}")
-            flags.append(f"--model_base_path={self.settings.model_base_path.resolve()}")
-        flags.extend(self.settings.flags)
+        if path := self.settings.model_base_path:
+            flags += [f"--model_name={self.settings.model_name}", f"--model_base_path={path.resolve()}"]
+        flags += self.settings.flags
 
         if engine == EMBEDDED:
             return engine, __version__, [sys.executable, "-m", "spikeless", "serve", *flags]
@@ -223,14 +209,11 @@ class ServerProcess:
 
     def start(self) -> str:
         """Start the server, which is not ready yet; returns its gRPC address."""
-        if self.engine == DOCKER:
-            self._process = _Container(self)
-        else:
-            self._process = _Child(self)
+        self._process = _Container(self) if self.engine == DOCKER else _Child(self)
         return self.target
 
     @property
-    def _started(self) -> _Process:
+    def _started(self) -> _Child | _Container:
         if self._process is None:
             raise FailedPrecondition("the server was not started")
         return self._process
@@ -301,18 +284,6 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-class _Process(Protocol):
-    """A started server, whatever it runs in."""
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def exit_code(self) -> int | None: ...
-
-    def stop(self, grace: float) -> int: ...
 
 
 class _Child:
@@ -431,12 +402,10 @@ def allocator_of(pid: int) -> Allocator:
         paths = [file.path for file in proc.mapped_files(pid)]
     except OSError as error:
         return Allocator("unknown", f"no memory maps: {error.strerror}")
-    for path in paths:
-        if Path(path).name.startswith("libjemalloc"):
-            return Allocator("jemalloc", path)
-    for path in paths:
-        if Path(path).name.startswith(("libc.so", "libc-2")):
-            return Allocator("glibc", path)
+    for name, libraries in (("jemalloc", ("libjemalloc",)), ("glibc", ("libc.so", "libc-2"))):
+        for path in paths:
+            if Path(path).name.startswith(libraries):
+                return Allocator(name, path)
     return Allocator("unknown", "neither jemalloc nor glibc is mapped")
 
 
@@ -453,8 +422,13 @@ def free_port() -> int:
     """A TCP port on loopback that nothing listens on at this moment."""
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
-        port: int = listener.getsockname()[1]
-        return port
+        return int(listener.getsockname()[1])
+
+
+def _temporary_log() -> Path:
+    handle, name = tempfile.mkstemp(prefix="spikeless-server-", suffix=".log")
+    os.close(handle)
+    return Path(name)
 
 
 def _available(stub: model_service_pb2_grpc.ModelServiceStub, name: str) -> bool:
@@ -465,9 +439,9 @@ def _available(stub: model_service_pb2_grpc.ModelServiceStub, name: str) -> bool
         versions = stub.GetModelStatus(request, timeout=2.0).model_version_status
     except grpc.RpcError:
         return False  # Not listening yet, or the model is not known yet.
-    if any(version.state == _State.AVAILABLE for version in versions):
+    if any(version.state == State.AVAILABLE for version in versions):
         return True
-    if versions and all(version.state == _State.END and version.status.error_code for version in versions):
+    if versions and all(version.state == State.END and version.status.error_code for version in versions):
         raise Unavailable(f"model {name!r} cannot be loaded: {versions[0].status.error_message}")
     return False
 
@@ -475,8 +449,5 @@ def _available(stub: model_service_pb2_grpc.ModelServiceStub, name: str) -> bool
 def _binary_version(binary: str) -> str:
     """The version that a ``tensorflow_model_server`` states, such as ``2.20.0``."""
     answer = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=60, check=False)
-    for line in answer.stdout.splitlines():
-        label, _, version = line.partition(":")
-        if label.strip() == "TensorFlow ModelServer":
-            return version.strip()
-    return "unknown"
+    version = re.search(r"^\s*TensorFlow ModelServer\s*:(.*)", answer.stdout, re.MULTILINE)
+    return version[1].strip() if version else "unknown"

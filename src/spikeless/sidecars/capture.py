@@ -13,10 +13,12 @@ import random
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
 
+from spikeless.client import CHANNEL_OPTIONS
 from spikeless.errors import InvalidArgument, SpikelessError, Unavailable
 from spikeless.sidecars.recording import Recorder, RecorderSettings
 
@@ -25,13 +27,6 @@ from spikeless.sidecars.recording import Recorder, RecorderSettings
 _WATCH = "/grpc.health.v1.Health/Watch"
 #: Metadata that belongs to one connection, not to the call.
 _OWN_METADATA = frozenset({"user-agent", "te", "content-type", "accept-encoding"})
-_CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
-]
 _SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", -1),
@@ -58,7 +53,7 @@ class CaptureSettings:
             )
 
 
-class Capture:
+class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """A relay on a thread of its own: ``start`` (returns the port), ``stop``."""
 
     def __init__(self, settings: CaptureSettings) -> None:
@@ -84,9 +79,9 @@ class Capture:
             raise
 
     async def _start(self) -> int:
-        self._channel = grpc.aio.insecure_channel(self.settings.target, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(self.settings.target, options=CHANNEL_OPTIONS)
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((_AnyMethod(self),))
+        server.add_generic_rpc_handlers((self,))
         try:
             port = server.add_insecure_port(self.settings.listen)
         except RuntimeError:
@@ -110,6 +105,13 @@ class Capture:
             await self._channel.close(None)
 
     # --- calls ----------------------------------------------------------------------
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """The handler of a method, whichever it is: see `grpc.GenericRpcHandler`."""
+        method = handler_call_details.method
+        if method == _WATCH:
+            return grpc.unary_stream_rpc_method_handler(self.watch)
+        return grpc.unary_unary_rpc_method_handler(partial(self.one, method))
 
     async def one(self, method: str, request: bytes, context: Any) -> bytes:
         """Relay a call of one message and one answer."""
@@ -145,21 +147,6 @@ class Capture:
             await _fail(context, error)
         finally:
             call.cancel()
-
-
-class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    def __init__(self, capture: Capture) -> None:
-        self._capture = capture
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        method = handler_call_details.method
-        if method == _WATCH:
-            return grpc.unary_stream_rpc_method_handler(self._capture.watch)
-
-        async def one(request: bytes, context: Any) -> bytes:
-            return await self._capture.one(method, request, context)
-
-        return grpc.unary_unary_rpc_method_handler(one)
 
 
 def _passed_on(metadata: Any) -> Sequence[tuple[str, str | bytes]]:
