@@ -18,9 +18,10 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -134,7 +135,7 @@ class Manager(Generic[T]):
             for version, path in versions.items():
                 entry = known.get(version)
                 ended = entry is not None and entry.state is State.END
-                if entry is None or (ended and entry.error is None) or (ended and not entry.aspired):
+                if entry is None or (ended and (entry.error is None or not entry.aspired)):
                     entry = known[version] = _Version(name, version, path)
                     self._announce(entry)
                 entry.aspired = True
@@ -239,9 +240,8 @@ class Manager(Generic[T]):
             if self._stopping:
                 return
             self._stopping = True
-            for versions in self._versions.values():
-                for entry in versions.values():
-                    entry.aspired = False
+            for entry in self._entries():
+                entry.aspired = False
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
@@ -265,21 +265,15 @@ class Manager(Generic[T]):
             for entry in unloads:
                 _submit(self._unload_pool, self._unload, entry)
 
+    def _entries(self) -> Iterator[_Version[T]]:
+        return chain.from_iterable(versions.values() for versions in self._versions.values())
+
     def _busy(self) -> bool:
-        return any(
-            entry.state is not State.END
-            for versions in self._versions.values()
-            for entry in versions.values()
-        )
+        return any(entry.state is not State.END for entry in self._entries())
 
     def _until_next_retry(self, now: float) -> float | None:
-        waits = [
-            entry.retry_at - now
-            for versions in self._versions.values()
-            for entry in versions.values()
-            if entry.retry_at > now
-        ]
-        return min(waits) if waits else None
+        waits = (entry.retry_at - now for entry in self._entries() if entry.retry_at > now)
+        return min(waits, default=None)
 
     def _decide(self, now: float) -> tuple[list[_Version[T]], list[_Version[T]]]:
         """What to load and what to unload now; changes the state of these versions."""

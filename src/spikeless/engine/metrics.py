@@ -64,6 +64,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -112,84 +113,64 @@ class Metrics:
         self.path = path
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self._registry = CollectorRegistry()
-        self._requests = _Counter(
-            ":tensorflow:serving:request_count",
-            "The total number of requests.",
-            ("model_name", "status"),
-            registry,
+        count = partial(_Counter, registry=registry)
+        distribution = partial(_Histogram, registry=registry)
+        gauge = partial(Gauge, registry=registry)
+        self._requests = count(
+            ":tensorflow:serving:request_count", "The total number of requests.", ("model_name", "status")
         )
-        self._latency = _Histogram(
+        self._latency = distribution(
             ":tensorflow:serving:request_latency",
             "Distribution of wall time (in microseconds) for TensorFlow Serving requests.",
             ("model_name", "API", "entrypoint"),
-            MICROSECONDS,
-            registry,
         )
-        self._runtime = _Histogram(
+        self._runtime = distribution(
             ":tensorflow:serving:runtime_latency",
             "Distribution of wall time (in microseconds) for TensorFlow's runtime.",
             ("model_name", "API", "runtime"),
-            MICROSECONDS,
-            registry,
         )
-        self._example_counts = _Histogram(
+        self._example_counts = distribution(
             ":tensorflow:serving:request_example_counts",
             "The number of tensorflow.Examples per request.",
             ("model",),
-            EXAMPLES,
-            registry,
+            bounds=EXAMPLES,
         )
-        self._examples = _Counter(
+        self._examples = count(
             ":tensorflow:serving:request_example_count_total",
             "The total number of tensorflow.Examples.",
             ("model",),
-            registry,
         )
-        self._warmup = _Histogram(
+        self._warmup = distribution(
             ":tensorflow:serving:model_warmup_latency",
             "Distribution of wall time (in microseconds) for warming up a version.",
             ("model_path", "status"),
-            MICROSECONDS,
-            registry,
         )
-        self._load_attempts = _Counter(
+        self._load_attempts = count(
             ":tensorflow:cc:saved_model:load_attempt_count",
             "The number of times a SavedModel was loaded or could not be.",
             ("model_path", "status"),
-            registry,
         )
-        self._load_latency = _Counter(
+        self._load_latency = count(
             ":tensorflow:cc:saved_model:load_latency",
             "Wall time (in microseconds) of loads that succeeded.",
             ("model_path",),
-            registry,
         )
-        self._calls = _Histogram(
+        self._calls = distribution(
             "spikeless_call_latency_seconds",
             "Wall time of calls, by version.",
             ("model_name", "version", "API", "entrypoint", "status"),
-            SECONDS,
-            registry,
+            bounds=SECONDS,
         )
-        self._in_progress = Gauge(
-            "spikeless_calls_in_progress", "Calls being answered.", ["entrypoint"], registry=registry
-        )
+        self._in_progress = gauge("spikeless_calls_in_progress", "Calls being answered.", ["entrypoint"])
         version = ["model_name", "version"]
-        self._states = Gauge(
-            "spikeless_version_state",
-            "1 for the state that a version is in.",
-            [*version, "state"],
-            registry=registry,
+        self._states = gauge(
+            "spikeless_version_state", "1 for the state that a version is in.", [*version, "state"]
         )
-        self._load_seconds = Gauge(
-            "spikeless_version_load_seconds", "Time to restore a version.", version, registry=registry
+        self._load_seconds = gauge("spikeless_version_load_seconds", "Time to restore a version.", version)
+        self._warmup_seconds = gauge(
+            "spikeless_version_warmup_seconds", "Time to warm a version up.", version
         )
-        self._warmup_seconds = Gauge(
-            "spikeless_version_warmup_seconds", "Time to warm a version up.", version, registry=registry
-        )
-        self._warmup_records = Gauge(
-            "spikeless_version_warmup_records", "Warmup records replayed.", version, registry=registry
-        )
+        self._warmup_records = gauge("spikeless_version_warmup_records", "Warmup records replayed.", version)
         self._load_failures = Counter(
             "spikeless_load_failures", "Loads that failed.", ["model_name", "status"], registry=registry
         )
@@ -324,8 +305,8 @@ class _Histogram(_Family[list[float]]):
         name: str,
         text: str,
         labels: tuple[str, ...],
-        bounds: tuple[float, ...],
         registry: CollectorRegistry,
+        bounds: tuple[float, ...] = MICROSECONDS,
     ) -> None:
         self._bounds = bounds
         self._texts = [*(f"{bound:g}" for bound in bounds), "+Inf"]
