@@ -11,7 +11,7 @@ the name of an argument inside a function
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,10 +171,13 @@ class Program:
         for name in closure(self.library, called(self.library, graph.node)):
             self.scopes[name] = Scope(name, self.library[name])
         self._callers: dict[str, list[tuple[Scope, node_def_pb2.NodeDef, str]]] = {}
-        for scope in self.scopes.values():
-            for node in scope.nodes.values():
-                for through, name in _functions(self.library, node):
-                    self._callers.setdefault(name, []).append((scope, node, through))
+        for scope, node in self.nodes():
+            for through, name in _functions(self.library, node):
+                self._callers.setdefault(name, []).append((scope, node, through))
+
+    def nodes(self) -> Iterator[tuple[Scope, node_def_pb2.NodeDef]]:
+        """Every operation, with where it is."""
+        return ((scope, node) for scope in self.scopes.values() for node in scope.nodes.values())
 
     def callers(self, function: str) -> list[tuple[Scope, node_def_pb2.NodeDef]]:
         return [(scope, node) for scope, node, _ in self._callers.get(function, [])]
@@ -255,26 +258,26 @@ def called(library: Library, nodes: Iterable[node_def_pb2.NodeDef]) -> set[str]:
 
 def closure(library: Library, functions: Iterable[str]) -> set[str]:
     """These functions and all that they call."""
-    found: set[str] = set()
-    pending = list(functions)
-    while pending:
-        name = pending.pop()
-        if name not in found and name in library:
-            found.add(name)
-            pending.extend(called(library, library[name].node_def))
-    return found
+    return _reachable(functions, library, lambda name: called(library, library[name].node_def))
 
 
 def ancestors(graph: graph_pb2.GraphDef, roots: Iterable[str]) -> set[str]:
     """The operations of the main graph that these need, themselves included."""
     inputs = {node.name: node.input for node in graph.node}
+    return _reachable(map(operation_name, roots), inputs, lambda name: map(operation_name, inputs[name]))
+
+
+def _reachable(
+    start: Iterable[str], known: Collection[str], following: Callable[[str], Iterable[str]]
+) -> set[str]:
+    """All of ``known`` that some names lead to, themselves included."""
     found: set[str] = set()
-    pending = [operation_name(root) for root in roots]
+    pending = list(start)
     while pending:
         name = pending.pop()
-        if name not in found and name in inputs:
+        if name not in found and name in known:
             found.add(name)
-            pending.extend(operation_name(reference) for reference in inputs[name])
+            pending.extend(following(name))
     return found
 
 
