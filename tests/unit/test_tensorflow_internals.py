@@ -96,11 +96,11 @@ def test_strings_take_24_bytes(saved_models: Path) -> None:
             (ctypes.c_void_p * 1)(value),
             (c_api._Output * 1)(session._output(signature.outputs["y"].name)),
             results,
-            status.handle,
+            status,
         )
         session._leave()
         library.DeleteTensor(value)
-        status.check()
+        c_api._check(library, status)
         size = library.TensorByteSize(results[0])
         answer = c_api._from_tensor(library, c_api._Held(library, int(results[0] or 0)))
     held = size == len(strings) * c_api._STRING_BYTES and answer.ravel().tolist() == strings

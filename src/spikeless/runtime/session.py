@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint8, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,39 +129,35 @@ _LONG = frozenset(
 _LARGE_COPY = 1 << 18
 
 
-class _Library:
-    """The functions of the C API that are used here, each an attribute."""
-
-    def __init__(self) -> None:
-        # Errors come back as statuses; what TensorFlow logs besides is mostly about
-        # GPUs that are not there.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        # Otherwise tensors come from oneDNN's own pool (``mklcpu``). It never gives
-        # memory back: after five reloads it held three copies of the parameters; it
-        # refused a second version of 8 GiB on a machine of 24; and a preloaded jemalloc
-        # never sees a parameter.
-        os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
-        directory = tensorflow_directory()
-        suffix = "2.dylib" if os.uname().sysname == "Darwin" else "so.2"
-        path = directory / f"libtensorflow_cc.{suffix}"
-        if not path.exists():
-            raise FailedPrecondition(f"{path} is missing: install the tensorflow wheel in full")
-        library, holding_gil = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library if name in _LONG else holding_gil, name)
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name.removeprefix("TF_"), function)
-
-    def __getattr__(self, name: str) -> Any:  # only for the type checker: all are set in __init__
-        raise AttributeError(name)
-
-
-_library_lock = threading.Lock()
+#: The functions of the C API that are used here, each an attribute.
+_Library = SimpleNamespace
 
 
 @functools.cache
 def _load_library() -> _Library:
-    return _Library()
+    # Errors come back as statuses; what TensorFlow logs besides is mostly about
+    # GPUs that are not there.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Otherwise tensors come from oneDNN's own pool (``mklcpu``). It never gives
+    # memory back: after five reloads it held three copies of the parameters; it
+    # refused a second version of 8 GiB on a machine of 24; and a preloaded jemalloc
+    # never sees a parameter.
+    os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
+    directory = tensorflow_directory()
+    suffix = "2.dylib" if os.uname().sysname == "Darwin" else "so.2"
+    path = directory / f"libtensorflow_cc.{suffix}"
+    if not path.exists():
+        raise FailedPrecondition(f"{path} is missing: install the tensorflow wheel in full")
+    library, holding_gil = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
+    functions = _Library()
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library if name in _LONG else holding_gil, name)
+        function.restype, function.argtypes = result, arguments
+        setattr(functions, name.removeprefix("TF_"), function)
+    return functions
+
+
+_library_lock = threading.Lock()
 
 
 def _tf() -> _Library:
@@ -191,24 +188,13 @@ def _check(tf: _Library, status: int) -> None:
         raise TensorFlowError(code, tf.Message(status).decode("utf-8", "replace"))
 
 
-class _Status:
-    """A TF_Status that raises what a call reported."""
-
-    def __init__(self, tf: _Library) -> None:
-        self._tf = tf
-        self.handle = tf.NewStatus()
-
-    def check(self) -> None:
-        _check(self._tf, self.handle)
-
-
 @contextmanager
-def _status(tf: _Library) -> Iterator[_Status]:
-    status = _Status(tf)
+def _status(tf: _Library) -> Iterator[int]:
+    status = tf.NewStatus()
     try:
         yield status
     finally:
-        tf.DeleteStatus(status.handle)
+        tf.DeleteStatus(status)
 
 
 @contextmanager
@@ -255,18 +241,20 @@ def _to_tensor(tf: _Library, array: np.ndarray[Any, Any]) -> int:
     if number == types_pb2.DT_STRING:
         return _to_string_tensor(tf, as_bytes(array.reshape(-1).tolist()), dims)
     contiguous = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    handle: int | None = tf.AllocateTensor(number, dims, array.ndim, contiguous.nbytes)
-    if not handle:
-        raise MemoryError(f"no memory for a tensor of {contiguous.nbytes} bytes")
+    handle = _allocate(tf, number, dims, contiguous.nbytes)
     _copy(tf.TensorData(handle), contiguous)
     return handle
 
 
-def _to_string_tensor(tf: _Library, values: list[bytes], dims: Any) -> int:
-    size = len(values) * _STRING_BYTES
-    handle: int | None = tf.AllocateTensor(types_pb2.DT_STRING, dims, len(dims), size)
+def _allocate(tf: _Library, number: int, dims: Any, size: int) -> int:
+    handle: int | None = tf.AllocateTensor(number, dims, len(dims), size)
     if not handle:
-        raise MemoryError(f"no memory for a tensor of {len(values)} strings")
+        raise MemoryError(f"no memory for a tensor of {size} bytes")
+    return handle
+
+
+def _to_string_tensor(tf: _Library, values: list[bytes], dims: Any) -> int:
+    handle = _allocate(tf, types_pb2.DT_STRING, dims, len(values) * _STRING_BYTES)
     address = tf.TensorData(handle)
     for index, value in enumerate(values):
         element = address + index * _STRING_BYTES
@@ -314,7 +302,14 @@ def _parse_without_graph(content: memoryview) -> meta_graph_pb2.MetaGraphDef:
 
 
 def _session_run(
-    tf: _Library, session: int, options: Any, feeds: Any, values: Any, fetches: Any, results: Any, status: int
+    tf: _Library,
+    session: int,
+    options: Any,
+    feeds: Any,
+    values: Any,
+    fetches: Any,
+    results: Any,
+    status: int,
 ) -> None:
     """``TF_SessionRun`` of ctypes arrays, without target operations or run metadata."""
     count, wanted = len(values), len(results)
@@ -396,8 +391,8 @@ class Session:
                 if config is not None:
                     settings.MergeFrom(config)
                 content = settings.SerializeToString()
-                tf.SetConfig(session_options, content, len(content), status.handle)
-                status.check()
+                tf.SetConfig(session_options, content, len(content), status)
+                _check(tf, status)
                 session = tf.LoadSessionFromSavedModel(
                     session_options,
                     run_options,
@@ -406,9 +401,9 @@ class Session:
                     len(names),
                     graph,
                     meta_graph,
-                    status.handle,
+                    status,
                 )
-                status.check()
+                _check(tf, status)
             buffer = meta_graph.contents
             view = (c_uint8 * buffer.length).from_address(buffer.data) if buffer.length else b""
             definition = _parse_without_graph(memoryview(view).cast("B"))
@@ -492,8 +487,8 @@ class Session:
 
                 def call() -> None:
                     results = (c_void_p * len(fetches))()
-                    _session_run(tf, session, None, inputs, values, outputs, results, status.handle)
-                    status.check()
+                    _session_run(tf, session, None, inputs, values, outputs, results, status)
+                    _check(tf, status)
                     for result in results:
                         tf.DeleteTensor(result)
 
@@ -543,8 +538,8 @@ class Session:
                 return
             self._idle.wait_for(lambda: not self._running)
         with _status(self._tf) as status:
-            self._tf.CloseSession(session, status.handle)
-            self._tf.DeleteSession(session, status.handle)
+            self._tf.CloseSession(session, status)
+            self._tf.DeleteSession(session, status)
         self._tf.DeleteGraph(self._graph)
 
     def __enter__(self) -> Session:
