@@ -35,14 +35,11 @@ _PIECE_BYTES = 1 << 24
 def frame(record: bytes) -> bytes:
     """One record with its header and footer, as it stands in a file."""
     length = struct.pack("<Q", len(record))
-    return b"".join(
-        (
-            length,
-            _FOOTER.pack(masked_crc32c(length)),
-            record,
-            _FOOTER.pack(masked_crc32c(record)),
-        )
-    )
+    return b"".join((length, _checksum(length), record, _checksum(record)))
+
+
+def _checksum(content: bytes) -> bytes:
+    return _FOOTER.pack(masked_crc32c(content))
 
 
 def write(path: str | os.PathLike[str], records: Iterable[bytes]) -> None:
@@ -89,7 +86,7 @@ def _looks_gzipped(file: BinaryIO) -> bool:
 
 
 def _is_header(content: bytes) -> bool:
-    return len(content) == _HEADER.size and masked_crc32c(content[:8]) == _HEADER.unpack(content)[1]
+    return len(content) == _HEADER.size and _checksum(content[:8]) == content[8:]
 
 
 def _records(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[bytes]:
@@ -111,7 +108,7 @@ def _records(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[bytes]:
         footer = _read(file, _FOOTER.size, where)
         if len(record) < length or len(footer) < _FOOTER.size:
             raise DataLoss(f"{where} is truncated: {len(record)} of its {length} bytes are there")
-        if masked_crc32c(record) != _FOOTER.unpack(footer)[0]:
+        if _checksum(record) != footer:
             raise DataLoss(f"{where} fails its checksum: the file was damaged")
         yield record
 
