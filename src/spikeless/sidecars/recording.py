@@ -233,32 +233,26 @@ def _examples(given: input_pb2.Input) -> list[Any]:
 
 def _redact(request: Message, names: Collection[str]) -> bool:
     """Empty the named inputs or features of a request; whether it has any of them."""
-    found = False
     if hasattr(request, "inputs"):
-        for alias in names:
-            if alias in request.inputs:
-                _empty_tensor(request.inputs[alias])
-                found = True
-        return found
-    for example in _examples(getattr(request, "input", input_pb2.Input())):
-        for name in names:
-            if name in example.features.feature:
-                _empty_feature(example.features.feature[name])
-                found = True
-    return found
+        holders = [request.inputs]
+    else:
+        given = _examples(getattr(request, "input", input_pb2.Input()))
+        holders = [example.features.feature for example in given]
+    found = [holder[name] for holder in holders for name in names if name in holder]
+    for value in found:
+        _empty(value)
+    return bool(found)
 
 
-def _empty_tensor(tensor: tensor_pb2.TensorProto) -> None:
-    """No values at all mean zeros, or empty strings (``tensor.proto``)."""
-    tensor.CopyFrom(tensor_pb2.TensorProto(dtype=tensor.dtype, tensor_shape=tensor.tensor_shape))
-    if tensor.dtype == types_pb2.DT_STRING:
-        tensor.string_val.append(b"")
-
-
-def _empty_feature(feature: Any) -> None:
-    kind = feature.WhichOneof("kind")
-    if kind is not None:
-        values = getattr(feature, kind).value
+def _empty(value: Any) -> None:
+    """Empty a tensor or a feature, which keeps its type and shape."""
+    if isinstance(value, tensor_pb2.TensorProto):
+        # No values at all mean zeros, or empty strings (``tensor.proto``).
+        value.CopyFrom(tensor_pb2.TensorProto(dtype=value.dtype, tensor_shape=value.tensor_shape))
+        if value.dtype == types_pb2.DT_STRING:
+            value.string_val.append(b"")
+    elif kind := value.WhichOneof("kind"):
+        values = getattr(value, kind).value
         count = len(values)
         del values[:]
         values.extend([b"" if kind == "bytes_list" else 0] * count)
