@@ -266,30 +266,25 @@ def _same_bytes(
 
 def _copy_range(data: BinaryIO, offset: int, target: BinaryIO, size: int) -> None:
     """Append bytes of one file to another, in the kernel, which may share blocks."""
-    copy = _copy_file_range
+    shares = True
     while size:
         try:
-            copied = copy(data.fileno(), target.fileno(), size, offset)
+            if shares:
+                copied = os.copy_file_range(data.fileno(), target.fileno(), size, offset)
+            else:
+                copied = os.sendfile(target.fileno(), data.fileno(), offset, size)
         except OSError as error:
             # Not between these file systems, or not on this kernel; sendfile takes any
             # pair of files.
             unsupported = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-            if copy is _sendfile or error.errno not in unsupported:
+            if not shares or error.errno not in unsupported:
                 raise
-            copy = _sendfile
+            shares = False
             continue
         if not copied:
             raise DataLoss(f"{data.name} ends {size} bytes too early: copy or export the checkpoint again")
         offset += copied
         size -= copied
-
-
-def _copy_file_range(source: int, target: int, size: int, offset: int) -> int:
-    return os.copy_file_range(source, target, size, offset)
-
-
-def _sendfile(source: int, target: int, size: int, offset: int) -> int:
-    return os.sendfile(target, source, offset, size)
 
 
 def _checked(path: Path, entries: Sequence[tuple[bytes, tensor_bundle_pb2.BundleEntryProto]]) -> DataFile:
