@@ -7,13 +7,14 @@ response.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from spikeless.errors import InvalidArgument, NotFound
+from spikeless.errors import InvalidArgument, NotFound, SpikelessError
 from spikeless.formats import kinds, savedmodel
 from spikeless.formats.kinds import KINDS, MULTI_INFERENCE, PREDICT, Kind, serialized_examples
 from spikeless.formats.protos import input_pb2, meta_graph_pb2, prediction_log_pb2, types_pb2
@@ -26,6 +27,15 @@ from spikeless.warmup.features import FeatureSpec, parsed_features
 _METHOD_KINDS = {kind.signature_method: kind for kind in KINDS if kind.signature_method}
 #: Method name of a MultiInference task -> its kind.
 TASK_KINDS = {method: kind for method, kind in _METHOD_KINDS.items() if kind.takes_examples}
+
+
+@contextmanager
+def at(source: str) -> Iterator[None]:
+    """Say in the block's errors which request they are about."""
+    try:
+        yield
+    except SpikelessError as error:
+        raise type(error)(f"{source}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -132,15 +142,7 @@ def with_examples(
     Raises:
         InvalidArgument: a Predict signature that has no such input.
     """
-    log = prediction_log_pb2.PredictionLog()
-    if target.kind == MULTI_INFERENCE:
-        multi = log.multi_inference_log.request
-        multi.input.CopyFrom(examples)
-        for key in target.keys:
-            task = multi.tasks.add(method_name=servable.target(key).kind.signature_method)
-            task.model_spec.signature_name = key
-        return log
-    (key,) = target.keys
+    key = target.keys[0]
     if target.kind == PREDICT:
         specs = list(servable.signature(key).inputs.values())
         if len(specs) != 1 or specs[0].dtype != types_pb2.DT_STRING:
@@ -150,9 +152,15 @@ def with_examples(
             )
         serialized = np.array(serialized_examples(examples), dtype=object)
         return predict(key, {specs[0].alias: serialized})
+    log = prediction_log_pb2.PredictionLog()
     request = getattr(log, target.kind.log_field).request
-    request.model_spec.signature_name = key
     request.input.CopyFrom(examples)
+    if target.kind == MULTI_INFERENCE:
+        for key in target.keys:
+            task = request.tasks.add(method_name=servable.target(key).kind.signature_method)
+            task.model_spec.signature_name = key
+    else:
+        request.model_spec.signature_name = key
     return log
 
 

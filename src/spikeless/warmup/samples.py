@@ -20,7 +20,6 @@ import csv
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from spikeless.errors import InvalidArgument, NotFound, SpikelessError, Unimplemented
+from spikeless.errors import InvalidArgument, NotFound, Unimplemented
 from spikeless.formats import kinds, rest_json, tfrecord
 from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE, Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, numpy_dtype
-from spikeless.warmup.requests import TASK_KINDS, Servable, Target, WarmupRequest, predict, with_examples
+from spikeless.warmup.requests import TASK_KINDS, Servable, Target, WarmupRequest, at, predict, with_examples
 
 _Array = np.ndarray[Any, Any]
 
@@ -95,18 +94,9 @@ def read(file: SampleFile, router: Router) -> list[WarmupRequest]:
     return requests
 
 
-@contextmanager
-def _at(source: str) -> Iterator[None]:
-    """Say where in the sample files an error happened."""
-    try:
-        yield
-    except SpikelessError as error:
-        raise type(error)(f"{source}: {error}") from None
-
-
 def _read_json(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
     for source, document in _documents(file.path):
-        with _at(source):
+        with at(source):
             key = rest_json.signature_name(document) or file.signature
             if rest_json.EXAMPLES_KEY in document:
                 examples = rest_json.examples_input(document)
@@ -129,7 +119,7 @@ def _documents(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         documents = [(str(path), content)]
     for source, text in documents:
-        with _at(source):
+        with at(source):
             document = rest_json.parse(text)
         yield source, document
 
@@ -159,7 +149,7 @@ def _read_npz(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
         ) from None
     if not arrays:
         return
-    with _at(str(file.path)):
+    with at(str(file.path)):
         signature = router.for_tensors(file.signature)
         inputs = {
             alias: _restore_dtype(array, signature.inputs.get(alias)) for alias, array in arrays.items()
@@ -191,7 +181,7 @@ def _read_csv(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
             raise InvalidArgument(
                 f"{file.path}: line {number} has {len(row)} columns, but the first line has {len(header)}"
             )
-    with _at(str(file.path)):
+    with at(str(file.path)):
         signature = router.for_tensors(file.signature)
     if set(header) & set(signature.inputs):
         samples, to_inputs = rows[1:], _named_columns
@@ -199,7 +189,7 @@ def _read_csv(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
         samples, to_inputs = rows[0 if _is_numeric(header) else 1 :], _feature_columns
     for number, row in samples:
         source = f"{file.path}: line {number}"
-        with _at(source):
+        with at(source):
             yield WarmupRequest(source, predict(signature.key, to_inputs(signature, header, row)))
 
 
@@ -275,7 +265,7 @@ def _integers(numbers: list[int], dtype: np.dtype[Any]) -> _Array:
 def _read_tfrecords(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
     for number, content in enumerate(tfrecord.read(file.path, gzipped=None), 1):
         source = f"{file.path}: record {number}"
-        with _at(source):
+        with at(source):
             # The two messages share no field, so whichever finds its own is the right
             # one.
             log = _parse(prediction_log_pb2.PredictionLog, content)

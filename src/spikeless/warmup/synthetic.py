@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from spikeless.errors import InvalidArgument, SpikelessError
+from spikeless.errors import InvalidArgument
 from spikeless.formats.kinds import PREDICT
 from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import numpy_dtype, shape_text
 from spikeless.warmup.features import FeatureSpec, to_feature
-from spikeless.warmup.requests import Servable, Target, WarmupRequest, predict, with_examples
+from spikeless.warmup.requests import Servable, Target, WarmupRequest, at, predict, with_examples
 
 #: Input alias -> sizes of its unknown dimensions after the batch, in order. None is for
 #: all other inputs, with one size for all of their unknown dimensions.
@@ -37,10 +37,8 @@ def request(servable: Servable, target: Target, dims: Dims) -> WarmupRequest:
         Unimplemented: an input has a type that no request can hold.
     """
     source = f"{target} without samples"
-    try:
+    with at(source):
         return WarmupRequest(source, _log(servable, target, dims))
-    except SpikelessError as error:
-        raise type(error)(f"{source}: {error}") from None
 
 
 def _log(servable: Servable, target: Target, dims: Dims) -> prediction_log_pb2.PredictionLog:

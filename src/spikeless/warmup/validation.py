@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
+from spikeless.errors import InvalidArgument, Unimplemented
 from spikeless.formats.kinds import CLASSIFY, MULTI_INFERENCE, PREDICT, Kind, serialized_examples
 from spikeless.formats.protos import example_pb2, input_pb2, predict_pb2, tensor_pb2
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, shape_text, to_numpy
 from spikeless.runtime.model import CLASSES_OUTPUT, REGRESS_OUTPUT, SCORES_OUTPUT
 from spikeless.warmup.features import check_example
-from spikeless.warmup.requests import TASK_KINDS, Servable, WarmupRequest, is_examples_signature
+from spikeless.warmup.requests import TASK_KINDS, Servable, WarmupRequest, at, is_examples_signature
 
 _OUTPUTS = {True: {CLASSES_OUTPUT, SCORES_OUTPUT}, False: {REGRESS_OUTPUT}}
 
@@ -32,20 +32,15 @@ def validate(servable: Servable, request: WarmupRequest) -> None:
         Unimplemented: a MultiInference task of another method than Classify and
             Regress.
     """
-    try:
-        _validate(servable, request)
-    except SpikelessError as error:
-        raise type(error)(f"{request.source}: {error}") from None
-
-
-def _validate(servable: Servable, request: WarmupRequest) -> None:
     kind, message = request.kind, request.message
-    if kind == PREDICT:
-        _check_predict(servable, message)
-    elif kind == MULTI_INFERENCE:
-        _check_multi_inference(servable, message)
-    elif kind.takes_examples:
-        _check_examples(servable, servable.signature(message.model_spec.signature_name), kind, message.input)
+    with at(request.source):
+        if kind == PREDICT:
+            _check_predict(servable, message)
+        elif kind == MULTI_INFERENCE:
+            _check_multi_inference(servable, message)
+        elif kind.takes_examples:
+            signature = servable.signature(message.model_spec.signature_name)
+            _check_examples(servable, signature, kind, message.input)
 
 
 def _check_predict(servable: Servable, message: predict_pb2.PredictRequest) -> None:
