@@ -19,6 +19,7 @@ not known to only read is a reason not to map.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -43,7 +44,8 @@ from spikeless.formats.tensors import NUMPY_DTYPES, dtype_name
 #: (``tensorflow/cc/saved_model/constants.h``).
 _INIT_COLLECTIONS = ("saved_model_main_op", "legacy_init_op")
 
-_VARIABLES = frozenset({"VarHandleOp", "VariableV2", "Variable"})
+#: Operations that are variables.
+VARIABLES = frozenset({"VarHandleOp", "VariableV2", "Variable"})
 #: Operations on a handle that neither write to the variable nor copy it.
 _READS = frozenset({"ReadVariableOp", "VariableShape", "VarIsInitializedOp", "DisableCopyOnRead"})
 #: Sparse reads. They may copy the whole variable and make later dense reads copy it
@@ -171,24 +173,11 @@ class _Planner:
         serving = called(library, (node for node in nodes if node.name in self.serving))
         others = closure(library, {*serving, *python_functions(plan.meta_graph)})
         self.restore_scopes = self.program.scopes.keys() - others
-        self.writers_in_place = [
-            node
-            for scope in self.program.scopes.values()
-            for node in scope.nodes.values()
-            if node.op in _WRITES_IN_PLACE
-        ]
+        self.writers_in_place = [node for _, node in self.program.nodes() if node.op in _WRITES_IN_PLACE]
 
     def variables(self) -> Iterator[Variable]:
-        sources = [
-            (scope, node)
-            for scope in self.program.scopes.values()
-            for node in scope.nodes.values()
-            if node.op in _VARIABLES
-        ]
-        sharing: dict[tuple[bytes, bytes], int] = {}
-        for _, node in sources:
-            identity = _identity(node)
-            sharing[identity] = sharing.get(identity, 0) + 1
+        sources = [(scope, node) for scope, node in self.program.nodes() if node.op in VARIABLES]
+        sharing = Counter(_identity(node) for _, node in sources)
         for scope, node in sources:
             variable = Variable(node.name, node, attribute(node, "dtype").type, _declared_shape(node))
             variable.reason = self._examine(scope, variable, alone=sharing[_identity(node)] == 1)

@@ -15,7 +15,7 @@ from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from spikeless.formats import checkpoint, savedmodel, session_overrides
 from spikeless.formats.checkpoint import Checkpoint, DataFile, Pieces
 from spikeless.formats.protos import meta_graph_pb2, saved_model_pb2
-from spikeless.formats.savedmodel import SavedModel
+from spikeless.formats.savedmodel import VARIABLES_DIRECTORY, SavedModel
 from spikeless.formats.tensors import dtype_name
 from spikeless.mapping import manifest as manifests
 from spikeless.mapping import rewrite
@@ -30,7 +30,6 @@ DEFAULT_MIN_BYTES = 1 << 20
 #: is loaded, so that its variable gets a copy after all (``kMaxConstantSize`` in
 #: ``grappler/optimizers/constant_folding.cc``).
 COPIED_BYTES = 100 << 10
-_VARIABLES_DIRECTORY = "variables"
 _VARIABLES_PREFIX = "variables/variables"
 #: Graphs for devices that do not compute in the host's memory.
 _DEVICE_TAGS = frozenset({"gpu", "tpu"})
@@ -230,7 +229,7 @@ def _is_served(meta_graph: meta_graph_pb2.MetaGraphDef) -> bool:
 
 def _checkpoint(path: Path) -> Checkpoint | None:
     """The SavedModel's checkpoint; None for one without variables."""
-    return Checkpoint.read(path / _VARIABLES_PREFIX) if (path / _VARIABLES_DIRECTORY).is_dir() else None
+    return Checkpoint.read(path / _VARIABLES_PREFIX) if (path / VARIABLES_DIRECTORY).is_dir() else None
 
 
 def _copy_rest(source: Path, target: Path) -> None:
@@ -239,7 +238,7 @@ def _copy_rest(source: Path, target: Path) -> None:
     Empty folders are left out: a server's load walks each folder.
     """
     for child in sorted(source.iterdir()):
-        if child.name in (savedmodel.SAVED_MODEL_FILE, _VARIABLES_DIRECTORY):
+        if child.name in (savedmodel.SAVED_MODEL_FILE, VARIABLES_DIRECTORY):
             continue
         if not child.is_dir():
             shutil.copyfile(child, target / child.name)
@@ -255,7 +254,7 @@ def _write_checkpoint(source: Path, target: Path, plans: Sequence[MappingPlan]) 
     original = _checkpoint(source)
     if original is None:
         return {}
-    (target / _VARIABLES_DIRECTORY).mkdir()
+    (target / VARIABLES_DIRECTORY).mkdir()
     pieces = {variable.pieces for plan in plans for variable in plan.mapped() if variable.pieces}
     written = checkpoint.rewrite(original, target / _VARIABLES_PREFIX, pieces)
     return {**written.apart, (): written.rest}
@@ -297,5 +296,5 @@ def _relative(target: Path, file: DataFile) -> str:
 def _pin(proto: saved_model_pb2.SavedModel, root: str) -> None:
     """Let every mapping operation name its file in the version folder ``root``."""
     for node in manifests.mapping_nodes(proto):
-        file = f"{_VARIABLES_DIRECTORY}/{Path(manifests.mapped_path(node)).name}"
+        file = f"{VARIABLES_DIRECTORY}/{Path(manifests.mapped_path(node)).name}"
         node.attr[FILE_ATTRIBUTE].s = os.fsencode(manifests.pinned_path(root, file))

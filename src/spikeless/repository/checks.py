@@ -12,11 +12,11 @@ from pathlib import Path
 from spikeless.errors import DataLoss, InvalidArgument, NotFound, Unimplemented
 from spikeless.formats import savedmodel
 from spikeless.formats.protos import meta_graph_pb2
+from spikeless.mapping.plan import VARIABLES
 from spikeless.warmup.records import MAX_RECORDS, read, warmup_file
 from spikeless.warmup.requests import Servable, WarmupRequest
 from spikeless.warmup.validation import validate
 
-_VARIABLE_OPS = frozenset({"VarHandleOp", "VariableV2", "Variable"})
 _SHARD = re.compile(r"variables\.data-\d+-of-(\d+)")
 
 
@@ -41,7 +41,7 @@ def _check_variables(path: Path, meta_graph: meta_graph_pb2.MetaGraphDef) -> Non
     index = path / savedmodel.VARIABLES_DIRECTORY / "variables.index"
     if not index.is_file():
         # TensorFlow loads such a model, and then fails its first request.
-        if any(node.op in _VARIABLE_OPS for node in meta_graph.graph_def.node):
+        if any(node.op in VARIABLES for node in meta_graph.graph_def.node):
             raise NotFound(f"{index} is missing, but the graph has variables; copy or export the model again")
         return
     shards = [match for file in index.parent.iterdir() if (match := _SHARD.fullmatch(file.name))]
