@@ -221,7 +221,7 @@ def test_memory_of_a_closed_session_is_given_back(large: Path) -> None:
     memory = measure(large / "stock")
     held = memory.loaded > SIZE and memory.closed < SIZE / 4
     statement = f"with TF_ONEDNN_USE_SYSTEM_ALLOCATOR=1, tensors come from malloc ({memory})"
-    holds(held, statement, "runtime/session.py, _Library")
+    holds(held, statement, "runtime/session.py, _load_library")
 
 
 def test_an_attribute_keeps_a_mapped_constant_from_being_folded(tmp_path: Path) -> None:
