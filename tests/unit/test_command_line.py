@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import click
@@ -130,3 +137,25 @@ def test_durations(text: str, seconds: float) -> None:
 def test_a_duration_that_is_too_short() -> None:
     with pytest.raises(click.BadParameter, match="1s or more"):
         Duration(at_least=1).convert("10ms", None, None)
+
+
+def test_a_table_fits_a_narrow_terminal(saved_models: Path) -> None:
+    """Names are folded and never cut; columns without content are left out."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    command = [sys.executable, "-m", "spikeless", "inspect", str(saved_models / "signatures")]
+    with subprocess.Popen(
+        command, stdout=theirs, env={**os.environ, "TERM": "dumb", "COLUMNS": "60"}
+    ) as process:
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError):  # the other side is closed
+            while part := os.read(ours, 4096):
+                text += part
+    os.close(ours)
+    assert process.returncode == 0
+    lines = text.decode().splitlines()
+    assert lines
+    assert all(len(line) <= 60 for line in lines), text.decode()
+    assert "…" not in text.decode()
+    assert "resident" not in text.decode(), "nothing is mapped"

@@ -280,7 +280,8 @@ def _command(scenario: str, settings: Settings, target: str, directory: Path) ->
     command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parent / "load" / "locustfile.py")]
     command += ["--headless", "--only-summary", "--exit-code-on-error", "0", "--host", target]
     command += ["--scenario", scenario, "--record", str(directory / "load.npz")]
-    for name in ("model_name", "requests", "rate", "seconds", "arrivals", "seed", "timeout"):
+    command += ["--name", settings.model_name]
+    for name in ("requests", "rate", "seconds", "arrivals", "seed", "timeout"):
         command += ["--" + name.replace("_", "-"), str(getattr(settings, name))]
     if settings.processes > 1:
         port = str(launch.free_port())

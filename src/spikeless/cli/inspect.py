@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from spikeless.cli.options import Size
@@ -54,15 +55,17 @@ def command(saved_model: Path, min_bytes: int, as_json: bool) -> None:
     Console(width=None if Console().is_terminal else 200).print(_table(mapped, variables, shares))
 
 
+_COLUMNS = ("variable", "type", "shape", "bytes", "state", "file", "resident", "why")
+
+
 def _table(mapped: bool, variables: tuple[VariableRecord, ...], shares: dict[str, float]) -> Table:
-    table = Table("variable", "type", "shape", "bytes", "state", "file", "resident", "why", box=None)
-    table.columns[3].justify = table.columns[6].justify = "right"
     several = len({variable.tags for variable in variables}) > 1
+    rows: list[tuple[str, ...]] = []
     for variable in variables:
         share = shares.get(variable.file or "")
         missing = "missing" if variable.file else ""
         state = variable.state.value if mapped else f"to be {variable.state.value}"
-        table.add_row(
+        cells: tuple[str, ...] = (
             f"{variable.name} ({','.join(variable.tags)})" if several else variable.name,
             variable.dtype.removeprefix("DT_").lower(),
             "[...]" if variable.shape is None else shape_text(variable.shape),
@@ -72,6 +75,16 @@ def _table(mapped: bool, variables: tuple[VariableRecord, ...], shares: dict[str
             missing if share is None else f"{share:.0%}",
             _why(variable),
         )
+        rows.append(cells)
+    table = Table(box=None)
+    filled = [any(row[number] for row in rows) for number in range(len(_COLUMNS))]
+    # A narrow terminal folds cells, and shows no column that has nothing to say.
+    for number, name in enumerate(_COLUMNS):
+        if filled[number]:
+            right = name in ("bytes", "resident")
+            table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for row in rows:
+        table.add_row(*(escape(cell) for number, cell in enumerate(row) if filled[number]))
     return table
 
 

@@ -61,7 +61,7 @@ def _options(parser: LocustArgumentParser) -> None:
     parser.set_defaults(web_host=LOOPBACK)  # Who wants others to see its page says so.
     group = parser.add_argument_group("Open loop", "The load of Spikeless; -u, -r and -t do not apply")
     add = group.add_argument
-    add("--model-name", default="boston", help="Name of the served model")
+    add("--name", dest="model_name", default="boston", help="Name of the model")
     add(
         "--requests",
         default="",
