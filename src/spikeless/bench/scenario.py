@@ -114,7 +114,7 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
     try:
         pid = proc.server_of(pid)
         command = psutil.Process(pid).cmdline()
-    except (psutil.NoSuchProcess, FileNotFoundError):
+    except psutil.NoSuchProcess:
         raise NotFound(f"there is no process {pid}") from None
     allocator = launch.allocator_of(pid)
     engine = "embedded" if "spikeless" in command else Path(command[0]).name

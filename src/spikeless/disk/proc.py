@@ -44,9 +44,11 @@ def server_of(pid: int) -> int:
     That is the largest of the process and its children: an entrypoint or an init that
     waits for the server is small.
     """
-    children = (_PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
-    family = [pid, *map(int, children)]
-    return max(family, key=_resident)
+    try:
+        children = (_PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
+    except OSError:  # It is gone, or the kernel was built without this file.
+        children = []
+    return max([pid, *map(int, children)], key=_resident)
 
 
 def _resident(pid: int) -> int:
