@@ -195,3 +195,13 @@ def test_differences_are_told_in_words(answer: np.ndarray[Any, Any], problem: st
         assert found is None
     else:
         assert re.search(problem, found or ""), found
+
+
+def test_what_servers_need_a_flag_for_is_said(scales: Path, models: Path) -> None:
+    said: list[str] = []
+    publishing.publish(scales / "3", models, NAME, progress=said.append)
+    assert not any("XLA" in line for line in said)
+    publishing.publish(scales / "compiled", models, NAME, progress=said.append)
+    (warning,) = (line for line in said if "XLA" in line)
+    assert "jit_compile=True" in warning
+    assert "--xla_cpu_compilation_enabled" in warning

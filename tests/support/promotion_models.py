@@ -61,6 +61,15 @@ def build(directory: str) -> None:
         tf.saved_model.save(module, f"{directory}/{name}", signatures={"serving_default": scale})
 
     module = tf.Module()
+    module.factor = tf.Variable(2.0)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, "x")])
+    def compiled(x: Any) -> Any:
+        return {"y": tf.function(lambda x: x * module.factor, jit_compile=True)(x)}
+
+    tf.saved_model.save(module, f"{directory}/compiled", signatures={"serving_default": compiled})
+
+    module = tf.Module()
     module.factor = tf.Variable(4)
 
     @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.int32, "x")])

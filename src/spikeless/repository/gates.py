@@ -3,7 +3,8 @@
 In: a staged version (`Candidate`). Out: nothing, or an error that names the gate, the
 numbers and the remedy; and what was found, for the journal.
 
-``files``       everything that the graph names is there
+``files``       everything that the graph names is there; it warns of flags that
+                servers need
 ``warmup``      every warmup record fits its signature
 ``cold``        it has a signature that answers; without a warmup file, it warns
 ``golden``      (a rewrite) golden requests become part of the version
@@ -26,6 +27,7 @@ import psutil
 
 from spikeless.errors import SpikelessError
 from spikeless.formats import savedmodel
+from spikeless.formats.graph import all_nodes
 from spikeless.formats.savedmodel import Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, shape_text
 from spikeless.mapping import MapSettings, is_mapped, map_in_place
@@ -94,6 +96,20 @@ class GateSettings:
 
 def _check_files(candidate: Candidate) -> None:
     check_files(candidate.path)
+    if _is_compiled(savedmodel.read(candidate.path).meta_graph().graph_def):
+        candidate.warnings.append(
+            "XLA compiles a part of it (jit_compile=True), which TensorFlow Serving refuses on a CPU: start "
+            "servers with --xla_cpu_compilation_enabled, or export it without"
+        )
+
+
+def _is_compiled(graph: Any) -> bool:
+    """Whether a function must be compiled by XLA."""
+    return any(
+        function.attr["_XlaMustCompile"].b
+        for function in graph.library.function
+        if "_XlaMustCompile" in function.attr
+    ) or any(node.attr["_XlaMustCompile"].b for node in all_nodes(graph) if "_XlaMustCompile" in node.attr)
 
 
 def _check_warmup(version: Path) -> None:
