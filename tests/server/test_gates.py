@@ -45,7 +45,7 @@ def test_a_good_version_passes_and_carries_its_golden_requests(
     assert findings["memory"] > 0
     assert findings["first"] > 0
     assert findings["load"] > 0
-    assert record["gates"] == ["files", "warmup", "golden", "signatures", "trial"]
+    assert record["gates"] == ["files", "warmup", "cold", "golden", "signatures", "trial"]
     assert not record["allow_breaking"]
 
 
@@ -56,9 +56,9 @@ def test_the_python_api_passes_the_same_gates_and_writes_the_same_record(scales:
     assert isinstance(first, Published)
     assert isinstance(second, Published)
     assert (first.version, first.stable, first.allow_breaking) == (3, 1, False)
-    assert first.gates == ("files", "warmup", "signatures", "trial")
+    assert first.gates == ("files", "warmup", "cold", "signatures", "trial")
     assert first.findings.stable_requests == 1
-    assert (second.version, second.gates, second.allow_breaking) == (4, ("files", "warmup"), True)
+    assert (second.version, second.gates, second.allow_breaking) == (4, ("files", "warmup", "cold"), True)
     with pytest.raises(GateError, match="gate signatures"):
         publishing.publish(scales / "whole", models, NAME)
 
