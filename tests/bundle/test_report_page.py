@@ -246,6 +246,12 @@ def test_a_ladder_is_one_chart(browser: webdriver.Chrome, ladder_page: Path, siz
     assert chart["yaxis"]["ticktext"][0] == "stock"
     assert chart["yaxis"]["range"][0] > chart["yaxis"]["range"][1], "from top to bottom"
     assert "SLO 10 ms" in [note["text"] for note in chart["annotations"]]
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('#timeline-0 .annotation-text')]"
+        ".map(text => text.getBoundingClientRect()).map(box => [box.left, box.right])"
+    )
+    boxes.sort()
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(boxes)), "labels have room"
     titles = [card.text for card in browser.find_elements(By.CSS_SELECTOR, "#ladder .ytick text")]
     assert titles == chart["yaxis"]["ticktext"], "every rung is named"
 
