@@ -41,6 +41,14 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
+# With the oldest TensorFlow that is supported (2.20): what its C library, graphs, messages and checkpoints decide,
+# and the server on top of them. OLDEST_TESTS="tests/unit tests/server" runs all of them.
+OLDEST_TESTS := $(patsubst %,tests/unit/test_%.py,tensorflow_internals runtime mapping checkpoint tensors \
+    tensors_against_tensorflow wire import_cost warmup_replay crf dependencies) \
+    $(patsubst %,tests/server/test_%.py,mapped_swap lifecycle)
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(OLDEST_TESTS)
+
 # Images and the compose stack on a real container engine, started from the distribution's packages where none runs.
 # `make test` includes them unless SPIKELESS_CONTAINERS=0.
 test-containers: $(READY)

@@ -87,10 +87,15 @@ def test_pins_are_in_the_ranges(name: str) -> None:
                 assert requirement.specifier.contains(version), (requirement, platform)
 
 
+def tensorflow_pins() -> list[Version]:
+    """The newest and the oldest TensorFlow."""
+    pins = [re.findall(r"^tensorflow==(.*)$", (ROOT / name).read_text(), re.MULTILINE) for name in FILES]
+    return [Version(version) for (version,) in pins]
+
+
 def test_pins_of_tensorflow_are_both_ends_of_its_range() -> None:
     (wanted,) = (requirement.specifier for requirement in BASE if requirement.name == "tensorflow")
-    pins = [re.findall(r"^tensorflow==(.*)$", (ROOT / name).read_text(), re.MULTILINE) for name in FILES]
-    newest, oldest = (Version(version) for (version,) in pins)
+    newest, oldest = tensorflow_pins()
     assert wanted == SpecifierSet(f">={oldest.major}.{oldest.minor},<{newest.major}.{newest.minor + 1}")
 
 
@@ -106,6 +111,19 @@ def test_pins_are_for_every_python_that_is_supported() -> None:
     assert PROJECT["requires-python"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
     readme = (ROOT / "README.md").read_text()
     assert f"Python 3.{minors[0]} to 3.{minors[-1]} " in readme
+
+
+def test_the_support_page_says_what_is_pinned() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|", (ROOT / "docs" / "support.md").read_text(), re.MULTILINE)
+    pinned = [
+        re.findall(r"^tensorflow==(\d+\.\d+)", (ROOT / name).read_text(), re.MULTILINE) for name in FILES
+    ]
+    assert [[version] for what, version in rows if what == "TensorFlow"] == pinned
+    pythons = [version for what, versions in rows if what == "Python" for version in versions.split(", ")]
+    assert sorted(pythons, key=Version) == list(PYTHONS)
+    (serving,) = (version for what, version in rows if what == "TensorFlow Serving")
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    assert f"ARG TF_SERVING_VERSION={serving}." in dockerfile
 
 
 def test_extras_install_what_they_say() -> None:
