@@ -7,9 +7,10 @@
 Without ``--headless`` Locust serves its web page on http://127.0.0.1:8089, where the
 options can be changed before each run; ``--web-host`` names another address.
 ``--processes 2`` divides the same schedule among two workers, each with a file of its
-own. ``python benchmarks/locustfile.py --help`` explains the options: ``locust --help``
-does not read the file. `spikeless bench run` drives the same load, publishes a version
-in the middle of it and records what the server did.
+own. ``--otel`` exports what Locust measures by OpenTelemetry (``pip install
+'locust[otel]'``). ``python benchmarks/locustfile.py --help`` explains the options:
+``locust --help`` does not read the file. `spikeless bench run` drives the same load,
+publishes a version in the middle of it and records what the server did.
 """
 
 import sys

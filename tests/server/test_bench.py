@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
@@ -151,7 +152,8 @@ def test_locust_by_itself_and_with_workers(
     alone = locust(*common, "--record", tmp_path / "alone.npz")
     assert alone.returncode == 0, alone.stderr
     assert "Predict" in alone.stderr, "Locust's own statistics have the requests"
-    workers = locust(*common, *ports, "--processes", 2, "--record", tmp_path / "shared.npz")
+    files = ("--record", tmp_path / "shared.npz", "--request-log", tmp_path / "shared.csv")
+    workers = locust(*common, *ports, "--processes", 2, *files)
     assert workers.returncode == 0, workers.stderr
 
     done = spikeless("bench", "merge", tmp_path / "merged.npz", *sorted(tmp_path.glob("shared.worker-*.npz")))
@@ -161,6 +163,14 @@ def test_locust_by_itself_and_with_workers(
     for run in (one, two):
         assert np.array_equal(run.requests["intended"], planned)
         assert set(run.requests["code"]) == {Code.OK}
+    logs = [
+        list(csv.DictReader(path.read_text().splitlines()))
+        for path in sorted(tmp_path.glob("shared.worker-*.csv"))
+    ]
+    assert len(logs) == 2
+    times = sorted(float(row["timestamp"]) for log in logs for row in log)
+    np.testing.assert_allclose(np.diff(times), np.diff(planned), atol=1e-5)
+    assert {row["exception"] for log in logs for row in log} == {""}
     assert locust(*common, "--record", tmp_path / "alone.npz").returncode == 0
     assert len(list(tmp_path.glob("alone*.npz"))) == 2, "an earlier result is never overwritten"
     again = spikeless("bench", "merge", tmp_path / "merged.npz", tmp_path / "alone.npz")

@@ -6,6 +6,10 @@ workers (``--processes 2``, or ``--master`` and ``--worker``) the master gives a
 them one start and each a share of the one schedule. Each writes its own file, and
 `spikeless bench merge` merges them.
 
+Locust's own ``--otel`` exports metrics and logs of the load by OpenTelemetry; it needs
+``pip install 'locust[otel]'``. ``--request-log`` is Locust's log of requests, for tools
+that read CSV.
+
 The user's thread is a real one, outside gevent: see `openloop`. Take percentiles from
 the raw result: Locust's statistics are rounded and a few milliseconds late.
 """
@@ -27,6 +31,7 @@ import gevent.queue
 import numpy as np
 from locust import LoadTestShape, User, events, task
 from locust.argument_parser import LocustArgumentParser
+from locust.contrib.csv_request_logger import CsvRequestLogger
 from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
@@ -76,6 +81,7 @@ def _options(parser: LocustArgumentParser) -> None:
     add("--timeout", type=float, default=10.0, help="Deadline of each request in seconds")
     add("--scenario", default="load", help="Name of the run in its record")
     add("--record", default="", metavar="FILE", help="Write every request to this .npz file")
+    add("--request-log", default="", metavar="FILE", help="Write every request to this .csv file, too")
 
 
 @events.init.add_listener
@@ -148,6 +154,15 @@ def _tell(**facts: Any) -> None:
     os.write(1, f"{LINE_PREFIX}{json.dumps(facts)}\n".encode())
 
 
+def _file_of(file: str, share: dict[str, Any]) -> Path:
+    """The file of this process: as it is named, or numbered beside those of others."""
+    path = Path(file)
+    if share["count"] > 1:
+        path = path.with_name(f"{path.stem}.worker-{share['index']}{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 class OneUserPerProcess(LoadTestShape):
     """Starts one user in each process; ends the test when all have finished."""
 
@@ -168,6 +183,11 @@ class OpenLoopUser(User):
         share = _Load.shares.get()
         offsets = settings.schedule.share(share["index"], share["count"])
         load = OpenLoop(offsets, requests, self.environment.host, settings.timeout)
+        log = None
+        if self.environment.parsed_options.request_log:
+            file = _file_of(self.environment.parsed_options.request_log, share)
+            log = CsvRequestLogger(str(file), flush_interval=1000)
+            log.register(self.environment)
         # A full collection during the run would look like a spike of the server.
         gc.collect()
         gc.freeze()
@@ -175,11 +195,13 @@ class OpenLoopUser(User):
         start = time.monotonic() + share["start"] - time.time()
         thread = gevent.get_hub().threadpool.spawn(load.run, start)
         try:
-            self._follow(load, thread, start, share["index"])
+            self._follow(load, thread, start, share)
         finally:
             load.stop()
             thread.get()
             self._save(load, settings, share)
+            if log is not None:
+                log.close()
         runner = self.environment.runner
         if isinstance(runner, LocalRunner):
             _share_done()
@@ -187,7 +209,7 @@ class OpenLoopUser(User):
             runner.send_message(_DONE, {})
         raise StopUser
 
-    def _follow(self, load: OpenLoop, thread: Any, start: float, worker: int) -> None:
+    def _follow(self, load: OpenLoop, thread: Any, start: float, share: dict[str, Any]) -> None:
         fire = self.environment.events.request.fire
         columns = load.columns
         methods = [request.kind.name for request in load.requests]
@@ -205,6 +227,7 @@ class OpenLoopUser(User):
                 fire(
                     request_type="gRPC",
                     name=methods[columns.request[index]],
+                    start_time=share["start"] + float(columns.intended[index]),
                     response_time=latency,
                     response_length=0,
                     exception=None if code == Code.OK else RuntimeError(code.name),
@@ -213,7 +236,7 @@ class OpenLoopUser(User):
             if time.monotonic() >= next_line:
                 next_line += _LINE_SECONDS
                 _tell(
-                    worker=worker,
+                    worker=share["index"],
                     sent=load.sent,
                     failed=failed,
                     rate=len(recent) / _LINE_SECONDS,
@@ -226,10 +249,7 @@ class OpenLoopUser(User):
         options: Namespace = self.environment.parsed_options
         if not options.record:
             return
-        path = Path(options.record)
-        if share["count"] > 1:
-            path = path.with_name(f"{path.stem}.worker-{share['index']}.npz")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = _file_of(options.record, share)
         started = datetime.datetime.fromtimestamp(share["start"], datetime.timezone.utc)
         if path.exists():  # Of an earlier run, started from the web page for example.
             path = path.with_name(f"{path.stem}-{started:%Y%m%dT%H%M%SZ}.npz")
