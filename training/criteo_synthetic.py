@@ -21,21 +21,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import criteo
 import numpy as np
+from criteo import CATEGORIES, INTEGERS, USER_CATEGORIES
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists
 
-INTEGERS = 13
-CATEGORIES = 26
-#: C1-C13 describe the user, C14-C26 the candidate.
-USER_CATEGORIES = 13
-#: The columns of the Criteo format, for Spark.
-SCHEMA_FILE = Path(__file__).with_name("data") / "criteo.ddl"
 FACTS_FILE = "synthetic.json"
-SHARDS = 8
 
 
 @dataclass(frozen=True)
@@ -125,33 +120,25 @@ def generate(directory: Path, settings: Settings) -> None:
         made.rename(directory)
 
 
-def records(directory: Path, settings: Settings) -> dict[str, Any]:
+def records(directory: Path, settings: Settings, *, spark: bool = False) -> dict[str, Any]:
     """The same rows as TFRecords, in ``train`` and ``test``, unless they exist.
 
     Returns what ``synthetic.json`` says.
 
+    Args:
+        spark: let Spark write them.
+
     Raises:
         AlreadyExists: the directory holds rows that other settings made.
     """
-    import spark_to_tfrecord as spark_job  # Spark is started only when there is something to do
-
     if not (directory / FACTS_FILE).exists():
         generate(directory, settings)
     facts: dict[str, Any] = json.loads((directory / FACTS_FILE).read_text())
     if facts["settings"] != asdict(settings):
         raise AlreadyExists(f"{directory} was made with other settings; remove it or name another directory")
-    missing = [part for part in ("train", "test") if not (directory / part).exists()]
-    if not missing:
-        return facts
-    spark = spark_job.session()
-    try:
-        for part in missing:
-            frame = spark_job.read_input(
-                spark, str(directory / f"{part}.tsv"), "csv", SCHEMA_FILE.read_text(), {"sep": "\t"}
-            )
-            spark_job.write(frame.repartition(SHARDS), directory / part, mode="new")
-    finally:
-        spark_job.stop(spark)
+    for part in ("train", "test"):
+        if not (directory / part).exists():
+            criteo.write(directory / f"{part}.tsv", directory / part, spark=spark)
     return facts
 
 

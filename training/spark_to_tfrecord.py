@@ -27,12 +27,12 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
 import re
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -219,10 +219,7 @@ class TFRecordWriter(DataSourceArrowWriter):
                 os.link(shard.path, self.staging / shard.path.name)
                 earlier[shard.path.name] = {"records": shard.records, "bytes": shard.path.stat().st_size}
             shards = earlier | shards
-        counts = {"records": sum(shard["records"] for shard in shards.values()), "shards": shards}
-        (self.staging / dataset.SCHEMA_FILE).write_text(json.dumps(self.schema, indent=1) + "\n")
-        (self.staging / dataset.COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n")
-        (self.staging / dataset.SUCCESS_FILE).touch()
+        dataset.complete(self.staging, self.schema, shards)
         atomic.sync_tree(self.staging)
         self._replace_target()
         atomic.sync(self.target.parent)
@@ -251,10 +248,33 @@ class TFRecordWriter(DataSourceArrowWriter):
 if __name__ != "__main__":
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
 
+#: The oldest Java that Spark 4 runs on.
+JAVA = 17
 # Those of Spark's that PySpark knows, and the others.
 SPARK_ERRORS = (PySparkException, Py4JJavaError)
 
 # The command --------------------------------------------------------------------------
+
+
+def require_java() -> None:
+    """Check that there is a Java that Spark runs on.
+
+    Raises:
+        NotFound: there is none, or it is too old.
+    """
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home, "bin", "java")) if home else "java"
+    remedy = "apt-get install openjdk-17-jre-headless, or set JAVA_HOME"
+    try:
+        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60)
+    except OSError as error:
+        raise NotFound(f"Spark needs Java {JAVA} or newer; {java}: {error.strerror}: {remedy}") from None
+    # `openjdk version "17.0.2"`, or "1.8.0_292" up to Java 8.
+    found = re.search(r'version "(?:1\.)?(\d+)', done.stderr)
+    if done.returncode or found is None:
+        raise NotFound(f"Spark needs Java {JAVA} or newer; `{java} -version` fails: {remedy}")
+    if int(found[1]) < JAVA:
+        raise NotFound(f"Spark needs Java {JAVA} or newer, and {java} is {found[1]}: {remedy}")
 
 
 def session(master: str | None = None, *, verbose: bool = False) -> SparkSession:
@@ -265,10 +285,7 @@ def session(master: str | None = None, *, verbose: bool = False) -> SparkSession
             was configured with, and without that all cores of this machine.
         verbose: Spark's own warnings and stack traces on standard error.
     """
-    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
-        raise NotFound(
-            "Spark needs Java 17 or newer and there is no `java`: apt-get install openjdk-17-jre-headless"
-        )
+    require_java()
     # Spark would start its workers with whichever python3 comes first on the PATH.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     configuration = SparkConf().setAppName("spark_to_tfrecord")

@@ -1,11 +1,16 @@
 """Train a Wide & Deep click-through model with hashed embeddings on Criteo records.
 
-In: TFRecords that training/spark_to_tfrecord.py wrote; if none are given, synthetic
-ones are made. Out: a run directory with a SavedModel that ranks up to 100 candidates
-for one user in a request.
+In: tab-separated files in the Criteo format, or directories of TFRecords with the same
+columns; if none are given, synthetic ones are made. Out: a run directory with a
+SavedModel that ranks up to 100 candidates for one user in a request.
 
     spikeless train ctr                         # about 3 min on 2 cores, AUC over 0.80
     spikeless train ctr --table-rows 60000000   # 4 GB of embeddings, 13 GB of memory
+    spikeless train ctr --train day_0.tsv --test day_1.tsv
+
+Files become TFRecords first, once, under RUNS/.data. This process writes them; with
+--spark, Spark does (Java 17 or newer). Where the files outgrow one machine, let a
+cluster write them beforehand: training/spark_to_tfrecord.py.
 
 The model (Cheng et al., Wide & Deep Learning for Recommender Systems, 2016), for a row
 with categories c and integers n:
@@ -34,8 +39,11 @@ parser = argparse.ArgumentParser(
     description=__doc__.partition("\n")[0],
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
 )
-parser.add_argument("--train", type=Path, help="TFRecords to train on; synthetic ones if not given")
-parser.add_argument("--test", type=Path, help="TFRecords to test on")
+parser.add_argument("--train", type=Path, help="file or TFRecords to train on; synthetic if not given")
+parser.add_argument("--test", type=Path, help="file or TFRecords to test on")
+parser.add_argument(
+    "--spark", action="store_true", default=False, help="let Spark turn files into TFRecords; needs Java 17"
+)
 parser.add_argument(
     "--synthetic-rows", type=int, default=200_000, help="to train on, and a quarter as many to test"
 )
@@ -62,14 +70,19 @@ if (settings.train is None) != (settings.test is None):
     parser.error("--train and --test belong together")
 if min(settings.hidden) < 1:
     parser.error("--hidden must be 1 or more")
+if settings.spark:
+    import spark_to_tfrecord
+
+    spark_to_tfrecord.require_java()
 
 # After the settings: --help and wrong options need no TensorFlow.
+import criteo
 import criteo_synthetic
 import keras
 import numpy as np
 import scipy.sparse
 import tensorflow as tf
-from criteo_synthetic import CATEGORIES, INTEGERS, USER_CATEGORIES
+from criteo import CATEGORIES, INTEGERS, USER_CATEGORIES
 from input_pipeline import batches, naming_faults, select
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -94,15 +107,16 @@ USER_INTEGERS = 6
 MISSING = -1
 
 metrics = {}
+kept = Path(settings.runs, ".data")
 if settings.train is None:
     made = criteo_synthetic.Settings(
         train_rows=settings.synthetic_rows, test_rows=settings.synthetic_rows // 4, seed=settings.seed
     )
-    folder = Path(settings.runs, ".data", f"criteo-synthetic-{settings.synthetic_rows}-{settings.seed}")
-    facts = criteo_synthetic.records(folder, made)
+    folder = kept / f"criteo-synthetic-{settings.synthetic_rows}-{settings.seed}"
+    facts = criteo_synthetic.records(folder, made, spark=settings.spark)
     metrics["test_auc_ceiling"] = facts["test_auc_ceiling"]
     settings.train, settings.test = folder / "train", folder / "test"
-train, test = dataset.read(settings.train), dataset.read(settings.test)
+train, test = (criteo.records(path, kept, spark=settings.spark) for path in (settings.train, settings.test))
 
 
 def check_types(data: dataset.Dataset) -> None:

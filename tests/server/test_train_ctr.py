@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import criteo
 import criteo_synthetic
 import numpy as np
 import pytest
+import spark_to_tfrecord
 import tensorflow as tf
 from harness import Running, put_version, run_server
 from numpy.typing import NDArray
@@ -21,11 +24,12 @@ from places import ROOT
 from trained_models import NEEDS_JAVA, spikeless
 
 from spikeless import warmup
+from spikeless.errors import AlreadyExists, InvalidArgument, NotFound
 from spikeless.formats import tfrecord
 from spikeless.training import dataset
 
 # One worker: the data and the model of the fixtures are made once.
-pytestmark = [pytest.mark.xdist_group("ctr"), NEEDS_JAVA]
+pytestmark = pytest.mark.xdist_group("ctr")
 
 SMALL = ("--table-rows", 5000, "--dimensions", 4, "--hidden", 16, "--epochs", 2, "--candidates", 20)
 
@@ -37,7 +41,7 @@ def only_run(runs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole pipeline: rows are made, Spark writes them, the model is trained."""
+    """The whole pipeline: rows are made and written, the model is trained."""
     runs = tmp_path_factory.mktemp("runs")
     done = spikeless("train", "ctr", "--runs", runs, "--synthetic-rows", 8000, *SMALL)
     assert done.returncode == 0, done.stderr
@@ -112,20 +116,27 @@ def test_the_warmup_file_ranks_one_to_all_candidates(run: Path) -> None:
     assert shapes == [1, 10, 20]
 
 
-def test_compiled_by_xla_it_predicts_the_same_as_tensorflow(data: Path, tmp_path: Path) -> None:
-    records = ("--train", data / "train", "--test", data / "test")
-    done = spikeless("train", "ctr", "--runs", tmp_path, "--xla", *records, *SMALL)
+def test_from_files_and_compiled_by_xla_it_predicts_the_same(run: Path, data: Path, tmp_path: Path) -> None:
+    files = ("--train", data / "train.tsv", "--test", data / "test.tsv")
+    done = spikeless("train", "ctr", "--runs", tmp_path, "--xla", *files, *SMALL)
     assert done.returncode == 0, done.stderr
-    run = only_run(tmp_path)
-    assert "test_auc_ceiling" not in json.loads((run / "metrics.json").read_text())["metrics"]
+    trained, run = run, only_run(tmp_path)
+    metrics, expected = (
+        json.loads((path / "metrics.json").read_text())["metrics"] for path in (run, trained)
+    )
+    # The files hold the records that the other was trained on, and say nothing of the
+    # ceiling.
+    assert metrics["test_auc"] == pytest.approx(expected["test_auc"], abs=0.005)
+    assert metrics["test_auc_logistic"] == pytest.approx(expected["test_auc_logistic"], abs=1e-6)
+    assert "test_auc_ceiling" not in metrics
     assert "--xla_cpu_compilation_enabled" in (run / "README.md").read_text()
     put_version(run / "saved_model", tmp_path / "models", 1)
     integers, categories = rows_of(data, 7)
     with run_server(tmp_path / "log", model_name="ctr", model_base_path=tmp_path / "models") as running:
         answer = running.client.predict("ctr", {"integers": integers, "categories": categories})
     loaded = tf.saved_model.load(str(run / "saved_model")).signatures["serving_default"]
-    expected = loaded(integers=tf.constant(integers), categories=tf.constant(categories.tolist()))
-    np.testing.assert_allclose(answer["probability"], expected["probability"].numpy(), rtol=1e-4)
+    alone = loaded(integers=tf.constant(integers), categories=tf.constant(categories.tolist()))
+    np.testing.assert_allclose(answer["probability"], alone["probability"].numpy(), rtol=1e-4)
 
 
 def test_the_input_pipelines_benchmark_measures_all_of_its_steps(data: Path, tmp_path: Path) -> None:
@@ -222,3 +233,86 @@ def test_synthetic_rows_are_criteo_rows_and_always_the_same(tmp_path: Path) -> N
     assert all(value == "" or int(value) >= 0 for row in rows for value in row[1:14])
     assert all(value == "" or len(bytes.fromhex(value)) == 4 for row in rows for value in row[14:])
     assert any(value == "" for row in rows for value in row)
+
+
+@NEEDS_JAVA
+def test_spark_writes_the_same_records(tmp_path: Path) -> None:
+    criteo_synthetic.generate(tmp_path / "made", criteo_synthetic.Settings(train_rows=300, test_rows=10))
+    file = tmp_path / "made" / "train.tsv"
+    one = criteo.write(file, tmp_path / "one")
+    other = criteo.write(file, tmp_path / "other", spark=True)
+    assert one.schema == other.schema
+
+    def contents(written: dataset.Dataset) -> list[bytes]:
+        return sorted(record for shard in written.shards for record in tfrecord.read(shard.path))
+
+    assert contents(one) == contents(other)
+    assert (one.records, len(one.shards)) == (300, 8)
+
+
+def test_a_file_is_written_once_until_it_changes(tmp_path: Path) -> None:
+    file, row = tmp_path / "day.tsv", "\t".join(["1", "7", *[""] * 37, "ab"]) + "\n"
+    file.write_text(row)
+    first = criteo.records(file, tmp_path)
+    (shard,) = first.shards
+    assert list(dataset.rows(shard, first.fields, gzipped=False)) == [[1, 7, *[None] * 37, "ab"]]
+    assert criteo.records(file, tmp_path) == first
+    file.write_text(2 * row)
+    assert criteo.records(file, tmp_path).records == 2
+    assert criteo.records(first.path, tmp_path) == first, "records are taken as they are"
+    with pytest.raises(AlreadyExists, match="exists; remove it"):
+        criteo.write(file, first.path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1\t2", "line 2: 2 columns, not 40"),
+        ("\t" * 39, "line 2: 'label' is missing"),
+        ("1\tx" + "\t" * 38, r"line 2: .*'x'"),
+        (f"1\t{1 << 31}" + "\t" * 38, "line 2: 2147483648 is no 32-bit integer"),
+        ("0" + "\t" * 39 + "\udcff", "is not UTF-8 text"),
+    ],
+)
+def test_bad_lines_are_refused_and_leave_nothing(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "day.tsv"
+    file.write_text("0" + "\t" * 39 + f"\n{line}\n", errors="surrogateescape")
+    with pytest.raises(InvalidArgument, match=message):
+        criteo.write(file, tmp_path / "records")
+    assert not (tmp_path / "records").exists()
+
+
+def java(home: Path, version: str) -> str:
+    """A JAVA_HOME whose Java says that it is of a version."""
+    program = home / "bin" / "java"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\" 2021-01-19' >&2\n")
+    program.chmod(0o755)
+    return str(home)
+
+
+def test_an_old_java_is_named_before_anything_runs(tmp_path: Path) -> None:
+    old = java(tmp_path / "old", "11.0.10")
+    command = ("train", "ctr", "--spark", "--runs", tmp_path / "runs")
+    done = spikeless(*command, env={**os.environ, "JAVA_HOME": old})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        f"spikeless: error: Spark needs Java 17 or newer, and {old}/bin/java is 11: "
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_versions_of_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("17", "17.0.15", "21.0.1"):
+        monkeypatch.setenv("JAVA_HOME", java(tmp_path / version, version))
+        spark_to_tfrecord.require_java()
+    for version in ("1.8.0_292", "11.0.10"):
+        monkeypatch.setenv("JAVA_HOME", java(tmp_path / version, version))
+        with pytest.raises(NotFound, match=r"Java 17 or newer, and .* is (8|11)"):
+            spark_to_tfrecord.require_java()
+    monkeypatch.setenv("JAVA_HOME", java(tmp_path / "odd", "seventeen"))
+    with pytest.raises(NotFound, match="-version` fails"):
+        spark_to_tfrecord.require_java()
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "none"))
+    with pytest.raises(NotFound, match="No such file or directory: apt-get install"):
+        spark_to_tfrecord.require_java()

@@ -18,14 +18,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from google.protobuf.message import DecodeError
 
-from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from spikeless.disk import atomic
+from spikeless.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import example_pb2
 
@@ -169,6 +171,60 @@ def read(path: str | os.PathLike[str]) -> Dataset:
         shards,
         "gzip" if gzipped else "none",
     )
+
+
+def write(
+    path: str | os.PathLike[str],
+    schema: Mapping[str, Any],
+    rows: Iterable[Sequence[Any]],
+    shards: int = 1,
+) -> Dataset:
+    """Write rows to a new directory, in turns to each shard; it appears whole.
+
+    Args:
+        schema: the columns, as JSON of a Spark ``StructType``.
+        rows: a value for each column, as `encode` takes them.
+
+    Raises:
+        AlreadyExists: there is something of that name.
+        InvalidArgument: the schema or a row is not one that can be written.
+    """
+    directory = Path(path)
+    if directory.exists():
+        raise AlreadyExists(f"{directory} exists; remove it or name another directory")
+    fields = fields_of(schema)
+    with atomic.staging(directory.parent / ".staging") as staging, ExitStack() as files:
+        made = staging / "data"
+        made.mkdir()
+        written: dict[str, dict[str, int]] = {}
+        out: list[BinaryIO] = []
+        for number, row in enumerate(rows):
+            name = f"part-{number % shards:05d}{SUFFIXES['none']}"
+            if number < shards:
+                out.append(files.enter_context(open(made / name, "wb")))
+                written[name] = {"records": 0, "bytes": 0}
+            content = tfrecord.frame(encode(row, fields, f"row {number + 1}"))
+            out[number % shards].write(content)
+            written[name]["records"] += 1
+            written[name]["bytes"] += len(content)
+        files.close()
+        complete(made, schema, written)
+        atomic.sync_tree(made)
+        made.rename(directory)
+        atomic.sync(directory.parent)
+    return read(directory)
+
+
+def complete(directory: Path, schema: Mapping[str, Any], shards: Mapping[str, Mapping[str, int]]) -> None:
+    """Add the schema, the counts and the success marker to written shards.
+
+    Args:
+        shards: file name -> its ``records`` and ``bytes``.
+    """
+    counts = {"records": sum(shard["records"] for shard in shards.values()), "shards": shards}
+    (directory / SCHEMA_FILE).write_text(json.dumps(schema, indent=1) + "\n")
+    (directory / COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n")
+    (directory / SUCCESS_FILE).touch()
 
 
 def _read_json(file: Path) -> dict[str, Any]:
