@@ -44,6 +44,14 @@ class TensorSpec:
     #: None for an unknown rank; None inside for an unknown dimension.
     shape: tuple[int | None, ...] | None
 
+    def allows(self, shape: tuple[int | None, ...] | None) -> bool:
+        """Whether whatever has this shape has one that fits."""
+        if self.shape is None or shape is None:
+            return self.shape is None
+        return len(self.shape) == len(shape) and all(
+            wanted is None or wanted == size for wanted, size in zip(self.shape, shape, strict=True)
+        )
+
     def __str__(self) -> str:
         return f"{self.alias}: {dtype_name(self.dtype)} {shape_text(self.shape)}"
 

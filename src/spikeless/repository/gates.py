@@ -28,7 +28,7 @@ import psutil
 from spikeless.errors import SpikelessError
 from spikeless.formats import savedmodel
 from spikeless.formats.graph import all_nodes
-from spikeless.formats.savedmodel import Signature, TensorSpec
+from spikeless.formats.savedmodel import Signature
 from spikeless.formats.tensors import dtype_name, shape_text
 from spikeless.mapping import MapSettings, is_mapped, map_in_place
 from spikeless.repository import golden, trial
@@ -233,17 +233,8 @@ def _signature_problems(old: Signature, new: Signature, defaults: Mapping[str, A
                     f"{kind} {alias} was {dtype_name(spec.dtype)} and is {dtype_name(other.dtype)}"
                 )
             wide, narrow = (other, spec) if kind == "input" else (spec, other)
-            if not _contains(wide, narrow):
+            if not wide.allows(narrow.shape):
                 problems.append(
                     f"{kind} {alias} had shape {shape_text(spec.shape)} and has {shape_text(other.shape)}"
                 )
     return problems
-
-
-def _contains(wide: TensorSpec, narrow: TensorSpec) -> bool:
-    """Whether every shape that ``narrow`` allows is one that ``wide`` allows."""
-    if wide.shape is None:
-        return True
-    if narrow.shape is None or len(narrow.shape) != len(wide.shape):
-        return False
-    return all(one is None or one == other for one, other in zip(wide.shape, narrow.shape, strict=True))

@@ -220,12 +220,7 @@ def _named_columns(signature: Signature, header: list[str], row: list[str]) -> d
 
 def _feature_columns(signature: Signature, header: list[str], row: list[str]) -> dict[str, _Array]:
     specs = list(signature.inputs.values())
-    if (
-        len(specs) != 1
-        or specs[0].dtype == types_pb2.DT_STRING
-        or specs[0].shape is None
-        or len(specs[0].shape) != 2
-    ):
+    if [(spec.dtype == types_pb2.DT_STRING, len(spec.shape or ())) for spec in specs] != [(False, 2)]:
         raise InvalidArgument(
             "columns can only be features of a signature with one numeric input [?, N], but "
             f"{signature.key!r} has: {'; '.join(map(str, specs))}; name the inputs in a header"

@@ -66,12 +66,7 @@ def _check_tensor(spec: TensorSpec, tensor: tensor_pb2.TensorProto) -> None:
             f"input {spec.alias!r} is {dtype_name(tensor.dtype)}, but the signature takes {spec}; convert it"
         )
     shape = to_numpy(tensor).shape
-    if spec.shape is None:
-        return
-    fits = len(shape) == len(spec.shape) and all(
-        wanted is None or wanted == size for wanted, size in zip(spec.shape, shape, strict=True)
-    )
-    if not fits:
+    if not spec.allows(shape):
         raise InvalidArgument(
             f"input {spec.alias!r} has shape {shape_text(shape)}, but the signature takes {spec}"
         )
