@@ -114,15 +114,9 @@ def write_mapped(
     target.mkdir()
     _copy_rest(source, target)
     written = _write_checkpoint(source, target, plans)
+    paths = {pieces: str(file.path) for pieces, file in written.items()}
     for plan in plans:
-        rewrite.apply(
-            plan,
-            {
-                variable.pieces: str(written[variable.pieces].path)
-                for variable in plan.mapped()
-                if variable.pieces
-            },
-        )
+        rewrite.apply(plan, paths)
         if settings.optimize:
             optimize(plan.meta_graph)
     _pin(model.proto, manifests.here(target))
