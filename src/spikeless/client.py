@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -62,7 +62,7 @@ def _translated(target: str) -> Iterator[None]:
         raise RemoteError(code, message) from None
 
 
-class Client:
+class Client(AbstractContextManager["Client"]):
     """Calls one server; safe to use from several threads.
 
     Args:
@@ -167,9 +167,6 @@ class Client:
 
     def close(self) -> None:
         self._channel.close()
-
-    def __enter__(self) -> Client:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

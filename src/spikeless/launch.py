@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -167,7 +168,7 @@ def start(settings: LaunchSettings) -> ServerProcess:
     return server
 
 
-class ServerProcess:
+class ServerProcess(AbstractContextManager["ServerProcess"]):
     """A model server that runs beside this process; a context manager that stops it."""
 
     def __init__(self, settings: LaunchSettings) -> None:
@@ -278,9 +279,6 @@ class ServerProcess:
     def stop(self, grace: float = 30.0) -> int | None:
         """SIGTERM, then SIGKILL after ``grace`` seconds; returns the exit code."""
         return None if self._process is None else self._process.stop(grace)
-
-    def __enter__(self) -> ServerProcess:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()

@@ -13,6 +13,7 @@ import mmap
 import os
 import resource
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from ctypes import c_int, c_long, c_size_t, c_ubyte, c_void_p
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def _libc() -> Any:
     return libc
 
 
-class Mapping:
+class Mapping(AbstractContextManager["Mapping"]):
     """A file's memory, mapped for reading; a context manager that unmaps it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -77,9 +78,6 @@ class Mapping:
         address, self._address = self._address, None
         if address is not None:
             _libc().munmap(address, self.size)
-
-    def __enter__(self) -> Mapping:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -17,7 +17,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint8, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,15 +51,18 @@ class _Output(ctypes.Structure):
 
 
 _STRING_BYTES = 24  # sizeof(TF_TString), fixed by its ABI
+_BUFFER = POINTER(_Buffer)
+#: Where tensors go or come from, the tensors, and how many.
+_TENSORS = (POINTER(_Output), POINTER(c_void_p), c_int)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "TF_Version": (c_char_p, []),
     "TF_NewStatus": (c_void_p, []),
     "TF_DeleteStatus": (None, [c_void_p]),
     "TF_GetCode": (c_int, [c_void_p]),
     "TF_Message": (c_char_p, [c_void_p]),
-    "TF_NewBuffer": (POINTER(_Buffer), []),
-    "TF_NewBufferFromString": (POINTER(_Buffer), [c_char_p, c_size_t]),
-    "TF_DeleteBuffer": (None, [POINTER(_Buffer)]),
+    "TF_NewBuffer": (_BUFFER, []),
+    "TF_NewBufferFromString": (_BUFFER, [c_char_p, c_size_t]),
+    "TF_DeleteBuffer": (None, [_BUFFER]),
     "TF_NewGraph": (c_void_p, []),
     "TF_DeleteGraph": (None, [c_void_p]),
     "TF_GraphOperationByName": (c_void_p, [c_void_p, c_char_p]),
@@ -69,33 +72,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "TF_DeleteSessionOptions": (None, [c_void_p]),
     "TF_LoadSessionFromSavedModel": (
         c_void_p,
-        [
-            c_void_p,
-            POINTER(_Buffer),
-            c_char_p,
-            POINTER(c_char_p),
-            c_int,
-            c_void_p,
-            POINTER(_Buffer),
-            c_void_p,
-        ],
+        [c_void_p, _BUFFER, c_char_p, POINTER(c_char_p), c_int, c_void_p, _BUFFER, c_void_p],
     ),
     "TF_SessionRun": (
         None,
-        [
-            c_void_p,
-            POINTER(_Buffer),
-            POINTER(_Output),
-            POINTER(c_void_p),
-            c_int,
-            POINTER(_Output),
-            POINTER(c_void_p),
-            c_int,
-            POINTER(c_void_p),
-            c_int,
-            POINTER(_Buffer),
-            c_void_p,
-        ],
+        [c_void_p, _BUFFER, *_TENSORS, *_TENSORS, POINTER(c_void_p), c_int, _BUFFER, c_void_p],
     ),
     "TF_CloseSession": (None, [c_void_p, c_void_p]),
     "TF_DeleteSession": (None, [c_void_p, c_void_p]),
@@ -336,7 +317,7 @@ def _flush_denormals() -> None:
     _flushing.is_on = True
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """A loaded SavedModel: runs any number of calls at once from any number of threads.
 
     Close it only when no call is running any more; ``close`` waits for those that are.
@@ -541,9 +522,6 @@ class Session:
             self._tf.CloseSession(session, status)
             self._tf.DeleteSession(session, status)
         self._tf.DeleteGraph(self._graph)
-
-    def __enter__(self) -> Session:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -41,7 +41,7 @@ class Kept:
     bytes: int
 
 
-class Keeper:
+class Keeper(AbstractContextManager["Keeper"]):
     """Locks the mapped files of served versions; a context manager that releases them.
 
     Args:
@@ -110,9 +110,6 @@ class Keeper:
         for mapping in self._held.values():
             mapping.close()
         self._held.clear()
-
-    def __enter__(self) -> Keeper:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
