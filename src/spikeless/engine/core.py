@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -105,7 +105,7 @@ class ServerCore:
 
     def _put_in_force(self, config: model_server_config_pb2.ModelServerConfig) -> set[str]:
         """Replace the configuration; returns the models that are new."""
-        _validate(config)
+        _validate(config, self.model_names())
         labels = self._checked_labels(config)
         old = set(self.model_names())
         self._config, self._labels = config, labels
@@ -164,7 +164,7 @@ class ServerCore:
                 )
                 if version not in available and not excused:
                     raise FailedPrecondition(
-                        f"Request to assign label {label} to version {version} of model {model.name}, "
+                        f"Request to assign label to version {version} of model {model.name}, "
                         "which is not currently available for inference"
                     )
             labels[model.name] = dict(model.version_labels)
@@ -260,7 +260,8 @@ class ServerCore:
         self.manager.stop()
 
 
-def _validate(config: model_server_config_pb2.ModelServerConfig) -> None:
+def _validate(config: model_server_config_pb2.ModelServerConfig, configured: Collection[str] = ()) -> None:
+    """Refuse what cannot be served, and another platform for what is configured."""
     if config.WhichOneof("config") not in (None, "model_config_list"):
         raise InvalidArgument("only a model_config_list can be served, not a custom_model_config")
     seen: set[str] = set()
@@ -270,7 +271,7 @@ def _validate(config: model_server_config_pb2.ModelServerConfig) -> None:
         if model.name in seen:
             raise InvalidArgument(f"Illegal to list model {model.name} multiple times in config list")
         seen.add(model.name)
-        _check_platform(model)
+        _check_platform(model, model.name in configured)
         if model.HasField("logging_config"):
             # TensorFlow Serving's own words: it comes without a log collector.
             raise InvalidArgument(
@@ -283,7 +284,7 @@ def _validate(config: model_server_config_pb2.ModelServerConfig) -> None:
             )
 
 
-def _check_platform(model: model_server_config_pb2.ModelConfig) -> None:
+def _check_platform(model: model_server_config_pb2.ModelConfig, is_configured: bool) -> None:
     both = "ModelServerConfig::model_type (deprecated) {} ModelServerConfig::model_platform, model name is {}"
     if model.model_type and model.model_platform:
         raise InvalidArgument(f"Illegal setting both {both.format('and', model.name)}")
@@ -292,4 +293,9 @@ def _check_platform(model: model_server_config_pb2.ModelConfig) -> None:
     if model.model_type not in (0, model_server_config_pb2.TENSORFLOW):
         raise InvalidArgument(f"ModelServerConfig::model_type choice {model.model_type} not supported.")
     if model.model_platform not in ("", _PLATFORM):
+        if is_configured:
+            raise InvalidArgument(
+                f"Illegal to change a model's platform. For model {model.name} platform was {_PLATFORM} "
+                f"and new platform requested is {model.model_platform}"
+            )
         raise InvalidArgument(f"Model {model.name} requests unsupported platform {model.model_platform}")

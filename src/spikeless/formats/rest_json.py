@@ -98,7 +98,7 @@ _JSON_TYPES = {
 }
 #: Strings, which stay as they are, and constants outside of them that Python does not
 #: know.
-_CONSTANTS = re.compile(r'("(?:[^"\\]|\\.)*")|Inf(?!inity)|-NaN', re.DOTALL)
+_CONSTANTS = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|Inf(?!inity)|-NaN', re.DOTALL)
 _PYTHON_NAMES = {"Inf": "Infinity", "-NaN": "NaN"}
 #: A number that may be too large for a double.
 _LARGE = re.compile(r"[eE]\+?\d{3}|\d{300}")
@@ -161,27 +161,27 @@ def _members(document: dict[str, Any]) -> int:
 
 def _first_object(text: str) -> Any:
     """The value at the beginning of a text."""
-    pairs: list[tuple[str, Any]] = []
+    text = text.lstrip(" \t\n\r")
+    # Called for each number, so only where one may be too large.
+    parse_float = _finite if _LARGE.search(text) else None
 
-    def members(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal pairs
-        pairs = found
-        return dict(found)
+    def decode(members: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> Any:
+        return json.JSONDecoder(
+            object_pairs_hook=members, parse_constant=_Constant, parse_float=parse_float
+        ).raw_decode(text)[0]
 
-    def decode(hook: Callable[[list[tuple[str, Any]]], Any]) -> Any:
-        decoder = json.JSONDecoder(
-            object_pairs_hook=hook,
-            parse_constant=_Constant,
-            # Called for each number, so only where one may be too large.
-            parse_float=_finite if _LARGE.search(text) else None,
-        )
-        return decoder.raw_decode(text.lstrip(" \t\n\r"))[0]
+    document = decode(_first_members)
+    if type(document) is dict and EXAMPLES_KEY in document:
+        # Of the features of an example the last counts. The outermost object is the
+        # last one that ends.
+        outermost: list[tuple[str, Any]] = []
 
-    document = decode(members)
-    if type(document) is dict:
-        document = _first_members(pairs)
-        if EXAMPLES_KEY not in document:
-            return decode(_first_members)
+        def last_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            outermost[:] = pairs
+            return dict(pairs)
+
+        decode(last_members)
+        return _first_members(outermost)
     return document
 
 
