@@ -87,6 +87,13 @@ def test_reloads_that_are_left_out_are_named_in_one_note() -> None:
     assert "run 1, reload 2: window: 100.0% of the requests left more than 5 ms late" in note.details[0]
 
 
+def test_reloads_that_are_too_few_to_be_folded_need_no_note() -> None:
+    run = made_up_run("pair", 0, 0)
+    late = {**run.requests, "lag": np.where(run.requests["intended"] > 20, 0.006, 0.0)}
+    texts = [note.text for note in report.notes(report.group([dataclasses.replace(run, requests=late)]))]
+    assert not [text for text in texts if "folded" in text]
+
+
 def test_the_same_note_is_there_once() -> None:
     said = "measured with glibc, because `apt-get` is missing"
     runs = [made_up_run(name, notes=(said,)) for name in ("a", "b", "b")]

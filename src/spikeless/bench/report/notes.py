@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spikeless.bench.folding import FEWEST_RELOADS
 from spikeless.bench.report.table import Scenario
 
 
@@ -81,7 +82,8 @@ def _contaminated(scenarios: Sequence[Scenario]) -> list[Note]:
             f"{_count(len(windows), 'window')} contaminated: figures come from clean ones where these exist."
         )
         found.append(Note(text, windows))
-    folded = [one for one in scenarios if sum(len(summary.reloads) for summary in one.summaries) > 1]
+    # Fewer reloads could not have been folded anyway.
+    folded = [one for one in scenarios if len(one.fold.pairs) + len(one.fold.left_out) >= FEWEST_RELOADS]
     left_out = [f"{scenario.name}: {why}" for scenario in folded for why in scenario.fold.left_out]
     if left_out:
         total = sum(len(one.fold.pairs) + len(one.fold.left_out) for one in folded)
