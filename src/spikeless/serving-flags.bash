@@ -59,6 +59,7 @@ platform_config() {
     echo "num_model_warmup_threads { value: ${WARMUP_THREADS:-1} } }"
     given remove_unused_fields_from_bundle_metagraph || value=true
     echo "remove_unused_fields_from_bundle_metagraph: $value"
+    given mixed_precision && echo "mixed_precision: $(quoted "$value")"
     for name in prefer_tflite_model num_tflite_pools num_tflite_interpreters_per_pool; do
         given $name && echo "$name: $value"
     done

@@ -384,7 +384,8 @@ def test_what_a_platform_file_switches_off_is_said_again(start: Start, tmp_path:
         done = start(flag, "--batching_parameters_file=/nowhere")
         assert (done.returncode, done.stdout) == (1, "")
         assert reason in done.stderr
-    assert "--mixed_precision has no effect here" in start("--mixed_precision=bfloat16").stderr
+    flags = flags_of(start("--mixed_precision=bfloat16"))
+    assert platform_config(flags["platform_config_file"]).mixed_precision == "bfloat16"
 
     assert flags_of(start("--platform_config_file=/mine"))["platform_config_file"] == "/mine"
 
@@ -436,6 +437,7 @@ def platform_config(path: str) -> Any:
     add("SessionBundleConfig", "enable_model_warmup", field.TYPE_BOOL)
     add("SessionBundleConfig", "model_warmup_options", field.TYPE_MESSAGE, "ModelWarmupOptions")
     add("SessionBundleConfig", "remove_unused_fields_from_bundle_metagraph", field.TYPE_BOOL)
+    add("SessionBundleConfig", "mixed_precision", field.TYPE_STRING)
     add("SessionBundleConfig", "prefer_tflite_model", field.TYPE_BOOL)
     add("SessionBundleConfig", "num_tflite_pools", field.TYPE_INT32)
     add("SessionBundleConfig", "enable_per_model_batching_params", field.TYPE_BOOL)
