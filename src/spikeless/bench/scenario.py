@@ -34,13 +34,14 @@ from spikeless.bench import run_file
 from spikeless.bench.load.openloop import LINE_PREFIX
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
-from spikeless.bench.watch import Watcher, listener
+from spikeless.bench.watch import Watcher
 from spikeless.client import Client
 from spikeless.disk import children, proc
 from spikeless.errors import FailedPrecondition, Internal, NotFound
 from spikeless.repository import publishing
 from spikeless.repository.candidate import Candidate
 from spikeless.repository.gates import GATES, Gate
+from spikeless.rollout import local_servers
 
 #: Of every server that is measured: enough threads that no call is refused, even when
 #: nothing is answered for 4 s at 1000 requests/s.
@@ -107,8 +108,9 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
     """
     with Client(target) as client:
         client.statuses(model_name)
-    if pid is None:
-        pid = listener(target)
+    server = local_servers.find(target)
+    if pid is None and server is not None:
+        pid = server.pid
     if pid is None:
         return ServerFacts(target)
     try:

@@ -11,13 +11,11 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from spikeless.disk import proc
@@ -39,8 +37,6 @@ SAMPLES: dict[str, Any] = {
 #: What is recorded when the server no longer lists a version that it listed before.
 GONE = "GONE"
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
 _State = get_model_status_pb2.ModelVersionStatus.State
 
 
@@ -52,25 +48,6 @@ class StateChange:
     version: int
     state: str
     error: str = ""
-
-
-def listener(target: str) -> int | None:
-    """The process id of the model server on this machine that listens at ``host:port``.
-
-    None where it cannot be seen. A proxy or tunnel that listens there is no server.
-    """
-    host, _, port = target.rpartition(":")
-    if host.strip("[]") not in _LOOPBACK:
-        return None
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or [""]
-        if not command[0].endswith("tensorflow_model_server") and not {"spikeless", "serve"} <= set(command):
-            continue
-        with suppress(psutil.Error):
-            listening = process.net_connections("tcp")
-            if any(one.status == psutil.CONN_LISTEN and one.laddr[1:2] == (int(port),) for one in listening):
-                return int(process.pid)
-    return None
 
 
 class Watcher:

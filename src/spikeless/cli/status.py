@@ -22,11 +22,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from spikeless.bench.watch import listener
 from spikeless.cli.options import models_option, servers_option
 from spikeless.disk import proc
 from spikeless.errors import SpikelessError
-from spikeless.rollout import server_metrics
+from spikeless.rollout import local_servers, server_metrics
 from spikeless.rollout.server_metrics import Traffic
 from spikeless.rollout.status import ModelReport, VersionReport, changes, status
 
@@ -117,7 +116,8 @@ class _Load:
 
     def _memory(self) -> Iterator[str]:
         """Of a server on this machine."""
-        self._pid = self._pid or listener(self._server)
+        if self._pid is None and (server := local_servers.find(self._server)):
+            self._pid = server.pid
         try:
             if self._pid is not None:
                 yield f"{proc.private_memory(self._pid) / 2**20:,.0f} MiB private"

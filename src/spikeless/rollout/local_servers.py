@@ -26,8 +26,9 @@ def on_loopback(target: str) -> bool:
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A process that listens on a port of this machine."""
+    """A model server on a port of this machine."""
 
+    pid: int
     #: Its files as it sees them: its root directory, and the one that it runs in.
     root: Path
     directory: str
@@ -85,7 +86,7 @@ def find(target: str) -> LocalServer | None:
         flags = _flags(process.cmdline())
         if not flags.keys() & {"model_config_file", "model_base_path"}:
             return None  # A proxy, or a server inside another program.
-        return LocalServer(root, process.cwd(), flags)
+        return LocalServer(process.pid, root, process.cwd(), flags)
     except (psutil.Error, OSError):
         return None
 
