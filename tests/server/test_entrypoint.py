@@ -159,6 +159,8 @@ def test_broken_versions_stop_neither_the_server_nor_other_models(repository: Pa
             assert any(line in said and ("left out" in said or "instead" in said or "starts with" in said)
                        for said in text.splitlines()), text  # fmt: skip
         code, said = running.health()
+        if IS_EMBEDDED:
+            assert running.client.is_serving()
         assert (code, "whole newest" in said, "cannot be served: " in said) == (0, True, True), said
 
         # And what comes later is served.
@@ -197,6 +199,13 @@ def test_a_server_with_nothing_to_serve_ends_with_the_reason(tmp_path: Path) -> 
     with container(tmp_path / "models") as running:
         assert running.process.wait(60) not in (0, None)
         assert "did not become available" in running.log.read_text()
+
+
+@pytest.mark.parametrize("flags", [("--no_such_flag=1",), ("--port", "9000"), ("bash",)])
+def test_flags_that_the_server_has_not_are_refused(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    with container(tmp_path / "models", *flags) as running:
+        assert running.process.wait(60) == 1
+        assert "entrypoint: error: " in running.log.read_text()
 
 
 def test_it_drains_and_ends(scales: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from spikeless.formats.protos import (
     prediction_service_pb2_grpc,
     read_text_proto,
 )
-from spikeless.formats.states import VersionStatus
+from spikeless.formats.states import State, VersionStatus
 
 if TYPE_CHECKING:  # imported where they are used: a server without them saves the memory of their libraries
     from spikeless.engine.metrics import Metrics
@@ -166,9 +166,16 @@ class Server:
         self._update_health()
 
     def _update_health(self) -> None:
-        """SERVING exactly while every configured model has an available version."""
+        """SERVING while every model that can be loaded has an available version."""
         names = self.core.model_names()
-        serving = all(self.core.manager.available(name) for name in names) and not self._stopping.is_set()
+        manager = self.core.manager
+        available = [name for name in names if manager.available(name)]
+        coming = any(
+            status.state in (State.START, State.LOADING)
+            for name in set(names) - set(available)
+            for status in manager.statuses(name)
+        )
+        serving = (bool(available) or not names) and not coming and not self._stopping.is_set()
         status = health_pb2.HealthCheckResponse.SERVING
         if not serving:
             status = health_pb2.HealthCheckResponse.NOT_SERVING
