@@ -90,13 +90,13 @@ def run(settings: LadderSettings, console: Console) -> Path:
     """
     if settings.out.exists():
         raise AlreadyExists(f"{settings.out} is there already and is not overwritten; give another --out")
-    read_requests(settings.requests, _MODEL)
     rungs = [rung for rung in settings.rungs if rung.lacking is None]
     notes = [f"Left out: {rung.title}, because {rung.lacking}." for rung in settings.rungs if rung.lacking]
     for note in notes:
         console.print(f"[yellow]{note}[/yellow]")
     if not rungs:
         raise InvalidArgument("none of the rungs can be run here")
+    read_requests(settings.requests, _MODEL)  # Fails here rather than after the floor.
     with bench.progress_bar("load generator's floor", bench.FLOOR_SECONDS, console) as progress:
         floor = bench.measure_floor(settings.load(1), progress=progress)
     results: list[Path] = []
