@@ -150,9 +150,10 @@ def ask_and_terminate(served: Served, over: threading.Event) -> None:
             asker.join()
 
 
-def test_it_stops_under_requests_every_time(start: Start) -> None:
+@pytest.mark.parametrize("part", range(4))  # for several workers
+def test_it_stops_under_requests_every_time(start: Start, part: int) -> None:
     # Processes are started and joined on one thread: multiprocessing wants it so.
-    for batch in range(20):
+    for batch in range(5):
         over = threading.Event()
         with ExitStack() as stack, ThreadPoolExecutor(5) as pool:
             servers = [stack.enter_context(start(f"{batch}-{number}")) for number in range(5)]
