@@ -50,6 +50,7 @@ settings = parse_settings(parser, may_be_zero=["epochs", "logical_devices"])
 # After the settings: --help and wrong options need no TensorFlow.
 import keras
 import numpy as np
+import tensorboard  # noqa: F401 (the callback writes with it)
 import tensorflow as tf
 from numpy.typing import NDArray
 

@@ -114,7 +114,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 EXTRAS = {
     "serve": ("waitress",),
     "bench": ("gevent", "h2", "jinja2", "locust", "plotly"),
-    "train": ("keras", "scipy", "sklearn", "tensorflow_datasets"),
+    "train": ("keras", "scipy", "sklearn", "tensorboard", "tensorflow_datasets"),
     "tagger": ("seqeval", "tf_keras"),
     "spark": ("py4j", "pyarrow", "pyspark"),
     "docker": ("docker",),
