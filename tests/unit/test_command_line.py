@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -113,8 +114,11 @@ def test_tensorflow_logs_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
     arguments = ("train", "--training", tmp_path, "loud")
     quiet, loud = spikeless(*arguments), spikeless("-v", *arguments)
-    assert (quiet.returncode, quiet.stderr) == (0, "")
-    assert "tensorflow" in loud.stderr
+    assert quiet.returncode == 0, quiet.stderr
+    # TensorFlow 2.21 writes these before it reads what is asked for.
+    early = re.compile(r"WARNING: All log messages before absl|I0000 \S+ +\d+ (port|cudart_stub)\.cc:")
+    assert [line for line in quiet.stderr.splitlines() if not early.match(line)] == []
+    assert "This TensorFlow binary" in loud.stderr
 
 
 def test_a_file_is_not_a_missing_folder(tmp_path: Path) -> None:
