@@ -20,43 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import put_version
+from preloaded_server import serve, serve_and_fail, serve_and_hang
 
 from spikeless import launch
-from spikeless.cli import main
 from spikeless.client import Client
-from spikeless.engine.rest_server import RestServer
 from spikeless.errors import SpikelessError
 
 X = {"x": np.array([1.0], np.float32)}
 BODY = b'{"instances": [1.0]}'
 SPIN = b'{"signature_name": "spin", "inputs": 1000000000}'
-
-
-def serve(flags: list[str], output: Connection, log: Path) -> None:
-    """``spikeless serve``; its standard output goes into the connection."""
-    os.dup2(output.fileno(), 1)
-    output.close()
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    main(["serve", *flags])
-
-
-def serve_and_hang(flags: list[str], output: Connection, log: Path) -> None:
-    """The same with a REST server that never stops."""
-    RestServer.stop = lambda *_: threading.Event().wait()  # type: ignore[assignment]
-    serve(flags, output, log)
-
-
-def serve_and_fail(flags: list[str], output: Connection, log: Path) -> None:
-    """The same with a REST server that fails while it stops."""
-    stop = RestServer.stop
-
-    def fail(self: RestServer, grace: float) -> None:
-        stop(self, grace)
-        raise OSError(9, "Bad file descriptor")
-
-    RestServer.stop = fail  # type: ignore[method-assign]
-    serve(flags, output, log)
 
 
 class Served:

@@ -1,9 +1,47 @@
-"""What a server imports and loads: a fork server does it once for all its children."""
+"""Servers that a fork server starts: it imports and loads what they need once for all.
 
+They stand here because the fork server finds this module by its bare name, and test
+modules not by theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import spikeless.cli.serve
+import spikeless.engine.rest_api  # noqa: F401 (loaded once for all)
 from spikeless import runtime
-from spikeless.cli import serve
-from spikeless.engine import rest_api, rest_server
-
-__all__ = ["rest_api", "rest_server", "serve"]
+from spikeless.cli import main
+from spikeless.engine.rest_server import RestServer
 
 runtime.version()
+
+
+def serve(flags: list[str], output: Connection, log: Path) -> None:
+    """``spikeless serve``; its standard output goes into the connection."""
+    os.dup2(output.fileno(), 1)
+    output.close()
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    main(["serve", *flags])
+
+
+def serve_and_hang(flags: list[str], output: Connection, log: Path) -> None:
+    """The same with a REST server that never stops."""
+    RestServer.stop = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+    serve(flags, output, log)
+
+
+def serve_and_fail(flags: list[str], output: Connection, log: Path) -> None:
+    """The same with a REST server that fails while it stops."""
+    stop = RestServer.stop
+
+    def fail(self: RestServer, grace: float) -> None:
+        stop(self, grace)
+        raise OSError(9, "Bad file descriptor")
+
+    RestServer.stop = fail  # type: ignore[method-assign]
+    serve(flags, output, log)
