@@ -21,6 +21,7 @@ from spikeless.cli import COMMANDS, cli
 from spikeless.cli.options import Duration
 from spikeless.errors import InvalidArgument, NotFound, nearest
 from spikeless.formats import savedmodel
+from spikeless.launch import free_port
 from spikeless.warmup import BuildSettings, make_requests
 
 #: Commands that read, and whose result a program would read.
@@ -143,13 +144,14 @@ def test_a_duration_that_is_too_short() -> None:
         Duration(at_least=1).convert("10ms", None, None)
 
 
-def test_a_table_fits_a_narrow_terminal(saved_models: Path) -> None:
-    """Names are folded and never cut; columns without content are left out."""
+def on_a_terminal(columns: int, *arguments: str, code: int = 0) -> list[str]:
+    """The lines that the command shows on a terminal of so many columns."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-    command = [sys.executable, "-m", "spikeless", "inspect", str(saved_models / "signatures")]
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with subprocess.Popen(
-        command, stdout=theirs, env={**os.environ, "TERM": "dumb", "COLUMNS": "60"}
+        [sys.executable, "-m", "spikeless", *arguments],
+        stdout=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": str(columns)},
     ) as process:
         os.close(theirs)
         text = b""
@@ -157,9 +159,26 @@ def test_a_table_fits_a_narrow_terminal(saved_models: Path) -> None:
             while part := os.read(ours, 4096):
                 text += part
     os.close(ours)
-    assert process.returncode == 0
-    lines = text.decode().splitlines()
+    assert process.returncode == code
+    return re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()
+
+
+def test_a_table_fits_a_narrow_terminal(saved_models: Path) -> None:
+    """Names are folded and never cut; columns without content are left out."""
+    lines = on_a_terminal(60, "inspect", str(saved_models / "signatures"))
     assert lines
-    assert all(len(line) <= 60 for line in lines), text.decode()
-    assert "…" not in text.decode()
-    assert "resident" not in text.decode(), "nothing is mapped"
+    assert all(len(line) <= 60 for line in lines), lines
+    assert not any("…" in line for line in lines)
+    assert not any("resident" in line for line in lines), "nothing is mapped"
+
+
+def test_a_status_that_is_too_wide_is_a_list(tmp_path: Path) -> None:
+    (tmp_path / "boston" / "7").mkdir(parents=True)
+    nobody = f"127.0.0.1:{free_port()}"
+    narrow, wide = (
+        on_a_terminal(columns, "status", "--models", str(tmp_path), "--servers", nobody, code=1)
+        for columns in (40, 160)
+    )
+    assert [line.split() for line in narrow[:2]] == [["boston"], ["version", "7"]]
+    assert all(len(line) <= 40 for line in narrow if not line.startswith("  !")), narrow
+    assert any(line.split()[:3] == ["version", "labels", "size"] for line in wide), wide

@@ -30,6 +30,7 @@ from spikeless.rollout.server_metrics import Traffic
 from spikeless.rollout.status import ModelReport, VersionReport, changes, status
 
 _WATCH_SECONDS = 0.5
+_ANY_WIDTH = 10_000
 _LINE_SECONDS = 5.0
 #: Of the last changes, so many stay on the terminal.
 _SHOWN_EVENTS = 12
@@ -57,7 +58,7 @@ def command(name: str | None, as_json: bool, watch: bool, metrics: str, models: 
     if metrics and not watch:
         raise click.UsageError("--metrics is for --watch: give that, too")
     # Only a terminal has a width that lines must fit.
-    console = Console(width=None if sys.stdout.isatty() else 10_000)
+    console = Console(width=None if sys.stdout.isatty() else _ANY_WIDTH)
     if watch:
         with suppress(KeyboardInterrupt):
             _Watch(console, [_Load(server, metrics) for server in servers]).run(
@@ -70,15 +71,17 @@ def command(name: str | None, as_json: bool, watch: bool, metrics: str, models: 
     else:
         if not reports:
             click.echo("there is no model", err=True)
-        for part in _reports(reports, servers):
+        for part in _reports(reports, servers, console):
             console.print(part)
     if any(report.disagreements for report in reports):
         sys.exit(1)
 
 
-def _reports(reports: list[ModelReport], servers: tuple[str, ...]) -> Iterator[RenderableType]:
+def _reports(
+    reports: list[ModelReport], servers: tuple[str, ...], console: Console
+) -> Iterator[RenderableType]:
     for report in reports:
-        yield _table(report, servers)
+        yield _table(report, servers, console)
         for problem in report.disagreements:
             yield Text(f"  ! {problem}", no_wrap=True, overflow="ignore")
 
@@ -152,7 +155,7 @@ class _Watch:
                 load = [line for one in self._loads for line in one.lines()]
                 if live is not None:
                     below = [Text(f"  {line}") for line in (*load, *self._events)]
-                    live.update(Group(*_reports(reports, servers), *below), refresh=True)
+                    live.update(Group(*_reports(reports, servers, self._console), *below), refresh=True)
                 else:
                     self._print(
                         [*new, *(f"! {problem}" for problem in problems if problem not in known)], load
@@ -168,14 +171,32 @@ class _Watch:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(report: ModelReport, servers: tuple[str, ...]) -> Table:
-    table = Table(title=escape(report.name), title_justify="left", box=box.SIMPLE)
-    for column in ("version", "labels", "size", "age", "carries", "journal", *servers):
-        table.add_column(column, overflow="fold")
-    for version in report.versions:
-        states = [escape(version.servers.get(server, "")) for server in servers]
-        table.add_row(str(version.version), escape(", ".join(version.labels)), *_facts(version), *states)
-    return table
+def _table(report: ModelReport, servers: tuple[str, ...], console: Console) -> RenderableType:
+    """A row for each version; where the terminal is too narrow, a list for each."""
+    columns = ("version", "labels", "size", "age", "carries", "journal", *servers)
+    rows = [
+        (
+            str(version.version),
+            ", ".join(version.labels),
+            *_facts(version),
+            *(version.servers.get(server, "") for server in servers),
+        )
+        for version in report.versions
+    ]
+    title = escape(report.name)
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum <= console.width:
+        return table
+    lists = Table.grid(padding=(0, 2))
+    lists.title, lists.title_justify = title, "left"
+    for row in rows:
+        for name, cell in zip(columns, row, strict=True):
+            if cell:
+                lists.add_row(escape(name), escape(cell))
+        lists.add_row()
+    return lists
 
 
 def _facts(version: VersionReport) -> list[str]:
