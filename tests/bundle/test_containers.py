@@ -425,7 +425,9 @@ def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) ->
     groups = json.loads(fetch(f"{api}/rules"))["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert {rule["health"] for rule in rules} == {"ok"}, rules
-    assert {rule["name"] for rule in rules if rule.get("state") == "firing"} == set()
+    firing = {rule["name"] for rule in rules if rule.get("state") == "firing"}
+    # For five minutes after a version could not be loaded, as in a test before.
+    assert firing <= {"ModelLoadAttemptsFail"}, firing
     # What the dashboard asks is understood, and most of it has an answer by now.
     answered = [bool(query(text.replace("$model", ".*"))) for text in dashboard_queries()]
     assert sum(answered) >= 6
