@@ -402,7 +402,7 @@ def test_mapped_parameters_are_served_and_kept_in_memory(up: Stack, client: Clie
 # Monitoring ---------------------------------------------------------------------------
 
 
-def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) -> None:
+def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack) -> None:
     up.compose("--profile", "monitoring", "up", "--detach", "--wait", "--no-build")
     api = f"http://127.0.0.1:{up.ports['PROMETHEUS_PORT']}/api/v1"
 
@@ -432,19 +432,6 @@ def test_prometheus_scrapes_and_its_rules_evaluate(up: Stack, images: Images) ->
     # What the dashboard asks is understood, and most of it has an answer by now.
     answered = [bool(query(text.replace("$model", ".*"))) for text in dashboard_queries()]
     assert sum(answered) >= 6
-    # The same rules against made-up series: when the alerts fire and when not.
-    sources = (
-        up.folder / "docker" / "monitoring" / "rules.yml",
-        ROOT / "tests" / "bundle" / "rules_test.yml",
-    )
-    tested = up.engine.run(
-        images.prometheus,
-        *("test", "rules", "rules_test.yml"),
-        entrypoint="promtool",
-        volumes=[f"{source}:/rules/{source.name}:ro" for source in sources],
-        working_dir="/rules",
-    )
-    assert tested.code == 0, tested.output
 
 
 def test_monitoring_goes_on_after_the_server_was_restarted(up: Stack, images: Images) -> None:

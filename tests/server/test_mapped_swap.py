@@ -16,6 +16,7 @@ from spikeless.formats.states import State
 from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
 from spikeless.repository.gates import GateSettings
+from spikeless.sidecars.exporter import Exporter, ExporterSettings
 
 MAKE = SUPPORT / "mapping_models.py"
 SIZE = (1 << 18) * 64 * 4
@@ -53,3 +54,9 @@ def test_what_a_swap_takes(serve: ServerFactory, saved_model: Path, tmp_path: Pa
             assert taken < SIZE / 4
         else:
             assert taken > SIZE
+        # What is read of the parameters, and none of the libraries, which are larger.
+        parameters = proc.mapped_parameters(pid)
+        assert (0 < parameters <= SIZE < proc.memory(pid)["RssFile"]) if mapped else parameters == 0
+        exporter = Exporter(ExporterSettings(running.server.target, models, pid))
+        exported = {metric.name: metric.samples for metric in exporter.collect()}
+        assert exported["spikeless_memory_mapped_bytes"][0].value == parameters

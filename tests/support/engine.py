@@ -125,7 +125,7 @@ def engine() -> Iterator[Engine]:
         yield running
         return
     _require_packages()
-    cache = _cache()
+    cache = cache_folder() / "engine"
     cache.mkdir(parents=True, exist_ok=True)
     _require_space(cache)
     with (cache / "lock").open("w") as lock:
@@ -200,9 +200,10 @@ def _require_space(cache: Path) -> None:
         )
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where what tests download is kept between runs."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SPIKELESS_CACHE") or Path(home) / "spikeless") / "engine"
+    return Path(os.environ.get("SPIKELESS_CACHE") or Path(home) / "spikeless")
 
 
 def _ca_file() -> Path | None:

@@ -1,9 +1,9 @@
 """The one reader of ``/proc``: what the kernel says of a process and of the processors.
 
 In: a process id, this process's by default. Out: bytes, clock ticks, mapped files. The
-formats are those of proc_pid_status(5), proc_pid_maps(5), proc_pid_stat(5),
-proc_stat(5) and proc_cpuinfo(5). Every function raises OSError when the process is
-gone, belongs to another user, or when there is no ``/proc``.
+formats are those of proc_pid_status(5), proc_pid_maps(5), proc_pid_smaps(5),
+proc_pid_stat(5), proc_stat(5) and proc_cpuinfo(5). Every function raises OSError when
+the process is gone, belongs to another user, or when there is no ``/proc``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PROC = Path("/proc")
+#: In the path of every file of a SavedModel's checkpoint that holds values.
+_PARAMETERS = "/variables/variables.data-"
 
 
 def memory(pid: int | str = "self") -> dict[str, int]:
@@ -31,6 +33,23 @@ def memory_in(status: Path) -> dict[str, int]:
     return {
         field[0].rstrip(":"): int(field[1]) * 1024 for field in fields if len(field) == 3 and field[2] == "kB"
     }
+
+
+def mapped_parameters(pid: int | str = "self") -> int:
+    """Resident bytes of the checkpoint files that a process maps: its parameters.
+
+    Files that have no name any more count as long as they are mapped; libraries, which
+    ``RssFile`` counts too, do not.
+    """
+    total, counts = 0, False
+    with (_PROC / str(pid) / "smaps").open(errors="replace") as smaps:
+        for line in smaps:
+            first, _, rest = line.partition(" ")
+            if not first.endswith(":"):
+                counts = _PARAMETERS in rest
+            elif counts and first == "Rss:":
+                total += int(rest.split()[0]) * 1024
+    return total
 
 
 def private_memory(pid: int | str = "self") -> int:

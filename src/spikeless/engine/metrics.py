@@ -29,7 +29,7 @@ Those that begin with ``spikeless_`` are this engine's own, in seconds and bytes
     spikeless_version_warmup_records   how many records it had
     spikeless_load_failures_total      failed loads, by model_name, status
     spikeless_memory_private_bytes     what counts against a container's limit (RssAnon)
-    spikeless_memory_mapped_bytes      pages of files, which can be evicted (RssFile)
+    spikeless_memory_mapped_bytes      parameters mapped from files, can be given back
 
 Useful queries:
 
@@ -75,7 +75,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from spikeless.disk import proc
@@ -332,18 +332,16 @@ class _Histogram(_Family[list[float]]):
 class _Memory(Collector):
     """The memory of this process; nothing where there is no ``/proc``."""
 
-    _FIELDS = (
-        ("RssAnon", "spikeless_memory_private_bytes", "Memory that is this process's own."),
-        ("RssFile", "spikeless_memory_mapped_bytes", "Memory that holds pages of files."),
-    )
-
     def collect(self) -> Iterator[Metric]:
         try:
-            memory = proc.memory()
+            private, mapped = proc.private_memory(), proc.mapped_parameters()
         except OSError:
             return
-        for field, name, text in self._FIELDS:
-            if field in memory:
-                metric = Metric(name, text, "gauge")
-                metric.add_sample(name, {}, memory[field])
-                yield metric
+        yield GaugeMetricFamily(
+            "spikeless_memory_private_bytes", "Memory that is this process's own.", value=private
+        )
+        yield GaugeMetricFamily(
+            "spikeless_memory_mapped_bytes",
+            "Resident parameters that are mapped from files.",
+            value=mapped,
+        )

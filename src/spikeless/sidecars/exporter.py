@@ -19,7 +19,7 @@ TensorFlow Serving's ``ModelService``.
     spikeless_memory_private_bytes
         what counts against a memory limit (RssAnon)
     spikeless_memory_mapped_bytes
-        pages of files, which can be given back (RssFile)
+        resident parameters that are mapped from files, which can be given back
 
 Versions that have ended are left out, unless they could not be loaded and are still on
 disk. Where the embedded engine has a metric of the same name, it means the same.
@@ -43,8 +43,9 @@ from spikeless.formats.states import State, VersionStatus
 from spikeless.formats.versions import list_versions
 from spikeless.repository import layout, models_config
 
-#: The kernel's name of a kind of memory -> the metric's.
-_MEMORY = {"RssAnon": "private", "RssFile": "mapped"}
+#: The name of a kind of memory, the kernel's and docker/entrypoint's -> the metric's.
+_MEMORY = {"RssAnon": "private", "MappedParameters": "mapped"}
+_KINDS = {"private": "its own", "mapped": "parameters that are mapped from files"}
 #: A copy of a process's status that is older than this is of a process that is gone.
 #: Seconds.
 MAX_STATUS_AGE = 10.0
@@ -173,22 +174,21 @@ class Exporter:
         for kind, size in self._memory().items():
             yield GaugeMetricFamily(
                 f"spikeless_memory_{kind}_bytes",
-                f"Resident memory of the model server: {kind}.",
+                f"Resident memory of the model server: {_KINDS[kind]}.",
                 value=size,
             )
 
     def _memory(self) -> dict[str, int]:
         """Resident bytes of the server's process by kind; none when it is gone."""
         pid, copy = self.settings.pid, self.settings.status_file
-        try:
+        memory: dict[str, int] = {}
+        with suppress(OSError):
             if pid is not None:
-                memory = proc.memory(proc.server_of(pid))
+                server = proc.server_of(pid)
+                memory = proc.memory(server)
+                memory["MappedParameters"] = proc.mapped_parameters(server)
             elif copy is not None and time.time() - copy.stat().st_mtime <= MAX_STATUS_AGE:
                 memory = proc.memory_in(copy)
-            else:
-                return {}
-        except OSError:
-            return {}
         return {kind: memory[field] for field, kind in _MEMORY.items() if field in memory}
 
 
