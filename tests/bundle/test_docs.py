@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pages
 import pytest
 from places import ROOT
+
+from spikeless.cli.bench import gate_command
 
 DOCS = ROOT / "docs"
 #: tests/bundle/test_containers.py runs this page on a container engine.
@@ -64,3 +68,16 @@ def test_every_page_says_whom_it_helps() -> None:
 def test_the_picture_of_the_spike_is_of_the_checked_in_result() -> None:
     pictures = runpy.run_path(str(DOCS / "pictures.py"))
     assert pictures["PICTURE"].read_text() == pictures["spike"](), "run: python docs/pictures.py"
+
+
+@pytest.mark.parametrize(("number", "schema"), [(0, "github-workflows"), (1, "gitlab-ci")])
+def test_pipelines_fit_the_schema_of_their_service(number: int, schema: str, tmp_path: Path) -> None:
+    page = (DOCS / "how-to" / "ci-check.md").read_text()
+    file = tmp_path / "pipeline.yml"
+    file.write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[number])
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    options = re.findall(r"--[a-z-]+", re.sub(r"pip install.*", "", file.read_text()))
+    known = {name for parameter in gate_command.params for name in parameter.opts}
+    assert set(options) <= known, "the gate has every option that it is given"

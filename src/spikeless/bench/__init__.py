@@ -6,6 +6,7 @@ In: a running server and the model's warmup requests. Out: a raw result for each
 
 load       the load: an open loop (`schedule`, `replayed`, `columns`) inside Locust
 scenario   one run: load, publishing, and what `watch` sees of the server
+gate       a run judged by limits
 ladder     a run for each of the `rungs`
 """
 
@@ -14,7 +15,17 @@ from spikeless.bench.folding import FOLD_RULES, Estimate, Fold, fold
 from spikeless.bench.load.generator_floor import FLOOR_SECONDS, measure_floor
 from spikeless.bench.progress import progress_bar
 from spikeless.bench.replayed import read_requests
-from spikeless.bench.run_file import Facts, Floor, Publish, Run, ServerFacts, Settings, merge, read_run
+from spikeless.bench.run_file import (
+    Facts,
+    Floor,
+    Publish,
+    Run,
+    ServerFacts,
+    Settings,
+    merge,
+    read_run,
+    result_files,
+)
 from spikeless.bench.scenario import (
     SERVER_FLAGS,
     Moment,
@@ -55,6 +66,7 @@ __all__ = [
     "read_requests",
     "read_run",
     "refusal",
+    "result_files",
     "result_path",
     "run",
     "running_server",

@@ -42,7 +42,7 @@ FOLD_RULES = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure in milliseconds and the interval of `CONFIDENCE` around it."""
+    """A figure, in milliseconds or a factor, and the interval of `CONFIDENCE`."""
 
     value: float
     low: float
@@ -65,6 +65,8 @@ class Fold:
     reload: dict[str, Estimate]
     control: dict[str, Estimate]
     excess: dict[str, Estimate]
+    #: Reload relative to control, a factor.
+    ratio: dict[str, Estimate]
 
     @property
     def enough(self) -> bool:
@@ -89,18 +91,38 @@ def fold(runs: Sequence[Run], summaries: Sequence[Summary]) -> Fold:
             else:
                 left_out.append(f"run {number + 1}, reload {position}: {why}")
     if len(pairs) < FEWEST_RELOADS:
-        return Fold(pairs, left_out, {}, {}, {})
-    windows = [latencies(runs[number], swap.window) for number, swap in pairs]
+        return Fold(pairs, left_out, {}, {}, {}, {})
     controls = [latencies(runs[number], swap.control) for number, swap in pairs if swap.control is not None]
     counts = _draws(len(pairs))
-    reload, control = _quantiles(windows, counts), _quantiles(controls, counts)
+    reload, control = _quantiles(_windows(runs, pairs), counts), _quantiles(controls, counts)
     return Fold(
         pairs=pairs,
         left_out=left_out,
         reload=_estimates(reload),
         control=_estimates(control),
         excess=_estimates(reload - control),
+        ratio=_estimates(reload / control),
     )
+
+
+def relative(before: Sequence[Run], old: Fold, after: Sequence[Run], new: Fold) -> dict[str, Estimate]:
+    """The figures of the reloads of `new` relative to those of `old`, as factors.
+
+    Each fold comes with its runs. The intervals draw from both, independently. There
+    are no figures where one of them has too few reloads.
+    """
+    if not (old.enough and new.enough):
+        return {}
+    figures = [
+        _quantiles(_windows(runs, fold.pairs), _draws(len(fold.pairs), seed))
+        for runs, fold, seed in ((before, old, SEED + 1), (after, new, SEED))
+    ]
+    return _estimates(figures[1] / figures[0])
+
+
+def _windows(runs: Sequence[Run], pairs: Sequence[tuple[int, Reload]]) -> list[NDArray[np.float64]]:
+    """The latencies of each reload."""
+    return [latencies(runs[number], swap.window) for number, swap in pairs]
 
 
 def _unfit(swap: Reload) -> str | None:
@@ -122,12 +144,12 @@ def _unfit_window(window: Window) -> str | None:
     return "; ".join(window.contaminated) or None
 
 
-def _draws(reloads: int) -> NDArray[np.int64]:
+def _draws(reloads: int, seed: int = SEED) -> NDArray[np.int64]:
     """How often each reload is drawn, of shape ``[1 + DRAWS, reloads]``.
 
     The first draw has each reload once.
     """
-    random = np.random.default_rng(SEED)
+    random = np.random.default_rng(seed)
     drawn = random.multinomial(reloads, np.full(reloads, 1 / reloads), size=DRAWS)
     return np.vstack([np.ones((1, reloads), np.int64), drawn])
 

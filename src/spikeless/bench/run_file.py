@@ -17,6 +17,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,18 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if len({len(values) for values in requests.values()}) != 1:
         raise DataLoss(f"{name} has columns of different lengths")
     return Run(facts, requests, samples)
+
+
+def result_files(result: Path) -> list[Path]:
+    """The file that `result` is, or those in the directory that it is.
+
+    Raises:
+        NotFound: the directory holds none.
+    """
+    found = sorted(result.glob("*.npz")) if result.is_dir() else [result]
+    if not found:
+        raise NotFound(f"{result} holds no raw results (*.npz)")
+    return found
 
 
 def _facts(metadata: dict[str, Any]) -> Facts:

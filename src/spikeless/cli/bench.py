@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from spikeless import bench, launch
-from spikeless.bench import ladder, report
+from spikeless.bench import gate, ladder, report
 from spikeless.bench.load.generator_floor import built_in_requests
+from spikeless.bench.report.judgement import judgement_junit, judgement_markdown, show_judgement
 from spikeless.bench.rungs import LADDER
 from spikeless.bench.schedule import ARRIVALS
 from spikeless.cli.options import Duration, json_option, models_option
+from spikeless.disk.atomic import write_atomically
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.repository import checks, layout
@@ -32,6 +35,20 @@ _MODEL_PATH = click.Path(path_type=Path, exists=True, file_okay=False)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _TIME = Duration(positive=True)
 _COUNT = click.IntRange(min=1)
+
+
+class _Slo(click.ParamType[Any]):
+    """``p99.9=20ms``: a figure and its limit."""
+
+    name = "figure=time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        figure, equals, limit = value.partition("=")
+        if not equals:
+            self.fail(f"{value!r} is no limit: say p99.9=20ms", param, ctx)
+        return figure.strip(), _TIME.convert(limit, param, ctx) * 1e3
 
 
 @click.group()
@@ -65,48 +82,103 @@ def _load_options(function: Any) -> Any:
     return function
 
 
+def _run_options(*, publishes: int, seconds: str) -> Any:
+    """The options of a run beside those of its load, with these defaults."""
+    options = [
+        click.option("--server", "target", help="gRPC address of a running server.  [default: start one]"),
+        click.option(
+            "--pid",
+            type=int,
+            help="Its process id, to sample its memory.  [default: who listens there, if on this machine]",
+        ),
+        models_option,
+        click.option(
+            "--scenario", default="load", show_default=True, help="Name that the report groups runs by."
+        ),
+        click.option(
+            "--seconds", type=_TIME, default=seconds, show_default=True, help="Duration of the load."
+        ),
+        click.option(
+            "--warm-seconds",
+            type=Duration(),
+            default="3s",
+            show_default=True,
+            help="Left out of the steady window.",
+        ),
+        click.option(
+            "--slo-ms",
+            type=_POSITIVE,
+            default=10.0,
+            show_default=True,
+            help="Slower requests count as a spike.",
+        ),
+        click.option(
+            "--publish",
+            "saved_models",
+            type=_MODEL_PATH,
+            multiple=True,
+            help="SavedModel to publish as the next version. Several take turns.",
+        ),
+        click.option("--publish-command", help="Command that publishes a version instead."),
+        click.option(
+            "--publishes",
+            type=_COUNT,
+            default=publishes,
+            show_default=True,
+            help="How many versions to publish.",
+        ),
+        click.option(
+            "--publish-every",
+            type=_TIME,
+            help="Time between versions.  [default: an equal share of the load after the warm start]",
+        ),
+        click.option("--publish-at", type=_TIME, help="When the first.  [default: after 60 % of a share]"),
+        click.option(
+            "--allocator", type=click.Choice(launch.ALLOCATORS), help="Of that server.  [default: glibc]"
+        ),
+        click.option(
+            "--server-flag", multiple=True, help="Another flag for the server that is started; repeatable."
+        ),
+        click.option("--floor/--no-floor", default=True, help="Measure the generator's own latency first."),
+        click.option(
+            "--out",
+            type=_PATH,
+            default="reports/raw",
+            show_default=True,
+            help="Directory of the raw results.",
+        ),
+    ]
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return _load_options(function)
+
+    return decorate
+
+
 @command.command("run")
-@_load_options
-@click.option("--server", "target", help="gRPC address of a running server.  [default: start one]")
-@click.option(
-    "--pid",
-    type=int,
-    help="Its process id, to sample its memory.  [default: who listens there, if on this machine]",
-)
-@models_option
-@click.option("--scenario", default="load", show_default=True, help="Name that the report groups runs by.")
-@click.option("--seconds", type=_TIME, default="30s", show_default=True, help="Duration of the load.")
-@click.option(
-    "--warm-seconds",
-    type=Duration(),
-    default="3s",
-    show_default=True,
-    help="Left out of the steady window.",
-)
-@click.option(
-    "--slo-ms", type=_POSITIVE, default=10.0, show_default=True, help="Slower requests count as a spike."
-)
-@click.option(
-    "--publish",
-    "saved_models",
-    type=_MODEL_PATH,
-    multiple=True,
-    help="SavedModel to publish as the next version. Several take turns.",
-)
-@click.option("--publish-command", help="Command that publishes a version instead.")
-@click.option("--publishes", type=_COUNT, default=1, show_default=True, help="How many versions to publish.")
-@click.option(
-    "--publish-every", type=_TIME, help="Time between versions.  [default: an equal share of the load]"
-)
-@click.option("--publish-at", type=_TIME, help="When the first one.  [default: 60 % of a share]")
-@click.option("--allocator", type=click.Choice(launch.ALLOCATORS), help="Of that server.  [default: glibc]")
-@click.option("--server-flag", multiple=True, help="Another flag for the server that is started; repeatable.")
-@click.option("--floor/--no-floor", default=True, help="Measure the generator's own latency first.")
-@click.option(
-    "--out", type=_PATH, default="reports/raw", show_default=True, help="Directory of the raw results."
-)
+@_run_options(publishes=1, seconds="30s")
 @json_option
-def run_command(
+def run_command(as_json: bool, **options: Any) -> None:
+    """Drive load against a server and write one raw result.
+
+    Without --server a server is started on MODELS/MODEL_NAME and stopped afterwards;
+    SPIKELESS_SERVER names its engine. With --publish or --publish-command the next
+    version is published while the load runs, with --publishes several. By default the
+    requests are those of the newest version's warmup file.
+    """
+    path, result = _measured(**options)
+    summary = bench.analyse(result)
+    if as_json:
+        click.echo(json.dumps({"result": str(path), **dataclasses.asdict(summary)}, indent=1))
+    else:
+        report.show(report.group([result]))
+        click.echo(path)
+
+
+def _measured(
+    *,
     requests: Path | None,
     target: str | None,
     pid: int | None,
@@ -124,16 +196,9 @@ def run_command(
     server_flag: tuple[str, ...],
     floor: bool,
     out: Path,
-    as_json: bool,
     **load: Any,
-) -> None:
-    """Drive load against a server and write one raw result.
-
-    Without --server a server is started on MODELS/MODEL_NAME and stopped afterwards;
-    SPIKELESS_SERVER names its engine. With --publish or --publish-command the next
-    version is published while the load runs, with --publishes several. By default the
-    requests are those of the newest version's warmup file.
-    """
+) -> tuple[Path, bench.Run]:
+    """Check the options of `_run_options`, measure, and save the result."""
     if saved_models and publish_command is not None:
         raise click.UsageError("--publish and --publish-command exclude each other")
     swaps = bool(saved_models) or publish_command is not None
@@ -145,12 +210,12 @@ def run_command(
         raise click.UsageError("--pid is for --server: give that, too")
     if target is not None and (allocator is not None or server_flag):
         raise click.UsageError("--allocator and --server-flag are for a server that is started, not --server")
-    share = seconds / publishes
+    share = max(0.0, seconds - warm_seconds) / publishes or seconds
     model_name = load["model_name"]
     settings = _settings(
         requests=str(requests or _own_requests(models, model_name)),
         seconds=seconds,
-        publish_at=(0.6 * share if publish_at is None else publish_at) if swaps else None,
+        publish_at=(warm_seconds + 0.6 * share if publish_at is None else publish_at) if swaps else None,
         publishes=publishes,
         publish_every=share if publish_every is None else publish_every,
         warm_seconds=warm_seconds,
@@ -189,12 +254,85 @@ def run_command(
     path = bench.result_path(out, result)
     path.parent.mkdir(parents=True, exist_ok=True)
     result.save(path)
-    summary = bench.analyse(result)
+    return path, result
+
+
+@command.command("gate")
+@click.option(
+    "--slo",
+    "slos",
+    type=_Slo(),
+    multiple=True,
+    help="Limit of p50, p99, p99.9 or max during reloads, such as p99.9=20ms; repeatable.",
+)
+@click.option("--spike-ratio", type=_POSITIVE, help="Limit of p99.9 during reloads relative to quiet time.")
+@click.option(
+    "--errors",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How many requests may fail.",
+)
+@click.option("--baseline", type=_PATH, multiple=True, help="Earlier result to compare with; repeatable.")
+@click.option(
+    "--baseline-ratio",
+    type=_POSITIVE,
+    default=1.25,
+    show_default=True,
+    help="Limit of the same figures relative to those of the baseline.",
+)
+@click.option("--run", "runs", type=_PATH, multiple=True, help="Judge this result instead; repeatable.")
+@click.option("--junit", type=_PATH, help="Write the verdict to this file as JUnit XML.")
+@click.option("--markdown", type=_PATH, help="Write it to this file as Markdown, for a pull request.")
+@_run_options(publishes=12, seconds="60s")
+@json_option
+def gate_command(
+    slos: tuple[tuple[str, float], ...],
+    spike_ratio: float | None,
+    errors: int,
+    baseline: tuple[Path, ...],
+    baseline_ratio: float,
+    runs: tuple[Path, ...],
+    junit: Path | None,
+    markdown: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Judge swaps under load by limits, for CI.
+
+    Exits with 0 when every limit is held, with 1 when one is broken, and with 3 when it
+    is too noisy to tell, which is no pass. The swaps are measured as by `bench run`,
+    with --publish or --publish-command; with --run earlier results of one scenario are
+    read instead. Figures are those of all reloads together, with 95 % intervals.
+    """
+    swaps = bool(options["saved_models"]) or options["publish_command"] is not None
+    if swaps == bool(runs):
+        raise click.UsageError("give --publish or --publish-command to measure swaps, or --run to read them")
+    limits = gate.Limits(dict(slos), spike_ratio, errors, baseline_ratio)
+    for path in (junit, markdown):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidArgument(f"{path} cannot be written: its directory does not exist")
+    before = _read(baseline)
+    results = _read(runs)
+    if swaps:
+        path, result = _measured(**options)
+        click.echo(path, err=True)
+        results = [result]
+    judgement = gate.judge(results, limits, before)
+    if junit is not None:
+        write_atomically(junit, judgement_junit(judgement))
+    if markdown is not None:
+        write_atomically(markdown, judgement_markdown(judgement).encode())
     if as_json:
-        click.echo(json.dumps({"result": str(path), **dataclasses.asdict(summary)}, indent=1))
+        told = {"outcome": judgement.outcome, **dataclasses.asdict(judgement)}
+        click.echo(json.dumps(told, indent=1))
     else:
-        report.show(report.group([result]))
-        click.echo(path)
+        show_judgement(judgement, Console(width=None if sys.stdout.isatty() else 10_000))
+    return judgement.outcome.exit_code
+
+
+def _read(results: Sequence[Path]) -> list[bench.Run]:
+    return [bench.read_run(file) for result in results for file in bench.result_files(result)]
 
 
 @command.command("floor")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from spikeless.bench import read_run, report
-from spikeless.errors import NotFound
+from spikeless.bench import read_run, report, result_files
 
 _PATH = click.Path(path_type=Path)
 
@@ -36,14 +35,14 @@ def command(
     directory = out or Path("reports") / now.strftime("%Y%m%dT%H%M%SZ")
     comparison = None
     if compare:
-        before, after = map(_files, compare)
+        before, after = map(result_files, compare)
         files = [*before, *after]
         old, new = ([read_run(path) for path in paths] for paths in (before, after))
         names = _names(*compare)
         comparison = report.compare((names[0], old), (names[1], new), force)
         scenarios = comparison.scenarios
     else:
-        files = [file for result in results for file in _files(result)]
+        files = [file for result in results for file in result_files(result)]
         scenarios = report.group([read_run(path) for path in files])
     page = report.write(files, directory, comparison)
     report.show(scenarios, comparison=comparison)
@@ -55,10 +54,3 @@ def _names(before: Path, after: Path) -> tuple[str, str]:
     if before.stem != after.stem:
         return before.stem, after.stem
     return str(before), str(after)
-
-
-def _files(result: Path) -> list[Path]:
-    found = sorted(result.glob("*.npz")) if result.is_dir() else [result]
-    if not found:
-        raise NotFound(f"{result} holds no raw results (*.npz)")
-    return found

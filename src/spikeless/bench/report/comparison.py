@@ -49,7 +49,7 @@ def compare(
     if old_name == new_name:
         raise InvalidArgument(f"both results are called {old_name}: give two different ones")
     if not force:
-        _check_machines(before, after)
+        check_machines(before, after)
     old, new = ({one.name: one for one in group(runs)} for _, runs in (before, after))
     if len(old) == len(new) == 1:
         pairs = {"": (*old.values(), *new.values())}
@@ -73,7 +73,8 @@ def _renamed(scenario: Scenario, name: str) -> Scenario:
     return dataclasses.replace(scenario, name=name)
 
 
-def _check_machines(before: tuple[str, Sequence[Run]], after: tuple[str, Sequence[Run]]) -> None:
+def check_machines(before: tuple[str, Sequence[Run]], after: tuple[str, Sequence[Run]]) -> None:
+    """Raise FailedPrecondition where these named results are of different machines."""
     old, new = (
         {run.facts.machine.describe(): run.facts.machine for run in runs} for _, runs in (before, after)
     )
