@@ -7,7 +7,9 @@ modules not by theirs.
 from __future__ import annotations
 
 import os
+import resource
 import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,10 +20,13 @@ from spikeless.cli import main
 from spikeless.engine.rest_server import RestServer
 
 runtime.version()
+#: A server that writes without end must not fill the disk.
+MAX_LOG_BYTES = 16 << 20
 
 
 def serve(flags: list[str], output: Connection, log: Path) -> None:
     """``spikeless serve``; its standard output goes into the connection."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_LOG_BYTES, MAX_LOG_BYTES))
     os.dup2(output.fileno(), 1)
     output.close()
     with log.open("w") as file:
@@ -44,4 +49,34 @@ def serve_and_fail(flags: list[str], output: Connection, log: Path) -> None:
         raise OSError(9, "Bad file descriptor")
 
     RestServer.stop = fail  # type: ignore[method-assign]
+    serve(flags, output, log)
+
+
+def serve_and_break(flags: list[str], output: Connection, log: Path) -> None:
+    """The same with a loop of connections that fails when there is one."""
+    poll = RestServer._poll
+
+    def fail(self: RestServer) -> None:
+        poll(self)
+        if self._listener.active_channels:
+            raise OSError(9, "Bad file descriptor")
+
+    RestServer._poll = fail  # type: ignore[method-assign]
+    serve(flags, output, log)
+
+
+def serve_unread(flags: list[str], output: Connection, log: Path) -> None:
+    """A server that hangs, whose log nobody reads any more from SIGTERM on."""
+
+    def hang(self: RestServer, grace: float) -> None:
+        _, writer = os.pipe()
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while os.write(writer, bytes(1 << 16)):
+                pass
+        os.set_blocking(writer, True)
+        os.dup2(writer, 2)
+        threading.Event().wait()
+
+    RestServer.stop = hang  # type: ignore[method-assign]
     serve(flags, output, log)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -118,6 +119,15 @@ def test_too_many_headers_are_refused() -> None:
         assert b" 431 " in connection.recv(1000)
 
 
+def test_urgent_data_is_worth_no_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with running(Application()) as (_, port), connect(port) as urgent:
+        urgent.send(b"!", socket.MSG_OOB)
+        assert [get(port) for _ in range(10)] == [b"ok"] * 10
+        urgent.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert urgent.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert not caplog.messages
+
+
 def test_stopping_lets_a_request_end_and_takes_no_other() -> None:
     application = Application()
     with running(application) as (server, port), connect(port) as kept:
@@ -161,6 +171,23 @@ def test_stopping_does_not_wait_longer_than_the_grace() -> None:
         server.stop(0.1)
         assert connection.recv(1) == b""
     application.gate.set()
+
+
+def test_a_loop_that_fails_closes_everything_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+    server = RestServer(Application(), ServerFlags(), failed=failures.put)
+    port = server.start()
+    with connect(port) as connection:
+        error = OSError(9, "Bad file descriptor")
+        monkeypatch.setattr(RestServer, "_poll", lambda self: (_ for _ in ()).throw(error))
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert failures.get(timeout=60) is error
+        with suppress(ConnectionResetError):
+            while connection.recv(65536):
+                pass
+    with pytest.raises(ConnectionRefusedError):
+        connect(port)
+    server.stop(60.0)
 
 
 def test_a_port_that_is_taken() -> None:

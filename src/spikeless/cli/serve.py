@@ -25,6 +25,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 #: Seconds that stopping may take where ``--grace`` leaves less.
 _MIN_STOP_SECONDS = 2.0
+#: Seconds in which a server that does not stop may tell what it was doing.
+_TELLING_SECONDS = 1.0
 #: The part of the grace that calls in progress have; unloading has the rest.
 _DRAINING = 0.9
 
@@ -114,7 +116,7 @@ def _stopping_on_signals(server: Server, drain: float, grace: float) -> Iterator
     """Stop the server at SIGTERM or SIGINT.
 
     Whatever that gets stuck in, the process ends with code 1 when the grace is over,
-    and at once at a second signal.
+    or of SIGALRM a second later, and at once at a second signal.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -130,9 +132,12 @@ def _stopping_on_signals(server: Server, drain: float, grace: float) -> Iterator
         received = os.read(reader, 1)
         if not received:
             return
+        seconds = drain + max(grace, _MIN_STOP_SECONDS)
         # A thread that needs none of the interpreter's locks, and that tells what all
-        # others were doing.
-        faulthandler.dump_traceback_later(drain + max(grace, _MIN_STOP_SECONDS), exit=True)
+        # others were doing. Where nobody reads what it writes, the kernel's alarm ends
+        # the process.
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        signal.setitimer(signal.ITIMER_REAL, seconds + _TELLING_SECONDS)
         name = signal.Signals(received[0]).name
         threading.Thread(target=stop, args=(name,), name="stop", daemon=True).start()
         if received := os.read(reader, 1):

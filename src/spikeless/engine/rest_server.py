@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import threading
 import time
@@ -17,16 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from waitress import wasyncore
+from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.server import create_server
-from waitress.task import ErrorTask, WSGITask
+from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from spikeless.engine.flags import ServerFlags
 from spikeless.engine.handlers import MAX_REQUEST_BYTES
-from spikeless.errors import Unavailable
+from spikeless.errors import Internal, Unavailable
 from spikeless.formats import rest_json
 
+_log = logging.getLogger(__name__)
 #: Answers up to this many bytes are copied behind their head and sent with it.
 _SMALL = 1 << 16
 #: Seconds after which the loop looks around although nothing has happened.
@@ -133,16 +136,71 @@ class _Channel(HTTPChannel):
         return bool(self.requests or self.total_outbufs_len)
 
 
-class RestServer:
-    """Runs an application: start (returns the bound port), stop with a grace."""
+class _Listener(TcpWSGIServer):
+    """The listening socket; its connections wake the loop by a socket of Python's.
 
-    def __init__(self, application: _Application, flags: ServerFlags, limits: RestLimits = _LIMITS) -> None:
+    Waitress's own pipe is known by numbers, which another descriptor may have taken
+    when a worker writes to it late. A closed socket object only raises OSError.
+    """
+
+    channel_class = _Channel
+    draining = False
+
+    def __init__(self, application: _Application, map: dict[int, Any], adj: Adjustments) -> None:
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        # Its threads are started when there is a socket.
+        super().__init__(application, map=map, dispatcher=ThreadedTaskDispatcher(), adj=adj)
+        self.task_dispatcher.set_thread_count(adj.threads)
+        self.trigger.close()
+
+    def pull_trigger(self) -> None:
+        # Full: it is about to look around. Closed: it has ended.
+        with contextlib.suppress(OSError):
+            self._waker.send(b"x")
+
+    def wait(self, poller: select.poll) -> list[tuple[int, int]]:
+        """The events of a poller's descriptors, once there are any or it is woken."""
+        poller.register(self._woken, select.POLLIN)
+        events = poller.poll(_LOOP_SECONDS * 1000)
+        with contextlib.suppress(BlockingIOError):
+            while self._woken.recv(1 << 12):
+                pass
+        return events
+
+    def handle_close(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        wasyncore.dispatcher.close(self)
+
+    def close_waker(self) -> None:
+        self._waker.close()
+        self._woken.close()
+
+
+class RestServer:
+    """Runs an application: start (returns the bound port), stop with a grace.
+
+    One thread opens, reads, writes and closes all connections, also while it stops.
+    """
+
+    def __init__(
+        self,
+        application: _Application,
+        flags: ServerFlags,
+        limits: RestLimits = _LIMITS,
+        failed: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        """``failed`` is told when it has ended without being stopped."""
         self._application = application
         self._flags = flags
         self._limits = limits
-        self._connections: dict[int, Any] = {}
-        self._server: Any = None
-        self._closing = False
+        self._failed = failed
+        self._dispatchers: dict[int, Any] = {}
+        self._listener: Any = None
+        self._ending = False
         self._thread = threading.Thread(target=self._run, name="rest", daemon=True)
 
     def start(self) -> int:
@@ -155,9 +213,7 @@ class RestServer:
         # Not every full queue is worth a line: metrics show the load.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         try:
-            server = create_server(
-                self._application,
-                map=self._connections,
+            settings = Adjustments(
                 host=flags.host,
                 port=flags.rest_api_port,
                 threads=flags.rest_api_num_threads,
@@ -174,52 +230,66 @@ class RestServer:
                 # Answers are buffered, so that no worker waits for a slow reader.
                 outbuf_high_watermark=1 << 62,
             )
-        except OSError as error:
-            wasyncore.close_all(self._connections)
+            self._listener = _Listener(self._application, self._dispatchers, settings)
+        except (OSError, ValueError) as error:
+            wasyncore.close_all(self._dispatchers)
             address = f"{flags.host}:{flags.rest_api_port}"
-            raise Unavailable(f"cannot listen on {address}: {error.strerror}") from None
-        server.channel_class = _Channel
-        server.draining = False
-        server.receive_timeout = limits.receive_timeout
-        self._server = server
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise Unavailable(f"cannot listen on {address}: {reason}") from None
+        self._listener.receive_timeout = limits.receive_timeout
         self._thread.start()
-        return int(server.effective_port)
-
-    def _run(self) -> None:
-        while not self._closing:
-            wasyncore.poll2(_LOOP_SECONDS, self._connections)
+        return int(self._listener.effective_port)
 
     def stop(self, grace: float) -> None:
         """Take no new requests; let those in progress end within ``grace`` seconds."""
-        if not self._thread.is_alive():
+        if self._listener is None:
             return
         deadline = time.monotonic() + grace
-        server = self._server
-        self._wake(self._stop_listening)
-        while time.monotonic() < deadline and any(
-            channel.busy() for channel in list(server.active_channels.values())
-        ):
-            time.sleep(0.01)
-        server.task_dispatcher.shutdown(timeout=max(0.0, deadline - time.monotonic()))
-        self._closing = True
-        self._wake()
+        self._listener.draining = True
+        self._listener.pull_trigger()
+        self._thread.join(grace)
+        self._ending = True
+        self._listener.pull_trigger()
         # Whatever the loop is stuck in, it does not keep the server from stopping.
         self._thread.join(_LOOP_SECONDS + 1.0)
-        if not self._thread.is_alive() and not server.task_dispatcher.threads:
-            # Not before: a worker that still runs would write to a pipe of that number.
-            wasyncore.close_all(self._connections, ignore_all=True)
-            return
-        for channel in list(server.active_channels.values()):
-            with contextlib.suppress(OSError):
-                channel.socket.shutdown(socket.SHUT_RDWR)
+        self._listener.task_dispatcher.shutdown(timeout=max(0.0, deadline - time.monotonic()))
 
-    def _wake(self, thunk: Callable[[], None] | None = None) -> None:
-        """Let the loop look around now, and call ``thunk``; else it does so soon."""
-        with contextlib.suppress(OSError):
-            self._server.trigger.pull_trigger(thunk)
+    # The loop -------------------------------------------------------------------------
 
-    def _stop_listening(self) -> None:
-        self._server.draining = True
-        self._server.accepting = False
-        self._server.del_channel()
-        self._server.socket.close()
+    def _run(self) -> None:
+        listener = self._listener
+        try:
+            while not (self._ending or (listener.draining and self._drained())):
+                self._poll()
+        except Exception as error:  # of its own: one of a connection only closes that
+            _log.exception("the REST API ends")
+            self._failed(error)
+        finally:
+            for dispatcher in list(self._dispatchers.values()):
+                with contextlib.suppress(Exception):
+                    dispatcher.handle_close()
+            listener.close_waker()
+
+    def _drained(self) -> bool:
+        """Close the listening socket; True when no request is in progress."""
+        self._listener.close()
+        return not any(channel.busy() for channel in self._listener.active_channels.values())
+
+    def _poll(self) -> None:
+        """Wait for events and have them handled.
+
+        Not by waitress's own function, which asks for urgent data, too: a byte of it
+        stays an event for good, and each look at it is a line in the log.
+        """
+        if not (self._listener.accepting or self._listener.draining):
+            raise Internal("the listening socket was closed")
+        poller = select.poll()
+        for descriptor, dispatcher in list(self._dispatchers.items()):
+            events = select.POLLIN if dispatcher.readable() else 0
+            if not dispatcher.accepting and dispatcher.writable():
+                events |= select.POLLOUT
+            if events:
+                poller.register(descriptor, events)
+        for descriptor, events in self._listener.wait(poller):
+            if dispatcher := self._dispatchers.get(descriptor):
+                wasyncore.readwrite(dispatcher, events)

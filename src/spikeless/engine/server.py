@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +92,7 @@ class Server:
         self._grpc: grpc.Server | None = None
         self._stopping = threading.Event()
         self._stopped = threading.Event()
-        # What failed while it stopped.
+        # What ended it, or failed while it stopped.
         self._failures: list[str] = []
 
     def start(self) -> Ports | None:
@@ -157,7 +158,7 @@ class Server:
         from spikeless.engine.rest_server import RestServer
 
         calls = Calls(self.core, "REST", self._metrics)
-        self._rest = RestServer(RestApi(calls, self._flags), self._flags)
+        self._rest = RestServer(RestApi(calls, self._flags), self._flags, failed=self._end)
         port = self._rest.start()
         _log.info("Exporting HTTP/REST API at:%s:%d ...", self._flags.host, port)
         return port
@@ -206,11 +207,11 @@ class Server:
         """Block until the server has stopped; False after ``timeout`` seconds.
 
         Raises:
-            Internal: a part of the server failed while it stopped.
+            Internal: a part of the server failed, before or while it stopped.
         """
         stopped = self._stopped.wait(timeout)
         if self._failures:
-            raise Internal(f"while stopping: {'; '.join(self._failures)}")
+            raise Internal("; ".join(self._failures))
         return stopped
 
     def drain(self, seconds: float) -> None:
@@ -237,9 +238,14 @@ class Server:
         self._attempt(self.core.stop)
         self._stopped.set()
 
+    def _end(self, error: Exception) -> None:
+        """Have the process stopped, as it always is, because a part has failed."""
+        self._failures.append(f"{type(error).__name__}: {error}")
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _attempt(self, part: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return part(*arguments)
         except Exception as error:
             _log.exception("while stopping")
-            self._failures.append(f"{type(error).__name__}: {error}")
+            self._failures.append(f"while stopping: {type(error).__name__}: {error}")
