@@ -324,9 +324,7 @@ def test_a_version_is_swapped_under_load_and_no_request_fails(up: Stack) -> None
     (first,) = {int(status["version"]) for status in before if status["state"] == "AVAILABLE"}
     with load(up, "boston") as seen:
         up.wait_for(lambda: seen.versions[first] > 50, "requests before the swap")
-        up.compose(
-            "run", "--rm", "tools", "spikeless", "publish", f"models/boston/{first}", "--name", "boston"
-        )
+        up.compose("run", "--rm", "tools", "spikeless", "publish", f"models/boston/{first}", "boston")
         up.wait_for(lambda: seen.versions[first + 1] > 50, "requests after the swap")
     assert seen.errors == []
     assert set(seen.versions) == {first, first + 1}
@@ -391,7 +389,7 @@ def test_locust_shows_its_page_and_drives_load_with_its_workers(up: Stack) -> No
 
 def test_mapped_parameters_are_served_and_kept_in_memory(up: Stack, client: Client) -> None:
     newest = max(available(client, "boston"))
-    publish = ("tools", "spikeless", "publish", f"models/boston/{newest}", "--name", "boston")
+    publish = ("tools", "spikeless", "publish", f"models/boston/{newest}", "boston")
     up.compose("run", "--rm", *publish, "--map", "--min-bytes", "64")
     up.wait_for(lambda: available(client, "boston") == {newest + 1}, "the mapped version")
     up.compose("up", "--detach", "--no-build", "keep")

@@ -20,7 +20,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     reports = tmp_path_factory.mktemp("reports")
     command = [sys.executable, "-m", "spikeless", "demo", "--reports", str(reports)]
     result = subprocess.run(
-        [*command, "--rate", "100", "--seconds", "9", "--repeats", "1"],
+        [*command, "--rate", "100", "--duration", "9s", "--repeats", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,

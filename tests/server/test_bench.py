@@ -280,11 +280,11 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     """The command starts the engine, publishes three times, and writes a raw result."""
     models, source = publish_boston(saved_models / "signatures", tmp_path), tmp_path / "source"
 
-    load: tuple[str | int, ...] = ("--rate", 100, "--seconds", 18, "--warm-seconds", 1, "--timeout", 60)
+    load: tuple[str | int, ...] = ("--rate", 100, "--duration", "18s", "--settle", "1s", "--timeout", "60s")
     load += ("--publishes", 3, "--publish-at", 3, "--publish-every", 5)
     place = ("--models", models, "--out", tmp_path / "raw")
     options = (*load, *place, "--publish", source, "--scenario", "warm", "--no-floor", "--json")
-    done = spikeless("bench", "run", *options, cwd=tmp_path)
+    done = spikeless("bench", "run", "boston", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     for happened in ("publish v2", "v2 AVAILABLE", "v1 END", "publish v4", "v4 AVAILABLE"):
@@ -331,13 +331,13 @@ def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     ("options", "message"),
     [
         ("--rate 0", "'--rate': 0.0 is not in the range x>0"),
-        ("--seconds -1", "'--seconds': '-1' is no duration"),
-        ("--seconds nan", "'--seconds': 'nan' is no duration"),
+        ("--duration -1", "'--duration': '-1' is no duration"),
+        ("--duration nan", "'--duration': 'nan' is no duration"),
         ("--timeout 0", "'--timeout'"),
         ("--processes 0", "'--processes': 0 is not in the range x>=1"),
-        ("--warm-seconds -1", "'--warm-seconds'"),
-        ("--slo-ms 0", "'--slo-ms'"),
-        ("--seconds 2", "of 2 s of load the first 3 s do not count; make the load longer"),
+        ("--settle -1", "'--settle'"),
+        ("--slo-latency 0", "'--slo-latency'"),
+        ("--duration 2s", "of 2 s of load the first 3 s do not count; make the load longer"),
         ("--publish nosuch", "'--publish': Directory 'nosuch' does not exist"),
         ("--publish models", "models is no SavedModel: it has no saved_model.pb"),
         ("--publish source --publishes 0", "'--publishes': 0 is not in the range x>=1"),
@@ -370,7 +370,7 @@ def test_every_option_is_checked_before_anything_is_done(
     write_requests(tmp_path / "requests", 1)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    result = CliRunner().invoke(cli, ["bench", "run", *shlex.split(options)])
+    result = CliRunner().invoke(cli, ["bench", "run", "boston", *shlex.split(options)])
     assert result.exit_code != 0
     said = f"{result.output}{result.exception}"
     assert message in said
@@ -384,10 +384,10 @@ def test_every_option_is_checked_before_anything_is_done(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("demo --seconds 1", "'--seconds': 1 is too short: say 6s or more"),
+        ("demo --duration 1", "'--duration': 1 is too short: say 6s or more"),
         ("demo --rate 0", "'--rate': 0.0 is not in the range x>0"),
         ("demo --repeats 0", "'--repeats': 0 is not in the range x>=1"),
-        ("bench floor --seconds 0", "'--seconds'"),
+        ("bench floor --duration 0", "'--duration'"),
         ("bench ladder nosuch --title x", "Directory 'nosuch' does not exist"),
         ("bench ladder models --title x", "models is no SavedModel: it has no saved_model.pb"),
         ("bench ladder source --title x --rounds 0", "'--rounds': 0 is not in the range x>=1"),
@@ -425,9 +425,11 @@ def test_a_server_that_would_refuse_part_of_the_load_is_named_before_the_run(
     settings = launch.LaunchSettings(
         "boston", published / "boston", flags=("--grpc_max_threads=8",), engine=launch.EMBEDDED
     )
-    load = ("--models", published, "--rate", 40, "--seconds", 2, "--warm-seconds", 0, "--no-floor")
+    load = ("--models", published, "--rate", 40, "--duration", "2s", "--settle", 0, "--no-floor")
     with launch.start(settings) as server:
-        done = spikeless("bench", "run", "--server", server.target, *load, "--out", tmp_path / "raw")
+        done = spikeless(
+            "bench", "run", "boston", "--server", server.target, *load, "--out", tmp_path / "raw"
+        )
         pid = server.pid
     assert done.returncode == 0, done.stderr
     warning = done.stderr.splitlines()[0]

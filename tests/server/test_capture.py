@@ -81,7 +81,7 @@ def test_records_become_warmup_and_golden_requests(target: str, scales: Path, tm
     copy = shutil.copytree(scales / "2", tmp_path / "model")
     done = spikeless("warmup", "build", copy, "--samples", out)
     assert done.returncode == 0, done.stdout + done.stderr
-    arguments = ["--name", NAME, "--models", tmp_path / "published", "--golden", out]
+    arguments = [NAME, "--models", tmp_path / "published", "--golden", out]
     done = spikeless("publish", copy, *arguments)
     assert done.returncode == 0, done.stderr
     (version,) = layout.versions(tmp_path / "published", NAME).values()

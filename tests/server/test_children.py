@@ -18,8 +18,8 @@ from spikeless.disk import children
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
 def test_bench_leaves_nothing_behind(models: Path, tmp_path: Path, ending: signal.Signals) -> None:
-    command = [sys.executable, "-m", "spikeless", "bench", "run", "--seconds", "100", "--no-floor"]
-    command += ["--models", str(models), "--name", NAME, "--out", str(tmp_path / "raw")]
+    command = [sys.executable, "-m", "spikeless", "bench", "run", NAME, "--duration", "100"]
+    command += ["--no-floor", "--models", str(models), "--out", str(tmp_path / "raw")]
     with (tmp_path / "log").open("w") as log:
         bench = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     started: list[psutil.Process] = []

@@ -19,9 +19,9 @@ def test_the_model_of_the_demo_is_swapped_without_a_regression(boston_run: Path,
     model, models = boston_run / "saved_model", tmp_path / "models"
     publishing.publish(model, models, "boston", gates=())
     limits = ("--slo", "p50=2s", "--slo", "p99=10s", "--spike-ratio", 1000, "--errors", 0)
-    load = ("--rate", 100, "--seconds", 27, "--publishes", 6, "--timeout", "1m", "--no-floor")
+    load = ("--rate", 100, "--duration", "27s", "--publishes", 6, "--timeout", "1m", "--no-floor")
     places = ("--models", models, "--out", tmp_path / "raw", "--junit", tmp_path / "gate.xml")
-    done = spikeless("bench", "gate", "--publish", model, *limits, *load, *places, "--json")
+    done = spikeless("bench", "gate", "boston", "--publish", model, *limits, *load, *places, "--json")
     assert done.returncode in (0, 3), f"{done.stdout}\n{done.stderr}"
     judgement = json.loads(done.stdout)
     outcomes = {check["name"]: check["outcome"] for check in judgement["checks"]}
@@ -67,7 +67,9 @@ def test_the_exit_code_is_the_verdict(results: Path, options: str, code: int, me
     ("options", "code", "message"),
     [
         ("--slo p99=1s", 2, "give --publish or --publish-command to measure swaps, or --run to read them"),
-        ("--run run.npz --publish .", 2, "give --publish or --publish-command"),
+        ("a --run run.npz --publish .", 2, "give --publish or --publish-command"),
+        ("--publish .", 2, "NAME is the model to measure"),
+        ("a --run run.npz", 2, "NAME is the model to measure"),
         ("--run run.npz --slo p99.9", 2, "'p99.9' is no limit: say p99.9=20ms"),
         ("--run run.npz --slo p99=fast", 2, "'fast' is no duration"),
         ("--run run.npz --slo p95=1s", 1, "no figure 'p95': choose one of p50, p99, p99.9, max"),

@@ -32,7 +32,7 @@ def test_a_good_version_passes_and_carries_its_golden_requests(
     scales: Path, models: Path, tmp_path: Path
 ) -> None:
     file = golden_file(tmp_path / "golden", 3.0)
-    arguments = ["--name", NAME, "--models", models, "--golden", file, "--rtol=0.01"]
+    arguments = [NAME, "--models", models, "--golden", file, "--rtol=0.01"]
     done = spikeless("publish", scales / "3", *arguments)
     assert done.returncode == 0, done.stderr
     carried = golden.of_version(models / NAME / "3")

@@ -42,9 +42,9 @@ def publish(models: Path) -> None:
 
 
 def test_bench_shows_load_memory_and_the_moment_of_each_swap(models: Path, tmp_path: Path) -> None:
-    load = ("--rate", 50, "--seconds", 8, "--warm-seconds", 0.5, "--publish-at", 2, "--timeout", 60)
+    load = ("--rate", 50, "--duration", 8, "--settle", 0.5, "--publish-at", 2, "--timeout", 60)
     place = ("--models", models, "--out", tmp_path / "raw", "--publish", tmp_path / "source")
-    with Terminal("bench", "run", *load, *place, "--no-floor") as terminal:
+    with Terminal("bench", "run", "boston", *load, *place, "--no-floor") as terminal:
         for text in ("v1 AVAILABLE", " s publish v2", " s v2 AVAILABLE", " s v1 END"):
             terminal.wait_for(text)
         assert terminal.end() == 0, terminal.shown

@@ -46,7 +46,7 @@ def saved_model(boston_run: Path, tmp_path: Path) -> Path:
 
 
 def test_publish_loads_the_model_and_prints_the_new_version(boston_run: Path, tmp_path: Path) -> None:
-    arguments = ("publish", boston_run / "saved_model", "--name=boston", "--models", tmp_path)
+    arguments = ("publish", boston_run / "saved_model", "boston", "--models", tmp_path)
     dry = spikeless(*arguments, "--dry-run", "--json")
     assert dry.returncode == 0, dry.stderr
     told = json.loads(dry.stdout)
@@ -72,7 +72,7 @@ def test_publish_loads_the_model_and_prints_the_new_version(boston_run: Path, tm
 
 def test_a_version_without_warmup_is_published_with_a_warning(saved_model: Path, tmp_path: Path) -> None:
     shutil.rmtree(saved_model / "assets.extra")
-    arguments = ("publish", saved_model, "--name=boston", "--models", tmp_path / "models", "--no-load")
+    arguments = ("publish", saved_model, "boston", "--models", tmp_path / "models", "--no-load")
     done = spikeless(*arguments, "--json")
     assert done.returncode == 0
     assert "no warmup file" in json.loads(done.stdout)["warnings"][0]
@@ -83,7 +83,7 @@ def test_a_version_without_warmup_is_published_with_a_warning(saved_model: Path,
 def test_a_version_that_nobody_can_ask_is_refused(tmp_path: Path) -> None:
     program = "import sys, tensorflow as tf; tf.saved_model.save(tf.Module(), sys.argv[1])"
     subprocess.run([sys.executable, "-c", program, tmp_path / "mute"], check=True, capture_output=True)
-    arguments = ("publish", tmp_path / "mute", "--name=mute", "--models", tmp_path / "new")
+    arguments = ("publish", tmp_path / "mute", "mute", "--models", tmp_path / "new")
     done = spikeless(*arguments)
     assert done.returncode == 1
     assert "has no signature" in done.stderr
@@ -122,7 +122,7 @@ def test_a_kill_at_any_point_leaves_every_visible_version_whole_and_the_next_pub
 
 def test_publishers_at_once_all_succeed_with_numbers_of_their_own(boston_run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "spikeless", "publish", str(boston_run / "saved_model")]
-    command += ["--name=boston", "--models", str(tmp_path), "--no-load"]
+    command += ["boston", "--models", str(tmp_path), "--no-load"]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     outputs = [child.communicate()[0].strip() for child in children]
     assert [child.returncode for child in children] == [0] * 4
@@ -133,7 +133,7 @@ def test_a_model_that_tensorflow_cannot_load_is_refused(saved_model: Path, tmp_p
     file = saved_model / "saved_model.pb"
     # A whole message with a graph that no kernel can run.
     file.write_bytes(file.read_bytes().replace(b"ParseExampleV2", b"ParseExampleV9"))
-    done = spikeless("publish", saved_model, "--name=boston", "--models", tmp_path / "models")
+    done = spikeless("publish", saved_model, "boston", "--models", tmp_path / "models")
     assert done.returncode == 1
     assert "cannot be loaded" in done.stderr
     assert "ParseExampleV9" in done.stderr
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_nothing_behind(boston_run: Path, tmp_path: Path) -> 
     unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, mount], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
-    command = f"{sys.executable} -m spikeless publish {boston_run}/saved_model --name boston --models {disk}"
+    command = f"{sys.executable} -m spikeless publish {boston_run}/saved_model boston --models {disk}"
     script = f"{mount} && {command}; echo exit $?; find {disk} -type f -size +0; find {disk} -name '[0-9]*'"
     done = subprocess.run([*unshare, script], capture_output=True, text=True, env=os.environ)
     assert done.stdout == "exit 1\n"

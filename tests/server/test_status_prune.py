@@ -118,6 +118,19 @@ def test_what_is_loaded_is_not_known_when_a_server_is_silent(models: Path, scale
         prune(models, "other", 1, None)
 
 
+def test_space_is_freed_only_where_something_goes(models: Path) -> None:
+    command = ("prune", NAME, "--keep", "1", "--offline", "--models", models)
+    done = spikeless(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"{NAME}: removed no version (0 bytes)\n" in done.stdout
+    assert "freeing" not in done.stderr
+    age(models, 1)
+    models_config.edit(models, {NAME: with_versions(block_of(models), [2], {"stable": 2})})
+    assert "would remove 1 " in (dry := spikeless(*command, "--dry-run")).stdout
+    assert "freeing" not in dry.stderr
+    assert spikeless(*command).stderr.splitlines() == ["removing version 1", "freeing the space"]
+
+
 def test_what_a_process_has_mapped_stays(models: Path) -> None:
     import mmap
 

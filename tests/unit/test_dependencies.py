@@ -162,7 +162,7 @@ def test_the_base_does_without_extras(tmp_path: Path) -> None:
             ["serve", "--model_config_file=models.config", "--port=0", f"--rest_api_port={free_port()}"],
         ),
         ("bench", ["report", "raw"]),
-        ("bench", ["bench", "run", "--requests=none"]),
+        ("bench", ["bench", "run", "boston", "--requests=none"]),
         ("train", ["train", "one"]),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import pytest
 from places import FIXTURES, SUPPORT
 
+from spikeless.cli.map import summary
 from spikeless.disk import pages
 from spikeless.errors import (
     AlreadyExists,
@@ -621,7 +622,11 @@ def test_the_command(originals: Path, tmp_path: Path) -> None:
         ["dropped", "1"],
         ["compared", "14"],
     ]
-    assert read_manifest(out).compared == 14, "two for each signature"
+    manifest = read_manifest(out)
+    assert manifest.compared == 14, "two for each signature"
+    assert "compared     14 requests, all" in summary(manifest)
+    assert "compared      1 request, all" in summary(dataclasses.replace(manifest, compared=1))
+    assert [line.split()[2] for line in summary(manifest).splitlines()[:2]] == ["variables", "variable"]
     again = _spikeless("map", source, out)
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1] == f"spikeless: error: {out} exists already; give a new folder"
@@ -647,7 +652,7 @@ def test_the_command(originals: Path, tmp_path: Path) -> None:
     for command in (
         ("map", os.path.relpath(source, beside), "../again", "--min-bytes", "4KiB"),
         ("map", "--repin", "../again"),
-        ("publish", "../again", "--name", "m", "--models", "../models", "--map"),
+        ("publish", "../again", "m", "--models", "../models", "--map"),
     ):
         done = run(*command)
         assert done.returncode == 0, done.stderr
@@ -661,7 +666,7 @@ def test_the_command(originals: Path, tmp_path: Path) -> None:
         ("map", "--repin", moved, out),
         ("map", source, out, "--min-bytes", "1XiB"),
         ("map", "--repin", moved, "--no-verify"),
-        ("publish", source, "--name", "m", "--models", tmp_path, "--optimize"),
+        ("publish", source, "m", "--models", tmp_path, "--optimize"),
     ):
         assert _spikeless(*wrong).returncode == 2
     lost = next((moved / "variables").glob("variables.data-00002-*"))
@@ -942,7 +947,7 @@ def test_publish_prefetches_before_the_version_is_visible(mapped: Path, tmp_path
 def test_publish_maps_and_pins(originals: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     done = _spikeless(
-        "publish", originals / "module", "--name", "m", "--models", models, "--map", "--min-bytes", "4KiB"
+        "publish", originals / "module", "m", "--models", models, "--map", "--min-bytes", "4KiB"
     )
     assert done.returncode == 0, done.stderr
     version = models / "m" / "1"

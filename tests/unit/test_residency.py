@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trained_models import spikeless
 
 from spikeless.disk import pages, proc
 from spikeless.disk.atomic import write_atomically
@@ -176,6 +177,21 @@ def test_served_versions_are_those_of_the_configuration(tmp_path: Path) -> None:
         served_versions(tmp_path)
     with pytest.raises(NotFound):
         served_versions(tmp_path / "absent")
+
+
+def test_a_look_that_keeps_nothing_says_why(tmp_path: Path) -> None:
+    (tmp_path / "plain" / "1").mkdir(parents=True)
+    look = ("keep", "--once", "--models", tmp_path, "--budget")
+    done = spikeless(*look, "1MiB")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"keeping 0 of {SIZE:,} bytes",
+        "no version that is served has mapped parameters: see `spikeless map`",
+    ]
+    _version(tmp_path, "a", 1, SIZE)
+    lines = spikeless(*look, 1000).stdout.splitlines()
+    assert lines[0].startswith("over budget: ")
+    assert lines[1:] == ["keeping 0 of 1,000 bytes"]
 
 
 def test_the_command_keeps_until_it_is_told_to_stop(tmp_path: Path) -> None:

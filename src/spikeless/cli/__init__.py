@@ -40,8 +40,14 @@ COMMANDS: dict[str, str] = {
 }
 
 
-#: Options by names that they had, or have in other programs -> their name here.
-_OTHER_NAMES = {"--target": "--server", "--model-name": "--name", "--model_name": "--name"}
+#: Options by names that they had, or have in other programs -> what it is here.
+_OTHER_NAMES = {
+    "--target": "--server",
+    "--seconds": "--duration",
+    "--slo-ms": "--slo-latency",
+    "--warm-seconds": "--settle",
+    **dict.fromkeys(("--model-name", "--model_name", "--name"), "name"),
+}
 
 _COMPLETION = """\b
 Completion of commands and options, in ~/.bashrc:
@@ -140,7 +146,8 @@ def _with_name_here(error: click.ClickException) -> click.ClickException:
         known = {name for parameter in error.ctx.command.params for name in parameter.opts}
         wanted = _OTHER_NAMES.get(error.option_name, "")
         for name in {wanted, f"{wanted}s"} & known:
-            return click.UsageError(f"no such option {error.option_name}: did you mean {name}?", error.ctx)
+            right = name if name.startswith("-") else f"the argument {name.upper()}"
+            return click.UsageError(f"no such option {error.option_name}: did you mean {right}?", error.ctx)
     return error
 
 

@@ -59,7 +59,6 @@ def command() -> None:
 def _load_options(function: Any) -> Any:
     """The options of the load: ``--requests``, and fields of `bench.Settings`."""
     options = [
-        click.option("--name", "model_name", default="boston", show_default=True, help="Name of the model."),
         click.option(
             "--requests", type=_PATH, help="TFRecord file of PredictionLog with the requests to replay."
         ),
@@ -82,7 +81,13 @@ def _load_options(function: Any) -> Any:
     return function
 
 
-def _run_options(*, publishes: int, seconds: str) -> Any:
+def _duration_option(default: str) -> Any:
+    return click.option(
+        "--duration", type=_TIME, default=default, show_default=True, help="How long requests are sent."
+    )
+
+
+def _run_options(*, publishes: int, duration: str) -> Any:
     """The options of a run beside those of its load, with these defaults."""
     options = [
         click.option("--server", "target", help="gRPC address of a running server.  [default: start one]"),
@@ -95,20 +100,18 @@ def _run_options(*, publishes: int, seconds: str) -> Any:
         click.option(
             "--scenario", default="load", show_default=True, help="Name that the report groups runs by."
         ),
+        _duration_option(duration),
         click.option(
-            "--seconds", type=_TIME, default=seconds, show_default=True, help="Duration of the load."
-        ),
-        click.option(
-            "--warm-seconds",
+            "--settle",
             type=Duration(),
             default="3s",
             show_default=True,
             help="Left out of the steady window.",
         ),
         click.option(
-            "--slo-ms",
-            type=_POSITIVE,
-            default=10.0,
+            "--slo-latency",
+            type=_TIME,
+            default="10ms",
             show_default=True,
             help="Slower requests count as a spike.",
         ),
@@ -158,12 +161,13 @@ def _run_options(*, publishes: int, seconds: str) -> Any:
 
 
 @command.command("run")
-@_run_options(publishes=1, seconds="30s")
+@click.argument("name")
+@_run_options(publishes=1, duration="30s")
 @json_option
 def run_command(as_json: bool, **options: Any) -> None:
     """Drive load against a server and write one raw result.
 
-    Without --server a server is started on MODELS/MODEL_NAME and stopped afterwards;
+    Without --server a server is started on MODELS/NAME and stopped afterwards;
     SPIKELESS_SERVER names its engine. With --publish or --publish-command the next
     version is published while the load runs, with --publishes several. By default the
     requests are those of the newest version's warmup file.
@@ -179,14 +183,15 @@ def run_command(as_json: bool, **options: Any) -> None:
 
 def _measured(
     *,
+    name: str,
     requests: Path | None,
     target: str | None,
     pid: int | None,
     models: Path,
     scenario: str,
-    seconds: float,
-    warm_seconds: float,
-    slo_ms: float,
+    duration: float,
+    settle: float,
+    slo_latency: float,
     saved_models: tuple[Path, ...],
     publish_command: str | None,
     publishes: int,
@@ -210,31 +215,31 @@ def _measured(
         raise click.UsageError("--pid is for --server: give that, too")
     if target is not None and (allocator is not None or server_flag):
         raise click.UsageError("--allocator and --server-flag are for a server that is started, not --server")
-    share = max(0.0, seconds - warm_seconds) / publishes or seconds
-    model_name = load["model_name"]
+    share = max(0.0, duration - settle) / publishes or duration
     settings = _settings(
-        requests=str(requests or _own_requests(models, model_name)),
-        seconds=seconds,
-        publish_at=(warm_seconds + 0.6 * share if publish_at is None else publish_at) if swaps else None,
+        requests=str(requests or _own_requests(models, name)),
+        model_name=name,
+        seconds=duration,
+        publish_at=(settle + 0.6 * share if publish_at is None else publish_at) if swaps else None,
         publishes=publishes,
         publish_every=share if publish_every is None else publish_every,
-        warm_seconds=warm_seconds,
-        slo_ms=slo_ms,
+        warm_seconds=settle,
+        slo_ms=1e3 * slo_latency,
         **load,
     )
-    bench.read_requests(settings.requests, model_name)
+    bench.read_requests(settings.requests, name)
     for saved_model in saved_models:
         checks.check_files(saved_model)
     launched = launch.LaunchSettings(
-        model_name,
-        models / model_name,
+        name,
+        models / name,
         flags=(*bench.SERVER_FLAGS, *server_flag),
         allocator=allocator or "glibc",
     )
     if target is None:
-        _check_server(launched, models, model_name)
+        _check_server(launched, models, name)
     publish = None if publish_command is None else bench.publisher(publish_command)
-    facts = None if target is None else bench.running_server(target, model_name, pid)
+    facts = None if target is None else bench.running_server(target, name, pid)
     if out.exists() and not out.is_dir():
         raise InvalidArgument(f"{out} is no directory: give one with --out")
     console = Console(stderr=True)
@@ -242,14 +247,14 @@ def _measured(
         console.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
     with ExitStack() as stack:
         if saved_models:
-            publish = stack.enter_context(bench.staged(saved_models, models, model_name, publishes))
+            publish = stack.enter_context(bench.staged(saved_models, models, name, publishes))
         measured = None
         if floor:
             with bench.progress_bar("floor", bench.FLOOR_SECONDS, console) as progress:
                 measured = bench.measure_floor(settings, progress=progress)
         if facts is None:
             facts = bench.server_facts(stack.enter_context(launch.start(launched)))
-        with bench.progress_bar(scenario, seconds, console) as progress:
+        with bench.progress_bar(scenario, duration, console) as progress:
             result = bench.run(scenario, settings, facts, publish, measured, progress)
     path = bench.result_path(out, result)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,6 +263,7 @@ def _measured(
 
 
 @command.command("gate")
+@click.argument("name", required=False)
 @click.option(
     "--slo",
     "slos",
@@ -284,9 +290,10 @@ def _measured(
 @click.option("--run", "runs", type=_PATH, multiple=True, help="Judge this result instead; repeatable.")
 @click.option("--junit", type=_PATH, help="Write the verdict to this file as JUnit XML.")
 @click.option("--markdown", type=_PATH, help="Write it to this file as Markdown, for a pull request.")
-@_run_options(publishes=12, seconds="60s")
+@_run_options(publishes=12, duration="60s")
 @json_option
 def gate_command(
+    name: str | None,
     slos: tuple[tuple[str, float], ...],
     spike_ratio: float | None,
     errors: int,
@@ -301,21 +308,24 @@ def gate_command(
     """Judge swaps under load by limits, for CI.
 
     Exits with 0 when every limit is held, with 1 when one is broken, and with 3 when it
-    is too noisy to tell, which is no pass. The swaps are measured as by `bench run`,
-    with --publish or --publish-command; with --run earlier results of one scenario are
-    read instead. Figures are those of all reloads together, with 95 % intervals.
+    is too noisy to tell, which is no pass. The swaps of NAME are measured as by `bench
+    run`, with --publish or --publish-command; with --run earlier results of one
+    scenario are read instead. Figures are those of all reloads together, with 95 %
+    intervals.
     """
     swaps = bool(options["saved_models"]) or options["publish_command"] is not None
     if swaps == bool(runs):
         raise click.UsageError("give --publish or --publish-command to measure swaps, or --run to read them")
+    if swaps == (name is None):
+        raise click.UsageError("NAME is the model to measure: give it with --publish, and not with --run")
     limits = gate.Limits(dict(slos), spike_ratio, errors, baseline_ratio)
     for path in (junit, markdown):
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidArgument(f"{path} cannot be written: its directory does not exist")
     before = _read(baseline)
     results = _read(runs)
-    if swaps:
-        path, result = _measured(**options)
+    if name is not None:
+        path, result = _measured(name=name, **options)
         click.echo(path, err=True)
         results = [result]
     judgement = gate.judge(results, limits, before)
@@ -337,25 +347,20 @@ def _read(results: Sequence[Path]) -> list[bench.Run]:
 
 @command.command("floor")
 @_load_options
-@click.option(
-    "--seconds",
-    type=_TIME,
-    default=f"{bench.FLOOR_SECONDS:g}s",
-    show_default=True,
-    help="Duration of the load.",
-)
+@_duration_option(f"{bench.FLOOR_SECONDS:g}s")
 @json_option
-def floor_command(requests: Path | None, seconds: float, as_json: bool, **load: Any) -> None:
+def floor_command(requests: Path | None, duration: float, as_json: bool, **load: Any) -> None:
     """Measure the load generator's own latency on a server that answers at once."""
     with ExitStack() as stack:
         settings = _settings(
             requests=str(requests or stack.enter_context(built_in_requests())),
-            seconds=seconds,
+            model_name="floor",
+            seconds=duration,
             warm_seconds=0.0,
             **load,
         )
-        progress = stack.enter_context(bench.progress_bar("floor", seconds))
-        measured = bench.measure_floor(settings, seconds, progress)
+        progress = stack.enter_context(bench.progress_bar("floor", duration))
+        measured = bench.measure_floor(settings, duration, progress)
     click.echo(json.dumps(dataclasses.asdict(measured), indent=1) if as_json else report.floor_text(measured))
 
 

@@ -21,11 +21,11 @@ from spikeless.cli.options import Duration
     help="Requests/s.",
 )
 @click.option(
-    "--seconds",
+    "--duration",
     type=Duration(at_least=demo.SHORTEST_SECONDS),
     default=f"{demo.DemoSettings.seconds:g}s",
     show_default=True,
-    help="Of load in each run.",
+    help="How long requests are sent in each run.",
 )
 @click.option(
     "--repeats",
@@ -34,12 +34,12 @@ from spikeless.cli.options import Duration
     show_default=True,
     help="Runs of each scenario.",
 )
-def command(reports: Path, rate: float, seconds: float, repeats: int) -> None:
+def command(reports: Path, rate: float, duration: float, repeats: int) -> None:
     """Train, publish, serve, swap under load, report; with and without a warmup file.
 
     Run it in a clone of the project.
     """
     settings = demo.DemoSettings(
-        reports=reports, rate=rate, seconds=seconds, publish_at=seconds * 5 / 9, repeats=repeats
+        reports=reports, rate=rate, seconds=duration, publish_at=duration * 5 / 9, repeats=repeats
     )
     demo.run(settings, Console())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spikeless.cli.options import Size
+from spikeless.cli.options import Size, json_option
 from spikeless.disk import pages
 from spikeless.formats.tensors import shape_text
 from spikeless.mapping import COPIED_BYTES, VariableState, inspect, is_mapped
@@ -27,7 +27,7 @@ from spikeless.mapping.manifest import VariableRecord
     show_default=True,
     help="For a model that is not mapped: as in `spikeless map`.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def command(saved_model: Path, min_bytes: int, as_json: bool) -> None:
     """Show which variables of SAVED_MODEL are mapped, restored (and why) or dropped.
 

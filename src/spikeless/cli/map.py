@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from spikeless.cli.options import Size
+from spikeless.cli.options import Size, json_option
 from spikeless.mapping import Manifest, MapSettings, VariableState, map_saved_model, repin
 
 
@@ -31,7 +31,7 @@ from spikeless.mapping import Manifest, MapSettings, VariableState, map_saved_mo
 @click.option(
     "--repin", "repin_only", is_flag=True, help="Correct the paths in a mapped model that was moved."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+@json_option
 def command(
     saved_model: Path,
     out: Path | None,
@@ -73,7 +73,8 @@ def summary(manifest: Manifest) -> str:
     for state in VariableState:
         chosen = [variable for variable in manifest.variables if variable.state is state]
         total = sum(variable.bytes or 0 for variable in chosen)
-        lines.append(f"{state.value:<9} {len(chosen):>5} variables {total / 2**20:>12,.1f} MiB")
+        noun = "variable" if len(chosen) == 1 else "variables"
+        lines.append(f"{state.value:<9} {len(chosen):>5} {noun:<9} {total / 2**20:>12,.1f} MiB")
     requests = "request" if manifest.compared == 1 else "requests"
     lines.append(
         f"compared  {manifest.compared:>5} {requests}, all answers the same"

@@ -71,7 +71,6 @@ models_option = click.option(
 )
 
 
-name_option = click.option("--name", required=True, help="Name of the model.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, change nothing.")
 

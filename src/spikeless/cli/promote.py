@@ -35,7 +35,9 @@ from spikeless.rollout.soak import SoakSettings
 @click.option(
     "--max-p99-ratio", default=1.5, show_default=True, help="Its p99 over that of the stable version."
 )
-@click.option("--requests", default=200, show_default=True, help="Requests that each of the two is sent.")
+@click.option(
+    "--comparison-requests", default=200, show_default=True, help="Requests that each of the two is sent."
+)
 @click.option(
     "--keep-previous/--unload-previous", default=True, help="Keep the last version loaded, to go back."
 )
@@ -61,7 +63,7 @@ def command(name: str, version: int, models: Path, as_json: bool, dry_run: bool,
         keep_previous=options["keep_previous"],
         takes_unlabelled=options["takes_unlabelled"],
         serving_root=options["serving_root"],
-        comparison=ComparisonSettings(options["requests"], max_p99_ratio=options["max_p99_ratio"]),
+        comparison=ComparisonSettings(options["comparison_requests"], max_p99_ratio=options["max_p99_ratio"]),
         soak=SoakSettings(options["soak"], metrics=options["metrics"]),
         reason=options["reason"],
     )

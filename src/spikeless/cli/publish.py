@@ -14,7 +14,6 @@ from spikeless.cli.options import (
     dry_run_option,
     json_option,
     models_option,
-    name_option,
     tell,
 )
 from spikeless.mapping import MapSettings
@@ -25,7 +24,7 @@ from spikeless.repository.golden import Tolerance
 
 @click.command()
 @click.argument("saved_model", type=click.Path(path_type=Path))
-@name_option
+@click.argument("name")
 @click.option("--version", type=int, help="Number of the version.  [default: the next free one]")
 @models_option
 @click.option("--load/--no-load", default=True, help="Load the model first and ask it, as a test.")

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from spikeless.cli.options import models_option, servers_option
+from spikeless.cli.options import json_option, models_option, servers_option
 from spikeless.disk import proc
 from spikeless.errors import SpikelessError
 from spikeless.rollout import local_servers, server_metrics
@@ -38,7 +38,7 @@ _SHOWN_EVENTS = 12
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option
 @click.option("--watch", is_flag=True, help="Go on, and show each change when it happens, until Ctrl-C.")
 @click.option(
     "--metrics",
