@@ -254,6 +254,10 @@ def test_a_ladder_is_one_chart(browser: webdriver.Chrome, ladder_page: Path, siz
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(boxes)), "labels have room"
     titles = [card.text for card in browser.find_elements(By.CSS_SELECTOR, "#ladder .ytick text")]
     assert titles == chart["yaxis"]["ticktext"], "every rung is named"
+    lines = browser.execute_script(
+        "return document.getElementById('ladder').data.filter(one => one.mode === 'lines').length"
+    )
+    assert lines == 7, "five reloads each: each has an interval"
 
 
 @pytest.mark.parametrize("size", SIZES)

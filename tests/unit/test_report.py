@@ -70,6 +70,27 @@ def test_several_reloads_are_folded() -> None:
 def test_fewer_than_five_reloads_have_no_interval() -> None:
     assert "folded reloads" not in rows(made_up_run("series", *[50] * 4))
     assert "[" not in report.render_markdown(report.group([made_up_run("series", *[50] * 4)]))
+    pairs = [made_up_run("pairs", 40, 50), made_up_run("pairs", 60, 70)]
+    assert rows(*pairs)["reload p99.9"] == ["61.0 ms (51.0 to 71.0)"]
+
+
+def test_the_headline_has_an_interval_by_reload_everywhere() -> None:
+    """By runs, too: each has a reload of 41 ms, or of 41 and of 81 ms."""
+    scenarios = report.group([made_up_run("a", 40, 40, 40), made_up_run("a", 40, 80, 40)])
+    cell = "58.5 ms [41.0, 78.5]"
+    assert {row.label: row.cells[0] for row in report.table(scenarios)}["reload p99.9"] == cell
+    page = report.render_html(scenarios).replace("\N{NO-BREAK SPACE}", " ")
+    assert '<div class="figure spiky">58.5 ms <small>[41.0, 78.5]</small>' in page
+    text = report.render_markdown(scenarios)
+    assert f"| reload p99.9 | {cell} |" in text
+    assert "95% interval in square brackets" in text
+    assert report.group([made_up_run("same", *[50] * 5)])[0].interval == pytest.approx((51, 51))
+    (singles,) = report.group([made_up_run("one each", height) for height in (10, 20, 30, 40, 50)])
+    assert singles.interval is not None
+    assert 10 < singles.interval[0] < 30 < 32 < singles.interval[1] < 52, "runs are drawn, too"
+    half, whole = (made_up_run("x", *[height] * 5) for height in (20, 40))
+    changes = report.compare(("old", [whole]), ("new", [half])).rows
+    assert {row.label: row.cells[2] for row in changes}["reload p99.9"] == "0.51x"
 
 
 def test_reloads_that_are_left_out_are_named_in_one_note() -> None:
@@ -177,6 +198,7 @@ def test_several_scenarios_are_one_chart() -> None:
     assert data["ladder"]["ms"] == [81, 21, 2]
     assert data["ladder"]["held"] == [False, False, True]
     assert data["ladder"]["reloads"] == [[81], [21], [2]]
+    assert data["ladder"]["interval"] == [None] * 3, "of one reload each"
     assert '<div class="figure' not in page, "it takes the place of the cards"
     assert '"ladder": null' in report.render_html(report.group(runs[:2]))
 

@@ -135,6 +135,11 @@ class Summary:
     notes: Sequence[str]
 
     @property
+    def counted(self) -> Sequence[Reload]:
+        """The reloads that `reload` and the figures after it come from."""
+        return [swap for swap in self.reloads if swap.clean] or self.reloads
+
+    @property
     def failed(self) -> int:
         return sum(count for code, count in self.codes.items() if code != Code.OK.name)
 

@@ -28,6 +28,11 @@ DRAWS = 2000
 CONFIDENCE = 0.95
 SEED = 1
 
+INTERVAL_RULE = (
+    f"From {FEWEST_RELOADS} reloads on, the reload p99.9 has a {CONFIDENCE:.0%} interval in square brackets: "
+    f"{DRAWS:,} times runs are drawn with replacement, and of each drawn run its reloads; the median of the "
+    f"runs is taken each time (bootstrap, seed {SEED})."
+)
 FOLD_RULES = (
     f"Folded figures, from {FEWEST_RELOADS} reloads on: the requests of all reloads together, counted from "
     "the moment of publishing, and those of as many control windows of the same lengths, each from the "
@@ -123,6 +128,37 @@ def relative(before: Sequence[Run], old: Fold, after: Sequence[Run], new: Fold) 
 def _windows(runs: Sequence[Run], pairs: Sequence[tuple[int, Reload]]) -> list[NDArray[np.float64]]:
     """The latencies of each reload."""
     return [latencies(runs[number], swap.window) for number, swap in pairs]
+
+
+def median_interval(
+    runs: Sequence[Run], summaries: Sequence[Summary], figure: str = "p99.9"
+) -> tuple[float, float] | None:
+    """An interval of `CONFIDENCE` for the median of the runs' reload figures.
+
+    It belongs to the figure of the same name in ``Summary.reload``, in milliseconds.
+    Runs are drawn at random with replacement, and of each drawn run its reloads. None
+    when there are fewer than `FEWEST_RELOADS` reloads.
+    """
+    of_runs = []
+    for run, summary in zip(runs, summaries, strict=True):
+        windows = [latencies(run, swap.window) for swap in summary.counted]
+        if windows := [window for window in windows if len(window)]:
+            of_runs.append(windows)
+    if sum(map(len, of_runs)) < FEWEST_RELOADS:
+        return None
+    column = list(FIGURES.values()).index(figure)
+    drawn = np.stack(
+        [
+            _quantiles(windows, _draws(len(windows), SEED + number)[1:])[:, column]
+            for number, windows in enumerate(of_runs)
+        ]
+    )
+    chosen = np.random.default_rng(SEED).integers(len(of_runs), size=(len(of_runs), DRAWS))
+    # A run that is drawn twice has other reloads each time.
+    others = (np.arange(DRAWS) + np.arange(len(of_runs))[:, np.newaxis]) % DRAWS
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.median(drawn[chosen, others], axis=0), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _unfit(swap: Reload) -> str | None:

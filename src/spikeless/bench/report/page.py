@@ -17,7 +17,7 @@ import jinja2
 from spikeless import __version__
 from spikeless.bench import run_file
 from spikeless.bench.analysis import RULES
-from spikeless.bench.folding import FOLD_RULES
+from spikeless.bench.folding import FOLD_RULES, INTERVAL_RULE
 from spikeless.bench.report.comparison import Comparison
 from spikeless.bench.report.notes import notes
 from spikeless.bench.report.pictures import Panel, draw, draw_ladder
@@ -190,7 +190,12 @@ def floor_text(floor: run_file.Floor | None) -> str:
 
 
 def _rules(scenarios: Sequence[Scenario]) -> list[str]:
-    return [RULES, FOLD_RULES] if any(scenario.fold.enough for scenario in scenarios) else [RULES]
+    rules = [RULES]
+    if any(scenario.interval for scenario in scenarios):
+        rules.append(INTERVAL_RULE)
+    if any(scenario.fold.enough for scenario in scenarios):
+        rules.append(FOLD_RULES)
+    return rules
 
 
 def _escape(text: str) -> str:

@@ -69,8 +69,9 @@ def draw_ladder(scenarios: Sequence[Scenario], verdict: Verdict) -> dict[str, An
     return {
         "name": [one.name for one in scenarios],
         "ms": [round(spread.middle, 3) for spread in spreads],
-        "low": [round(spread.low, 3) for spread in spreads],
-        "high": [round(spread.high, 3) for spread in spreads],
+        "interval": [
+            [round(spread.low, 3), round(spread.high, 3)] if spread.interval else None for spread in spreads
+        ],
         "text": [spread_text(spread) for spread in spreads],
         "steady": [round(spread.middle, 3) for spread in calm],
         "held": list(verdict.held),

@@ -1,14 +1,16 @@
 """The numbers of the report: one row for each figure, one cell for each scenario.
 
 In: runs. Out: scenarios, and the rows of their table. Runs of one scenario are repeats:
-a cell has their median and, in brackets, the smallest and the largest. Five or more
-reloads are also folded into one (`spikeless.bench.folding`).
+a cell has their median and, in brackets, the smallest and the largest. From five
+reloads on, the headline figure has an interval instead, and the reloads are also folded
+into one (`spikeless.bench.folding`).
 
 The page, its charts, the Markdown and the terminal all take their numbers from here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spikeless.bench.analysis import Summary, analyse
-from spikeless.bench.folding import CONFIDENCE, FIGURES, Estimate, Fold, fold
+from spikeless.bench.folding import CONFIDENCE, FIGURES, Estimate, Fold, fold, median_interval
 from spikeless.bench.run_file import Run
 from spikeless.errors import Code, InvalidArgument
 
@@ -36,6 +38,8 @@ class Scenario:
     summaries: Sequence[Summary]
     #: The reloads of all runs together.
     fold: Fold
+    #: Of the headline figure (`headline`), by reload; None for fewer than five reloads.
+    interval: tuple[float, float] | None
 
     @property
     def clean(self) -> list[int]:
@@ -57,13 +61,14 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure of a scenario: the median of its runs, the smallest and the largest."""
+    """A figure of a scenario: the median of its runs, and how far it is known."""
 
     middle: float
+    #: The smallest and the largest run, or with `interval` the bounds of that.
     low: float
     high: float
-    #: How many runs have the figure.
-    runs: int
+    #: Whether the bounds are an interval by reload (`median_interval`).
+    interval: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,12 @@ def group(runs: Sequence[Run]) -> list[Scenario]:
     for name in names:
         mine = [run for run in ordered if run.facts.scenario == name]
         summaries = [analyse(run) for run in mine]
-        scenarios.append(Scenario(name, mine, summaries, fold(mine, summaries)))
+        scenario = Scenario(name, mine, summaries, fold(mine, summaries), None)
+        clean = scenario.clean
+        interval = median_interval(
+            [mine[number] for number in clean], [summaries[number] for number in clean]
+        )
+        scenarios.append(dataclasses.replace(scenario, interval=interval))
     return scenarios
 
 
@@ -120,7 +130,14 @@ def headline(scenario: Scenario) -> Spread:
 
     It is that of the row `HEADLINE`, or of ``steady p99.9`` where nothing is reloaded.
     """
-    return _spread(scenario, _reload("p99_9")) or steady(scenario)
+    return _reload_headline(scenario) or steady(scenario)
+
+
+def _reload_headline(scenario: Scenario) -> Spread | None:
+    found = _spread(scenario, _reload("p99_9"))
+    if found is None or scenario.interval is None:
+        return found
+    return Spread(found.middle, *scenario.interval, interval=True)
 
 
 def steady(scenario: Scenario) -> Spread:
@@ -171,7 +188,7 @@ def changed(before: Scenario, after: Scenario) -> list[Row]:
     rows = []
     for heading, figures in _FIGURES.items():
         for figure in figures if heading not in _ADVANCED else ():
-            old, new = _spread(before, figure.get), _spread(after, figure.get)
+            old, new = _of(before, figure), _of(after, figure)
             if old is None or new is None:
                 continue
             cells = [spread_text(old, figure.show), spread_text(new, figure.show), _relative(old, new)]
@@ -184,7 +201,8 @@ def _relative(old: Spread, new: Spread) -> str:
         return "same"
     factor = f"{new.middle / old.middle:.2f}x" if old.middle else NOTHING
     overlap = old.low <= new.high and new.low <= old.high
-    return f"{factor}, ranges overlap" if overlap else factor
+    kind = "intervals" if old.interval and new.interval else "ranges"
+    return f"{factor}, {kind} overlap" if overlap else factor
 
 
 class _Figure(NamedTuple):
@@ -237,18 +255,27 @@ _ADVANCED = ("Other percentiles and counts", _FOLDED)
 
 def _spread(scenario: Scenario, get: Callable[[Summary], float | None]) -> Spread | None:
     found = [value for number in scenario.clean if (value := get(scenario.summaries[number])) is not None]
-    return Spread(statistics.median(found), min(found), max(found), len(found)) if found else None
+    return Spread(statistics.median(found), min(found), max(found)) if found else None
+
+
+def _of(scenario: Scenario, figure: _Figure) -> Spread | None:
+    return _reload_headline(scenario) if figure.label == HEADLINE else _spread(scenario, figure.get)
 
 
 def _cell(scenario: Scenario, figure: _Figure) -> str:
-    found = _spread(scenario, figure.get)
+    found = _of(scenario, figure)
     return spread_text(found, figure.show) if found else NOTHING
 
 
 def spread_text(spread: Spread, show: Callable[[float], str] = milliseconds) -> str:
-    """The median and, of several runs, the range: ``5.62 ms (5.50 to 5.74)``."""
+    """The median and, of several runs, the range: ``5.62 ms (5.50 to 5.74)``.
+
+    Where there is an interval, it is there instead: ``5.62 ms [5.50, 5.74]``.
+    """
     middle = show(spread.middle)
     low, high = (show(value).partition(" ")[0] for value in (spread.low, spread.high))
+    if spread.interval:
+        return f"{middle} [{low}, {high}]"
     if low == high:
         return middle
     return f"{middle} ({low} to {high})"
