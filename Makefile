@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest test-containers docs lint env system-packages update-pins fuzz \
-        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder
+        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -83,6 +83,10 @@ bench-serving: $(READY)
 SIZES ?= 512MiB
 bench-mapping: $(READY)
 	$(BIN)/python benchmarks/mapping.py $(SIZES:%=--size %)
+
+# Whether the instrument reports stalls that are known exactly, and its floor, in 10 minutes.
+bench-instrument: $(READY)
+	$(BIN)/python benchmarks/instrument.py
 
 # What each remedy is worth: 10 reloads on each rung in about 12 minutes,
 # ROUNDS=12 for 60 of them in little more than an hour.

@@ -162,6 +162,7 @@ def test_locust_by_itself_and_with_workers(
     planned = Schedule(100, 2).offsets()
     for run in (one, two):
         assert np.array_equal(run.requests["intended"], planned)
+        assert np.array_equal(run.requests["request"], np.arange(len(planned)) % 3)
         assert set(run.requests["code"]) == {Code.OK}
     logs = [
         list(csv.DictReader(path.read_text().splitlines()))

@@ -49,13 +49,6 @@ def test_constant_arrivals() -> None:
     assert Schedule(4, 1.5, "constant").offsets().tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shares_are_the_schedule(count: int) -> None:
-    schedule = Schedule(300, 5)
-    shares = [schedule.share(index, count) for index in range(count)]
-    assert np.array_equal(np.sort(np.concatenate(shares)), schedule.offsets())
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -95,7 +88,7 @@ def test_what_is_no_address(target: str) -> None:
 
 
 def test_latency_counts_from_the_intended_start() -> None:
-    columns = RequestColumns(np.array([0.0, 1.0, 2.0]), request_count=2)
+    columns = RequestColumns(np.array([0.0, 1.0, 2.0]), np.array([0, 1, 0]))
     columns.sent(1, 1.5)
     columns.answered(1, 1.75, code=0, version=9)
     ended = columns.ended()
@@ -109,7 +102,7 @@ def test_latency_counts_from_the_intended_start() -> None:
 def test_a_stall_delays_every_request_that_was_due() -> None:
     """Coordinated omission: a client that waits sees one slow request; users 120."""
     intended = Schedule(1000, 10, "constant").offsets()
-    columns = RequestColumns(intended, 1)
+    columns = RequestColumns(intended, np.zeros(len(intended)))
     stall = (5.0, 5.12)
     for index, start in enumerate(intended):
         columns.sent(index, start)

@@ -31,17 +31,18 @@ COLUMNS: dict[str, Any] = {
 class RequestColumns:
     """Preallocated columns for the requests of one schedule.
 
-    `offsets` are the intended starts in seconds.
+    `offsets` are the intended starts in seconds, `numbers` those of the records that
+    are replayed.
     """
 
-    def __init__(self, offsets: NDArray[np.float64], request_count: int) -> None:
+    def __init__(self, offsets: NDArray[np.float64], numbers: NDArray[Any]) -> None:
         size = len(offsets)
         self.intended = offsets
         self.lag = np.full(size, np.nan)
         self.latency = np.full(size, np.nan)
         self.code = np.full(size, Code.UNKNOWN, np.uint8)
         self.version = np.zeros(size, np.int64)
-        self.request = (np.arange(size) % request_count).astype(np.uint32)
+        self.request = numbers.astype(np.uint32)
 
     def sent(self, index: int, offset: float) -> None:
         """Request `index` left at `offset`, in seconds after the start of the run."""

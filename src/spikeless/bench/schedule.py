@@ -53,7 +53,3 @@ class Schedule:
         random = np.random.default_rng(self.seed)
         count = random.poisson(self.rate * self.seconds)
         return np.sort(random.uniform(0.0, self.seconds, count))
-
-    def share(self, index: int, count: int) -> NDArray[np.float64]:
-        """The offsets of worker `index` of `count`: every `count`-th request."""
-        return self.offsets()[index::count]

@@ -181,8 +181,11 @@ class OpenLoopUser(User):
     def drive(self) -> None:
         settings, requests = _read(self.environment)
         share = _Load.shares.get()
-        offsets = settings.schedule.share(share["index"], share["count"])
-        load = OpenLoop(offsets, requests, self.environment.host, settings.timeout)
+        # A share's requests are those that one process would send at these times.
+        mine = slice(share["index"], None, share["count"])
+        offsets = settings.schedule.offsets()
+        numbers = np.arange(len(offsets)) % len(requests)
+        load = OpenLoop(offsets[mine], requests, self.environment.host, settings.timeout, numbers[mine])
         log = None
         if self.environment.parsed_options.request_log:
             file = _file_of(self.environment.parsed_options.request_log, share)

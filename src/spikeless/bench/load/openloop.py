@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from gevent.monkey import get_original
@@ -42,15 +43,23 @@ class OpenLoop:
 
     Args:
         offsets: the intended starts in seconds, of shape ``[requests]``.
-        requests: replayed in turn.
+        requests: what is replayed.
         target: ``host:port``.
         timeout: the deadline of each request, in seconds.
+        numbers: the request of each start, of shape ``[requests]``; in turn by default.
     """
 
     def __init__(
-        self, offsets: NDArray[np.float64], requests: Sequence[ReplayedRequest], target: str, timeout: float
+        self,
+        offsets: NDArray[np.float64],
+        requests: Sequence[ReplayedRequest],
+        target: str,
+        timeout: float,
+        numbers: NDArray[Any] | None = None,
     ) -> None:
-        self.columns = RequestColumns(offsets, len(requests))
+        if numbers is None:
+            numbers = np.arange(len(offsets)) % len(requests)
+        self.columns = RequestColumns(offsets, numbers)
         #: The indices of ended requests, for whoever follows the run.
         self.finished: deque[int] = deque()
         self.sent = 0
