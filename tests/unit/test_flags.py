@@ -31,7 +31,7 @@ def test_the_reference_tells_what_is_special() -> None:
     )
     assert rows["grace"].endswith("Not a flag of TensorFlow Serving. |")
     assert "| 4 for each processor |" in rows["grpc_max_threads"]
-    assert "Ignored: requests are not batched." in rows["enable_batching"]
+    assert "Ignored: it runs on the CPU." in rows["skip_initialize_tpu"]
     assert "Refused: this engine has no TLS" in rows["ssl_config_file"]
 
 
@@ -53,8 +53,8 @@ def test_values_that_make_no_sense(name: str, value: Any, message: str) -> None:
 
 
 def test_flags_that_change_nothing_are_known() -> None:
-    given = ServerFlags(enable_batching="true", ssl_config_file="false", grace=1)
-    assert [flag.name for flag in given.ignored()] == ["enable_batching"]
+    given = ServerFlags(skip_initialize_tpu="true", ssl_config_file="false", grace=1)
+    assert [flag.name for flag in given.ignored()] == ["skip_initialize_tpu"]
 
 
 def test_channel_arguments() -> None:

@@ -148,6 +148,12 @@ class ServerFlags:
     allow_version_labels_for_unavailable_models: bool = _flag(False, "New labels may point at any version.")
     enable_model_warmup: bool = _flag(True, "Replay a version's warmup file before it becomes available.")
     num_request_iterations_for_warmup: int = _flag(1, "How often each warmup record is replayed.", **_COUNT)
+    enable_batching: bool = _flag(False, "Run requests that wait for the same signature as one batch.")
+    batching_parameters_file: str = _flag("", "BatchingParameters in text format; needs enable_batching.")
+    enable_per_model_batching_parameters: bool = _flag(
+        False,
+        "Batch by the batching_params.pbtxt in a version's folder; versions without one are not batched.",
+    )
     saved_model_tags: str = _flag("serve", "Comma-separated tags of the meta graph to load.")
     tensorflow_session_config_file: str = _flag("", "ConfigProto in text format for every session.")
     tensorflow_session_parallelism: int = _flag(
@@ -175,10 +181,7 @@ class ServerFlags:
     )
 
     # Ignored: they change nothing here.
-    batching_parameters_file: str | None = _ignored("requests are not batched")
-    enable_batching: str | None = _ignored("requests are not batched")
     enable_grpc_healthcheck_service: str | None = _ignored("the health service is always there")
-    enable_per_model_batching_parameters: str | None = _ignored("requests are not batched")
     enable_profiler: str | None = _ignored("there is no profiler service")
     flush_filesystem_caches: str | None = _ignored("the page cache is the kernel's")
     mixed_precision: str | None = _ignored("models run as they were exported")
@@ -207,6 +210,8 @@ class ServerFlags:
     def __post_init__(self) -> None:
         for flag in FLAGS:
             flag.validate(getattr(self, flag.name))
+        if self.batching_parameters_file and not self.enable_batching:
+            raise InvalidArgument("--batching_parameters_file is of no use without --enable_batching")
 
     def ignored(self) -> Iterable[Flag]:
         """The flags that were given although they change nothing."""

@@ -15,18 +15,19 @@ from typing import Protocol
 
 from spikeless import mapping, warmup
 from spikeless.disk import pages
+from spikeless.engine import batching
 from spikeless.engine.flags import DEFAULTS, ServerFlags
 from spikeless.errors import SpikelessError
 from spikeless.formats import session_overrides
 from spikeless.formats.protos import config_pb2, read_text_proto
 from spikeless.runtime import CALLING_THREAD, Session
-from spikeless.runtime.model import Model
+from spikeless.runtime.model import Model, Runner
 
 _log = logging.getLogger(__name__)
 
 
-class Observer(Protocol):
-    """Told how many seconds loads and runs take: `spikeless.engine.metrics`."""
+class Observer(batching.Observer, Protocol):
+    """Told how long loads and runs take, and of batches: `spikeless.engine.metrics`."""
 
     def load_failed(self, path: Path) -> None: ...
     def restored(self, name: str, version: int, path: Path, seconds: float) -> None: ...
@@ -38,7 +39,8 @@ class ModelLoader:
     """Loads every version as the flags say; an observer is told of every load and run.
 
     Raises:
-        SpikelessError: ``--tensorflow_session_config_file`` cannot be read.
+        SpikelessError: ``--tensorflow_session_config_file`` or
+            ``--batching_parameters_file`` cannot be used.
     """
 
     def __init__(self, flags: ServerFlags = DEFAULTS, observer: Observer | None = None) -> None:
@@ -48,6 +50,7 @@ class ModelLoader:
         self._session_config = config_pb2.ConfigProto()
         if flags.tensorflow_session_config_file:
             read_text_proto(flags.tensorflow_session_config_file, self._session_config)
+        self._batching = batching.Batching(flags, observer) if flags.enable_batching else None
         both = flags.tensorflow_session_parallelism
         if threads := flags.tensorflow_inter_op_parallelism or both:
             self._session_config.inter_op_parallelism_threads = threads
@@ -64,7 +67,7 @@ class ModelLoader:
         observer = self._observer
         started = time.monotonic()
         try:
-            session = Session.load(path, self._tags, config)
+            session = self._load(path, config)
         except SpikelessError:
             if observer is not None:
                 observer.load_failed(path)
@@ -94,11 +97,23 @@ class ModelLoader:
             observer.warmed(name, version, path, warmed - loaded, records)
         return model
 
+    def _load(self, path: Path, config: config_pb2.ConfigProto) -> Runner:
+        session = Session.load(path, self._tags, config)
+        if self._batching is None:
+            return session
+        try:
+            return self._batching.wrap(session, path)
+        except BaseException:
+            session.close()
+            raise
+
     def _warm(self, model: Model, path: Path) -> int:
         if not self._flags.enable_model_warmup:
             return 0
         # On this thread, like the load: the other threads are the requests'.
-        here = dataclasses.replace(model, inter_op_thread_pool=CALLING_THREAD)
+        here = dataclasses.replace(
+            model, session=batching.warming(model.session), inter_op_thread_pool=CALLING_THREAD
+        )
         iterations = self._flags.num_request_iterations_for_warmup
         return warmup.replay(here, warmup.warmup_file(path), request_iterations=iterations)
 

@@ -19,6 +19,14 @@ asks for states or signatures:
     :tensorflow:cc:saved_model:load_attempt_count     by model_path, status
     :tensorflow:cc:saved_model:load_latency           added up, by model_path
 
+With ``--enable_batching`` these besides, sizes in rows:
+
+    :tensorflow:serving:batching_session:queuing_latency       in microseconds
+    :tensorflow:serving:batching_session:input_batch_size      of each input of a call
+    :tensorflow:serving:batching_session:processed_batch_size  of a batch with padding
+    :tensorflow:serving:batching_session:padding_size          by execution_batch_size
+    :tensorflow:serving:batching_session:wrapped_run_count     batches that have run
+
 Those that begin with ``spikeless_`` are this engine's own, in seconds and bytes:
 
     spikeless_call_latency_seconds     by model_name, version, API, entrypoint, status
@@ -89,6 +97,10 @@ DEFAULT_PATH = "/monitoring/prometheus/metrics"
 #: of examples.
 MICROSECONDS = tuple(10 * 1.8**power for power in range(33))
 EXAMPLES = tuple(2.0**power for power in range(15))
+#: The same for batches: ``Exponential(1, 2, 14)`` rows and ``(100, 1.2, 52)``
+#: microseconds.
+ROWS = tuple(2.0**power for power in range(14))
+QUEUED_MICROSECONDS = tuple(100 * 1.2**power for power in range(52))
 #: Fine where calls usually are, from 0.1 ms to 10 s.
 SECONDS = (
     *(0.0001, 0.0002, 0.0003, 0.0004, 0.0005, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.007),
@@ -145,6 +157,32 @@ class Metrics:
             "Distribution of wall time (in microseconds) for warming up a version.",
             ("model_path", "status"),
         )
+        batching = ":tensorflow:serving:batching_session"
+        self._queuing = distribution(
+            f"{batching}:queuing_latency",
+            "Time (in microseconds) that calls waited until their batch ran.",
+            ("thread_pool_name",),
+            bounds=QUEUED_MICROSECONDS,
+        )
+        self._batch_inputs = distribution(
+            f"{batching}:input_batch_size",
+            "Rows of each input of the calls.",
+            (),
+            bounds=ROWS,
+        )
+        self._batches = distribution(
+            f"{batching}:processed_batch_size",
+            "Rows of the batches, padding included.",
+            (),
+            bounds=ROWS,
+        )
+        self._padding = distribution(
+            f"{batching}:padding_size",
+            "Rows of padding in the batches, by their size.",
+            ("execution_batch_size",),
+            bounds=ROWS,
+        )
+        self._batch_runs = count(f"{batching}:wrapped_run_count", "The number of batches that have run.", ())
         self._load_attempts = count(
             ":tensorflow:cc:saved_model:load_attempt_count",
             "The number of times a SavedModel was loaded or could not be.",
@@ -207,6 +245,26 @@ class Metrics:
     def ran(self, name: str, api: str, seconds: float) -> None:
         """A call was in TensorFlow for ``seconds``; so are warmup records."""
         self._runtime.observe(seconds * 1e6, name, api, "TF1")
+
+    # --- batches ----------------------------------------------------------------------
+
+    def batch_input(self, size: int) -> None:
+        """An input of a call has ``size`` rows."""
+        self._batch_inputs.observe(size)
+
+    def batch_queued(self, seconds: float) -> None:
+        """A call waited so long for its batch to run."""
+        # The label is empty in TensorFlow Serving, whatever the pool is called.
+        self._queuing.observe(seconds * 1e6, "")
+
+    def batch_merged(self, size: int, padding: int) -> None:
+        """A batch has ``size`` rows, of which so many are padding."""
+        self._batches.observe(size)
+        self._padding.observe(padding, str(size))
+
+    def batch_ran(self) -> None:
+        """A batch has run."""
+        self._batch_runs.add(1)
 
     # --- versions ---------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import importlib.util
 import os
 import sys
 import types
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,22 +32,26 @@ from spikeless.errors import InvalidArgument, NotFound
 
 _M = TypeVar("_M", bound=Message)
 _Field = descriptor_pb2.FieldDescriptorProto
-_FIELD_TYPES = {bool: _Field.TYPE_BOOL, str: _Field.TYPE_STRING}
+_FIELD_TYPES = {bool: _Field.TYPE_BOOL, int: _Field.TYPE_INT64, str: _Field.TYPE_STRING}
 _declared = descriptor_pool.DescriptorPool()
 
 
-def message_class(name: str, **fields: tuple[int, type[Any]]) -> type[Any]:
+def message_class(name: str, **fields: tuple[int, Any]) -> type[Any]:
     """A message that the Python packages of TensorFlow Serving leave out.
 
     Args:
         name: of the message.
-        fields: the number and the type of each optional field: ``bool``, ``str`` or
-            another class that this function made.
+        fields: the number and the type of each optional field: ``bool``, ``int`` (64
+            bits), ``str`` or another class that this function made; ``list[...]`` of
+            one is a repeated field.
     """
     file = descriptor_pb2.FileDescriptorProto(name=f"spikeless/{name}.proto", package="spikeless")
     message = file.message_type.add(name=name)
     for field, (number, kind) in fields.items():
         added = message.field.add(name=field, number=number, label=_Field.LABEL_OPTIONAL)
+        if typing.get_origin(kind) is list:
+            added.label = _Field.LABEL_REPEATED
+            (kind,) = typing.get_args(kind)
         if kind in _FIELD_TYPES:
             added.type = _FIELD_TYPES[kind]
         else:

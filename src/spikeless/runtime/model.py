@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,6 @@ from spikeless.formats.savedmodel import (
 )
 from spikeless.formats.tensors import data_type as data_type_of
 from spikeless.formats.tensors import dtype_name, shape_text, to_numpy, write_proto
-from spikeless.runtime.session import Session
 
 #: The aliases that Classify and Regress signatures use (``signature_constants.h``).
 EXAMPLES_INPUT = "inputs"
@@ -52,11 +51,28 @@ _Array = np.ndarray[Any, Any]
 _T = TypeVar("_T")
 
 
+class Runner(Protocol):
+    """What runs a model: a `spikeless.runtime.Session`, or one in front of it."""
+
+    @property
+    def meta_graph(self) -> meta_graph_pb2.MetaGraphDef: ...
+
+    def run(
+        self,
+        feeds: Mapping[str, _Array],
+        fetches: Sequence[str],
+        timeout: float | None = None,
+        inter_op_thread_pool: int | None = None,
+    ) -> list[_Array]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Model:
     """A loaded model and the version that its responses name."""
 
-    session: Session
+    session: Runner
     #: Goes into the ``model_spec`` of every response; None leaves it out.
     version: int | None = None
     #: Outputs go into ``tensor_content`` instead of the typed fields

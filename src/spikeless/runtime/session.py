@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint8, c_void_p
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,15 +216,28 @@ class _Held:
     __del__ = release
 
 
-def _to_tensor(tf: _Library, array: np.ndarray[Any, Any]) -> int:
-    """Copy an array into a new TF_Tensor, which the caller owns."""
-    number = data_type(array.dtype)
-    dims = (c_int64 * array.ndim)(*array.shape)
+#: What a tensor is fed with: an array, or several of one type that are stacked along
+#: their first axis.
+Feed = np.ndarray[Any, Any] | Sequence[np.ndarray[Any, Any]]
+
+
+def _to_tensor(tf: _Library, feed: Feed) -> int:
+    """Copy arrays into a new TF_Tensor, which the caller owns."""
+    if isinstance(feed, np.ndarray):
+        arrays, shape = [feed], feed.shape
+    else:
+        arrays, shape = list(feed), (sum(map(len, feed)), *feed[0].shape[1:])
+    number = data_type(arrays[0].dtype)
+    dims = (c_int64 * len(shape))(*shape)
     if number == types_pb2.DT_STRING:
-        return _to_string_tensor(tf, as_bytes(array.reshape(-1).tolist()), dims)
-    contiguous = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    handle = _allocate(tf, number, dims, contiguous.nbytes)
-    _copy(tf.TensorData(handle), contiguous)
+        strings = chain.from_iterable(array.reshape(-1).tolist() for array in arrays)
+        return _to_string_tensor(tf, as_bytes(list(strings)), dims)
+    contiguous = [np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")) for array in arrays]
+    handle = _allocate(tf, number, dims, sum(array.nbytes for array in contiguous))
+    address = tf.TensorData(handle)
+    for array in contiguous:
+        _copy(address, array)
+        address += array.nbytes
     return handle
 
 
@@ -398,14 +412,16 @@ class Session(AbstractContextManager["Session"]):
 
     def run(
         self,
-        feeds: Mapping[str, np.ndarray[Any, Any]],
+        feeds: Mapping[str, Feed],
         fetches: Sequence[str],
         timeout: float | None = None,
         inter_op_thread_pool: int | None = None,
     ) -> list[np.ndarray[Any, Any]]:
         """One call: ``feeds`` by tensor name in, the tensors ``fetches`` out, in order.
 
-        ``inter_op_thread_pool`` is as in ``load``; None is the requests' pool.
+        A feed is an array, or a sequence of arrays of one type that become one tensor,
+        stacked along their first axis. ``inter_op_thread_pool`` is as in ``load``; None
+        is the requests' pool.
 
         Raises:
             TensorFlowError: the kernels' error, or DEADLINE_EXCEEDED after ``timeout``
