@@ -41,6 +41,22 @@ read_models() {
     done
 }
 
+# read_again TEXT: the same for a later text. What failed of a model is forgotten when something else is wanted of it.
+read_again() {
+    local index version
+    local -A before=()
+    for index in "${!names[@]}"; do
+        before[${names[index]}]=${policies[index]}${labels[index]}
+    done
+    read_models "$1"
+    for index in "${!names[@]}"; do
+        [[ ${policies[index]}${labels[index]} != "${before[${names[index]}]-}" ]] || continue
+        for version in "${!left_out[@]}"; do
+            [[ ${version% *} != "${names[index]}" ]] || unset 'left_out[$version]'
+        done
+    done
+}
+
 # versions_on_disk FOLDER: the numbers of its versions, lowest first, are then in `found`.
 versions_on_disk() {
     local folder version

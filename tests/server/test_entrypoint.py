@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from harness import ENGINE, IS_EMBEDDED, put_version, run_server, states
 from places import ROOT
-from promotion_models import X
+from promotion_models import X, fleet_of, model_of, settings
 
 from spikeless import launch
 from spikeless.client import Client
@@ -26,6 +26,8 @@ from spikeless.errors import SpikelessError
 from spikeless.formats.states import State
 from spikeless.repository import models_config
 from spikeless.repository.models_config import new_block, with_versions
+from spikeless.rollout.promotion import promote
+from spikeless.rollout.status import status
 
 pytestmark = pytest.mark.skipif(ENGINE == launch.DOCKER, reason="it is in the image")
 
@@ -169,6 +171,45 @@ def test_broken_versions_stop_neither_the_server_nor_other_models(repository: Pa
         put_version(scales / "2", repository / "empty", 1)
         running.wait_states("empty", v1=State.AVAILABLE)
         assert (running.answers("newest"), running.answers("empty")) == (3, 2)
+
+
+def test_what_is_broken_keeps_no_model_from_being_promoted(repository: Path, scales: Path) -> None:
+    """Not the others, and not itself; until then its states say what is missing."""
+    with container(repository) as running:
+        for name in ("whole", "newest", "labelled"):
+            running.wait_states(name, v1=State.AVAILABLE)
+        running.wait_states("labelled", v1=State.AVAILABLE, v2=State.END)
+        fleet = fleet_of(f"127.0.0.1:{running.port}")
+        said: list[str] = []
+        put_version(scales / "2", repository / "whole", 2)
+        promote(repository, "whole", 2, fleet, settings(), said.append)
+        assert any(
+            "label stable of labelled stays on version 1: version 2 is not av" in line for line in said
+        )
+        assert (running.answers("whole", label="stable"), running.answers("labelled", label="stable")) == (
+            2,
+            1,
+        )
+        (report,) = status(repository, "labelled", tuple(fleet.targets))
+        assert any("should serve version 2 as labelled" in line for line in report.disagreements)
+        assert any("takes it for version 1" in line for line in report.disagreements)
+
+        put_version(scales / "3", repository / "labelled", 3)
+        outcome = promote(repository, "labelled", 3, fleet, settings())
+        assert (outcome.version, outcome.previous) == (3, 1)
+        running.wait_for(lambda: running.answers("labelled", label="stable") == 3, "what was promoted")
+        assert dict(model_of(repository, "labelled").version_labels) == {"stable": 3}
+        (report,) = status(repository, "labelled", tuple(fleet.targets))
+        assert report.disagreements == ()
+
+
+def test_a_file_that_is_polled_changes_what_can_be_changed(repository: Path, scales: Path) -> None:
+    with container(repository, "--model_config_file_poll_wait_seconds=1") as running:
+        running.wait_states("labelled", v1=State.AVAILABLE, v2=State.END)
+        put_version(scales / "2", repository / "more", 2)
+        models_config.edit(repository, {"more": new_block("more", str(repository / "more"))})
+        running.wait_states("more", v2=State.AVAILABLE)
+        assert running.answers("labelled", label="stable") == 1
 
 
 def test_the_embedded_engine_does_so_by_itself(embedded: None, repository: Path, tmp_path: Path) -> None:

@@ -154,20 +154,28 @@ class ServerCore:
 
     def _checked_labels(self, config: model_server_config_pb2.ModelServerConfig) -> _Labels:
         labels: _Labels = {}
+        asked_before = {
+            model.name: dict(model.version_labels) for model in self._config.model_config_list.config
+        }
         for model in config.model_config_list.config:
             in_use = self._labels.get(model.name, {})
             available = self.manager.available(model.name)
+            labels[model.name] = dict(model.version_labels)
             for label, version in model.version_labels.items():
-                excused = (
-                    self._flags.allow_version_labels_for_unavailable_models
-                    and in_use.get(label, version) == version
-                )
-                if version not in available and not excused:
+                if version in available:
+                    continue
+                asked = asked_before.get(model.name, {}).get(label, version)
+                if not self._flags.allow_version_labels_for_unavailable_models or asked != version:
                     raise FailedPrecondition(
                         f"Request to assign label to version {version} of model {model.name}, "
                         "which is not currently available for inference"
                     )
-            labels[model.name] = dict(model.version_labels)
+                # It was moved at the start, and nobody asks for anything else: a model
+                # that is broken must not keep the others from being changed.
+                now = in_use.get(label, version)
+                if now != version:
+                    _log.warning("label %s of %s stays on version %d", label, model.name, now)
+                labels[model.name][label] = now
         return labels
 
     # --- versions on disk -------------------------------------------------------------

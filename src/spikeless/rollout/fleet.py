@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,8 +33,9 @@ from spikeless.errors import (
     SpikelessError,
     Unavailable,
 )
+from spikeless.formats.protos import model_server_config_pb2
 from spikeless.formats.states import State, VersionStatus
-from spikeless.repository import models_config
+from spikeless.repository import layout, models_config
 from spikeless.repository.models_config import Blocks, model_in
 
 Progress = Callable[[str], None]
@@ -272,6 +274,8 @@ class _Reload:
         self._others_until: float | None = None
         # Failures from before, which the server forgets when it begins anew.
         self._old: dict[tuple[str, int], str] = {}
+        # What was said of what the server cannot have.
+        self._said: set[str] = set()
 
     def run(self) -> None:
         """Send the configuration, and poll the server until it is in force.
@@ -318,8 +322,9 @@ class _Reload:
         with models_config.sending(self._fleet.models) as config:
             for name, block in self._blocks.items():
                 config = config.with_block(name, block)
+            message = self._what_can_be_had(config.message)
             left = max(self._deadline - time.monotonic(), _CALL_SECONDS)
-            answered = self._client.start_reload(config.message, left)
+            answered = self._client.start_reload(message, left)
             patient_until = time.monotonic() + _CALL_SECONDS
             while not self._has_answered(answered):
                 self._check_time()
@@ -333,6 +338,51 @@ class _Reload:
                     patient_until = self._deadline
                     self._fleet.report(self._client.target, "has not taken the configuration yet")
         self._heard = time.monotonic()
+
+    def _what_can_be_had(
+        self, config: model_server_config_pb2.ModelServerConfig
+    ) -> model_server_config_pb2.ModelServerConfig:
+        """The configuration without what would make this server refuse all of it.
+
+        That is labels of versions that it has not, since it started with less, and
+        models without any version, for which TensorFlow Serving waits. Its states go on
+        saying what is missing.
+        """
+        adapted = model_server_config_pb2.ModelServerConfig()
+        for model in config.model_config_list.config:
+            known = {
+                status.version: status.state
+                for status in self._ask(partial(states, self._client, model.name))
+            }
+            if not known and model.name not in self._blocks and not self._on_disk(model.name):
+                self._report_once(f"{model.name} is left out: it has no version")
+                continue
+            sent = adapted.model_config_list.config.add()
+            sent.CopyFrom(model)
+            for label, version in model.version_labels.items():
+                if known.get(version, State.END) is State.END:
+                    self._leave_label(sent, label, version)
+        return adapted
+
+    def _on_disk(self, name: str) -> bool:
+        return bool(layout.versions(self._fleet.models, name))
+
+    def _leave_label(self, model: model_server_config_pb2.ModelConfig, label: str, version: int) -> None:
+        """Let a label stay where the server has it, if it has it."""
+        try:
+            now = self._ask(partial(self._client.version_of, model.name, label))
+        except RemoteError:
+            del model.version_labels[label]
+            where = "is left out"
+        else:
+            model.version_labels[label] = now
+            where = f"stays on version {now}"
+        self._report_once(f"label {label} of {model.name} {where}: version {version} is not available")
+
+    def _report_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._fleet.report(self._client.target, text)
 
     def _has_answered(self, answered: Callable[[float | None], bool]) -> bool:
         try:

@@ -82,7 +82,17 @@ class ServedModel:
 
     @property
     def block(self) -> str:
-        return self.before[self.name] or new_block(self.name, self.base_path)
+        block = self.before[self.name] or new_block(self.name, self.base_path)
+        model = model_in(block)
+        if not set(model.model_version_policy.specific.versions) - self.served:
+            return block
+        # Servers have something else of it: that is where its labels are, too.
+        instead = max(self.served)
+        labels = {
+            label: number if number in self.served else instead
+            for label, number in model.version_labels.items()
+        }
+        return with_versions(block, self.served, labels)
 
     @property
     def labels(self) -> dict[str, int]:

@@ -131,7 +131,7 @@ def promote(
         found = found.listed(write=not dry_run)
         before = found.before(unfinished=found.was_cut_short(plans.PROMOTE))
         plan = plans.promotion(
-            before,
+            found.without_failed(before),
             version,
             settings.label,
             canary=settings.canary,

@@ -6,12 +6,12 @@ In: a repository, its ``models.config``, a model's journal, and the servers. Out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spikeless.errors import FailedPrecondition, NotFound
-from spikeless.formats.states import State
+from spikeless.formats.states import State, VersionStatus
 from spikeless.repository import layout, models_config
 from spikeless.repository.journal import ChangeBegun, Journal
 from spikeless.repository.models_config import Blocks, ModelsConfig, model_in, new_block
@@ -51,6 +51,18 @@ class Situation:
         blocks = self.current if undone is None else undone.states[0]
         return ServedModel(self.name, blocks, self._served(blocks), self._base_path(self.name))
 
+    def without_failed(self, model: ServedModel) -> ServedModel:
+        """The model with what servers have instead of versions that failed on all.
+
+        A server that started with less serves another version, and has labels there.
+        """
+        everywhere = self.fleet.statuses(self.name).values()
+        failed = frozenset.intersection(
+            *(frozenset(one.version for one in statuses if one.error is not None) for statuses in everywhere)
+        )
+        served = (model.served | _available(everywhere)) - failed
+        return replace(model, served=served) if model.served & failed and served else model
+
     def _served(self, blocks: Blocks) -> frozenset[int]:
         block = blocks[self.name]
         if block is None:
@@ -59,12 +71,7 @@ class Situation:
         if policy.HasField("specific"):
             return frozenset(policy.specific.versions)
         # The policy is to serve the latest: servers know which that is.
-        return frozenset(
-            status.version
-            for statuses in self.fleet.statuses(self.name).values()
-            for status in statuses
-            if status.state is State.AVAILABLE
-        )
+        return _available(self.fleet.statuses(self.name).values())
 
     def _base_path(self, name: str) -> str:
         root = self.serving_root
@@ -205,3 +212,9 @@ def _check_canary_name(models: Path, name: str, config: ModelsConfig) -> None:
     paths = {model.base_path for model in configured if model is not None}
     if (models / canary).exists() or len(paths) > 1:
         raise FailedPrecondition(f"{canary} is another model, but candidates of {name} need its name")
+
+
+def _available(everywhere: Iterable[Iterable[VersionStatus]]) -> frozenset[int]:
+    return frozenset(
+        status.version for statuses in everywhere for status in statuses if status.state is State.AVAILABLE
+    )
