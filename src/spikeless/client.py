@@ -108,9 +108,9 @@ class Client(AbstractContextManager["Client"]):
         response = self.call(self.prediction.Predict, request)
         return {alias: to_numpy(proto) for alias, proto in response.outputs.items()}
 
-    def statuses(self, name: str, version: int | None = None, label: str = "") -> list[VersionStatus]:
+    def statuses(self, name: str, version: int | None = None) -> list[VersionStatus]:
         """The states of all versions of a model, lowest first, or of the given one."""
-        request = get_model_status_pb2.GetModelStatusRequest(model_spec=model_spec(name, version, label))
+        request = get_model_status_pb2.GetModelStatusRequest(model_spec=model_spec(name, version))
         response = self.call(self._model_status, request)
         return sorted(map(_version_status, response.model_version_status), key=attrgetter("version"))
 

@@ -203,6 +203,44 @@ def test_strings_that_are_no_text(embedded: None, request_: Http) -> None:
         assert predict(request_, "times", b'{"unused": "' + text + b'", "instances": [1.0]}')
 
 
+def test_base64(request_: Http) -> None:
+    """Padding is all there or left out, or dots; white space counts nowhere."""
+    for text, decoded in {
+        "YQ==": "a",
+        "YQ": "a",
+        "YQ..": "a",
+        "YQ.=": "a",
+        "YWI.": "ab",
+        " Y Q\n=\t=": "a",
+        "": "",
+    }.items():
+        body = {"signature_name": "string", "instances": [[{"b64": text}, "b"]]}
+        assert predict(request_, "dtypes", body) == {"predictions": [[decoded, "b"]]}
+    for text in (
+        "Y",
+        "YQ=",
+        "YQ.",
+        "YWI==",
+        "YWJj=",
+        "=",
+        "....",
+        "YQ==YQ==",
+        "Y-__",
+        "YQ\u00a0==",
+        "YQ==\0",
+    ):
+        body = {"signature_name": "string", "instances": [[{"b64": text}, "b"]]}
+        status, error = refusal(request_, "dtypes:predict", body)
+        assert (status, "Unable to base64 decode" in error) == (400, True), (text, error)
+
+
+def test_keys_do_not_end_at_a_zero(embedded: None, request_: Http) -> None:
+    status, error = refusal(request_, "times:predict", {"instances": [{"x\0y": 1.0}]})
+    assert (status, "does not have named input: x\0y" in error) == (400, True), error
+    body = {"signature_name": "regress", "examples": [{"x": [1.0, 1.0, 1.0, 1.0], "bias\0": 9.0}]}
+    assert request_("POST", "/v1/models/examples:regress", body) == (200, {"results": [4.0]})
+
+
 def test_the_first_of_equal_keys_counts_everywhere(embedded: None, request_: Http) -> None:
     body = b'{"instances": [{"x": 1.0, "x": "a"}]}'
     assert predict(request_, "times", body) == {"predictions": [2.0]}

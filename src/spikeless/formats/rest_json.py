@@ -482,12 +482,16 @@ def _encode(text: str) -> bytes:
 def _decode_base64(value: dict[str, Any]) -> bytes:
     if not _is_base64(value):
         raise InvalidArgument(f"JSON Value: {_text(value)} not formatted correctly for base64 data")
-    text = "".join(value[BASE64_KEY].split())
     try:
-        # Padding may be left out.
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        text = b"".join(value[BASE64_KEY].encode("ascii").split())
+        # Padding is all there or left out; dots are padding too.
+        digits = text.rstrip(b"=.")
+        missing = -len(digits) % 4
+        if len(text) - len(digits) in (0, missing):
+            return base64.b64decode(digits + b"=" * missing, validate=True)
     except (binascii.Error, ValueError):
-        raise InvalidArgument("Unable to base64 decode") from None
+        pass
+    raise InvalidArgument("Unable to base64 decode")
 
 
 def examples_input(document: Mapping[str, Any]) -> input_pb2.Input:
