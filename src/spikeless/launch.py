@@ -57,10 +57,19 @@ ENGINE_VARIABLE = "SPIKELESS_SERVER"
 #: Engines that are not the path of a binary: this package's own, the default, and a
 #: container.
 EMBEDDED, DOCKER = "embedded", "docker"
+#: What a binary is called in results.
+TENSORFLOW_SERVING = "tensorflow_model_server"
 IMAGE_VARIABLE = "SPIKELESS_IMAGE"
 DEFAULT_IMAGE = "spikeless/serving"
 JEMALLOC = "libjemalloc.so.2"
 JEMALLOC_REMEDY = f"{JEMALLOC} is not installed: on Debian or Ubuntu run `apt-get install libjemalloc2`"
+#: Whether servers that are started here load versions apart from requests: ``0`` (the
+#: default) or ``1``.
+ISOLATE_VARIABLE = "SPIKELESS_ISOLATE"
+#: The library that does so (``docker/isolate``): a path, or a name that the dynamic
+#: loader finds.
+ISOLATE_LIBRARY_VARIABLE = "SPIKELESS_ISOLATE_LIBRARY"
+ISOLATE_LIBRARY = "libspikeless-isolate.so"
 LOOPBACK = "127.0.0.1"
 ALLOCATORS = ("glibc", "jemalloc")
 
@@ -101,6 +110,9 @@ class LaunchSettings:
     engine: str | None = None
     #: ``glibc`` or ``jemalloc``.
     allocator: str = "glibc"
+    #: Whether to preload the library that keeps loading versions apart from requests;
+    #: None: what the variable ``SPIKELESS_ISOLATE`` says.
+    isolate: bool | None = None
     #: Variables added to the server's environment.
     environment: Mapping[str, str] = field(default_factory=dict)
     log: Path | None = None
@@ -119,6 +131,20 @@ class LaunchSettings:
 def chosen_engine() -> str:
     """``SPIKELESS_SERVER``: ``embedded``, ``docker`` or the path of a binary."""
     return os.environ.get(ENGINE_VARIABLE) or EMBEDDED
+
+
+def isolates(settings: LaunchSettings) -> bool:
+    """Whether a server with these settings loads versions apart from requests.
+
+    Raises:
+        InvalidArgument: ``SPIKELESS_ISOLATE`` is neither 0 nor 1.
+    """
+    if settings.isolate is not None:
+        return settings.isolate
+    wanted = settings.environment.get(ISOLATE_VARIABLE) or os.environ.get(ISOLATE_VARIABLE) or "0"
+    if wanted not in ("0", "1"):
+        raise InvalidArgument(f"{ISOLATE_VARIABLE} must be 0 or 1, not {wanted!r}")
+    return wanted == "1"
 
 
 def unoptimizing(settings: LaunchSettings, directory: Path) -> LaunchSettings:
@@ -206,7 +232,7 @@ class ServerProcess(AbstractContextManager["ServerProcess"]):
                 f"{ENGINE_VARIABLE} names {engine!r}, which is no executable: "
                 "say `embedded`, `docker`, or the path of a tensorflow_model_server"
             )
-        return "tensorflow_model_server", _binary_version(binary), [binary, *flags]
+        return TENSORFLOW_SERVING, _binary_version(binary), [binary, *flags]
 
     def start(self) -> str:
         """Start the server, which is not ready yet; returns its gRPC address."""
@@ -249,6 +275,11 @@ class ServerProcess(AbstractContextManager["ServerProcess"]):
             raise FailedPrecondition(
                 f"jemalloc was preloaded, but the server does not use it; its log ends:\n{self.log_tail()}"
             )
+        library = Path(isolate_library()).name
+        if isolates(self.settings) and not _maps(self.pid, library):
+            raise FailedPrecondition(
+                f"{library} was preloaded, but the server does not use it; its log ends:\n{self.log_tail()}"
+            )
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:
         """Wait until ``condition`` holds; a dead server fails at once, with its log."""
@@ -289,10 +320,18 @@ class _Child:
 
     def __init__(self, server: ServerProcess) -> None:
         environment = {**os.environ, **server.settings.environment}
+        preloaded = []
         if server.settings.allocator == "jemalloc":
             if not jemalloc_installed():
                 raise NotFound(JEMALLOC_REMEDY)
-            environment["LD_PRELOAD"] = JEMALLOC
+            preloaded.append(JEMALLOC)
+        if isolates(server.settings):
+            if not isolate_installed():
+                raise NotFound(isolate_remedy())
+            preloaded.append(isolate_library())
+        if preloaded:
+            environment["LD_PRELOAD"] = ":".join(preloaded)
+            environment[ISOLATE_VARIABLE] = "1" if isolates(server.settings) else "0"
         # The streams go straight into the file: no pipe can fill up, and no output is
         # lost with the caller.
         with server.log_path.open("wb") as log:
@@ -338,7 +377,11 @@ class _Container:
                 flags,
                 detach=True,
                 ports={f"{port}/tcp": (LOOPBACK, port) for port in ports},
-                environment={"SPIKELESS_ALLOCATOR": settings.allocator, **settings.environment},
+                environment={
+                    "SPIKELESS_ALLOCATOR": settings.allocator,
+                    ISOLATE_VARIABLE: "1" if isolates(settings) else "0",
+                    **settings.environment,
+                },
                 volumes=volumes,
             )
         except docker.errors.ImageNotFound as error:
@@ -407,12 +450,39 @@ def allocator_of(pid: int) -> Allocator:
     return Allocator("unknown", "neither jemalloc nor glibc is mapped")
 
 
+def _maps(pid: int, library: str) -> bool:
+    """Whether a running process has a library in its memory."""
+    return any(Path(file.path).name == library for file in proc.mapped_files(pid))
+
+
 def jemalloc_installed() -> bool:
-    """Whether the dynamic loader finds jemalloc; on its own it only warns."""
+    """Whether the dynamic loader finds jemalloc."""
+    return _loads(JEMALLOC)
+
+
+def isolate_library() -> str:
+    """The library that keeps loading versions apart: what is preloaded."""
+    return os.environ.get(ISOLATE_LIBRARY_VARIABLE) or ISOLATE_LIBRARY
+
+
+def isolate_installed() -> bool:
+    """Whether the dynamic loader finds it."""
+    return _loads(isolate_library())
+
+
+def isolate_remedy() -> str:
+    return (
+        f"{isolate_library()} cannot be loaded: build it with `make -C docker/isolate`, and name it in "
+        f"{ISOLATE_LIBRARY_VARIABLE}"
+    )
+
+
+def _loads(library: str) -> bool:
+    """Whether the dynamic loader can preload a library; on its own it only warns."""
     true = shutil.which("true")
     if true is None or sys.platform != "linux":
         return False
-    trial = subprocess.run([true], env={"LD_PRELOAD": JEMALLOC}, capture_output=True, timeout=30, check=False)
+    trial = subprocess.run([true], env={"LD_PRELOAD": library}, capture_output=True, timeout=30, check=False)
     return trial.returncode == 0 and not trial.stderr
 
 

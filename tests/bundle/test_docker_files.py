@@ -346,6 +346,19 @@ def test_an_allocator_that_does_not_load_is_an_error(start: Start, tmp_path: Pat
     assert done.stdout == ""
 
 
+def test_loading_apart_is_switched_on_and_off(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "models" / "boston").mkdir()
+    # Any library that every system has.
+    library = next(file.path for file in proc.mapped_files() if "libc.so" in file.path)
+    assert "LD_PRELOAD=\n" in start(SPIKELESS_ISOLATE="0", SPIKELESS_ISOLATE_LIBRARY=library).stdout
+    on = start(SPIKELESS_ISOLATE="1", SPIKELESS_ISOLATE_LIBRARY=library)
+    assert f"LD_PRELOAD={library}\n" in on.stdout
+    done = start(SPIKELESS_ISOLATE="1", SPIKELESS_ISOLATE_LIBRARY="/nowhere/libisolate.so")
+    assert done.returncode == 1
+    assert "isolation does not load" in done.stderr
+    assert "must be 0 or 1, not 'on'" in start(SPIKELESS_ISOLATE="on").stderr
+
+
 def test_what_a_platform_file_switches_off_is_said_again(start: Start, tmp_path: Path) -> None:
     (tmp_path / "models" / "boston").mkdir()
     (tmp_path / "session").write_text("allow_soft_placement: true  # where there is no GPU")

@@ -37,6 +37,8 @@ def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
         50,
         "--requests",
         models / "requests",
+        "--engine-note",
+        "made by hand",
     )
     arguments = ("bench", "ladder", models / "1", models / "2", "--title", "tiny", "--rung", "threads", *load)
     done = spikeless(*arguments, "--out", out)
@@ -50,7 +52,19 @@ def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
     assert "--num_load_threads=1" in run.facts.server.command
     assert len(run.facts.publishes) == 2
     assert run.facts.floor is not None
+    assert run.facts.server.engine_note == "made by hand"
     assert sorted(models.rglob("*")) == before, "nothing is left beside the models"
+
+    assert "Goal: p99 and p99.9 during reloads at most 1.1 x" in summary
+    (out / "summary.md").unlink()
+    before_resuming = (out / "threads-1.npz").stat()
+    resumed = spikeless(*arguments, "--out", out, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (out / "summary.md").exists()
+    assert (out / "threads-1.npz").stat() == before_resuming, "what is there is not measured again"
+    other = spikeless(*arguments, "--out", out, "--resume", "--rate", 60)
+    assert other.returncode == 1
+    assert "threads-1.npz is the result of another load" in other.stderr
 
     again = spikeless(*arguments, "--out", out)
     assert again.returncode == 1

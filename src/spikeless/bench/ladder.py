@@ -8,6 +8,7 @@ a new repository, in which the SavedModels are published in turn while the load 
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from spikeless.bench.replayed import read_requests
 from spikeless.bench.rungs import LADDER, Rung
 from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
 from spikeless.errors import AlreadyExists, InvalidArgument
+from spikeless.formats.savedmodel import VARIABLES_DIRECTORY
 from spikeless.mapping import MapSettings, map_saved_model
 
 _MODEL = "model"
@@ -37,7 +39,7 @@ class LadderSettings:
     saved_models: Sequence[Path]
     #: The file whose requests are replayed.
     requests: Path
-    #: The result directory, which must not exist.
+    #: The result directory, which must not exist, unless `resume` is set.
     out: Path
     #: The command line that the summary names.
     command: str
@@ -53,6 +55,11 @@ class LadderSettings:
     rate: float = 200.0
     #: Seconds at the start that are left out of the steady window.
     warm_seconds: float = 3.0
+    #: Keep the results in `out` of an earlier call with the same settings, and run what
+    #: is missing.
+    resume: bool = False
+    #: What else the results say of the engine, such as how it was built.
+    engine_note: str = ""
 
     def __post_init__(self) -> None:
         if not self.saved_models or not self.rungs or self.rounds < 1:
@@ -85,11 +92,15 @@ def run(settings: LadderSettings, console: Console) -> Path:
 
     Raises:
         AlreadyExists: there is something at ``settings.out``.
+        InvalidArgument: no rung can be run here, or the results to resume are of other
+            settings.
         SpikelessError: a model cannot be staged or served, or the load generator
             failed.
     """
-    if settings.out.exists():
-        raise AlreadyExists(f"{settings.out} is there already and is not overwritten; give another --out")
+    if settings.out.exists() and not settings.resume:
+        raise AlreadyExists(
+            f"{settings.out} is there already and is not overwritten; give another --out, or --resume"
+        )
     rungs = [rung for rung in settings.rungs if rung.lacking is None]
     notes = [f"Left out: {rung.title}, because {rung.lacking}." for rung in settings.rungs if rung.lacking]
     for note in notes:
@@ -97,39 +108,60 @@ def run(settings: LadderSettings, console: Console) -> Path:
     if not rungs:
         raise InvalidArgument("none of the rungs can be run here")
     read_requests(settings.requests, _MODEL)  # Fails here rather than after the floor.
+    turns = [(round, rung) for round in range(1, settings.rounds + 1) for rung in rungs]
+    results = [_result(settings, round, rung) for round, rung in turns]
+    missing = [turn for turn in turns if not _is_there(settings, *turn)]
+    if missing:
+        _run(settings, missing, console)
+    summary = settings.out / "summary.md"
+    write_atomically(summary, _summary(settings, results, notes).encode())
+    return summary
+
+
+def _run(settings: LadderSettings, turns: Sequence[tuple[int, Rung]], console: Console) -> None:
+    """Run these rungs of these rounds, and save each result."""
     with bench.progress_bar("load generator's floor", bench.FLOOR_SECONDS, console) as progress:
         floor = bench.measure_floor(settings.load(1), progress=progress)
-    results: list[Path] = []
     # Beside the models, so that versions can be hard links to them.
     with tempfile.TemporaryDirectory(prefix=".ladder-", dir=settings.saved_models[0].parent) as directory:
         work = Path(directory)
         work.chmod(DIRECTORY_MODE)
         prepared = {
             mapping: _prepared(settings.saved_models, work, mapping, console)
-            for mapping in dict.fromkeys(rung.mapping for rung in rungs)
+            for mapping in dict.fromkeys(rung.mapping for _, rung in turns)
         }
-        for round in range(1, settings.rounds + 1):
-            for rung in rungs:
-                load = settings.load(round)
+        for round, rung in turns:
+            load = settings.load(round)
+            with (
+                _repository(work) as models,
+                bench.staged(
+                    prepared[rung.mapping], models, _MODEL, 1 + load.publishes, link=True
+                ) as publish,
+            ):
+                publish()
                 with (
-                    _repository(work) as models,
-                    bench.staged(
-                        prepared[rung.mapping], models, _MODEL, 1 + load.publishes, link=True
-                    ) as publish,
+                    launch.start(_server(rung, models)) as server,
+                    bench.progress_bar(f"{rung.title} ({round})", load.seconds, console) as progress,
                 ):
-                    publish()
-                    with (
-                        launch.start(_server(rung, models)) as server,
-                        bench.progress_bar(f"{rung.title} ({round})", load.seconds, console) as progress,
-                    ):
-                        facts = bench.server_facts(server)
-                        result = bench.run(rung.title, load, facts, publish, floor, progress)
-                results.append(settings.out / f"{rung.key}-{round}.npz")
-                settings.out.mkdir(parents=True, exist_ok=True)
-                result.save(results[-1])
-    summary = settings.out / "summary.md"
-    write_atomically(summary, _summary(settings, results, notes).encode())
-    return summary
+                    facts = bench.server_facts(server, settings.engine_note)
+                    result = bench.run(rung.title, load, facts, publish, floor, progress)
+            settings.out.mkdir(parents=True, exist_ok=True)
+            result.save(_result(settings, round, rung))
+
+
+def _result(settings: LadderSettings, round: int, rung: Rung) -> Path:
+    return settings.out / f"{rung.key}-{round}.npz"
+
+
+def _is_there(settings: LadderSettings, round: int, rung: Rung) -> bool:
+    """Whether an earlier call saved this result."""
+    path = _result(settings, round, rung)
+    if not path.exists():
+        return False
+    load = dataclasses.replace(bench.read_run(path).facts.settings, requests=str(settings.requests))
+    if load != settings.load(round):
+        raise InvalidArgument(f"{path} is the result of another load; give another --out")
+    return True
 
 
 @contextmanager
@@ -167,6 +199,12 @@ def _prepared(
     return copies
 
 
+def _parameters(saved_model: Path) -> int:
+    """Bytes of a model's parameters, as its checkpoint holds them."""
+    files = (saved_model / VARIABLES_DIRECTORY).glob("*.data-*")
+    return sum(file.stat().st_size for file in files)
+
+
 def _summary(settings: LadderSettings, results: Sequence[Path], notes: Sequence[str]) -> str:
     scenarios = report.group([bench.read_run(path) for path in results])
     lines = [
@@ -181,6 +219,8 @@ def _summary(settings: LadderSettings, results: Sequence[Path], notes: Sequence[
         "",
         *notes,
         *([""] if notes else []),
+        report.render_goal(scenarios, _parameters(settings.saved_models[0])),
+        "",
         report.render_markdown(scenarios),
     ]
     return "\n".join(lines)

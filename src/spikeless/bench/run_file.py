@@ -107,6 +107,8 @@ class ServerFacts:
     allocator_proof: str = UNKNOWN
     command: Sequence[str] = ()
     pid: int | None = None
+    #: What else is to be said of the engine, such as how it was built.
+    engine_note: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,10 @@ class Rung:
     allocator: str = "glibc"
     #: How the model is mapped beforehand; None: it is served as exported.
     mapping: MapSettings | None = None
-    #: The only engine that knows the flags; None: all do.
+    #: Whether versions are loaded apart from requests, by a preloaded library.
+    isolate: bool = False
+    #: `spikeless.launch.EMBEDDED` or `TENSORFLOW_SERVING`: the only engine that it is
+    #: for; None: both.
     engine: str | None = None
     #: Whether it is a rung of `spikeless bench ladder`.
     on_ladder: bool = True
@@ -48,19 +51,25 @@ class Rung:
 
     @property
     def has_engine(self) -> bool:
-        """Whether the engine that is measured here knows the flags."""
-        return self.engine in (None, launch.chosen_engine())
+        """Whether it is for the engine that is measured here."""
+        embedded = launch.chosen_engine() == launch.EMBEDDED
+        return self.engine in (None, launch.EMBEDDED if embedded else launch.TENSORFLOW_SERVING)
 
     @property
     def lacking(self) -> str | None:
         """What keeps it from being run on this machine, or None."""
         if self.allocator == "jemalloc" and not launch.jemalloc_installed():
             return launch.JEMALLOC_REMEDY
-        return None if self.has_engine else f"its flags are those of the {self.engine} engine"
+        if not self.has_engine:
+            return f"it is for {self.engine} only"
+        # Images bring the library.
+        if self.isolate and launch.chosen_engine() != launch.DOCKER and not launch.isolate_installed():
+            return launch.isolate_remedy()
+        return None
 
     def serving(self, settings: launch.LaunchSettings, directory: Path) -> launch.LaunchSettings:
         """A server's settings with this rung's flags; its files go into `directory`."""
-        settings = dataclasses.replace(settings, flags=(*settings.flags, *self.flags))
+        settings = dataclasses.replace(settings, flags=(*settings.flags, *self.flags), isolate=self.isolate)
         return launch.unoptimizing(settings, directory) if self.optimized else settings
 
 
@@ -87,6 +96,15 @@ RUNGS = (
     ),
     Rung("optimized", "+ optimised", LOAD_THREADS, "jemalloc", _OPTIMIZED, kind="tuned"),
     Rung("yielding", "+ loads yield", _YIELD, "jemalloc", _OPTIMIZED, engine=launch.EMBEDDED, kind="tuned"),
+    Rung(
+        "isolated",
+        "+ isolated",
+        LOAD_THREADS,
+        "jemalloc",
+        _OPTIMIZED,
+        isolate=True,
+        engine=launch.TENSORFLOW_SERVING,
+    ),
 )
 LADDER = tuple(rung for rung in RUNGS if rung.on_ladder)
 #: The names in the results of ``benchmarks/mapping.py``.

@@ -80,13 +80,18 @@ class Moment:
 Progress = Callable[[Moment], None]
 
 
-def server_facts(server: launch.ServerProcess) -> ServerFacts:
-    """What the record says about a server that `spikeless.launch` started."""
+def server_facts(server: launch.ServerProcess, note: str = "") -> ServerFacts:
+    """What the record says about a server that `spikeless.launch` started.
+
+    Args:
+        note: what else is to be said of the engine, such as how it was built.
+    """
     allocator = server.allocator()
     return ServerFacts(
         target=server.target,
         engine=server.engine,
         engine_version=server.engine_version,
+        engine_note=note,
         allocator=allocator.name,
         allocator_proof=allocator.proof,
         command=_portable(server.command),

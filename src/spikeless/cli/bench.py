@@ -31,6 +31,7 @@ from spikeless.repository import checks, layout
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
 _PATH = click.Path(path_type=Path)
+_ENGINE_NOTE_VARIABLE = "SPIKELESS_ENGINE_NOTE"
 _MODEL_PATH = click.Path(path_type=Path, exists=True, file_okay=False)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _TIME = Duration(positive=True)
@@ -384,6 +385,13 @@ def floor_command(requests: Path | None, duration: float, as_json: bool, **load:
 @click.option(
     "--out", type=_PATH, help="The result directory.  [default: benchmarks/results/<date>-<engine>-<title>]"
 )
+@click.option("--resume", is_flag=True, help="Keep the results that are in --out, and run what is missing.")
+@click.option(
+    "--engine-note",
+    default="",
+    envvar=_ENGINE_NOTE_VARIABLE,
+    help=f"What else results say of the engine, such as how it was built.  [env: {_ENGINE_NOTE_VARIABLE}]",
+)
 def ladder_command(
     saved_models: tuple[Path, ...],
     title: str,
@@ -394,6 +402,8 @@ def ladder_command(
     publish_every: float,
     rate: float,
     out: Path | None,
+    resume: bool,
+    engine_note: str,
 ) -> None:
     """Measure what each remedy against the reload spike is worth.
 
@@ -415,6 +425,8 @@ def ladder_command(
         publishes=publishes,
         publish_every=publish_every,
         rate=rate,
+        resume=resume,
+        engine_note=engine_note,
     )
     click.echo(ladder.run(settings, Console(stderr=True)).read_text())
     click.echo(settings.out)

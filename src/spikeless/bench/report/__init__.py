@@ -1,6 +1,7 @@
 """Raw results become a page that a person reads, and the same table in Markdown."""
 
 from spikeless.bench.report.comparison import Comparison, compare
+from spikeless.bench.report.goal import GOAL, met, render_goal
 from spikeless.bench.report.notes import Note, notes
 from spikeless.bench.report.page import (
     floor_text,
@@ -15,6 +16,7 @@ from spikeless.bench.report.terminal import show
 from spikeless.bench.report.verdict import Verdict, judge
 
 __all__ = [
+    "GOAL",
     "Comparison",
     "Note",
     "Panel",
@@ -25,8 +27,10 @@ __all__ = [
     "floor_text",
     "group",
     "judge",
+    "met",
     "notes",
     "provenance",
+    "render_goal",
     "render_html",
     "render_markdown",
     "show",

@@ -103,6 +103,7 @@ def render_html(
         title=_title(panels[0]) if comparison is None else f"{comparison.before} and {comparison.after}",
         verdict=verdict,
         facts=facts,
+        engine=engine_text(facts.server),
         settings=facts.settings,
         panels=panels,
         scenarios=scenarios,
@@ -149,7 +150,7 @@ def provenance(scenarios: Sequence[Scenario]) -> list[tuple[str, str]]:
             values(lambda f: f"{f.machine.cpu}, {f.machine.cpus} CPUs, {f.machine.memory / 2**30:.0f} GiB"),
         ),
         ("system", values(lambda f: f"{f.machine.system}, {f.machine.kernel}, {f.machine.architecture}")),
-        ("engine", values(lambda f: f"{f.server.engine} {f.server.engine_version}")),
+        ("engine", values(lambda f: engine_text(f.server))),
         ("allocator", values(lambda f: f"{f.server.allocator} ({f.server.allocator_proof})")),
         ("load", values(lambda f: _load(f.settings))),
         ("seed of the arrivals", values(lambda f: f"{f.settings.seed}")),
@@ -160,6 +161,12 @@ def provenance(scenarios: Sequence[Scenario]) -> list[tuple[str, str]]:
         ),
         *((f"server, {scenario.name}", _server(scenario.runs[0].facts.server)) for scenario in scenarios),
     ]
+
+
+def engine_text(server: run_file.ServerFacts) -> str:
+    """Which engine it is, its version, and what was noted of it."""
+    note = f", {server.engine_note}" if server.engine_note else ""
+    return f"{server.engine} {server.engine_version}{note}"
 
 
 def _server(server: run_file.ServerFacts) -> str:

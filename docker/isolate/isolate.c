@@ -1,0 +1,255 @@
+/*
+ * Keeps the loading of a version apart from requests, in a model server that is not changed.
+ *
+ * Preload it (LD_PRELOAD) into tensorflow_model_server, beside jemalloc or without. SPIKELESS_ISOLATE=0 switches it
+ * off. A thread that lists a version's folder (one with a saved_model.pb) loads versions. From then on:
+ *
+ * - It does not see the folder's sub-folders. TensorFlow Serving sizes the folder twice a load (GetModelDiskSize), and
+ *   starts and ends a pool of 256 threads for each folder that it sees. The estimate of a version's memory lacks what
+ *   is in sub-folders; it matters only where the server has a limit.
+ * - The pools that are left, one for each walk, cost requests nothing: their threads get stacks that are kept, run
+ *   only while nothing else wants the processor, all on one processor, and start and end one after the other.
+ * - It runs only while nothing else wants the processor, but never waits for it long (priority.c). What it starts has
+ *   normal priority.
+ * - It allocates from an arena of its own, and so do its pools: parameters and what else a version consists of lie
+ *   apart from the memory of requests, and allocating it takes no lock that a request waits for. Needs jemalloc.
+ *
+ * A pool's threads are known by their place: those that a thread starts after it has listed such a folder, and before
+ * it waits for one to end. All functions of the C library that are replaced here are called when files are listed or
+ * threads start and end, never by a request.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "priority.h"
+
+#define VERSION_FILE "saved_model.pb"
+#define POOL_THREADS 256
+/* Of each thread of a pool, with its guard page. They ask for the size of files and need about 10 KiB; only pages that
+   are used take memory. */
+#define STACK_BYTES (256 << 10)
+/* Between two starts, and between two ends, of a pool's threads. A load takes 0.3 s longer for two pools. */
+#define PACE_NANOSECONDS 300000
+
+/* The next definition of a function that is replaced here: that of the C library, or of a library preloaded later.
+   It may be asked for before `start`, by the constructor of another library. */
+#define NEXT(name) ((__typeof__(&name))next(#name, &next_##name))
+
+static void *next(const char *name, void *_Atomic *known) {
+    void *function = atomic_load_explicit(known, memory_order_acquire);
+    if (function == NULL) {
+        function = dlsym(RTLD_NEXT, name);
+        if (function == NULL) abort();
+        atomic_store_explicit(known, function, memory_order_release);
+    }
+    return function;
+}
+
+static void *_Atomic next_opendir, *_Atomic next_readdir, *_Atomic next_readdir64, *_Atomic next_closedir,
+    *_Atomic next_pthread_create, *_Atomic next_pthread_join;
+
+/* jemalloc's, where it is loaded. */
+extern int mallctl(const char *name, void *old, size_t *old_size, void *new, size_t new_size) __attribute__((weak));
+
+static bool active;
+static size_t page;
+
+__attribute__((constructor)) static void start(void) {
+    const char *wanted = getenv("SPIKELESS_ISOLATE");
+    active = wanted == NULL || strcmp(wanted, "0") != 0;
+    page = (size_t)sysconf(_SC_PAGESIZE);
+}
+
+/* What this thread is doing. */
+static _Thread_local struct {
+    bool loads;
+    /* The version's folder that it is listing. */
+    DIR *listed;
+    /* How many threads of a pool it may start now. */
+    int pool;
+    /* Its processors, while it starts a pool on one of them. */
+    cpu_set_t processors;
+    bool bound;
+} self __attribute__((tls_model("initial-exec")));
+
+/* An arena for loads ------------------------------------------------------------------------------------------- */
+
+static pthread_once_t arena_once = PTHREAD_ONCE_INIT;
+static unsigned arena;
+static bool has_arena;
+
+static void create_arena(void) {
+    size_t size = sizeof arena;
+    has_arena = mallctl != NULL && mallctl("arenas.create", &arena, &size, NULL, 0) == 0;
+}
+
+static void use_arena(void) {
+    pthread_once(&arena_once, create_arena);
+    if (has_arena) mallctl("thread.arena", NULL, NULL, &arena, sizeof arena);
+}
+
+/* Pools of threads --------------------------------------------------------------------------------------------- */
+
+static struct worker {
+    void *(*function)(void *);
+    void *argument;
+    atomic_bool taken;
+} workers[POOL_THREADS];
+static char *stacks;
+static pthread_once_t stacks_once = PTHREAD_ONCE_INIT;
+static atomic_uint ended;
+
+static void create_stacks(void) {
+    char *start = mmap(NULL, (size_t)POOL_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    if (start == MAP_FAILED) return;
+    for (size_t i = 0; i < POOL_THREADS; i++)
+        if (mprotect(start + i * STACK_BYTES, page, PROT_NONE) != 0) return;
+    stacks = start;
+}
+
+static void wait_for(uint64_t nanoseconds) {
+    struct timespec time = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
+    nanosleep(&time, NULL);
+}
+
+/* A thread of a pool. Eigen's pool lets all of its threads end at the same time: here they queue. */
+static void *work(void *argument) {
+    struct worker *worker = argument;
+    struct sched_param none = {0};
+    sched_setscheduler(0, SCHED_IDLE, &none);
+    if (mallctl != NULL) {
+        /* It allocates next to nothing: without a cache, 256 of them take 15 MiB less. */
+        bool cache = false;
+        mallctl("thread.tcache.enabled", NULL, NULL, &cache, sizeof cache);
+        use_arena();
+    }
+    void *result = worker->function(worker->argument);
+    wait_for((uint64_t)(atomic_fetch_add(&ended, 1) % POOL_THREADS) * PACE_NANOSECONDS);
+    return result;
+}
+
+static struct worker *take_worker(void) {
+    pthread_once(&stacks_once, create_stacks);
+    if (stacks == NULL) return NULL;
+    for (size_t i = 0; i < POOL_THREADS; i++) {
+        bool taken = false;
+        if (atomic_compare_exchange_strong(&workers[i].taken, &taken, true)) return &workers[i];
+    }
+    return NULL;
+}
+
+static int create_worker(pthread_t *thread, void *(*function)(void *), void *argument) {
+    struct worker *worker = take_worker();
+    if (worker == NULL) return NEXT(pthread_create)(thread, NULL, function, argument);
+    worker->function = function;
+    worker->argument = argument;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstack(&attributes, stacks + (size_t)(worker - workers) * STACK_BYTES + page, STACK_BYTES - page);
+    int error = NEXT(pthread_create)(thread, &attributes, work, worker);
+    pthread_attr_destroy(&attributes);
+    if (error != 0) atomic_store(&worker->taken, false);
+    return error;
+}
+
+/* A thread inherits its processors: start the pool where its starter is. */
+static void bind(void) {
+    cpu_set_t one;
+    int processor = sched_getcpu();
+    if (processor < 0 || sched_getaffinity(0, sizeof self.processors, &self.processors) != 0) return;
+    CPU_ZERO(&one);
+    CPU_SET(processor, &one);
+    self.bound = sched_setaffinity(0, sizeof one, &one) == 0;
+}
+
+static void unbind(void) {
+    if (self.bound) sched_setaffinity(0, sizeof self.processors, &self.processors);
+    self.bound = false;
+}
+
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*function)(void *), void *argument) {
+    if (self.pool == 0) {
+        bool raised = run_normally();
+        int error = NEXT(pthread_create)(thread, attributes, function, argument);
+        if (raised) run_when_idle_again();
+        return error;
+    }
+    if (self.pool == POOL_THREADS) bind();
+    int error = create_worker(thread, function, argument);
+    wait_for(PACE_NANOSECONDS);
+    if (--self.pool == 0) unbind();
+    return error;
+}
+
+int pthread_join(pthread_t thread, void **result) {
+    self.pool = 0;
+    unbind();
+    int error = NEXT(pthread_join)(thread, result);
+    /* glibc keeps a thread's description, whose address is its name, at the end of its stack. */
+    uintptr_t offset = (uintptr_t)thread - (uintptr_t)stacks;
+    if (error == 0 && stacks != NULL && offset < (size_t)POOL_THREADS * STACK_BYTES)
+        atomic_store(&workers[offset / STACK_BYTES].taken, false);
+    return error;
+}
+
+/* Listing a version's folder ----------------------------------------------------------------------------------- */
+
+DIR *opendir(const char *path) {
+    DIR *directory = NEXT(opendir)(path);
+    self.pool = 0;
+    unbind();
+    /* The first thread of a process loads nothing but its program. */
+    if (directory == NULL || !active || syscall(SYS_gettid) == getpid()) return directory;
+    if (faccessat(dirfd(directory), VERSION_FILE, F_OK, 0) != 0) return directory;
+    self.listed = directory;
+    if (!self.loads) {
+        self.loads = true;
+        use_arena();
+        run_when_idle();
+    }
+    return directory;
+}
+
+static bool is_folder(DIR *directory, unsigned char type, const char *name) {
+    struct stat status;
+    if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0) return false;
+    if (type != DT_UNKNOWN && type != DT_LNK) return type == DT_DIR;
+    return fstatat(dirfd(directory), name, &status, 0) == 0 && S_ISDIR(status.st_mode);
+}
+
+struct dirent *readdir(DIR *directory) {
+    struct dirent *entry;
+    do entry = NEXT(readdir)(directory);
+    while (entry != NULL && directory == self.listed && is_folder(directory, entry->d_type, entry->d_name));
+    return entry;
+}
+
+struct dirent64 *readdir64(DIR *directory) {
+    struct dirent64 *entry;
+    do entry = NEXT(readdir64)(directory);
+    while (entry != NULL && directory == self.listed && is_folder(directory, entry->d_type, entry->d_name));
+    return entry;
+}
+
+int closedir(DIR *directory) {
+    if (directory == self.listed) {
+        self.listed = NULL;
+        self.pool = POOL_THREADS;
+    }
+    return NEXT(closedir)(directory);
+}

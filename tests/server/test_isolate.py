@@ -1,0 +1,149 @@
+"""The preloaded library that keeps loading a version apart from requests.
+
+A small program does what a model server does; then real servers load versions with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import IS_EMBEDDED, ServerFactory, put_version
+from places import ROOT
+
+from spikeless import launch
+from spikeless.errors import InvalidArgument, NotFound
+from spikeless.formats.states import State
+
+COMPILER = shutil.which("gcc") and shutil.which("make")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="gcc and make are not installed")
+
+SCHED_OTHER, SCHED_IDLE = 0, 5
+POOLS, THREADS = 2, 256
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("isolate") / "source"
+    shutil.copytree(ROOT / "docker" / "isolate", source, ignore=shutil.ignore_patterns("*.so"))
+    subprocess.run(["make", "-C", str(source)], check=True, capture_output=True, timeout=120)
+    return source / launch.ISOLATE_LIBRARY
+
+
+@pytest.fixture(scope="module")
+def program(library: Path) -> Path:
+    program = library.with_name("isolated")
+    source = ROOT / "tests" / "support" / "isolated.c"
+    subprocess.run(["gcc", "-O2", "-pthread", "-o", program, source], check=True, timeout=120)
+    return program
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> Path:
+    """A version's folder with three files and two folders."""
+    for name in ("saved_model.pb", "fingerprint.pb", "table.data", "variables/index", "assets.extra/warmup"):
+        file = tmp_path / "1" / name
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_bytes(b"content")
+    return tmp_path / "1"
+
+
+def _seen(program: Path, folder: Path, preload: str, **environment: str) -> dict[str, int]:
+    done = subprocess.run(
+        [program, folder],
+        env={**os.environ, "LD_PRELOAD": preload, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert not done.stderr
+    return {name: int(value) for name, value in (line.split() for line in done.stdout.splitlines())}
+
+
+def _may_return_from_idle() -> bool:
+    """Whether this process may take SCHED_IDLE back."""
+    code = "import os; idle = os.sched_param(0)\nfor policy in (os.SCHED_IDLE, os.SCHED_OTHER):\n"
+    code += "    os.sched_setscheduler(0, policy, idle)"
+    return subprocess.run(["python3", "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def test_a_load_is_kept_apart(library: Path, program: Path, version: Path) -> None:
+    seen = _seen(program, version, str(library))
+    assert seen["entries"] == 5, "`.`, `..` and three files: a walk that loads sees no sub-folders"
+    assert seen["main_entries"] == 7
+    assert seen["idle"] == seen["bound"] == POOLS * THREADS
+    assert seen["loader_policy"] == (SCHED_IDLE if _may_return_from_idle() else SCHED_OTHER)
+    for name in ("other_policy", "main_policy", "child_policy"):
+        assert seen[name] == SCHED_OTHER, name
+    assert seen["loader_processors"] == seen["other_processors"] == len(os.sched_getaffinity(0))
+    assert seen["ended"], "a lock that a load held was released while every processor was busy"
+
+
+def test_a_folder_that_is_no_version_is_shown_whole(library: Path, program: Path, version: Path) -> None:
+    (version / "saved_model.pb").rename(version / "model.pb")
+    seen = _seen(program, version, str(library))
+    assert seen["entries"] == 7
+    assert seen["idle"] == seen["bound"] == 0
+    assert seen["loader_policy"] == SCHED_OTHER
+
+
+def test_it_can_be_switched_off(library: Path, program: Path, version: Path) -> None:
+    seen = _seen(program, version, str(library), SPIKELESS_ISOLATE="0")
+    assert seen["entries"] == 7
+    assert seen["idle"] == seen["bound"] == 0
+
+
+@pytest.mark.skipif(not launch.jemalloc_installed(), reason=launch.JEMALLOC_REMEDY)
+def test_parameters_lie_in_an_arena_of_their_own(library: Path, program: Path, version: Path) -> None:
+    seen = _seen(program, version, f"{launch.JEMALLOC}:{library}")
+    assert seen["arena"] != seen["main_arena"]
+    assert seen["allocated"] >= 8 << 20, "jemalloc's own statistics"
+
+
+def _priorities(pid: int) -> list[int]:
+    """The scheduling policy of each thread of a process."""
+    found = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            fields = (thread / "stat").read_text().rpartition(")")[2].split()
+            found.append(int(fields[38]))
+    return found
+
+
+@pytest.mark.skipif(launch.chosen_engine() == launch.DOCKER, reason="an image brings its own library")
+def test_a_server_that_loads_apart(
+    library: Path, serve: ServerFactory, saved_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launch.ISOLATE_LIBRARY_VARIABLE, str(library))
+    monkeypatch.setenv(launch.ISOLATE_VARIABLE, "1")
+    models, inputs = tmp_path / "times", {"x": np.array([1, 2, 4], np.float32)}
+    put_version(saved_models / "times_one", models, 1)
+    flags = ("--num_load_threads=1", "--num_unload_threads=1")
+    with serve(*flags, model_name="times", model_base_path=models) as running:
+        answers = {}
+        for version, name in enumerate(("times_two", "times_one", "times_two"), start=2):
+            put_version(saved_models / name, models, version)
+            running.wait("times", {version: State.AVAILABLE})
+            (answers[version],) = running.client.predict("times", inputs).values()
+        assert np.array_equal(answers[2], answers[4])
+        assert not np.array_equal(answers[2], answers[3])
+        priorities = _priorities(running.server.pid)
+        assert priorities.count(SCHED_IDLE) <= 2, "no thread that answers requests"
+        if not IS_EMBEDDED and _may_return_from_idle():
+            assert SCHED_IDLE in priorities, "the thread that loads"
+
+
+def test_what_cannot_be_preloaded_is_refused(saved_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.ISOLATE_LIBRARY_VARIABLE, "libnothing.so")
+    settings = launch.LaunchSettings("times", saved_models, isolate=True, engine=launch.EMBEDDED)
+    with pytest.raises(NotFound, match=r"libnothing\.so cannot be loaded: build it with"):
+        launch.start(settings)
+    monkeypatch.setenv(launch.ISOLATE_VARIABLE, "yes")
+    with pytest.raises(InvalidArgument, match="SPIKELESS_ISOLATE must be 0 or 1, not 'yes'"):
+        launch.start(launch.LaunchSettings("times", saved_models, engine=launch.EMBEDDED))

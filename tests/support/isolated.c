@@ -1,0 +1,135 @@
+/*
+ * Does what a model server does when it loads a version, and prints what it saw: `isolated FOLDER`.
+ *
+ * FOLDER is a version's folder. Lines are "NAME VALUE".
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define THREADS 256
+
+extern int mallctl(const char *name, void *old, size_t *old_size, void *new, size_t new_size) __attribute__((weak));
+
+static const char *folder;
+static pthread_barrier_t all_started;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static atomic_int idle, bound, peers;
+static atomic_bool done;
+static char *volatile parameters;
+
+static int processors(void) {
+    cpu_set_t set;
+    sched_getaffinity(0, sizeof set, &set);
+    return CPU_COUNT(&set);
+}
+
+static int entries(const char *path) {
+    int count = 0;
+    DIR *directory = opendir(path);
+    while (readdir(directory) != NULL) count++;
+    closedir(directory);
+    return count;
+}
+
+/* Waits for all the others, as the threads of Eigen's pool do before they end. */
+static void *work(void *unused) {
+    atomic_fetch_add(&idle, sched_getscheduler(0) == SCHED_IDLE);
+    atomic_fetch_add(&bound, processors() == 1);
+    pthread_barrier_wait(&all_started);
+    return unused;
+}
+
+static void *other(void *unused) {
+    printf("other_policy %d\nother_processors %d\n", sched_getscheduler(0), processors());
+    return unused;
+}
+
+static void walk(void) {
+    pthread_t threads[THREADS];
+    printf("entries %d\n", entries(folder));
+    pthread_barrier_init(&all_started, NULL, THREADS);
+    for (int i = 0; i < THREADS; i++)
+        if (pthread_create(&threads[i], NULL, work, NULL) != 0) abort();
+    for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
+    pthread_barrier_destroy(&all_started);
+}
+
+static void arena(void) {
+    unsigned number;
+    size_t size = sizeof number, allocated, allocated_size = sizeof allocated;
+    unsigned long long epoch = 1;
+    char name[64];
+    if (mallctl == NULL) return;
+    mallctl("thread.arena", &number, &size, NULL, 0);
+    parameters = malloc(8 << 20);
+    memset(parameters, 1, 8 << 20);
+    mallctl("epoch", NULL, NULL, &epoch, sizeof epoch);
+    snprintf(name, sizeof name, "stats.arenas.%u.large.allocated", number);
+    if (mallctl(name, &allocated, &allocated_size, NULL, 0) != 0) abort();
+    printf("arena %u\nallocated %zu\n", number, allocated);
+}
+
+static void *load(void *unused) {
+    pthread_t thread;
+    walk();
+    walk();
+    pthread_create(&thread, NULL, other, NULL);
+    pthread_join(thread, NULL);
+    printf("loader_policy %d\nloader_processors %d\n", sched_getscheduler(0), processors());
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) _exit(sched_getscheduler(0));
+    int status;
+    waitpid(child, &status, 0);
+    printf("child_policy %d\n", WEXITSTATUS(status));
+    arena();
+    return unused;
+}
+
+static void *spin(void *unused) {
+    atomic_fetch_add(&peers, 1);
+    while (!atomic_load(&done)) {}
+    return unused;
+}
+
+/* Holds a lock while it works, with every processor busy. */
+static void *load_with_a_lock(void *unused) {
+    entries(folder);
+    pthread_mutex_lock(&lock);
+    long wanted = 2 * sysconf(_SC_NPROCESSORS_ONLN);
+    while (atomic_load(&peers) < wanted) usleep(1000);
+    struct timespec time;
+    do clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    while (time.tv_sec == 0 && time.tv_nsec < 200000000);
+    pthread_mutex_unlock(&lock);
+    atomic_store(&done, true);
+    return unused;
+}
+
+int main(int count, char **arguments) {
+    pthread_t loader, starved, spinning;
+    if (count != 2) return 2;
+    folder = arguments[1];
+    printf("main_entries %d\n", entries(folder));
+    pthread_create(&loader, NULL, load, NULL);
+    pthread_join(loader, NULL);
+    unsigned number = 0;
+    size_t size = sizeof number;
+    if (mallctl != NULL) mallctl("thread.arena", &number, &size, NULL, 0);
+    printf("main_arena %u\nidle %d\nbound %d\nmain_policy %d\n", number, idle, bound, sched_getscheduler(0));
+    pthread_create(&starved, NULL, load_with_a_lock, NULL);
+    for (long i = 2 * sysconf(_SC_NPROCESSORS_ONLN); i > 0; i--) pthread_create(&spinning, NULL, spin, NULL);
+    pthread_join(starved, NULL);
+    pthread_mutex_lock(&lock);
+    printf("ended 1\n");
+    return 0;
+}
