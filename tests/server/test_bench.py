@@ -337,6 +337,9 @@ def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ("--timeout 0", "'--timeout'"),
         ("--processes 0", "'--processes': 0 is not in the range x>=1"),
         ("--settle -1", "'--settle'"),
+        ("--batch-sizes 1", "'1' is no distribution of batch sizes: say 1:70,8:20,32:10"),
+        ("--batch-sizes 5:1", "no request has batch size 5, only 1, 8"),
+        ("--load 70", "'70' is no share of a load: say 70%"),
         ("--slo-latency 0", "'--slo-latency'"),
         ("--duration 2s", "of 2 s of load the first 3 s do not count; make the load longer"),
         ("--publish nosuch", "'--publish': Directory 'nosuch' does not exist"),
@@ -462,6 +465,37 @@ def test_results_are_compared_by_the_command(tmp_path: Path) -> None:
     forced = spikeless(*compare, tmp_path / "elsewhere.npz", "--out", tmp_path / "yes", "--force")
     assert forced.returncode == 0, forced.stderr
     assert "different machines: do not compare them" in forced.stdout
+
+
+def test_a_share_of_what_the_server_can_do(published: Path, tmp_path: Path) -> None:
+    """The search is printed, and the load is of the rate that it leads to."""
+    load: tuple[object, ...] = (
+        "--load",
+        "10%",
+        "--duration",
+        2,
+        "--settle",
+        0,
+        "--timeout",
+        "60s",
+        "--no-floor",
+    )
+    load += ("--arrivals", "bursts", "--batch-sizes", "1:80,8:20")
+    done = spikeless("bench", "run", "boston", "--models", published, *load, "--out", tmp_path / "raw")
+    if "cannot be loaded with a share" in done.stderr:
+        pytest.skip("this machine is too busy even for the first rate of the search")
+    assert done.returncode == 0, done.stderr
+    tried = re.findall(r"capacity: (\d+)/s (?:kept|did not keep) up", done.stderr)
+    assert len(tried) >= 2
+    assert tried[0] == "50"
+    (result,) = (tmp_path / "raw").glob("*.npz")
+    run = bench.read_run(result)
+    (note,) = run.facts.notes
+    found = re.search(r"the rate is 10% of what the server keeps up with, (\d+)/s: ", note)
+    assert found is not None
+    assert run.facts.settings.rate == pytest.approx(int(found[1]) / 10, abs=0.2)
+    assert note in done.stderr
+    assert set(run.requests["request"].tolist()) <= {0, 1}
 
 
 def test_a_directory_without_results_is_refused(tmp_path: Path) -> None:

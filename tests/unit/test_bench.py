@@ -15,7 +15,7 @@ from spikeless import bench
 from spikeless.bench.analysis import percentile
 from spikeless.bench.columns import RequestColumns
 from spikeless.bench.load.connection import parse_target
-from spikeless.bench.replayed import read_requests
+from spikeless.bench.replayed import choose, read_requests
 from spikeless.bench.run_file import ServerFacts, empty_samples
 from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import StateChange
@@ -45,6 +45,17 @@ def test_schedules_repeat_with_their_seed() -> None:
     )
 
 
+def test_bursts_have_the_mean_rate_and_are_five_times_denser() -> None:
+    offsets = Schedule(rate=1000, seconds=50, arrivals="bursts").offsets()
+    assert (np.diff(offsets) >= 0).all()
+    assert abs(len(offsets) - 50_000) < 5 * 50_000**0.5
+    in_burst = np.count_nonzero(offsets % 1 < 0.1)
+    assert in_burst / len(offsets) == pytest.approx(0.5, abs=0.02)
+    part = Schedule(rate=1000, seconds=0.05, arrivals="bursts").offsets()
+    assert len(part) == pytest.approx(250, abs=80)
+    assert part.max() < 0.05
+
+
 def test_constant_arrivals() -> None:
     assert Schedule(4, 1.5, "constant").offsets().tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25]
 
@@ -56,7 +67,7 @@ def test_constant_arrivals() -> None:
         ({"rate": float("nan")}, "must be positive"),
         ({"seconds": -1}, "must be positive"),
         ({"rate": 1e9, "seconds": 1e9}, "more than"),
-        ({"arrivals": "bursts"}, "choose one of poisson, constant"),
+        ({"arrivals": "waves"}, "choose one of poisson, constant, bursts"),
     ],
 )
 def test_impossible_schedules(fields: dict[str, Any], message: str) -> None:
@@ -338,6 +349,26 @@ def test_requests_are_addressed_to_the_model_and_follow_its_versions(tmp_path: P
     answer = predict_pb2.PredictResponse()
     answer.model_spec.version.value = 12
     assert requests[0].kind.served_version(answer.SerializeToString()) == 12
+
+
+def test_requests_are_drawn_by_their_batch_size(tmp_path: Path) -> None:
+    requests = read_requests(write_requests(tmp_path / "w", 1, 8, 8, 32), "boston")
+    assert [request.rows for request in requests] == [1, 8, 8, 32]
+    assert choose(requests, 6, "", 1).tolist() == [0, 1, 2, 3, 0, 1]
+    numbers = choose(requests, 10_000, "1:60,8:40", 1)
+    counts = np.bincount(numbers, minlength=4)
+    assert counts[0] == pytest.approx(6000, abs=300)
+    assert abs(counts[1] - counts[2]) <= 1, "requests of one size take turns"
+    assert counts[3] == 0
+    assert np.array_equal(numbers, choose(requests, 10_000, "1:60,8:40", 1))
+    with pytest.raises(InvalidArgument, match="no request has batch size 4, only 1, 8, 32"):
+        choose(requests, 10, "1:1,4:1", 1)
+
+
+@pytest.mark.parametrize("text", ["1", "1:0", "0:1", "1:1,", "a:b", "1:-1", "1:nan"])
+def test_what_is_no_distribution(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="is no distribution of batch sizes"):
+        dataclasses.replace(SETTINGS, batch_sizes=text)
 
 
 def test_every_kind_of_request_is_replayed(tmp_path: Path) -> None:

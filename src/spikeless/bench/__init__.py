@@ -7,6 +7,8 @@ In: a running server and the model's warmup requests. Out: a raw result for each
 load       the load: an open loop (`schedule`, `replayed`, `columns`) inside Locust
 scenario   one run: load, publishing, and what `watch` sees of the server
 gate       a run judged by limits
+capacity   the rate that a server keeps up with
+hdr        a run as an HdrHistogram log
 ladder     a run for each of the `rungs`
 """
 
@@ -30,6 +32,7 @@ from spikeless.bench.scenario import (
     SERVER_FLAGS,
     Moment,
     Progress,
+    check_requests,
     publisher,
     refusal,
     result_path,
@@ -58,6 +61,7 @@ __all__ = [
     "Summary",
     "Window",
     "analyse",
+    "check_requests",
     "fold",
     "measure_floor",
     "merge",

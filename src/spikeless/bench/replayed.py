@@ -7,12 +7,17 @@ In: ``assets.extra/tf_serving_warmup_requests``, or any TFRecord file of
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from spikeless.errors import InvalidArgument
-from spikeless.formats import tfrecord
+from spikeless.formats import kinds, tfrecord
 from spikeless.formats.kinds import BY_LOG_FIELD, Kind
 from spikeless.formats.protos import prediction_log_pb2
 
@@ -24,6 +29,8 @@ class ReplayedRequest:
     kind: Kind
     #: The serialised request.
     message: bytes
+    #: Its batch size.
+    rows: int = 1
 
 
 def read_requests(path: str | os.PathLike[str], model_name: str) -> list[ReplayedRequest]:
@@ -61,4 +68,56 @@ def _request(record: bytes, model_name: str, where: str) -> ReplayedRequest:
     for spec in kind.request_specs(request):
         spec.name = model_name
         spec.ClearField("version_choice")
-    return ReplayedRequest(kind, request.SerializeToString())
+    return ReplayedRequest(kind, request.SerializeToString(), _rows(kind, request))
+
+
+def _rows(kind: Kind, request: Any) -> int:
+    """The batch size: examples, or the largest first dimension of an input."""
+    if kind.takes_examples:
+        return len(kinds.examples(request.input))
+    shapes = [tensor.tensor_shape.dim for tensor in request.inputs.values()]
+    return max((int(shape[0].size) for shape in shapes if shape), default=1)
+
+
+def parse_batch_sizes(text: str) -> dict[int, float]:
+    """``1:70,8:30``: batch size -> its share, relative to the others.
+
+    Raises:
+        InvalidArgument: it is something else.
+    """
+    found: dict[int, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\.\d+)?)\s*", part)
+        if match is None or not int(match[1]) or not float(match[2]):
+            raise InvalidArgument(f"{text!r} is no distribution of batch sizes: say 1:70,8:20,32:10")
+        found[int(match[1])] = found.get(int(match[1]), 0.0) + float(match[2])
+    return found
+
+
+def choose(requests: Sequence[ReplayedRequest], count: int, batch_sizes: str, seed: int) -> NDArray[np.int64]:
+    """Which request each of `count` starts sends, of shape ``[count]``.
+
+    Without `batch_sizes` (see `parse_batch_sizes`) they take turns; with them each is
+    drawn at random by its batch size, and requests of one size take turns.
+
+    Raises:
+        InvalidArgument: no request has one of the sizes.
+    """
+    if not batch_sizes:
+        return np.arange(count) % len(requests)
+    shares = parse_batch_sizes(batch_sizes)
+    sizes = np.array([request.rows for request in requests])
+    if missing := [size for size in shares if size not in sizes]:
+        there = ", ".join(map(str, np.unique(sizes).tolist()))
+        raise InvalidArgument(
+            f"no request has batch size {missing[0]}, only {there}: "
+            "build requests of that size with `spikeless warmup build --batch-sizes`"
+        )
+    weights = np.array(list(shares.values()))
+    random = np.random.default_rng([seed, 1])  # Independent of the arrivals.
+    drawn = random.choice(list(shares), count, p=weights / weights.sum())
+    numbers = np.zeros(count, np.int64)
+    for size in shares:
+        mine, of_size = np.flatnonzero(drawn == size), np.flatnonzero(sizes == size)
+        numbers[mine] = of_size[np.arange(len(mine)) % len(of_size)]
+    return numbers

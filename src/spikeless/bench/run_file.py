@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from spikeless.bench.columns import COLUMNS
 from spikeless.bench.machine import UNKNOWN, Machine
+from spikeless.bench.replayed import parse_batch_sizes
 from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import SAMPLES, StateChange
 from spikeless.disk.atomic import atomic_writer
@@ -46,6 +47,9 @@ class Settings:
     seconds: float = 30.0
     arrivals: str = "poisson"
     seed: int = 1
+    #: How requests are drawn by their batch size, as in
+    #: `spikeless.bench.replayed.parse_batch_sizes`; empty: they take turns.
+    batch_sizes: str = ""
     #: Deadline of each request, in seconds.
     timeout: float = 10.0
     #: Processes of the load generator.
@@ -63,6 +67,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         _ = self.schedule  # Raises when it is invalid.
+        if self.batch_sizes:
+            parse_batch_sizes(self.batch_sizes)
         if self.processes < 1:
             raise InvalidArgument(f"a load needs 1 process or more, not {self.processes}")
         if not (self.timeout > 0 and self.slo_ms > 0 and self.warm_seconds >= 0):

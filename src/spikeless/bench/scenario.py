@@ -32,7 +32,7 @@ import psutil
 from spikeless import launch
 from spikeless.bench import run_file
 from spikeless.bench.load.openloop import LINE_PREFIX
-from spikeless.bench.replayed import read_requests
+from spikeless.bench.replayed import choose, read_requests
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.watch import Watcher
 from spikeless.client import Client
@@ -174,6 +174,12 @@ def _from_here(text: str) -> str:
     return text.replace(f"{Path.cwd()}/", "")
 
 
+def check_requests(settings: Settings) -> None:
+    """Raise what reading and choosing the requests of a run raises."""
+    requests = read_requests(settings.requests, settings.model_name)
+    choose(requests, 0, settings.batch_sizes, settings.seed)
+
+
 def run(
     scenario: str,
     settings: Settings,
@@ -202,7 +208,7 @@ def run(
     """
     if (publish is None) != (settings.publish_at is None):
         raise FailedPrecondition("publish and settings.publish_at belong together: give both or neither")
-    read_requests(settings.requests, settings.model_name)  # Fails here rather than in the child.
+    check_requests(settings)  # Fails here rather than in the child.
     with tempfile.TemporaryDirectory(prefix="spikeless-bench-") as directory:
         command = _command(scenario, settings, server.target, Path(directory))
         with Watcher(server.target, settings.model_name, server.pid) as watcher:
@@ -288,7 +294,7 @@ def _command(scenario: str, settings: Settings, target: str, directory: Path) ->
     command += ["--headless", "--only-summary", "--exit-code-on-error", "0", "--host", target]
     command += ["--scenario", scenario, "--record", str(directory / "load.npz")]
     command += ["--name", settings.model_name]
-    for name in ("requests", "rate", "seconds", "arrivals", "seed", "timeout"):
+    for name in ("requests", "rate", "seconds", "arrivals", "seed", "batch_sizes", "timeout"):
         command += ["--" + name.replace("_", "-"), str(getattr(settings, name))]
     if settings.processes > 1:
         port = str(launch.free_port())

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from spikeless.errors import InvalidArgument
 
-ARRIVALS = ("poisson", "constant")
+ARRIVALS = ("poisson", "constant", "bursts")
+#: Of each second, so much is a burst, with so many times the mean rate.
+BURST_SHARE = 0.1
+BURST_FACTOR = 5.0
 #: A run of more requests is refused as a mistake in the settings.
 MAX_REQUESTS = 50_000_000
 
@@ -25,9 +28,11 @@ class Schedule:
     rate: float
     #: How long requests leave.
     seconds: float
-    #: ``poisson`` (independent users) or ``constant`` (evenly spaced).
+    #: ``poisson`` (independent users), ``constant`` (evenly spaced) or ``bursts``
+    #: (Poisson, with `BURST_FACTOR` times the mean rate in the first `BURST_SHARE` of
+    #: each second and evenly less in the rest).
     arrivals: str = "poisson"
-    #: Of the Poisson arrivals; the same seed gives the same schedule.
+    #: Of the random arrivals; the same seed gives the same schedule.
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -51,5 +56,14 @@ class Schedule:
         if self.arrivals == "constant":
             return np.arange(round(self.rate * self.seconds), dtype=np.float64) / self.rate
         random = np.random.default_rng(self.seed)
-        count = random.poisson(self.rate * self.seconds)
-        return np.sort(random.uniform(0.0, self.seconds, count))
+        if self.arrivals == "poisson":
+            count = random.poisson(self.rate * self.seconds)
+            return np.sort(random.uniform(0.0, self.seconds, count))
+        # Operational time, in which the rate is constant: expected requests / rate.
+        edges = np.arange(np.ceil(self.seconds) + 1)
+        times = np.sort(np.concatenate([edges, edges[:-1] + BURST_SHARE]))
+        expected = np.sort(np.concatenate([edges, edges[:-1] + BURST_SHARE * BURST_FACTOR]))
+        end = float(np.interp(self.seconds, times, expected))
+        count = random.poisson(self.rate * end)
+        offsets: NDArray[np.float64] = np.interp(np.sort(random.uniform(0.0, end, count)), expected, times)
+        return offsets

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from rich.markup import escape
 
 from spikeless import bench, launch
 from spikeless.bench import gate, ladder, report
+from spikeless.bench.capacity import find_capacity
 from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.report.judgement import judgement_junit, judgement_markdown, show_judgement
 from spikeless.bench.rungs import LADDER
@@ -36,6 +38,18 @@ _MODEL_PATH = click.Path(path_type=Path, exists=True, file_okay=False)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _TIME = Duration(positive=True)
 _COUNT = click.IntRange(min=1)
+
+
+class _Share(click.ParamType[Any]):
+    """``70%``."""
+
+    name = "percentage"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(value).strip())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no share of a load: say 70%", param, ctx)
+        return float(match[1]) / 100
 
 
 class _Slo(click.ParamType[Any]):
@@ -65,7 +79,12 @@ def _load_options(function: Any) -> Any:
         ),
         click.option("--rate", type=_POSITIVE, default=300.0, show_default=True, help="Requests per second."),
         click.option("--arrivals", type=click.Choice(ARRIVALS), default="poisson", show_default=True),
-        click.option("--seed", default=1, show_default=True, help="Seed of the Poisson arrivals."),
+        click.option("--seed", default=1, show_default=True, help="Seed of random arrivals and batch sizes."),
+        click.option(
+            "--batch-sizes",
+            default="",
+            help="Share of each batch size among the requests, such as 1:70,8:30.",
+        ),
         click.option(
             "--timeout",
             type=_TIME,
@@ -98,6 +117,12 @@ def _run_options(*, publishes: int, duration: str) -> Any:
             help="Its process id, to sample its memory.  [default: who listens there, if on this machine]",
         ),
         models_option,
+        click.option(
+            "--load",
+            "load_share",
+            type=_Share(),
+            help="Share of what the server can do, such as 70%, instead of --rate: it is found first.",
+        ),
         click.option(
             "--scenario", default="load", show_default=True, help="Name that the report groups runs by."
         ),
@@ -189,6 +214,7 @@ def _measured(
     target: str | None,
     pid: int | None,
     models: Path,
+    load_share: float | None,
     scenario: str,
     duration: float,
     settle: float,
@@ -228,7 +254,7 @@ def _measured(
         slo_ms=1e3 * slo_latency,
         **load,
     )
-    bench.read_requests(settings.requests, name)
+    bench.check_requests(settings)
     for saved_model in saved_models:
         checks.check_files(saved_model)
     launched = launch.LaunchSettings(
@@ -244,11 +270,19 @@ def _measured(
     if out.exists() and not out.is_dir():
         raise InvalidArgument(f"{out} is no directory: give one with --out")
     console = Console(stderr=True)
-    if facts is not None and (warning := bench.refusal(facts, settings.rate)):
+    if facts is not None and load_share is None and (warning := bench.refusal(facts, settings.rate)):
         console.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
+    notes = []
     with ExitStack() as stack:
         if saved_models:
             publish = stack.enter_context(bench.staged(saved_models, models, name, publishes))
+        if facts is None and load_share is not None:
+            facts = bench.server_facts(stack.enter_context(launch.start(launched)))
+        if facts is not None and load_share is not None:
+            found = find_capacity(settings, facts, lambda probe: click.echo(f"capacity: {probe}", err=True))
+            settings = dataclasses.replace(settings, rate=round(found.rate * load_share, 1))
+            notes.append(f"the rate is {load_share:.0%} of what the server keeps up with, {found}")
+            click.echo(f"capacity: {notes[-1]}", err=True)
         measured = None
         if floor:
             with bench.progress_bar("floor", bench.FLOOR_SECONDS, console) as progress:
@@ -256,7 +290,7 @@ def _measured(
         if facts is None:
             facts = bench.server_facts(stack.enter_context(launch.start(launched)))
         with bench.progress_bar(scenario, duration, console) as progress:
-            result = bench.run(scenario, settings, facts, publish, measured, progress)
+            result = bench.run(scenario, settings, facts, publish, measured, progress, notes)
     path = bench.result_path(out, result)
     path.parent.mkdir(parents=True, exist_ok=True)
     result.save(path)
@@ -441,6 +475,22 @@ def merge_command(merged: Path, parts: tuple[Path, ...]) -> None:
         raise InvalidArgument(f"{merged} is there already and is not overwritten")
     bench.merge([bench.read_run(part) for part in parts]).save(merged)
     click.echo(merged)
+
+
+@command.command("hdr")
+@click.argument("results", type=_PATH, nargs=-1, required=True)
+def hdr_command(results: tuple[Path, ...]) -> None:
+    """Write an HdrHistogram log beside each of the raw RESULTS.
+
+    It has a histogram of latencies in nanoseconds for each second, tagged "reload"
+    inside the windows of reloads, for tools that read such logs.
+    """
+    from spikeless.bench.hdr import SUFFIX, write_hdr
+
+    for file in (file for result in results for file in bench.result_files(result)):
+        log = file.with_suffix(SUFFIX)
+        write_hdr(bench.read_run(file), log)
+        click.echo(log)
 
 
 def _settings(**fields: Any) -> bench.Settings:

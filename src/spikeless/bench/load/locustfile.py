@@ -40,7 +40,7 @@ from spikeless.bench.analysis import percentile
 from spikeless.bench.load.connection import parse_target
 from spikeless.bench.load.openloop import LINE_PREFIX, OpenLoop
 from spikeless.bench.machine import describe_machine, source_commit
-from spikeless.bench.replayed import ReplayedRequest, read_requests
+from spikeless.bench.replayed import ReplayedRequest, choose, read_requests
 from spikeless.bench.run_file import Facts, Run, ServerFacts, Settings
 from spikeless.bench.schedule import ARRIVALS
 from spikeless.errors import Code, InvalidArgument, SpikelessError
@@ -76,8 +76,9 @@ def _options(parser: LocustArgumentParser) -> None:
     )
     add("--rate", type=float, default=300.0, help="Requests per second, of all workers together")
     add("--seconds", type=float, default=30.0, help="How long requests leave")
-    add("--arrivals", choices=ARRIVALS, default="poisson", help="Poisson or evenly spaced arrivals")
-    add("--seed", type=int, default=1, help="Seed of the Poisson arrivals")
+    add("--arrivals", choices=ARRIVALS, default="poisson", help="Poisson, evenly spaced, or in bursts")
+    add("--seed", type=int, default=1, help="Seed of random arrivals and batch sizes")
+    add("--batch-sizes", default="", help="Share of each batch size, such as 1:70,8:30")
     add("--timeout", type=float, default=10.0, help="Deadline of each request in seconds")
     add("--scenario", default="load", help="Name of the run in its record")
     add("--record", default="", metavar="FILE", help="Write every request to this .npz file")
@@ -118,6 +119,7 @@ def _read(environment: Environment) -> tuple[Settings, list[ReplayedRequest]]:
         seconds=options.seconds,
         arrivals=options.arrivals,
         seed=options.seed,
+        batch_sizes=options.batch_sizes,
         timeout=options.timeout,
         processes=max(1, abs(options.processes or 1)),
         warm_seconds=0.0,
@@ -184,7 +186,7 @@ class OpenLoopUser(User):
         # A share's requests are those that one process would send at these times.
         mine = slice(share["index"], None, share["count"])
         offsets = settings.schedule.offsets()
-        numbers = np.arange(len(offsets)) % len(requests)
+        numbers = choose(requests, len(offsets), settings.batch_sizes, settings.seed)
         load = OpenLoop(offsets[mine], requests, self.environment.host, settings.timeout, numbers[mine])
         log = None
         if self.environment.parsed_options.request_log:

@@ -1,0 +1,55 @@
+"""The search for what a server can do, on servers whose capacity is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from bench_runs import made_up_run, with_failures
+
+from spikeless.bench.capacity import FIRST_RATE, NARROW, Probe, bracket, judge_probe
+from spikeless.errors import FailedPrecondition
+
+
+def probes(capacity: float) -> list[float]:
+    """The rates that are tried on a server of this capacity; the result comes last."""
+    tried: list[float] = []
+
+    def probe(rate: float) -> Probe:
+        tried.append(rate)
+        return Probe(rate, 1.0 if rate <= capacity else 500.0, 0)
+
+    found = bracket(probe, 10_000).rate
+    return [*tried, found]
+
+
+@pytest.mark.parametrize("capacity", [50, 70, 399, 400, 1234, 9_999])
+def test_the_bracket_closes_around_the_capacity(capacity: float) -> None:
+    *tried, found = probes(capacity)
+    assert found <= capacity <= found * (1 + NARROW)
+    assert tried[0] == FIRST_RATE
+    assert len(tried) < 16
+    assert max(tried) <= 10_000
+
+
+def test_servers_without_a_capacity() -> None:
+    with pytest.raises(
+        FailedPrecondition, match=r"50/s did not keep up \(500.0 ms at the end\); give --rate"
+    ):
+        probes(10)
+    with pytest.raises(FailedPrecondition, match="still keeps up with 10000/s"):
+        probes(1e9)
+
+
+def test_a_backlog_or_a_failure_is_not_kept_up_with() -> None:
+    run = made_up_run()
+    assert judge_probe(run).backlog_ms == pytest.approx(1.0)
+    assert judge_probe(run).kept_up
+    growing = np.maximum(0.001, run.requests["intended"] / 20)
+    behind = dataclasses.replace(run, requests={**run.requests, "latency": growing})
+    assert not judge_probe(behind).kept_up
+    assert "200/s did not keep up" in str(judge_probe(behind))
+    failing = judge_probe(with_failures(run, 2))
+    assert not failing.kept_up
+    assert "2 failed" in str(failing)
