@@ -33,10 +33,10 @@ from rich.console import Console
 from stalling_server import BYSTANDERS, MODEL, Held, Stall, Timetable
 
 from spikeless import bench
-from spikeless.bench.load.connection import Connection
 from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.formats.kinds import PREDICT
+from spikeless.openloop.connection import Connection
 
 HEIGHTS = (0.005, 0.02, 0.1)
 RATES = (100.0, 200.0, 500.0, 1000.0, 2000.0)

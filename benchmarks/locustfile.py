@@ -15,9 +15,9 @@ publishes a version in the middle of it and records what the server did.
 
 import sys
 
-from spikeless.bench.load.locustfile import OneUserPerProcess, OpenLoopUser
+from spikeless.bench.load.locustfile import OneUserPerProcess, ReplayingUser
 
-__all__ = ["OneUserPerProcess", "OpenLoopUser"]
+__all__ = ["OneUserPerProcess", "ReplayingUser"]
 
 if __name__ == "__main__":
     from locust.main import main

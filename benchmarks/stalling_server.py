@@ -32,10 +32,10 @@ from typing import Any
 import h2.connection
 import h2.events
 
-from spikeless.bench.load.http2 import PREFIX, configuration
 from spikeless.disk import children
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import get_model_status_pb2, predict_pb2, prediction_log_pb2
+from spikeless.openloop.http2 import PREFIX, configuration
 
 MODEL = "stalls"
 BYSTANDERS = 1 << 32

@@ -26,11 +26,11 @@ from trained_models import spikeless
 
 from spikeless import bench, launch
 from spikeless.bench.load.generator_floor import instant_server
-from spikeless.bench.load.openloop import OpenLoop
 from spikeless.bench.replayed import read_requests
-from spikeless.bench.schedule import Schedule
 from spikeless.cli import cli
 from spikeless.errors import Code, FailedPrecondition
+from spikeless.openloop.loop import OpenLoop
+from spikeless.openloop.schedule import Schedule
 from spikeless.repository import layout
 
 STAND_IN = SUPPORT / "stand_in.py"

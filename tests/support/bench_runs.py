@@ -11,13 +11,13 @@ import numpy as np
 
 from spikeless.bench import Facts, Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.analysis import Reload, Summary, Window
-from spikeless.bench.columns import COLUMNS
 from spikeless.bench.machine import Machine
 from spikeless.bench.watch import StateChange
 from spikeless.errors import Code
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import prediction_log_pb2
 from spikeless.formats.tensors import to_proto
+from spikeless.openloop.columns import COLUMNS
 from spikeless.repository import publishing
 
 SETTINGS = Settings(

@@ -13,15 +13,15 @@ from bench_runs import SETTINGS, made_up_run, reload_of, with_failures, write_re
 
 from spikeless import bench
 from spikeless.bench.analysis import percentile
-from spikeless.bench.columns import RequestColumns
-from spikeless.bench.load.connection import parse_target
 from spikeless.bench.replayed import choose, read_requests
 from spikeless.bench.run_file import ServerFacts, empty_samples
-from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import StateChange
 from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import predict_pb2, prediction_log_pb2
+from spikeless.openloop.columns import RequestColumns
+from spikeless.openloop.connection import parse_target
+from spikeless.openloop.schedule import Schedule
 
 # Schedule
 

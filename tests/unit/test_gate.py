@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from bench_runs import MACHINE, made_up_run, with_failures
+from places import ROOT
 from rich.console import Console
 
 from spikeless import bench
-from spikeless.bench.gate import Judgement, Limits, Outcome, fewest_requests, judge
+from spikeless.bench import analysis, capacity, folding, run_file, watch
+from spikeless.bench.gate import MOST_LEFT_OUT, Judgement, Limits, Outcome, fewest_requests, judge
 from spikeless.bench.report.judgement import judgement_junit, judgement_markdown, show_judgement
 from spikeless.bench.watch import StateChange
 from spikeless.errors import FailedPrecondition, InvalidArgument
+from spikeless.openloop import schedule
+from spikeless.openloop.columns import COLUMNS
 
 #: Six reloads of 100 ms at 1000/s: more than p99.9 needs.
 SPIKES = (100.0,) * 6
@@ -197,3 +201,30 @@ def test_text_and_markdown_show_the_same_table(mixed: Judgement) -> None:
     assert text.rstrip().endswith("Broken: swap, 6 of 6 reloads.")
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert {row.replace("\\|", "").count("|") for row in rows} == {6}
+
+
+def test_the_page_of_the_scenario_has_the_numbers_of_the_code() -> None:
+    page = " ".join((ROOT / "docs" / "reference" / "scenario.md").read_text().split())
+    late, steal = f"{analysis.LATE_LIMIT * 100:g} %", f"{analysis.STEAL_LIMIT * 100:g} %"
+    for text in (
+        f"over {late} of a window's requests left more than {analysis.LATE_SECONDS * 1e3:g} ms late",
+        f"the hypervisor took over {steal} of the processors' time",
+        f"{analysis.AFTER_END_SECONDS:g} s after the old version was seen to have ended",
+        f"from {folding.DRAWS:,} draws",
+        f"Intervals are of {folding.CONFIDENCE * 100:g} %",
+        f"({fewest_requests('p99.9'):,} for p99.9)",
+        f"over {capacity.PROBE_SECONDS:g} s, nothing fails",
+        f"at most {capacity.BACKLOG_MS:g} ms; found by doubling from {capacity.FIRST_RATE:g}/s",
+        f"below {capacity.NARROW * 100:g} %",
+        f"{schedule.BURST_FACTOR:g}*r* in the first {schedule.BURST_SHARE * 1e3:g} ms of each second",
+        f"`schema` ({run_file.SCHEMA})",
+        f"polled every {watch.STATE_POLL_SECONDS * 1e3:g} ms",
+        f"stolen, every {watch.SAMPLE_SECONDS * 1e3:g} ms",
+    ):
+        assert text in page
+    assert folding.FEWEST_RELOADS == 5
+    assert MOST_LEFT_OUT == 1 / 5
+    for name in (*COLUMNS, *(f"sample_{name}" for name in watch.SAMPLES)):
+        assert f"`{name}`" in page
+    for field in dataclasses.fields(bench.Facts):
+        assert f"`{field.name}`" in page

@@ -4,7 +4,7 @@ In: a running server and the model's warmup requests. Out: a raw result for each
 (`run_file`), its numbers (`analysis`, `folding`) and the page that shows them
 (`report`).
 
-load       the load: an open loop (`schedule`, `replayed`, `columns`) inside Locust
+load       the load: requests of models (`replayed`) sent by `spikeless.openloop`
 scenario   one run: load, publishing, and what `watch` sees of the server
 gate       a run judged by limits
 capacity   the rate that a server keeps up with

@@ -32,6 +32,17 @@ class ReplayedRequest:
     #: Its batch size.
     rows: int = 1
 
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    @property
+    def path(self) -> str:
+        return self.kind.path
+
+    def served_version(self, response: bytes) -> int:
+        return self.kind.served_version(response)
+
 
 def read_requests(path: str | os.PathLike[str], model_name: str) -> list[ReplayedRequest]:
     """The requests of a file, addressed to `model_name`.

@@ -3,7 +3,7 @@
 In and out: an ``.npz`` file (NumPy's zip of arrays, read without pickle) of
 
 ``metadata``           one JSON text in UTF-8 bytes: the fields of `Facts`
-a column per fact      as in `spikeless.bench.columns.COLUMNS`, one row per request
+a column per fact      as in `spikeless.openloop.columns.COLUMNS`, one row per request
 ``sample_`` + column   as in `spikeless.bench.watch.SAMPLES`, one row per sample
 
 Times are seconds after the start of the run.
@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spikeless.bench.columns import COLUMNS
 from spikeless.bench.machine import UNKNOWN, Machine
 from spikeless.bench.replayed import parse_batch_sizes
-from spikeless.bench.schedule import Schedule
 from spikeless.bench.watch import SAMPLES, StateChange
 from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import DataLoss, InvalidArgument, NotFound
+from spikeless.openloop.columns import COLUMNS
+from spikeless.openloop.schedule import Schedule
 
 SCHEMA = 2
 _SAMPLE_PREFIX = "sample_"

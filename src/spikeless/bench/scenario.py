@@ -31,7 +31,7 @@ import psutil
 
 from spikeless import launch
 from spikeless.bench import run_file
-from spikeless.bench.load.openloop import LINE_PREFIX
+from spikeless.bench.load import LINE_PREFIX
 from spikeless.bench.replayed import choose, read_requests
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.watch import Watcher

@@ -24,11 +24,11 @@ from spikeless.bench.capacity import find_capacity
 from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.report.judgement import judgement_junit, judgement_markdown, show_judgement
 from spikeless.bench.rungs import LADDER
-from spikeless.bench.schedule import ARRIVALS
 from spikeless.cli.options import Duration, json_option, models_option
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
+from spikeless.openloop.schedule import ARRIVALS
 from spikeless.repository import checks, layout
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 

@@ -12,8 +12,8 @@ import socket
 import h2.connection
 import h2.events
 
-from spikeless.bench.load.http2 import PREFIX, configuration
 from spikeless.formats.protos import predict_pb2
+from spikeless.openloop.http2 import PREFIX, configuration
 
 
 def serve(listener: socket.socket) -> None:

@@ -1,64 +1,50 @@
-"""The load in Locust: one user per process, which drives one open-loop schedule.
+"""The load of a benchmark in Locust: `spikeless.openloop.user` with requests of models.
 
 In: Locust's ``--host HOST:PORT`` and the options below. Out: Locust's statistics, and
-with ``--record`` a raw result with every request (`spikeless.bench.run_file`). With
-workers (``--processes 2``, or ``--master`` and ``--worker``) the master gives all of
-them one start and each a share of the one schedule. Each writes its own file, and
-`spikeless bench merge` merges them.
+with ``--record`` a raw result with every request (`spikeless.bench.run_file`). Each
+worker writes its own file, and `spikeless bench merge` merges them.
 
 Locust's own ``--otel`` exports metrics and logs of the load by OpenTelemetry; it needs
 ``pip install 'locust[otel]'``. ``--request-log`` is Locust's log of requests, for tools
 that read CSV.
-
-The user's thread is a real one, outside gevent: see `openloop`. Take percentiles from
-the raw result: Locust's statistics are rounded and a few milliseconds late.
 """
 
 from __future__ import annotations
 
 import datetime
-import gc
 import json
 import os
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import gevent
-import gevent.queue
 import numpy as np
-from locust import LoadTestShape, User, events, task
+from locust import events
 from locust.argument_parser import LocustArgumentParser
 from locust.contrib.csv_request_logger import CsvRequestLogger
 from locust.env import Environment
-from locust.exception import StopUser
-from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 
 from spikeless.bench.analysis import percentile
-from spikeless.bench.load.connection import parse_target
-from spikeless.bench.load.openloop import LINE_PREFIX, OpenLoop
+from spikeless.bench.load import LINE_PREFIX
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.bench.replayed import ReplayedRequest, choose, read_requests
 from spikeless.bench.run_file import Facts, Run, ServerFacts, Settings
-from spikeless.bench.schedule import ARRIVALS
-from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.errors import InvalidArgument, SpikelessError
 from spikeless.launch import LOOPBACK
+from spikeless.openloop.connection import parse_target
+from spikeless.openloop.loop import OpenLoop
+from spikeless.openloop.schedule import ARRIVALS
+from spikeless.openloop.user import (
+    PROGRESS_SECONDS,
+    OneUserPerProcess,
+    OpenLoopUser,
+    Share,
+    progressed,
+    start_chosen,
+)
 
-#: From the decision to start until the first request: the workers' time to get ready.
-_LEAD_SECONDS = 1.0
-_REPORT_SECONDS = 0.02
-_LINE_SECONDS = 0.5
-_SHARE, _DONE = "spikeless-share", "spikeless-done"
-
-
-class _Load:
-    """What this process knows of the run."""
-
-    shares: gevent.queue.Queue[dict[str, Any]] = gevent.queue.Queue()
-    shares_given = 0
-    shares_done = 0
+__all__ = ["OneUserPerProcess", "ReplayingUser"]
 
 
 @events.init_command_line_parser.add_listener
@@ -86,11 +72,7 @@ def _options(parser: LocustArgumentParser) -> None:
 
 
 @events.init.add_listener
-def _init(environment: Environment, runner: Runner, **_: Any) -> None:
-    if isinstance(runner, WorkerRunner):
-        runner.register_message(_SHARE, lambda msg, **_: _Load.shares.put(msg.data))
-    elif isinstance(runner, MasterRunner):
-        runner.register_message(_DONE, _share_done)
+def _init(environment: Environment, **_: Any) -> None:
     try:
         _read(environment)
     except SpikelessError as error:
@@ -127,142 +109,71 @@ def _read(environment: Environment) -> tuple[Settings, list[ReplayedRequest]]:
     return settings, read_requests(settings.requests, settings.model_name)
 
 
-@events.test_start.add_listener
-def _start(environment: Environment, **_: Any) -> None:
-    """Choose the moment of offset zero, and give each worker its share."""
-    runner = environment.runner
-    if isinstance(runner, WorkerRunner):
-        return
-    start = time.time() + _LEAD_SECONDS
-    _Load.shares_done = 0
-    if isinstance(runner, MasterRunner):
-        workers = sorted(runner.clients.keys())
-        _Load.shares_given = len(workers)
-        for index, worker in enumerate(workers):
-            share = {"start": start, "index": index, "count": len(workers)}
-            runner.send_message(_SHARE, share, client_id=worker)
-    else:
-        _Load.shares_given = 1
-        _Load.shares.put({"start": start, "index": 0, "count": 1})
-    _tell(start=start)
-
-
-def _share_done(**_: Any) -> None:
-    _Load.shares_done += 1
-
-
 def _tell(**facts: Any) -> None:
     # One write, so that lines of several processes do not mix.
     os.write(1, f"{LINE_PREFIX}{json.dumps(facts)}\n".encode())
 
 
-def _file_of(file: str, share: dict[str, Any]) -> Path:
+@start_chosen.add_listener
+def _tell_start(start: float, **_: Any) -> None:
+    _tell(start=start)
+
+
+@progressed.add_listener
+def _tell_progress(worker: int, sent: int, failed: int, recent: list[float], **_: Any) -> None:
+    _tell(
+        worker=worker,
+        sent=sent,
+        failed=failed,
+        rate=len(recent) / PROGRESS_SECONDS,
+        p99_ms=round(percentile(np.array(recent), 0.99), 3) if recent else 0.0,
+        slowest_ms=round(max(recent, default=0.0), 3),
+    )
+
+
+def _file_of(file: str, share: Share) -> Path:
     """The file of this process: as it is named, or numbered beside those of others."""
     path = Path(file)
-    if share["count"] > 1:
-        path = path.with_name(f"{path.stem}.worker-{share['index']}{path.suffix}")
+    if share.count > 1:
+        path = path.with_name(f"{path.stem}.worker-{share.index}{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-class OneUserPerProcess(LoadTestShape):
-    """Starts one user in each process; ends the test when all have finished."""
+class ReplayingUser(OpenLoopUser):
+    """Replays the requests of a model, and records them."""
 
-    def tick(self) -> tuple[int, float] | None:
-        if _Load.shares_given and _Load.shares_done >= _Load.shares_given:
-            _Load.shares_given = 0
-            return None
-        users = max(1, self.runner.worker_count) if isinstance(self.runner, MasterRunner) else 1
-        return users, users
+    _log: CsvRequestLogger | None = None
 
-
-class OpenLoopUser(User):
-    """Drives one share of the schedule in a thread, and feeds Locust's statistics."""
-
-    @task
-    def drive(self) -> None:
+    def load(self, share: Share) -> OpenLoop:
         settings, requests = _read(self.environment)
-        share = _Load.shares.get()
-        # A share's requests are those that one process would send at these times.
-        mine = slice(share["index"], None, share["count"])
-        offsets = settings.schedule.offsets()
-        numbers = choose(requests, len(offsets), settings.batch_sizes, settings.seed)
-        load = OpenLoop(offsets[mine], requests, self.environment.host, settings.timeout, numbers[mine])
-        log = None
         if self.environment.parsed_options.request_log:
             file = _file_of(self.environment.parsed_options.request_log, share)
-            log = CsvRequestLogger(str(file), flush_interval=1000)
-            log.register(self.environment)
-        # A full collection during the run would look like a spike of the server.
-        gc.collect()
-        gc.freeze()
-        sys.setswitchinterval(0.0005)
-        start = time.monotonic() + share["start"] - time.time()
-        thread = gevent.get_hub().threadpool.spawn(load.run, start)
-        try:
-            self._follow(load, thread, start, share)
-        finally:
-            load.stop()
-            thread.get()
-            self._save(load, settings, share)
-            if log is not None:
-                log.close()
-        runner = self.environment.runner
-        if isinstance(runner, LocalRunner):
-            _share_done()
-        else:
-            runner.send_message(_DONE, {})
-        raise StopUser
+            self._log = CsvRequestLogger(str(file), flush_interval=1000)
+            self._log.register(self.environment)
+        offsets = settings.schedule.offsets()
+        numbers = choose(requests, len(offsets), settings.batch_sizes, settings.seed)
+        mine = share.calls
+        return OpenLoop(offsets[mine], requests, self.environment.host, settings.timeout, numbers[mine])
 
-    def _follow(self, load: OpenLoop, thread: Any, start: float, share: dict[str, Any]) -> None:
-        fire = self.environment.events.request.fire
-        columns = load.columns
-        methods = [request.kind.name for request in load.requests]
-        next_line = start
-        failed = 0
-        recent: list[float] = []
-        while not thread.ready() or load.finished:
-            gevent.sleep(_REPORT_SECONDS)
-            while load.finished:
-                index = load.finished.popleft()
-                code = Code(columns.code[index])
-                latency = float(columns.latency[index]) * 1e3
-                failed += code != Code.OK
-                recent.append(latency)
-                fire(
-                    request_type="gRPC",
-                    name=methods[columns.request[index]],
-                    start_time=share["start"] + float(columns.intended[index]),
-                    response_time=latency,
-                    response_length=0,
-                    exception=None if code == Code.OK else RuntimeError(code.name),
-                    context={},
-                )
-            if time.monotonic() >= next_line:
-                next_line += _LINE_SECONDS
-                _tell(
-                    worker=share["index"],
-                    sent=load.sent,
-                    failed=failed,
-                    rate=len(recent) / _LINE_SECONDS,
-                    p99_ms=round(percentile(np.array(recent), 0.99), 3) if recent else 0.0,
-                    slowest_ms=round(max(recent, default=0.0), 3),
-                )
-                recent.clear()
+    def ended(self, load: OpenLoop, share: Share) -> None:
+        self._save(load, share)
+        if self._log is not None:
+            self._log.close()
 
-    def _save(self, load: OpenLoop, settings: Settings, share: dict[str, Any]) -> None:
+    def _save(self, load: OpenLoop, share: Share) -> None:
         options: Namespace = self.environment.parsed_options
         if not options.record:
             return
         path = _file_of(options.record, share)
-        started = datetime.datetime.fromtimestamp(share["start"], datetime.timezone.utc)
+        started = datetime.datetime.fromtimestamp(share.start, datetime.timezone.utc)
         if path.exists():  # Of an earlier run, started from the web page for example.
             path = path.with_name(f"{path.stem}-{started:%Y%m%dT%H%M%SZ}.npz")
         facts = Facts(
             scenario=options.scenario,
             started=started.isoformat(timespec="milliseconds"),
             commit=source_commit(),
-            settings=settings,
+            settings=_read(self.environment)[0],
             machine=describe_machine(),
             server=ServerFacts(self.environment.host),
             generator=tuple(sys.argv),

@@ -13,22 +13,18 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from gevent.monkey import get_original
 from numpy.typing import NDArray
 
-from spikeless.bench.columns import RequestColumns
-from spikeless.bench.load.connection import Connection, Reply
-from spikeless.bench.replayed import ReplayedRequest
 from spikeless.errors import Code, Unavailable
+from spikeless.openloop.columns import RequestColumns
+from spikeless.openloop.connection import Connection, Reply
 
 _select = get_original("select", "select")
-
-#: The lines of progress that a load generator writes to standard output begin with
-#: this.
-LINE_PREFIX = "spikeless-load: "
 
 #: How long the loop waits at most before it checks whether to stop.
 _LONGEST_WAIT = 0.05
@@ -36,6 +32,41 @@ _RECONNECT_SECONDS = 0.1
 #: The server ends a call at its deadline. If it does not, the call is given up this
 #: much later.
 _DEADLINE_GRACE = 1.0
+
+
+class Request(Protocol):
+    """What the loop needs of a request."""
+
+    @property
+    def name(self) -> str:
+        """Its name in statistics."""
+
+    @property
+    def path(self) -> str:
+        """The path of its gRPC method, ``/package.Service/Method``."""
+
+    @property
+    def message(self) -> bytes:
+        """The serialized request."""
+
+    def served_version(self, response: bytes) -> int:
+        """What answered, as the serialized response says; 0 where it says nothing."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A `Request` of any gRPC service."""
+
+    path: str
+    message: bytes
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.path.rpartition("/")[2]
+
+    def served_version(self, response: bytes) -> int:
+        return 0
 
 
 class OpenLoop:
@@ -52,7 +83,7 @@ class OpenLoop:
     def __init__(
         self,
         offsets: NDArray[np.float64],
-        requests: Sequence[ReplayedRequest],
+        requests: Sequence[Request],
         target: str,
         timeout: float,
         numbers: NDArray[Any] | None = None,
@@ -102,7 +133,7 @@ class OpenLoop:
         self._in_flight[index] = None
         if connection.is_open:
             request = self.requests[self.columns.request[index]]
-            connection.send(index, request.kind.path, request.message)
+            connection.send(index, request.path, request.message)
             self._flush()
         self.columns.sent(index, time.monotonic() - self._start)
         if not connection.is_open and index in self._in_flight:
@@ -160,6 +191,6 @@ class OpenLoop:
         del self._in_flight[index]
         version = 0
         if reply.code == Code.OK:
-            version = self.requests[self.columns.request[index]].kind.served_version(reply.message)
+            version = self.requests[self.columns.request[index]].served_version(reply.message)
         self.columns.answered(index, moment - self._start, reply.code, version)
         self.finished.append(index)

@@ -29,8 +29,8 @@ from h2.events import (
     WindowUpdated,
 )
 
-from spikeless.bench.load.http2 import PREFIX, configuration
 from spikeless.errors import Code, InvalidArgument, Unavailable
+from spikeless.openloop.http2 import PREFIX, configuration
 
 _socket = get_original("socket", "socket")
 _getaddrinfo = get_original("socket", "getaddrinfo")
