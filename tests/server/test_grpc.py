@@ -147,6 +147,19 @@ def test_any_rank(client: Client, shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(to_numpy(answer.outputs["y"]), np.ones(shape))
 
 
+@pytest.mark.parametrize("as_field", [False, True])
+@pytest.mark.parametrize("signature", ["float32", "complex64", "int64", "bool", "string", "bfloat16"])
+def test_large_tensors(client: Client, signature: str, as_field: bool) -> None:
+    """Of half a megabyte or more."""
+    numbers = np.arange(1 << 19).reshape(-1, 2) % 251
+    if signature == "string":
+        values = np.array([[b"a" * (1 << 19), b""]], object)
+    else:
+        values = numbers.astype({"bfloat16": ml_dtypes.bfloat16}.get(signature, signature))
+    answer = predict(client, "dtypes", signature, x=to_proto(values, as_field=as_field))
+    np.testing.assert_array_equal(to_numpy(answer.outputs["y"]), values)
+
+
 def test_several_inputs_and_outputs(client: Client) -> None:
     answer = client.predict(
         "signatures",

@@ -16,14 +16,15 @@ import grpc
 
 from spikeless.engine.handlers import Calls, require_spec
 from spikeless.errors import Code, InvalidArgument, SpikelessError
-from spikeless.formats.kinds import KINDS, Kind
+from spikeless.formats import large_tensors
+from spikeless.formats.kinds import KINDS, PREDICT, SERVICE, Kind
 from spikeless.formats.protos import (
     get_model_metadata_pb2,
     get_model_status_pb2,
     model_management_pb2,
     model_pb2,
     model_service_pb2_grpc,
-    prediction_service_pb2_grpc,
+    predict_pb2,
 )
 
 _log = logging.getLogger(__name__)
@@ -72,13 +73,14 @@ def _model_spec(kind: Kind, request: Any) -> model_pb2.ModelSpec:
     return parts[0].model_spec
 
 
-class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
+class PredictionServicer:
     """A method for each kind of request, and one for signatures."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
         for kind in KINDS:
-            setattr(self, kind.name, functools.partial(self._infer, kind))
+            if kind is not PREDICT:
+                setattr(self, kind.name, functools.partial(self._infer, kind))
 
     @_answering
     def _infer(self, kind: Kind, request: Any, context: grpc.ServicerContext) -> Any:
@@ -86,10 +88,34 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
             return call.answer(kind, request, _timeout(context))
 
     @_answering
+    def Predict(
+        self, request: predict_pb2.PredictRequest | large_tensors.Request, context: grpc.ServicerContext
+    ) -> bytes:
+        with self._calls.counted(_model_spec(PREDICT, request), PREDICT.name) as call:
+            return call.model().predict_large(request, _timeout(context)).serialized()
+
+    @_answering
     def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.ServicerContext
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         return self._calls.metadata(request)
+
+
+def add_prediction_service(servicer: PredictionServicer, server: grpc.Server) -> None:
+    """Register the methods: as generated code would, but for Predict's messages."""
+    handlers = {
+        kind.name: grpc.unary_unary_rpc_method_handler(
+            getattr(servicer, kind.name), kind.request.FromString, kind.response.SerializeToString
+        )
+        for kind in KINDS
+    }
+    handlers[PREDICT.name] = grpc.unary_unary_rpc_method_handler(servicer.Predict, large_tensors.read_request)
+    handlers["GetModelMetadata"] = grpc.unary_unary_rpc_method_handler(
+        servicer.GetModelMetadata,
+        get_model_metadata_pb2.GetModelMetadataRequest.FromString,
+        get_model_metadata_pb2.GetModelMetadataResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):

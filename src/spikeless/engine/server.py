@@ -21,14 +21,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from spikeless import runtime
 from spikeless.engine.core import ServerCore
 from spikeless.engine.flags import ServerFlags, channel_arguments
-from spikeless.engine.grpc_api import ModelServicer, PredictionServicer
+from spikeless.engine.grpc_api import ModelServicer, PredictionServicer, add_prediction_service
 from spikeless.engine.handlers import MAX_REQUEST_BYTES, Calls
 from spikeless.engine.loader import ModelLoader
 from spikeless.errors import Internal, InvalidArgument, Unavailable
+from spikeless.formats.kinds import SERVICE
 from spikeless.formats.protos import (
     model_server_config_pb2,
     model_service_pb2_grpc,
-    prediction_service_pb2_grpc,
     read_text_proto,
 )
 from spikeless.formats.states import State, VersionStatus
@@ -38,7 +38,6 @@ if TYPE_CHECKING:  # imported where they are used: a server without them saves t
     from spikeless.engine.rest_server import RestServer
 
 _log = logging.getLogger(__name__)
-PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
 
 
 def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
@@ -139,7 +138,7 @@ class Server:
             options=list(options.items()),
         )
         calls = Calls(self.core, "GRPC", self._metrics)
-        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionServicer(calls), server)
+        add_prediction_service(PredictionServicer(calls), server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         port = _bind(server, f"{self._flags.host}:{self._flags.port}")
@@ -180,7 +179,7 @@ class Server:
         status = health_pb2.HealthCheckResponse.SERVING
         if not serving:
             status = health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", PREDICTION_SERVICE):
+        for service in ("", SERVICE):
             self._health.set(service, status)
 
     def _watch_config_file(self) -> None:

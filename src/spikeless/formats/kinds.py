@@ -26,7 +26,8 @@ from spikeless.formats.protos import (
 from spikeless.formats.savedmodel import CLASSIFY_METHOD, PREDICT_METHOD, REGRESS_METHOD
 from spikeless.formats.tensors import to_numpy
 
-_SERVICE = "/tensorflow.serving.PredictionService/"
+#: The gRPC service with a method for each kind.
+SERVICE = "tensorflow.serving.PredictionService"
 _Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -76,7 +77,7 @@ class Kind:
     @property
     def path(self) -> str:
         """The path of its gRPC method."""
-        return _SERVICE + self.name
+        return f"/{SERVICE}/{self.name}"
 
     @property
     def takes_examples(self) -> bool:

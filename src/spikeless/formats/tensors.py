@@ -120,10 +120,11 @@ def _static_shape(proto: tensor_pb2.TensorProto) -> tuple[int, ...]:
     return static
 
 
-def to_numpy(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any]:
+def to_numpy(proto: tensor_pb2.TensorProto, content: memoryview | None = None) -> np.ndarray[Any, Any]:
     """The value of a TensorProto, by the rules of TensorFlow's ``Tensor::FromProto``.
 
-    Arrays of numbers made from ``tensor_content`` are read-only views of its bytes.
+    Arrays of numbers made from ``tensor_content`` are read-only views of its bytes, or
+    of the ``content`` that stands for it.
 
     Raises:
         InvalidArgument: an unknown shape, or content that does not fit the shape.
@@ -134,19 +135,19 @@ def to_numpy(proto: tensor_pb2.TensorProto) -> np.ndarray[Any, Any]:
     count = math.prod(shape)
     if not count:
         return np.empty(shape, dtype=dtype)
-    content = proto.tensor_content  # each look at it makes a copy
-    if not content:
+    raw = proto.tensor_content if content is None else content  # each look at a field makes a copy
+    if not raw:
         return _fill(_typed_values(proto, dtype, count), count, dtype).reshape(shape)
     if proto.dtype == types_pb2.DT_STRING:
-        return _strings(content, count).reshape(shape)
-    if len(content) != count * dtype.itemsize:
+        return _strings(raw, count).reshape(shape)
+    if len(raw) != count * dtype.itemsize:
         raise InvalidArgument(
-            f"tensor_content has {len(content)} bytes, but shape {list(shape)} of "
+            f"tensor_content has {len(raw)} bytes, but shape {list(shape)} of "
             f"{dtype_name(proto.dtype)} needs {count * dtype.itemsize}"
         )
-    if proto.dtype == types_pb2.DT_BOOL and np.frombuffer(content, np.uint8).max() > 1:
+    if proto.dtype == types_pb2.DT_BOOL and np.frombuffer(raw, np.uint8).max() > 1:
         raise InvalidArgument("tensor_content of booleans may only hold the bytes 0 and 1")
-    return np.frombuffer(content, dtype=dtype).reshape(shape)
+    return np.frombuffer(raw, dtype=dtype).reshape(shape)
 
 
 def _typed_values(proto: tensor_pb2.TensorProto, dtype: np.dtype[Any], count: int) -> np.ndarray[Any, Any]:
@@ -195,7 +196,7 @@ def _fill(values: np.ndarray[Any, Any], count: int, dtype: np.dtype[Any]) -> np.
     return filled
 
 
-def _strings(content: bytes, count: int) -> np.ndarray[Any, Any]:
+def _strings(content: bytes | memoryview, count: int) -> np.ndarray[Any, Any]:
     """Strings in ``tensor_content``: all lengths as varints, then all bytes."""
     lengths: list[int] = []
     position = 0
@@ -212,7 +213,7 @@ def _strings(content: bytes, count: int) -> np.ndarray[Any, Any]:
         )
     strings = np.empty(count, dtype=object)
     for index, length in enumerate(lengths):
-        strings[index] = content[position : position + length]
+        strings[index] = bytes(content[position : position + length])
         position += length
     return strings
 
@@ -260,6 +261,21 @@ def write_proto(
         _set_field(proto, np.ascontiguousarray(values, dtype=numpy_dtype(number)).reshape(-1))
     else:
         proto.tensor_content = np.ascontiguousarray(values, dtype=numpy_dtype(number)).tobytes()
+
+
+def raw_field(number: int, as_field: bool) -> int | None:
+    """The field that takes a tensor's bytes as they are; None where none does.
+
+    Args:
+        number: the DataType.
+        as_field: as in `to_proto`.
+    """
+    if number == types_pb2.DT_STRING:
+        return None
+    if not as_field:
+        return 4
+    field, _ = _PACKED.get(_TYPES[number][1], (None, None))
+    return field
 
 
 def _set_field(proto: tensor_pb2.TensorProto, flat: np.ndarray[Any, Any]) -> None:

@@ -42,9 +42,14 @@ def write_varint(value: int) -> bytes:
     return bytes(encoded)
 
 
+def head(number: int, size: int) -> bytes:
+    """What comes before the ``size`` bytes of a field that holds bytes."""
+    return write_varint(number << 3 | BYTES) + write_varint(size)
+
+
 def field(number: int, content: bytes | memoryview) -> bytes:
     """A field that holds bytes: a string, a message or packed numbers."""
-    return b"".join((write_varint(number << 3 | BYTES), write_varint(len(content)), content))
+    return b"".join((head(number, len(content)), content))
 
 
 def fields(content: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from spikeless.errors import FailedPrecondition, Internal, InvalidArgument, SpikelessError, Unimplemented
-from spikeless.formats import kinds
+from spikeless.formats import kinds, large_tensors
 from spikeless.formats.kinds import Kind
 from spikeless.formats.protos import (
     classification_pb2,
@@ -38,7 +38,7 @@ from spikeless.formats.savedmodel import (
     signatures_of,
 )
 from spikeless.formats.tensors import data_type as data_type_of
-from spikeless.formats.tensors import dtype_name, shape_text, to_numpy, write_proto
+from spikeless.formats.tensors import dtype_name, shape_text, to_numpy
 
 #: The aliases that Classify and Regress signatures use (``signature_constants.h``).
 EXAMPLES_INPUT = "inputs"
@@ -110,17 +110,17 @@ class Model:
         self, request: predict_pb2.PredictRequest, timeout: float | None = None
     ) -> predict_pb2.PredictResponse:
         """Named tensors in, named tensors out."""
+        return self.predict_large(request, timeout).message()
+
+    def predict_large(
+        self, request: predict_pb2.PredictRequest | large_tensors.Request, timeout: float | None = None
+    ) -> large_tensors.Response:
+        """The same without a copy of large tensors in message objects."""
         key = request.model_spec.signature_name or DEFAULT_SIGNATURE
-        outputs = self._run(key, request.inputs, to_numpy, request.output_filter, timeout)
-        response = predict_pb2.PredictResponse(model_spec=self._model_spec(request.model_spec.name, key))
-        for alias, output in outputs.items():
-            write_proto(
-                response.outputs[alias],
-                output,
-                as_field=not self.tensor_content,
-                pack_strings=self.tensor_content,
-            )
-        return response
+        outputs = self._run(key, request.inputs, large_tensors.array_of, request.output_filter, timeout)
+        return large_tensors.Response(
+            self._model_spec(request.model_spec.name, key), outputs, self.tensor_content
+        )
 
     def predict_arrays(
         self, signature: str, inputs: Mapping[str, _Array], timeout: float | None = None
