@@ -27,7 +27,7 @@ update-pins: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python tests/support/update_pins.py
 
-# What pip cannot install, on Debian or Ubuntu: a browser, Java, jemalloc. It needs root, or sudo without a password.
+# What pip cannot install, on Debian or Ubuntu: a browser, Java, jemalloc, nginx, sshd. It needs root, or sudo without a password.
 system-packages:
 	.ci/system-packages
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from spikeless.rollout.promotion import rollback as rollback
     from spikeless.rollout.prune import prune as prune
     from spikeless.rollout.status import status as status
+    from spikeless.store.pull import PullSettings as PullSettings
+    from spikeless.store.pull import pull as pull
+    from spikeless.store.push import push as push
+    from spikeless.store.settings import StoreSettings as StoreSettings
 
 __version__ = "0.1.0"
 
@@ -37,7 +41,9 @@ _HOMES = {
     "GateSettings": "spikeless.repository.gates:GateSettings",
     "MapSettings": "spikeless.mapping:MapSettings",
     "PromotionSettings": "spikeless.rollout.promotion:PromotionSettings",
+    "PullSettings": "spikeless.store.pull:PullSettings",
     "SpikelessError": "spikeless.errors:SpikelessError",
+    "StoreSettings": "spikeless.store.settings:StoreSettings",
     "bench": "spikeless.bench",
     "errors": "spikeless.errors",
     "launch": "spikeless.launch",
@@ -45,6 +51,8 @@ _HOMES = {
     "promote": "spikeless.rollout.promotion:promote",
     "prune": "spikeless.rollout.prune:prune",
     "publish": "spikeless.repository.publishing:publish",
+    "pull": "spikeless.store.pull:pull",
+    "push": "spikeless.store.push:push",
     "report": "spikeless.bench.report",
     "rollback": "spikeless.rollout.promotion:rollback",
     "status": "spikeless.rollout.status:status",

@@ -118,6 +118,12 @@ EXTRAS = {
     "tagger": ("seqeval", "tf_keras"),
     "spark": ("py4j", "pyarrow", "pyspark"),
     "docker": ("docker",),
+    "fleet": ("fsspec", "msgspec", "zstandard"),
+    "s3": ("s3fs",),
+    "gcs": ("gcsfs",),
+    "azure": ("adlfs",),
+    "sftp": ("paramiko",),
+    "http": ("aiohttp",),
 }
 
 

@@ -56,7 +56,7 @@ def test_system_packages_are_those_of_the_documentation() -> None:
     )
     text = (ROOT / "docs" / "reference" / "installation.md").read_text()
     packages = done.stdout.split()
-    assert len(packages) == 4
+    assert len(packages) == 6
     assert all(f"`{package}`" in text for package in packages)
 
 

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
 from spikeless.engine import flags
 from spikeless.engine.metrics import Metrics
 from spikeless.sidecars.exporter import Exporter, ExporterSettings
+from spikeless.store.follow import Follower, FollowSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,10 +72,10 @@ def _metric_row(name: str, kind: str, labels: Iterable[str], text: str) -> list[
     return [f"`{name}`", kind, ", ".join(f"`{label}`" for label in labels), text]
 
 
-def _engine_metrics() -> str:
+def _registered(registry: CollectorRegistry) -> str:
     rows = []
     # The registry only lists the labels of metrics that have values.
-    for collector in Metrics()._registry._collector_to_names:
+    for collector in registry._collector_to_names:
         found: Any = collector
         if hasattr(found, "_labelnames"):
             suffix = "_total" if found._type == "counter" else ""
@@ -199,8 +201,11 @@ def _ladder(result: str, header: Sequence[str], names: dict[str, str]) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "compatibility": lambda _: _differences_table(),
     "server flags": lambda _: flags.reference(),
-    "engine metrics": lambda _: _engine_metrics(),
+    "engine metrics": lambda _: _registered(Metrics()._registry),
     "exporter metrics": lambda _: _exporter_metrics(),
+    "follow metrics": lambda _: _registered(
+        Follower("memory://none", _ROOT / "models", None, FollowSettings()).registry
+    ),
     "stack variables": lambda _: _stack_table(),
     "results": lambda _: _results(),
     "ladder": lambda result: _ladder(result, _ENGLISH, {}),

@@ -16,6 +16,7 @@ _EVENTS = frozenset(
     {
         "open",
         "os.mkdir",
+        "os.link",
         "os.rename",
         "os.remove",
         "os.rmdir",

@@ -25,7 +25,7 @@ from spikeless.launch import free_port
 from spikeless.warmup import BuildSettings, make_requests
 
 #: Commands that read, and whose result a program would read.
-ANSWERING = ("publish", "map", "keep", "inspect", "promote", "rollback", "status", "prune")
+ANSWERING = ("publish", "push", "pull", "map", "keep", "inspect", "promote", "rollback", "status", "prune")
 CHANGING = ("publish", "promote", "rollback", "prune")
 
 
@@ -73,6 +73,7 @@ def test_one_thing_has_one_name_and_one_form_everywhere() -> None:
     }
     assert named == {
         "publish": ["saved_model", "name"],
+        "push": ["version_dir", "store", "name"],
         "promote": ["name", "version"],
         **{key: ["name"] for key in ("rollback", "status", "prune", "bench run", "bench gate")},
         **{key: [] for key in ("keep", "exporter")},
@@ -87,6 +88,8 @@ def test_one_thing_has_one_name_and_one_form_everywhere() -> None:
             "--publish-at",
             "--publish-every",
             "--poll",
+            "--interval",
+            "--spread",
         ),
         *("--soak", "--stagger", "--load-timeout", "--patience", "--max-first-request"),
     }

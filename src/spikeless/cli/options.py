@@ -18,6 +18,7 @@ import click
 from spikeless.errors import InvalidArgument
 from spikeless.repository.models_config import STABLE
 from spikeless.rollout.fleet import FleetSettings, parse_targets
+from spikeless.store.settings import StoreSettings
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
@@ -126,6 +127,26 @@ def fleet_settings(options: dict[str, Any]) -> FleetSettings:
         at_most=options.pop("at_most"),
         load_timeout=options.pop("load_timeout"),
         patience=options.pop("patience"),
+    )
+
+
+def store_options(function: _Function) -> _Function:
+    """How a store is read and written; `store_settings` reads them."""
+    for option in (
+        _option("--timeout", Duration(positive=True), "60s", "How long one object may take."),
+        click.option("--bandwidth", type=Size(), help="Bytes per second, such as 50MB.  [default: no limit]"),
+        _option("--workers", click.IntRange(1, 64), 8, "Objects on their way at the same time."),
+    ):
+        function = option(function)
+    return function
+
+
+def store_settings(options: dict[str, Any]) -> StoreSettings:
+    """Take the options of `store_options` out of ``options``."""
+    return StoreSettings(
+        workers=options.pop("workers"),
+        bandwidth=options.pop("bandwidth") or None,
+        timeout=options.pop("timeout"),
     )
 
 

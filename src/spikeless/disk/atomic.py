@@ -119,6 +119,16 @@ def _remove_stale(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory that every user can list, and its parents, durably."""
+    if path.is_dir():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(exist_ok=True)
+    path.chmod(DIRECTORY_MODE)
+    sync(path.parent)
+
+
 def copy_tree(source: Path, target: Path, *, link: bool = False) -> None:
     """Copy a directory to ``target``, which must not exist, readable by every user.
 

@@ -48,4 +48,5 @@ from spikeless.mapping.write import MapSettings as MapSettings
 from spikeless.mapping.write import inspect as inspect
 from spikeless.mapping.write import map_in_place as map_in_place
 from spikeless.mapping.write import map_saved_model as map_saved_model
+from spikeless.mapping.write import pinned_graph as pinned_graph
 from spikeless.mapping.write import repin as repin

@@ -186,6 +186,19 @@ def repin(
     return manifests.check(saved_model, root, digests=False)
 
 
+def pinned_graph(saved_model: str | os.PathLike[str], serving_root: str) -> bytes:
+    """The ``saved_model.pb`` of a mapped SavedModel as `repin` would write it.
+
+    The same for all copies of a SavedModel, wherever their files are.
+
+    Raises:
+        NotFound, DataLoss: it is no SavedModel that can be read.
+    """
+    proto = savedmodel.read(saved_model).proto
+    _pin(proto, manifests.absolute(serving_root))
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
 def inspect(
     saved_model: str | os.PathLike[str], min_bytes: int = DEFAULT_MIN_BYTES
 ) -> tuple[VariableRecord, ...]:

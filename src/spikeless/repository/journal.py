@@ -170,7 +170,35 @@ class Removed:
     bytes: int
 
 
-Entry = Published | ChangeBegun | Checked | Soaked | ChangeEnded | Removed
+@dataclass(frozen=True)
+class Pushed:
+    """A version has gone to a store."""
+
+    version: int
+    bytes: int
+    #: Bytes that went to the store.
+    sent: int
+    #: The store's URL, without credentials.
+    store: str
+    #: The version that differences are from.
+    base: int | None = None
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A version has come from a store and become visible."""
+
+    version: int
+    bytes: int
+    #: Bytes that came from the store.
+    fetched: int
+    #: The store's URL, without credentials.
+    store: str
+    #: SHA-256 of its manifest.
+    manifest: str
+
+
+Entry = Published | ChangeBegun | Checked | Soaked | ChangeEnded | Removed | Pushed | Pulled
 #: ``event`` of a line -> what it holds.
 _EVENTS: dict[str, type[Entry]] = {
     "publish": Published,
@@ -179,6 +207,8 @@ _EVENTS: dict[str, type[Entry]] = {
     "soak": Soaked,
     "end": ChangeEnded,
     "prune": Removed,
+    "push": Pushed,
+    "pull": Pulled,
 }
 _NAMES = {kind: event for event, kind in _EVENTS.items()}
 #: Fields that are JSON objects, or lists of them -> what they hold.

@@ -143,7 +143,7 @@ def _prepare_mapped(candidate: Candidate, serving_root: str) -> None:
 @contextmanager
 def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]]:
     """A version number for nobody else, and the staging directory that reserves it."""
-    _make_directory(directory)
+    atomic.make_directory(directory)
     state = layout.state_directory(directory.parent, directory.name)
     state.mkdir(exist_ok=True)
     with ExitStack() as stack:
@@ -161,13 +161,3 @@ def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]
                 raise InvalidArgument(f"{directory} has the highest version there is; give a free one")
             staging = stack.enter_context(atomic.staging(state / "staging", prefix=f"{number}-"))
         yield number, staging
-
-
-def _make_directory(path: Path) -> None:
-    """Create a directory that a server of another user can list, and its parents."""
-    if path.is_dir():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(exist_ok=True)
-    path.chmod(atomic.DIRECTORY_MODE)
-    atomic.sync(path.parent)

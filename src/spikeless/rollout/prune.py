@@ -166,23 +166,27 @@ def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
     """Versions of which a process on this machine has a file mapped.
 
     A container may see a version at another path, so a file is also known by its device
-    and inode.
+    and inode. Versions may share it by links: then the end of the path tells them
+    apart, and where it does not, all of them count.
     """
     prefixes = {f"{path.resolve()}/": version for version, path in versions.items()}
-    inodes = {
-        proc.file_key(file): version
-        for version, path in versions.items()
-        for file in path.rglob("*")
-        if file.is_file()
-    }
+    inodes: dict[tuple[str, str], dict[str, int]] = {}
+    for version, path in versions.items():
+        for child in path.rglob("*"):
+            if child.is_file():
+                end = f"/{path.name}/{child.relative_to(path).as_posix()}"
+                inodes.setdefault(proc.file_key(child), {})[end] = version
     found: set[int] = set()
     for pid in psutil.pids():
         try:
             files = proc.mapped_files(pid)
         except OSError:
             continue  # It has ended, or is another user's.
-        mapped, paths = {file.key for file in files}, {file.path for file in files}
-        found |= {inodes[key] for key in mapped & inodes.keys()}
+        paths = {file.path for file in files}
+        for file in files:
+            ends = inodes.get(file.key, {})
+            named = {version for end, version in ends.items() if file.path.endswith(end)}
+            found |= named or set(ends.values())
         found |= {
             version for prefix, version in prefixes.items() if any(path.startswith(prefix) for path in paths)
         }

@@ -1,0 +1,107 @@
+"""``spikeless pull``: a version comes from a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from prometheus_client import start_http_server
+
+from spikeless.cli.options import (
+    Duration,
+    interruptible,
+    json_option,
+    print_result,
+    store_options,
+    store_settings,
+    tell,
+)
+from spikeless.errors import Unavailable
+from spikeless.store.follow import Follower, FollowSettings
+from spikeless.store.pull import PullSettings, pull
+
+
+@click.command()
+@click.argument("store")
+@click.argument("models", type=click.Path(path_type=Path))
+@click.argument("name", required=False)
+@click.option("--version", type=int, help="The version.  [default: the newest]")
+@click.option("--serving-root", help="Absolute path of MODELS on the server.  [default: where it is here]")
+@click.option("--keep", type=int, help="Versions that stay, by the rules of `spikeless prune` but age.")
+@store_options
+@click.option("--follow", is_flag=True, help="Pull each new version, until Ctrl-C or SIGTERM.")
+@click.option(
+    "--interval",
+    type=Duration(at_least=0.05),
+    default="30s",
+    show_default=True,
+    help="With --follow: time between looks at the store.",
+)
+@click.option(
+    "--spread",
+    type=Duration(),
+    default="0s",
+    show_default=True,
+    help="With --follow: wait a random part of this first.",
+)
+@click.option("--metrics-port", type=int, help="With --follow: serve metrics here; 0 picks a free port.")
+@click.option(
+    "--metrics-host",
+    default="127.0.0.1",
+    show_default=True,
+    help="With --metrics-port: address to listen on.",
+)
+@json_option
+def command(
+    store: str,
+    models: Path,
+    name: str | None,
+    version: int | None,
+    serving_root: str | None,
+    keep: int | None,
+    follow: bool,
+    interval: float,
+    spread: float,
+    metrics_port: int | None,
+    metrics_host: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Bring the newest version of NAME, or of each model, from STORE to MODELS.
+
+    Only what no version on this disk has is fetched. Every byte is compared, the files
+    that a server maps are brought into the page cache, and the version appears whole or
+    not at all. What an interrupted pull has fetched, the next one uses.
+    """
+    settings = PullSettings(serving_root, keep, store_settings(options))
+    if not follow and (spread or metrics_port is not None):
+        raise click.UsageError("--spread and --metrics-port are for --follow: give that, too")
+    if follow and version is not None:
+        raise click.UsageError("--follow pulls the newest version: leave out --version")
+    with interruptible() as interrupted:
+        if not follow:
+            found = pull(
+                store, models, name, version, settings=settings, progress=tell, interrupted=interrupted
+            )
+            for result in found:
+                print_result(result, as_json)
+            return
+        follower = Follower(
+            store,
+            models,
+            name,
+            FollowSettings(interval, spread, settings),
+            pulled=lambda result: print_result(result, as_json),
+            progress=tell,
+            interrupted=interrupted,
+        )
+        if metrics_port is not None:
+            try:
+                listening, _ = start_http_server(metrics_port, metrics_host, follower.registry)
+            except OSError as error:
+                raise Unavailable(
+                    f"cannot listen on {metrics_host}:{metrics_port}: {error.strerror}"
+                ) from None
+            tell(f"metrics on http://{metrics_host}:{listening.server_port}/metrics")
+        follower.run()
