@@ -514,6 +514,18 @@ def _available(stub: model_service_pb2_grpc.ModelServiceStub, name: str) -> bool
     return False
 
 
+def version_of(pid: int) -> str:
+    """The version of a running ``tensorflow_model_server``; ``unknown`` of another one.
+
+    Also of one in a container or of another user, whose program cannot be run here.
+    """
+    try:
+        binary = psutil.Process(pid).exe()
+        return _binary_version(binary) if Path(binary).name == "tensorflow_model_server" else "unknown"
+    except (psutil.Error, OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
 def _binary_version(binary: str) -> str:
     """The version that a ``tensorflow_model_server`` states, such as ``2.20.0``."""
     answer = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=60, check=False)

@@ -24,14 +24,16 @@ from click.testing import CliRunner
 from places import ROOT, SUPPORT
 from trained_models import spikeless
 
-from spikeless import bench, launch
+from spikeless import __version__, bench, launch
+from spikeless.bench import machine
 from spikeless.bench.load.generator_floor import instant_server
 from spikeless.bench.replayed import read_requests
 from spikeless.cli import cli
+from spikeless.disk import proc
 from spikeless.errors import Code, FailedPrecondition
 from spikeless.openloop.loop import OpenLoop
 from spikeless.openloop.schedule import Schedule
-from spikeless.repository import layout
+from spikeless.repository import layout, models_config
 
 STAND_IN = SUPPORT / "stand_in.py"
 
@@ -436,7 +438,8 @@ def test_a_server_that_would_refuse_part_of_the_load_is_named_before_the_run(
         )
         pid = server.pid
     assert done.returncode == 0, done.stderr
-    warning = done.stderr.splitlines()[0]
+    warning, *others = done.stderr.splitlines()
+    assert not any("pins the versions" in line for line in others)
     assert "takes 8 calls at once and refuses more: at 40 requests/s, a stall of 200 ms fills them" in warning
     assert "--grpc_max_threads=4096" in warning
     (result,) = (tmp_path / "raw").glob("*.npz")
@@ -444,6 +447,31 @@ def test_a_server_that_would_refuse_part_of_the_load_is_named_before_the_run(
     assert run.facts.server.pid == pid
     assert run.facts.server.engine == "embedded"
     assert run.samples["rss_anon"].min() > 0
+
+
+def test_what_cannot_be_seen_of_a_server_is_told_by_the_environment(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container: the server's memory is another user's, and there is no git."""
+    settings = launch.LaunchSettings("boston", published / "boston", engine=launch.EMBEDDED)
+    with launch.start(settings) as server:
+        seen = bench.running_server(server.target, "boston")
+        assert (seen.engine, seen.engine_version) == ("embedded", __version__)
+        assert seen.allocator == "glibc"
+        monkeypatch.setenv("SPIKELESS_ALLOCATOR", "jemalloc")
+        assert bench.running_server(server.target, "boston") == seen, "what is seen counts"
+
+        def refuse(pid: int) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(proc, "mapped_files", refuse)
+        told = bench.running_server(server.target, "boston", server.pid)
+        assert told.allocator == "jemalloc"
+        assert told.allocator_proof == "SPIKELESS_ALLOCATOR, which its entrypoint checks"
+    monkeypatch.setattr(machine, "commit", lambda *_, **__: None)
+    assert machine.source_commit() == "unknown"
+    monkeypatch.setenv("SPIKELESS_REVISION", "0123456789ab")
+    assert machine.source_commit() == "0123456789ab"
 
 
 def test_results_are_compared_by_the_command(tmp_path: Path) -> None:
@@ -502,3 +530,33 @@ def test_a_directory_without_results_is_refused(tmp_path: Path) -> None:
     done = spikeless("report", tmp_path)
     assert done.returncode == 1
     assert "holds no raw results" in done.stderr
+
+
+def test_a_version_that_is_not_promoted_is_no_swap(saved_models: Path, tmp_path: Path) -> None:
+    """The server reads models.config, which pins version 1."""
+    models, source = publish_boston(saved_models / "signatures", tmp_path), tmp_path / "source"
+    block = models_config.new_block("boston", str(models / "boston"))
+    models_config.edit(models, {"boston": models_config.with_versions(block, [1], {})})
+    settings = launch.LaunchSettings(
+        flags=(f"--model_config_file={models / 'models.config'}",),
+        wait_for=["boston"],
+        engine=launch.EMBEDDED,
+    )
+    load = ("--rate", 40, "--duration", "4s", "--settle", "1s", "--no-floor", "--out", tmp_path / "raw")
+    with launch.start(settings) as server:
+        done = spikeless(
+            "bench",
+            "run",
+            "boston",
+            "--server",
+            server.target,
+            "--models",
+            models,
+            "--publish",
+            source,
+            *load,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "pins the versions of boston" in done.stderr
+    assert "No version was swapped. What was published was not seen AVAILABLE" in done.stdout
+    assert "SLO" not in done.stdout.splitlines()[-2]

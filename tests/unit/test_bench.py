@@ -215,6 +215,7 @@ def test_a_version_that_never_came_is_noted() -> None:
     summary = bench.analyse(made_up_run(states=(StateChange(-1.0, 1, "AVAILABLE"),)))
     assert summary.new_version is None
     assert any("no new version" in note for note in summary.notes)
+    assert (summary.reload, summary.width_ms, summary.over_slo, summary.memory_peak) == (None, None, 0, None)
 
 
 def test_contaminated_windows_are_named() -> None:

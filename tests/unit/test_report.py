@@ -14,6 +14,7 @@ from bench_runs import MACHINE, made_up_run, with_failures
 from rich.console import Console
 
 from spikeless.bench import Run, report
+from spikeless.bench.watch import StateChange
 from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 
 
@@ -170,6 +171,24 @@ def test_the_verdict_is_one_sentence(runs: list[Run], kind: str, sentence: str) 
     page = report.render_html(report.group(runs))
     body = page[page.index("<main>") :]
     assert body.index(verdict.title) < body.index('class="plot'), "it comes first"
+
+
+def test_a_run_in_which_no_version_was_swapped_concludes_nothing() -> None:
+    """Requests were slow after the publishing, but that was no swap."""
+    alone = made_up_run("pinned", 55, states=(StateChange(-1.0, 1, "AVAILABLE"),))
+    verdict = report.judge(report.group([alone]))
+    assert (verdict.title, verdict.kind, verdict.held) == ("No version was swapped", "mixed", [None])
+    assert "says nothing of a swap: `spikeless status` shows" in verdict.sentence
+    cells = rows(alone)
+    for label in ("reload p99.9", "reload max", "spike width", "requests over the SLO"):
+        assert cells[label] == ["-"], label
+    page = report.render_html(report.group([alone]))
+    assert "<code>spikeless status</code> shows" in page
+    assert "Publishing boston under load" in page
+    both = report.judge(report.group([alone, made_up_run("swap", 80)]))
+    assert (both.title, both.kind, both.held) == ("SLO broken", "broken", [None, False])
+    assert "81.0 ms" in both.sentence
+    assert "published with “pinned” was not seen AVAILABLE" in both.sentence
 
 
 def test_card_table_markdown_and_terminal_show_one_number() -> None:

@@ -106,8 +106,8 @@ class Summary:
     steady: Window
     #: Every swap, in order.
     reloads: Sequence[Reload]
-    #: All clean reloads together, or all reloads where none is clean; None without any.
-    #: The figures below come from the same reloads.
+    #: All clean reloads together, or where none is clean all that a new version came
+    #: with; None without any. The figures below come from the same reloads.
     reload: Window | None
     #: Its p99.9 relative to the steady one.
     ratio: float | None
@@ -137,11 +137,17 @@ class Summary:
     @property
     def counted(self) -> Sequence[Reload]:
         """The reloads that `reload` and the figures after it come from."""
-        return [swap for swap in self.reloads if swap.clean] or self.reloads
+        return _counted(self.reloads)
 
     @property
     def failed(self) -> int:
         return sum(count for code, count in self.codes.items() if code != Code.OK.name)
+
+
+def _counted(reloads: Sequence[Reload]) -> Sequence[Reload]:
+    """Those that figures come from: without a new version there is no swap."""
+    swapped = [swap for swap in reloads if swap.new_version is not None]
+    return [swap for swap in swapped if swap.clean] or swapped
 
 
 def percentile(values: NDArray[np.float64], share: float) -> float:
@@ -168,11 +174,12 @@ def analyse(run: Run) -> Summary:
             f"({steady.begin:g} to {steady.end:g} s)"
         )
     reloads = _reloads(run, end)
-    counted = [swap for swap in reloads if swap.clean] or reloads
+    counted = _counted(reloads)
     reload = _window(run, [(swap.window.begin, swap.window.end) for swap in counted]) if counted else None
     memory, sampled = run.samples["rss_anon"], run.samples["t"]
     before = (sampled >= settings.warm_seconds) & (sampled < steady.end)
-    during = _inside(sampled, [(swap.window.begin, swap.window.end) for swap in reloads])
+    swapped = [(swap.window.begin, swap.window.end) for swap in reloads if swap.new_version is not None]
+    during = _inside(sampled, swapped)
     return Summary(
         steady=steady,
         reloads=reloads,
@@ -192,7 +199,7 @@ def analyse(run: Run) -> Summary:
         swap_seconds=_median(swap.swap_seconds for swap in counted),
         memory_before=_last(memory[before]),
         memory_peak=_largest(memory[during]),
-        memory_after=_last(memory) if reloads else None,
+        memory_after=_last(memory) if swapped else None,
         notes=[
             *run.facts.notes,
             *(

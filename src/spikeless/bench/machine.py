@@ -16,6 +16,8 @@ from spikeless.disk import proc
 from spikeless.disk.git import commit
 
 UNKNOWN = "unknown"
+#: Says in our images which commit they were made of.
+REVISION_VARIABLE = "SPIKELESS_REVISION"
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,11 @@ def describe_machine() -> Machine:
 
 
 def source_commit() -> str:
-    """The commit that this package is at (see `spikeless.disk.git.commit`)."""
-    return commit(Path(__file__).parent, digits=12) or UNKNOWN
+    """The commit that this package is at (see `spikeless.disk.git.commit`).
+
+    Images have no git: their environment says which it is.
+    """
+    return commit(Path(__file__).parent, digits=12) or os.environ.get(REVISION_VARIABLE) or UNKNOWN
 
 
 def _cpu_model() -> str:

@@ -29,9 +29,10 @@ from typing import IO, Any
 
 import psutil
 
-from spikeless import launch
+from spikeless import __version__, launch
 from spikeless.bench import run_file
 from spikeless.bench.load import LINE_PREFIX
+from spikeless.bench.machine import UNKNOWN
 from spikeless.bench.replayed import choose, read_requests
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.watch import Watcher
@@ -48,6 +49,9 @@ from spikeless.rollout import local_servers
 SERVER_FLAGS = ("--grpc_max_threads=4096",)
 #: What servers of either engine have without that flag.
 _DEFAULT_THREADS = 4 * len(os.sched_getaffinity(0))
+
+#: Which allocator our entrypoint gave the server, for those who cannot read its memory.
+ALLOCATOR_VARIABLE = "SPIKELESS_ALLOCATOR"
 
 #: Beyond the schedule and the last deadline: to start Locust and to write the file.
 _OVERHEAD_SECONDS = 60.0
@@ -103,8 +107,9 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
     """What is known of a server that somebody else started.
 
     `pid` may be its container's first process. Without `pid` it is looked for among the
-    processes of this machine. Of one that is
-    not there, only the address is known.
+    processes of this machine. Of one that is not there, only the address is known. The
+    memory of another user's process cannot be read: there `SPIKELESS_ALLOCATOR` may say
+    which allocator it has, as our entrypoint makes sure of.
 
     Raises:
         SpikelessError: nothing answers at ``target``, or it does not serve the model
@@ -124,10 +129,13 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
     except psutil.NoSuchProcess:
         raise NotFound(f"there is no process {pid}") from None
     allocator = launch.allocator_of(pid)
-    engine = "embedded" if "spikeless" in command else Path(command[0]).name
+    if allocator.name == UNKNOWN and (told := os.environ.get(ALLOCATOR_VARIABLE)):
+        allocator = launch.Allocator(told, f"{ALLOCATOR_VARIABLE}, which its entrypoint checks")
+    embedded = any(Path(word).name == "spikeless" for word in command[:3])
     return ServerFacts(
         target,
-        engine=engine,
+        engine=launch.EMBEDDED if embedded else Path(command[0]).name,
+        engine_version=__version__ if embedded else launch.version_of(pid),
         allocator=allocator.name,
         allocator_proof=allocator.proof,
         command=_portable(command),

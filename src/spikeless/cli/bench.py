@@ -29,7 +29,7 @@ from spikeless.disk.atomic import write_atomically
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.openloop.schedule import ARRIVALS
-from spikeless.repository import checks, layout
+from spikeless.repository import checks, layout, models_config
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
 _PATH = click.Path(path_type=Path)
@@ -272,6 +272,14 @@ def _measured(
     console = Console(stderr=True)
     if facts is not None and load_share is None and (warning := bench.refusal(facts, settings.rate)):
         console.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
+    if target is not None and saved_models and _pinned(models, name):
+        console.print(
+            f"[yellow]{escape(str(models / models_config.FILE_NAME))} pins the versions of {escape(name)}: a "
+            "server that reads it loads what is published only when it is promoted, and nothing is swapped "
+            "before; measure that with --publish-command[/yellow]",
+            highlight=False,
+            soft_wrap=True,
+        )
     notes = []
     with ExitStack() as stack:
         if saved_models:
@@ -499,6 +507,12 @@ def _settings(**fields: Any) -> bench.Settings:
         return bench.Settings(**fields)
     except InvalidArgument as error:
         raise click.UsageError(str(error)) from None
+
+
+def _pinned(models: Path, name: str) -> bool:
+    """Whether ``models.config`` says which versions of a model are served."""
+    model = models_config.read(models).model(name) if models.is_dir() else None
+    return model is not None and model.model_version_policy.HasField("specific")
 
 
 def _check_server(settings: launch.LaunchSettings, models: Path, name: str) -> None:

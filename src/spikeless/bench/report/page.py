@@ -212,9 +212,7 @@ def _escape(text: str) -> str:
 def _title(panel: Panel) -> str:
     name, summary = panel.run.facts.settings.model_name, panel.summary
     if summary.reload is None:
-        return f"{name} under load"
-    if summary.new_version is None:
-        return f"Publishing {name} under load"
+        return f"Publishing {name} under load" if summary.reloads else f"{name} under load"
     if len(summary.reloads) > 1:
         return f"Swapping {name} {len(summary.reloads)} times under load"
     return f"Swapping {name} {summary.old_version} \N{RIGHTWARDS ARROW} {summary.new_version} under load"

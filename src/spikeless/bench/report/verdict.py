@@ -16,16 +16,17 @@ from spikeless.bench.report.table import Scenario, headline, milliseconds
 class Verdict:
     """What the report says first."""
 
-    #: Of every scenario.
-    held: Sequence[bool]
+    #: Of every scenario; None where versions were published and none was swapped.
+    held: Sequence[bool | None]
     #: ``SLO held`` or ``SLO broken``, and for which scenarios.
     title: str
     sentence: str
 
     @property
     def kind(self) -> str:
-        """``held``, ``broken`` or ``mixed``."""
-        return "held" if all(self.held) else "mixed" if any(self.held) else "broken"
+        """``held``, ``broken`` or, where it is both or neither, ``mixed``."""
+        known = {held for held in self.held if held is not None}
+        return "mixed" if len(known) != 1 else "held" if known.pop() else "broken"
 
 
 def slo_ms(scenario: Scenario) -> float:
@@ -37,8 +38,35 @@ def failed(scenario: Scenario) -> int:
     return sum(summary.failed for summary in scenario.summaries)
 
 
+def unswapped(scenario: Scenario) -> bool:
+    """Whether versions were published and none of them became AVAILABLE."""
+    published = any(run.facts.publishes for run in scenario.runs)
+    return published and not any(summary.reload for summary in scenario.summaries)
+
+
 def judge(scenarios: Sequence[Scenario]) -> Verdict:
-    """The verdict on these scenarios."""
+    """The verdict on these scenarios; on those without a swap there is none."""
+    swapped = [one for one in scenarios if not unswapped(one)]
+    if len(swapped) == len(scenarios):
+        return _judge(scenarios)
+    still = [one for one in scenarios if unswapped(one)]
+    where = "" if len(scenarios) == 1 else f" with {_names(still)}"
+    nothing = (
+        f"What was published{where} was not seen AVAILABLE before the load ended, which says nothing of a "
+        "swap: `spikeless status` shows what the server serves, and why"
+    )
+    if not swapped:
+        return Verdict([None] * len(scenarios), "No version was swapped", f"{nothing}.")
+    verdict = _judge(swapped)
+    held = iter(verdict.held)
+    return Verdict(
+        [None if unswapped(one) else next(held) for one in scenarios],
+        verdict.title,
+        f"{verdict.sentence} {nothing}.",
+    )
+
+
+def _judge(scenarios: Sequence[Scenario]) -> Verdict:
     held = [headline(one).middle <= slo_ms(one) and not failed(one) for one in scenarios]
     if len(scenarios) == 1:
         title = "SLO held" if held[0] else "SLO broken"
