@@ -60,6 +60,8 @@ EMBEDDED, DOCKER = "embedded", "docker"
 #: What a binary is called in results.
 TENSORFLOW_SERVING = "tensorflow_model_server"
 IMAGE_VARIABLE = "SPIKELESS_IMAGE"
+#: What cannot be told of a server.
+UNKNOWN = "unknown"
 DEFAULT_IMAGE = "spikeless/serving"
 JEMALLOC = "libjemalloc.so.2"
 JEMALLOC_REMEDY = f"{JEMALLOC} is not installed: on Debian or Ubuntu run `apt-get install libjemalloc2`"
@@ -442,12 +444,12 @@ def allocator_of(pid: int) -> Allocator:
     try:
         paths = [file.path for file in proc.mapped_files(pid)]
     except OSError as error:
-        return Allocator("unknown", f"no memory maps: {error.strerror}")
+        return Allocator(UNKNOWN, f"no memory maps: {error.strerror}")
     for name, libraries in (("jemalloc", ("libjemalloc",)), ("glibc", ("libc.so", "libc-2"))):
         for path in paths:
             if Path(path).name.startswith(libraries):
                 return Allocator(name, path)
-    return Allocator("unknown", "neither jemalloc nor glibc is mapped")
+    return Allocator(UNKNOWN, "neither jemalloc nor glibc is mapped")
 
 
 def _maps(pid: int, library: str) -> bool:
@@ -521,13 +523,13 @@ def version_of(pid: int) -> str:
     """
     try:
         binary = psutil.Process(pid).exe()
-        return _binary_version(binary) if Path(binary).name == "tensorflow_model_server" else "unknown"
+        return _binary_version(binary) if Path(binary).name == "tensorflow_model_server" else UNKNOWN
     except (psutil.Error, OSError, subprocess.SubprocessError):
-        return "unknown"
+        return UNKNOWN
 
 
 def _binary_version(binary: str) -> str:
     """The version that a ``tensorflow_model_server`` states, such as ``2.20.0``."""
     answer = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=60, check=False)
     version = re.search(r"^\s*TensorFlow ModelServer\s*:(.*)", answer.stdout, re.MULTILINE)
-    return version[1].strip() if version else "unknown"
+    return version[1].strip() if version else UNKNOWN

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from promotion_models import NAME, X, add_version, golden_file, prediction_log, write_config
+from promotion_models import NAME, X, add_version, golden_file, prediction_log, start_server, write_config
 from trained_models import spikeless
 
 from spikeless.errors import InvalidArgument
 from spikeless.formats import savedmodel, tfrecord
+from spikeless.formats.graph import all_nodes
 from spikeless.formats.protos import prediction_log_pb2
 from spikeless.repository import golden, layout, publishing
 from spikeless.repository.gates import GateSettings, breaking_changes
 from spikeless.repository.golden import Tolerance
 from spikeless.repository.journal import Journal, Published
 from spikeless.repository.layout import stable_version
+from spikeless.repository.target import Target
 from spikeless.repository.trial import GateError
 
 
@@ -45,7 +48,7 @@ def test_a_good_version_passes_and_carries_its_golden_requests(
     assert findings["memory"] > 0
     assert findings["first"] > 0
     assert findings["load"] > 0
-    assert record["gates"] == ["files", "warmup", "cold", "golden", "signatures", "trial"]
+    assert record["gates"] == ["files", "target", "warmup", "cold", "golden", "signatures", "trial"]
     assert not record["allow_breaking"]
 
 
@@ -56,9 +59,13 @@ def test_the_python_api_passes_the_same_gates_and_writes_the_same_record(scales:
     assert isinstance(first, Published)
     assert isinstance(second, Published)
     assert (first.version, first.stable, first.allow_breaking) == (3, 1, False)
-    assert first.gates == ("files", "warmup", "cold", "signatures", "trial")
+    assert first.gates == ("files", "target", "warmup", "cold", "signatures", "trial")
     assert first.findings.stable_requests == 1
-    assert (second.version, second.gates, second.allow_breaking) == (4, ("files", "warmup", "cold"), True)
+    assert (second.version, second.gates, second.allow_breaking) == (
+        4,
+        ("files", "target", "warmup", "cold"),
+        True,
+    )
     with pytest.raises(GateError, match="gate signatures"):
         publishing.publish(scales / "whole", models, NAME)
 
@@ -195,6 +202,80 @@ def test_differences_are_told_in_words(answer: np.ndarray[Any, Any], problem: st
         assert found is None
     else:
         assert re.search(problem, found or ""), found
+
+
+def edited(source: Path, path: Path, edit: Callable[[Any], None]) -> Path:
+    """A copy of a SavedModel whose meta graph is edited."""
+    shutil.copytree(source, path)
+    saved_model = savedmodel.read(path).proto
+    edit(saved_model.meta_graphs[0])
+    (path / "saved_model.pb").write_bytes(saved_model.SerializeToString())
+    return path
+
+
+def with_op(name: str) -> Callable[[Any], None]:
+    """The first multiplication becomes another operation."""
+
+    def edit(meta_graph: Any) -> None:
+        node = next(node for node in all_nodes(meta_graph.graph_def) if node.op == "Mul")
+        node.op = name
+
+    return edit
+
+
+def test_operations_that_servers_have_not_are_named(scales: Path, models: Path, tmp_path: Path) -> None:
+    custom = edited(scales / "3", tmp_path / "custom", with_op("SentencepieceTokenizeOp"))
+    with pytest.raises(
+        GateError, match="no operation SentencepieceTokenizeOp: stock TensorFlow Serving"
+    ) as told:
+        publishing.publish(custom, models, NAME)
+    assert told.value.gate == "ops"
+    assert "--no-load" in str(told.value)
+    with pytest.raises(GateError, match=r"calls Python \(EagerPyFunc.*no server has"):
+        publishing.publish(edited(scales / "3", tmp_path / "python", with_op("EagerPyFunc")), models, NAME)
+    said: list[str] = []
+    unloaded = GateSettings(load=False).pipeline()
+    publishing.publish(scales / "3", models, NAME, gates=unloaded, progress=said.append)
+    assert not any("operation" in line for line in said)
+    publishing.publish(custom, models, NAME, gates=unloaded, progress=said.append)
+    assert any("warning: TensorFlow here has no operation Sentencepiece" in line for line in said)
+
+
+def test_graphs_of_a_newer_tensorflow_are_told(scales: Path, models: Path, tmp_path: Path) -> None:
+    def newer(meta_graph: Any) -> None:
+        meta_graph.meta_info_def.tensorflow_version = "2.99.0"
+
+    def not_for_this_one(meta_graph: Any) -> None:
+        meta_graph.graph_def.versions.min_consumer = 10**6
+
+    said: list[str] = []
+    publishing.publish(edited(scales / "3", tmp_path / "new", newer), models, NAME, progress=said.append)
+    (warning,) = (line for line in said if "exported it" in line)
+    assert re.search(r"TensorFlow 2\.99\.0 exported it, and servers have 2\.\d+", warning), warning
+    assert "update servers first" in warning
+    older = GateSettings(target=Target("2.9.1")).pipeline()
+    publishing.publish(scales / "3", models, NAME, gates=older, progress=said.append)
+    assert any("servers have 2.9.1" in line for line in said), said
+    with pytest.raises(GateError, match=r"min consumer.*upgrade TensorFlow") as told:
+        publishing.publish(edited(scales / "3", tmp_path / "future", not_for_this_one), models, NAME)
+    assert told.value.gate == "load"
+
+
+def test_flags_of_the_servers_decide(scales: Path, models: Path) -> None:
+    """Those of a running server, too, as far as its process can be seen."""
+    compiled = ("publish", scales / "compiled", NAME, "--models", models, "--dry-run", "--json")
+    refused = spikeless(*compiled, "--server-flag=--num_load_threads=1")
+    assert refused.returncode == 1
+    assert "gate target: XLA compiles a part" in refused.stderr
+    assert "--xla_cpu_compilation_enabled" in refused.stderr
+    done = spikeless(*compiled, "--server-flag=--xla_cpu_compilation_enabled")
+    assert "XLA" not in done.stdout
+    with start_server(models) as server:
+        done = spikeless(*compiled, "--server", server.target)
+        assert done.returncode == (0 if server.engine == "embedded" else 1), done.stderr
+    unseen = spikeless(*compiled, "--server", "127.0.0.1:1")
+    assert unseen.returncode == 1
+    assert "say what it has with --server-flag" in unseen.stderr
 
 
 def test_what_servers_need_a_flag_for_is_said(scales: Path, models: Path) -> None:

@@ -51,14 +51,21 @@ def test_publish_loads_the_model_and_prints_the_new_version(boston_run: Path, tm
     assert dry.returncode == 0, dry.stderr
     told = json.loads(dry.stdout)
     assert (told["path"], told["version"], told["dry_run"]) == (f"{tmp_path}/boston/1", 1, True)
-    assert told["gates"] == ["files", "warmup", "cold", "signatures", "trial"]
+    assert told["gates"] == ["files", "target", "warmup", "cold", "signatures", "trial"]
     assert told["warnings"] == []
     assert not (tmp_path / "boston" / "1").exists()
 
     done = spikeless(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/boston/1\n"
-    titles = ["copying", "checking files", "checking warmup", "looking for warmup", "comparing signatures"]
+    titles = [
+        "copying",
+        "checking files",
+        "comparing with servers",
+        "checking warmup",
+        "looking for warmup",
+        "comparing signatures",
+    ]
     titles += ["loading and asking it", "writing to disk", "publishing"]
     assert done.stderr.splitlines() == [f"boston: {title}" for title in titles]
     assert tree(tmp_path / "boston" / "1") == tree(boston_run / "saved_model")
@@ -135,8 +142,7 @@ def test_a_model_that_tensorflow_cannot_load_is_refused(saved_model: Path, tmp_p
     file.write_bytes(file.read_bytes().replace(b"ParseExampleV2", b"ParseExampleV9"))
     done = spikeless("publish", saved_model, "boston", "--models", tmp_path / "models")
     assert done.returncode == 1
-    assert "cannot be loaded" in done.stderr
-    assert "ParseExampleV9" in done.stderr
+    assert "TensorFlow here has no operation ParseExampleV9" in done.stderr
     assert versions(tmp_path / "models", "boston") == {}
     assert not leftovers(tmp_path / "models")
 

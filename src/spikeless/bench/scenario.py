@@ -131,7 +131,7 @@ def running_server(target: str, model_name: str, pid: int | None = None) -> Serv
     allocator = launch.allocator_of(pid)
     if allocator.name == UNKNOWN and (told := os.environ.get(ALLOCATOR_VARIABLE)):
         allocator = launch.Allocator(told, f"{ALLOCATOR_VARIABLE}, which its entrypoint checks")
-    embedded = any(Path(word).name == "spikeless" for word in command[:3])
+    embedded = local_servers.is_embedded(command)
     return ServerFacts(
         target,
         engine=launch.EMBEDDED if embedded else Path(command[0]).name,

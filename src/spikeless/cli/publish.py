@@ -20,6 +20,7 @@ from spikeless.mapping import MapSettings
 from spikeless.repository import publishing
 from spikeless.repository.gates import GateSettings
 from spikeless.repository.golden import Tolerance
+from spikeless.rollout import local_servers
 
 
 @click.command()
@@ -39,6 +40,9 @@ from spikeless.repository.golden import Tolerance
     "--rtol", default=Tolerance.rtol, show_default=True, help="How far answers may be off, relatively ..."
 )
 @click.option("--atol", default=Tolerance.atol, show_default=True, help="... and absolutely.")
+@click.option("--server", help="A server on this machine that is to load it: its flags and version count.")
+@click.option("--server-flag", multiple=True, help="Or a flag that servers have; repeatable.")
+@click.option("--server-version", help="Or their version, such as 2.20.0.  [default: TensorFlow's here]")
 @click.option("--memory", type=Size(), help="Memory that servers have for it.  [default: this machine's]")
 @click.option(
     "--max-first-request",
@@ -67,6 +71,9 @@ def command(
     golden: Path | None,
     rtol: float,
     atol: float,
+    server: str | None,
+    server_flag: tuple[str, ...],
+    server_version: str | None,
     memory: int | None,
     max_first_request: float,
     mapped: bool,
@@ -95,6 +102,7 @@ def command(
         tolerance=Tolerance(rtol, atol),
         mapping=MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize) if mapped else None,
         load=load,
+        target=local_servers.capabilities(server, server_flag, server_version),
         memory=memory,
         max_first_request=max_first_request,
     )

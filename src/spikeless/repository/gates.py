@@ -3,20 +3,22 @@
 In: a staged version (`Candidate`). Out: nothing, or an error that names the gate, the
 numbers and the remedy; and what was found, for the journal.
 
-``files``       everything that the graph names is there; it warns of flags that
-                servers need
+``files``       everything that the graph names is there
+``target``      servers have the flags and the TensorFlow that it needs
 ``warmup``      every warmup record fits its signature
 ``cold``        it has a signature that answers; without a warmup file, it warns
 ``golden``      (a rewrite) golden requests become part of the version
 ``signatures``  no signature, input or output that callers use now is lost or changed
 ``mapping``     (a rewrite) parameters are mapped from files
 ``trial``       it is loaded, warmed and asked in a process of its own; errors name the
-                part that failed: ``load``, ``warmup``, ``golden``, ``first request``,
-                ``signatures`` or ``memory``
+                part that failed: ``ops``, ``load``, ``warmup``, ``golden``,
+                ``first request``, ``signatures`` or ``memory``; without a trial, it
+                warns of operations that TensorFlow has not
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +29,6 @@ import psutil
 
 from spikeless.errors import SpikelessError
 from spikeless.formats import savedmodel
-from spikeless.formats.graph import all_nodes
 from spikeless.formats.savedmodel import Signature
 from spikeless.formats.tensors import dtype_name, shape_text
 from spikeless.mapping import MapSettings, is_mapped, map_in_place
@@ -35,6 +36,7 @@ from spikeless.repository import golden, trial
 from spikeless.repository.candidate import SIGNATURES, Candidate
 from spikeless.repository.checks import check_files, check_warmup
 from spikeless.repository.golden import Golden, Tolerance
+from spikeless.repository.target import Target, needs_xla, newer_than
 from spikeless.repository.trial import GateError
 from spikeless.warmup.records import warmup_file
 
@@ -70,6 +72,8 @@ class GateSettings:
     allow_cold: bool = False
     #: Load it and ask it, as a test.
     load: bool = True
+    #: The servers that are to load it.
+    target: Target = field(default_factory=Target)
     #: Bytes that servers have for it; by default what is available on this machine now.
     memory: int | None = None
     #: Seconds that the first request may take.
@@ -81,7 +85,9 @@ class GateSettings:
         Raises:
             SpikelessError: ``golden`` cannot be used (`golden.read_file`).
         """
-        gates = [FILES, WARMUP] if self.allow_cold else [FILES, WARMUP, COLD]
+        gates = [FILES, Gate("target", "comparing with servers", partial(_check_target, self)), WARMUP]
+        if not self.allow_cold:
+            gates.append(COLD)
         if self.golden is not None:
             given = golden.read_file(self.golden, self.tolerance)
             gates.append(Gate("golden", "adding golden requests", partial(_add_golden, given)))
@@ -94,22 +100,24 @@ class GateSettings:
         return tuple(gates)
 
 
-def _check_files(candidate: Candidate) -> None:
-    check_files(candidate.path)
-    if _is_compiled(savedmodel.read(candidate.path).meta_graph().graph_def):
-        candidate.warnings.append(
+def _check_target(settings: GateSettings, candidate: Candidate) -> None:
+    meta_graph = savedmodel.read(candidate.path).meta_graph()
+    wanted = settings.target
+    if needs_xla(meta_graph.graph_def) and not wanted.xla:
+        problem = (
             "XLA compiles a part of it (jit_compile=True), which TensorFlow Serving refuses on a CPU: start "
             "servers with --xla_cpu_compilation_enabled, or export it without"
         )
-
-
-def _is_compiled(graph: Any) -> bool:
-    """Whether a function must be compiled by XLA."""
-    return any(
-        function.attr["_XlaMustCompile"].b
-        for function in graph.library.function
-        if "_XlaMustCompile" in function.attr
-    ) or any(node.attr["_XlaMustCompile"].b for node in all_nodes(graph) if "_XlaMustCompile" in node.attr)
+        if wanted.xla is False:
+            raise GateError("target", problem)
+        candidate.warnings.append(problem)
+    if newer := newer_than(meta_graph, wanted.version or importlib.metadata.version("tensorflow")):
+        candidate.warnings.append(newer)
+    if not settings.load:
+        try:
+            trial.run(candidate.path, load=False)
+        except GateError as error:
+            candidate.warnings.append(error.problem)
 
 
 def _check_warmup(version: Path) -> None:
@@ -185,7 +193,7 @@ def _check_memory(needed: int, budget: int | None) -> None:
         )
 
 
-FILES = Gate("files", "checking files", _check_files)
+FILES = Gate("files", "checking files", lambda candidate: check_files(candidate.path))
 COLD = Gate("cold", "looking for warmup", _check_cold, _check_answers)
 WARMUP = Gate("warmup", "checking warmup", lambda candidate: _check_warmup(candidate.path), _check_warmup)
 #: The gates of a version that is published without further wishes.

@@ -3,7 +3,8 @@
 In: the directory of a version, perhaps the stable version that it is to follow. Out:
 what it took, or the gate at which it failed. ``python -m spikeless.repository.trial
 VERSION [STABLE]`` is the process: it may crash or run out of memory without harm, and
-prints its findings as one JSON object.
+prints its findings as one JSON object. With ``--no-load`` before them it only looks at
+the operations.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from pathlib import Path
 from spikeless.disk import children
 from spikeless.disk.proc import private_memory
 from spikeless.errors import FailedPrecondition, SpikelessError
+from spikeless.formats import savedmodel
 from spikeless.formats.session_overrides import session_config
-from spikeless.repository import golden
+from spikeless.repository import golden, target
 from spikeless.repository.journal import Findings
-from spikeless.runtime import Session
+from spikeless.runtime import Session, op_names
 from spikeless.runtime.model import Model
 from spikeless.warmup.records import Record, read, warmup_file
 from spikeless.warmup.replay import answer, replay
 
 #: The process; the version and the stable one follow.
 _COMMAND = (sys.executable, "-m", "spikeless.repository.trial")
+_NO_LOAD = "--no-load"
 #: Requests whose median is the steady latency.
 _STEADY_REQUESTS = 30
 
@@ -45,19 +48,25 @@ class GateError(FailedPrecondition):
         self.problem = problem
 
 
-def run(version: Path, stable: Path | None = None) -> Findings:
+def run(version: Path, stable: Path | None = None, *, load: bool = True) -> Findings:
     """Try a version in a process of its own.
 
     Args:
         version: its directory, with the warmup records and golden requests that it
             carries.
+        load: load it and ask it; otherwise only look at its operations.
         stable: the version that its callers use now: its warmup records are asked, too.
 
     Raises:
-        GateError: it cannot be loaded, or fails on a request, or answers a golden one
-            wrongly.
+        GateError: TensorFlow has not all of its operations, it cannot be loaded, or it
+            fails on a request or answers a golden one wrongly.
     """
-    command = [*_COMMAND, str(version), *([] if stable is None else [str(stable)])]
+    command = [
+        *_COMMAND,
+        *([] if load else [_NO_LOAD]),
+        str(version),
+        *([] if stable is None else [str(stable)]),
+    ]
     done = children.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     try:
         result = json.loads(done.stdout)
@@ -70,7 +79,14 @@ def run(version: Path, stable: Path | None = None) -> Findings:
     return Findings(**result)
 
 
+def _check_ops(version: Path) -> None:
+    problem = target.ops_without_kernel(savedmodel.read(version).meta_graph().graph_def, op_names())
+    if problem:
+        raise GateError("ops", f"{problem}; where servers have it, publish without a trial, by --no-load")
+
+
 def _try(version: Path, stable: Path | None) -> Findings:
+    _check_ops(version)
     findings = Findings()
     before, started = private_memory(), time.monotonic()
     try:
@@ -127,11 +143,16 @@ def _latencies(model: Model, record: Record) -> tuple[float, float]:
 
 
 def main() -> None:
-    version, *rest = sys.argv[1:]
+    load = _NO_LOAD not in sys.argv
+    version, *rest = (argument for argument in sys.argv[1:] if argument != _NO_LOAD)
     # Whatever else is printed must not get between.
     with redirect_stdout(sys.stderr):
         try:
-            result = asdict(_try(Path(version), Path(rest[0]) if rest else None))
+            if load:
+                result = asdict(_try(Path(version), Path(rest[0]) if rest else None))
+            else:
+                _check_ops(Path(version))
+                result = asdict(Findings())
         except GateError as error:
             result = {"gate": error.gate, "problem": error.problem}
     print(json.dumps(result))

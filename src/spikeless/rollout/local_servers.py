@@ -8,14 +8,18 @@ tells a model's base path, so it is read from the server's command line.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from spikeless.errors import SpikelessError
+from spikeless import launch
+from spikeless.errors import NotFound, SpikelessError
 from spikeless.formats.protos import model_server_config_pb2, read_text_proto
+from spikeless.repository.target import Target
 
+_XLA = "xla_cpu_compilation_enabled"
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -34,6 +38,8 @@ class LocalServer:
     directory: str
     #: The flags that it was started with.
     flags: dict[str, str]
+    #: Whether it is the embedded engine.
+    embedded: bool
 
     def base_path(self, name: str) -> str | None:
         """Where the server was told to find a model; None when that is not known."""
@@ -64,6 +70,11 @@ class LocalServer:
         return self.root / os.path.join(self.directory, path).lstrip("/")
 
 
+def is_embedded(command: Sequence[str]) -> bool:
+    """Whether a command line is that of the embedded engine."""
+    return any(Path(word).name == "spikeless" for word in command[:3])
+
+
 def find(target: str) -> LocalServer | None:
     """The server that listens on ``target``; None when it cannot be seen from here."""
     port = target.rpartition(":")[2]
@@ -83,17 +94,44 @@ def find(target: str) -> LocalServer | None:
         process = psutil.Process(pids.pop())
         root = Path("/proc", str(process.pid), "root")
         root.stat()
-        flags = _flags(process.cmdline())
+        command = process.cmdline()
+        flags = _flags(command)
         if not flags.keys() & {"model_config_file", "model_base_path"}:
             return None  # A proxy, or a server inside another program.
-        return LocalServer(process.pid, root, process.cwd(), flags)
+        return LocalServer(process.pid, root, process.cwd(), flags, is_embedded(command))
     except (psutil.Error, OSError):
         return None
 
 
+def capabilities(server: str | None, flags: Sequence[str] = (), version: str | None = None) -> Target:
+    """What servers can load, by the flags and version of a running one, or as given.
+
+    Raises:
+        NotFound: ``server`` is not on this machine, or its process cannot be seen.
+    """
+    found = find(server) if server is not None else None
+    if server is not None and found is None:
+        raise NotFound(
+            f"the flags of {server} cannot be seen from here: say what it has with --server-flag and "
+            "--server-version"
+        )
+    known = _flags(list(flags))
+    if found is not None:
+        known = {**found.flags, **known}
+        told = launch.version_of(found.pid)
+        version = version or (None if told == launch.UNKNOWN else told)
+        if found.embedded:
+            return Target(version, xla=True)
+    if not known:
+        return Target(version)
+    value = known.get(_XLA, "false").lower()
+    # A boolean may stand alone, before another flag.
+    return Target(version, xla=value in ("", "true", "1") or value.startswith("--"))
+
+
 def _flags(command: list[str]) -> dict[str, str]:
     flags = {}
-    for argument, following in zip(command, [*command[1:], ""], strict=True):
+    for argument, following in zip(command, (*command, "")[1:], strict=True):
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             flags[name] = value if equals else following

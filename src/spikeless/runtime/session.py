@@ -28,7 +28,7 @@ import numpy as np
 
 from spikeless.errors import FailedPrecondition, InvalidArgument, TensorFlowError
 from spikeless.formats import wire
-from spikeless.formats.protos import config_pb2, meta_graph_pb2, tensorflow_directory, types_pb2
+from spikeless.formats.protos import config_pb2, meta_graph_pb2, op_def_pb2, tensorflow_directory, types_pb2
 from spikeless.formats.tensors import as_bytes, data_type, numpy_dtype
 
 #: Restore and initialise on the calling thread instead of the pool that requests run on
@@ -57,6 +57,7 @@ _BUFFER = POINTER(_Buffer)
 _TENSORS = (POINTER(_Output), POINTER(c_void_p), c_int)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "TF_Version": (c_char_p, []),
+    "TF_GetAllOpList": (_BUFFER, []),
     "TF_NewStatus": (c_void_p, []),
     "TF_DeleteStatus": (None, [c_void_p]),
     "TF_GetCode": (c_int, [c_void_p]),
@@ -150,6 +151,16 @@ def _tf() -> _Library:
 def version() -> str:
     """The version of the TensorFlow runtime, such as ``2.20.0``."""
     return str(_tf().Version().decode())
+
+
+def op_names() -> frozenset[str]:
+    """The names of all operations that the TensorFlow runtime has."""
+    buffer = _tf().GetAllOpList()
+    try:
+        content = ctypes.string_at(buffer.contents.data, buffer.contents.length)
+    finally:
+        _tf().DeleteBuffer(buffer)
+    return frozenset(op.name for op in op_def_pb2.OpList.FromString(content).op)
 
 
 def return_free_memory() -> None:
