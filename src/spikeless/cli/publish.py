@@ -28,7 +28,7 @@ from spikeless.rollout import local_servers
 @click.argument("name")
 @click.option("--version", type=int, help="Number of the version.  [default: the next free one]")
 @models_option
-@click.option("--load/--no-load", default=True, help="Load the model first and ask it, as a test.")
+@click.option("--no-load", is_flag=True, help="Do not load the model first and ask it, as a test.")
 @click.option("--allow-cold", is_flag=True, help="It may have no warmup file, or no signature.")
 @click.option("--allow-breaking", is_flag=True, help="Callers of the stable version may fail.")
 @click.option(
@@ -65,7 +65,7 @@ def command(
     name: str,
     version: int | None,
     models: Path,
-    load: bool,
+    no_load: bool,
     allow_cold: bool,
     allow_breaking: bool,
     golden: Path | None,
@@ -101,7 +101,7 @@ def command(
         golden=golden,
         tolerance=Tolerance(rtol, atol),
         mapping=MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize) if mapped else None,
-        load=load,
+        load=not no_load,
         target=local_servers.capabilities(server, server_flag, server_version),
         memory=memory,
         max_first_request=max_first_request,
