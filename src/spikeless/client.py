@@ -6,10 +6,12 @@ In: a target such as ``127.0.0.1:8500``. Out: response messages; gRPC errors bec
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,7 +19,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spikeless.errors import Code, SpikelessError, Unavailable
+from spikeless.errors import Code, InvalidArgument, SpikelessError, Unavailable
 from spikeless.formats import wire
 from spikeless.formats.protos import (
     get_model_metadata_pb2,
@@ -41,6 +43,44 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
+#: What a target begins with where the server has TLS (``--ssl_config_file``).
+TLS = "grpcs://"
+#: A file in PEM: the authorities of servers, by default gRPC's own.
+CA_VARIABLE = "SPIKELESS_TLS_CA"
+#: Files in PEM, to show to a server that asks for them.
+CERTIFICATE_VARIABLE = "SPIKELESS_TLS_CERT"
+KEY_VARIABLE = "SPIKELESS_TLS_KEY"
+
+
+def channel(target: str) -> grpc.Channel:
+    """A channel to ``host:port``, or with TLS to ``grpcs://host:port``.
+
+    Raises:
+        InvalidArgument: a file that a variable names cannot be read, or is alone.
+    """
+    if target.startswith(TLS):
+        return grpc.secure_channel(target.removeprefix(TLS), credentials(), options=CHANNEL_OPTIONS)
+    return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+
+def credentials() -> grpc.ChannelCredentials:
+    """The credentials that the variables name; raises as `channel` does."""
+    authorities, certificate, key = map(_pem, (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE))
+    if (certificate is None) != (key is None):
+        raise InvalidArgument(
+            f"{CERTIFICATE_VARIABLE} and {KEY_VARIABLE} belong together: set both or neither"
+        )
+    return grpc.ssl_channel_credentials(authorities, key, certificate)
+
+
+def _pem(variable: str) -> bytes | None:
+    file = os.environ.get(variable)
+    if not file:
+        return None
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise InvalidArgument(f"{variable}: cannot read {file}: {error.strerror}") from None
 
 
 class RemoteError(SpikelessError):
@@ -66,14 +106,14 @@ class Client(AbstractContextManager["Client"]):
     """Calls one server; safe to use from several threads.
 
     Args:
-        target: ``host:port``.
+        target: ``host:port``, or ``grpcs://host:port`` for a server with TLS.
         timeout: seconds that each call may take.
     """
 
     def __init__(self, target: str, timeout: float = 10.0) -> None:
         self.target = target
         self.timeout = timeout
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = channel(target)
         self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         # As the stub's method, but for messages that are no UTF-8: a server passes on
@@ -160,9 +200,14 @@ class Client(AbstractContextManager["Client"]):
 
         return answered
 
-    def is_serving(self) -> bool:
-        """What the standard health service says; TensorFlow Serving has none."""
-        response = self.call(self._health.Check, health_pb2.HealthCheckRequest())
+    def is_serving(self, service: str = "") -> bool:
+        """What the standard health service says of a server, or of one of its services.
+
+        TensorFlow Serving has it with ``--enable_grpc_healthcheck_service``. The
+        embedded engine's services are also its models and versions: ``name`` and
+        ``name/version``.
+        """
+        response = self.call(self._health.Check, health_pb2.HealthCheckRequest(service=service))
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:

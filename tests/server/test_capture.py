@@ -39,7 +39,7 @@ def target(scales: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     shutil.copytree(scales / "2", models / NAME / "1")
     config = f'name: "{NAME}" base_path: "{models / NAME}" model_platform: "tensorflow"'
     (models / "models.config").write_text(f"model_config_list {{ config {{ {config} }} }}")
-    with start_server(models) as server:
+    with start_server(models, "--enable_grpc_healthcheck_service=true") as server:
         yield server.target
 
 

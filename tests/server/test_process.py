@@ -19,6 +19,9 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+from google.protobuf import descriptor_pool, json_format, message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from harness import IS_EMBEDDED, Running, ServerFactory, put_version, refused
 
 from spikeless.client import Client, model_spec
@@ -190,6 +193,61 @@ def test_packed_messages(shared: Running) -> None:
 
 def test_health(embedded: None, shared: Running) -> None:
     assert shared.client.is_serving()
+
+
+def test_every_model_and_version_has_its_health(embedded: None, shared: Running) -> None:
+    for service in ("times", "times/1", "times/2", "PredictionService", "ModelService"):
+        assert shared.client.is_serving(service)
+    for service in ("times/3", "nobody"):
+        with refused(Code.NOT_FOUND):
+            shared.client.is_serving(service)
+
+
+def test_the_health_of_a_version_that_goes(
+    embedded: None, saved_models: Path, models: Path, serve: ServerFactory
+) -> None:
+    flag = "--file_system_poll_wait_seconds=1"
+    with (
+        serve(flag, model_name="times", model_base_path=models) as running,
+        grpc.insecure_channel(running.server.target) as channel,
+    ):
+        request = health_pb2.HealthCheckRequest(service="times/1")
+        watching = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=120)
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        put_version(saved_models / "times_two", models, 2)
+        assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert running.client.is_serving("times/2")
+        assert running.client.is_serving("times")
+
+
+def test_the_server_tells_what_it_can_be_asked(shared: Running) -> None:
+    """A client without any of its files, as grpcurl is."""
+    with grpc.insecure_channel(shared.server.target) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {"tensorflow.serving.PredictionService", "tensorflow.serving.ModelService"} <= {
+            *database.get_services()
+        }
+        pool = descriptor_pool.DescriptorPool(database)
+        service = pool.FindServiceByName("tensorflow.serving.PredictionService")
+        method = service.methods_by_name["Predict"]
+        request = message_factory.GetMessageClass(method.input_type)()
+        response = message_factory.GetMessageClass(method.output_type)
+        json_format.ParseDict(
+            {
+                "modelSpec": {"name": "times", "version": "2"},
+                "inputs": {
+                    "x": {"dtype": "DT_FLOAT", "tensorShape": {"dim": [{"size": "1"}]}, "floatVal": [1]}
+                },
+            },
+            request,
+            descriptor_pool=pool,
+        )
+        predict = channel.unary_unary(
+            "/tensorflow.serving.PredictionService/Predict",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        assert list(predict(request, timeout=60).outputs["y"].float_val) == [2]
 
 
 def test_it_listens_on_loopback(embedded: None, shared: Running) -> None:

@@ -91,7 +91,11 @@ class Running:
 
 @contextmanager
 def run_server(log: Path, *flags: str, **settings: object) -> Iterator[Running]:
-    """Start a server with these flags, wait until it is ready, stop it at the end."""
+    """Start a server with these flags, wait until it is ready, stop it at the end.
+
+    It logs what it does, whatever the level that this process's own TensorFlow has.
+    """
+    settings.setdefault("environment", {"TF_CPP_MIN_LOG_LEVEL": "0"})
     launch_settings = launch.LaunchSettings(flags=flags, log=log, **settings)  # type: ignore[arg-type]
     with launch.start(launch_settings) as server, Client(server.target) as client:
         yield Running(server, client)

@@ -32,7 +32,7 @@ def test_the_reference_tells_what_is_special() -> None:
     assert rows["grace"].endswith("Not a flag of TensorFlow Serving. |")
     assert "| 4 for each processor |" in rows["grpc_max_threads"]
     assert "Ignored: it runs on the CPU." in rows["skip_initialize_tpu"]
-    assert "Refused: this engine has no TLS" in rows["ssl_config_file"]
+    assert "Refused: this engine has no ALTS" in rows["use_alts_credentials"]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_reference_tells_what_is_special() -> None:
         ("port", True, "True is not of type integer"),
         ("enable_model_warmup", 1, "1 is not of type boolean"),
         ("grpc_channel_arguments", "grpc.something", "'grpc.something' is not name=value"),
-        ("ssl_config_file", "tls.config", "--ssl_config_file: this engine has no TLS"),
+        ("use_alts_credentials", "true", "--use_alts_credentials: this engine has no ALTS"),
     ],
 )
 def test_values_that_make_no_sense(name: str, value: Any, message: str) -> None:
@@ -53,7 +53,7 @@ def test_values_that_make_no_sense(name: str, value: Any, message: str) -> None:
 
 
 def test_flags_that_change_nothing_are_known() -> None:
-    given = ServerFlags(skip_initialize_tpu="true", ssl_config_file="false", grace=1)
+    given = ServerFlags(skip_initialize_tpu="true", use_alts_credentials="false", grace=1)
     assert [flag.name for flag in given.ignored()] == ["skip_initialize_tpu"]
 
 

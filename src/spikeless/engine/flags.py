@@ -123,6 +123,9 @@ class ServerFlags:
 
     port: int = _flag(8500, "Port of the gRPC API; 0 picks a free one.", **_PORT)
     grpc_socket_path: str = _flag("", "UNIX socket that the gRPC API listens on as well.")
+    ssl_config_file: str = _flag(
+        "", "SSLConfig in text format: TLS on the gRPC ports, with client certificates if it says so."
+    )
     rest_api_port: int = _flag(0, "Port of the REST API; 0: no REST API.", **_PORT)
     rest_api_num_threads: int = _flag(4 * _PROCESSORS, "Requests that REST answers at once.", **_THREADS)
     rest_api_timeout_in_ms: int = _flag(30_000, "Milliseconds that a REST call may run.")
@@ -204,7 +207,6 @@ class ServerFlags:
     xla_gpu_compilation_enabled: str | None = _ignored("it runs on the CPU")
 
     # Refused: ignoring them would open what they close.
-    ssl_config_file: str | None = _refused("this engine has no TLS: put a proxy in front of it")
     use_alts_credentials: str | None = _refused("this engine has no ALTS: put a proxy in front of it")
 
     def __post_init__(self) -> None:

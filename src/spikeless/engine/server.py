@@ -19,6 +19,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from spikeless import runtime
+from spikeless.engine import reflection
 from spikeless.engine.core import ServerCore
 from spikeless.engine.flags import ServerFlags, channel_arguments
 from spikeless.engine.grpc_api import ModelServicer, PredictionServicer, add_prediction_service
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # imported where they are used: a server without them saves t
     from spikeless.engine.rest_server import RestServer
 
 _log = logging.getLogger(__name__)
+#: Services whose health is the server's: the first two are TensorFlow Serving's names.
+_SERVICES = ("ModelService", "PredictionService", SERVICE)
 
 
 def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
@@ -53,8 +56,10 @@ def _single_model_config(name: str, base_path: str) -> model_server_config_pb2.M
     return config
 
 
-def _bind(server: grpc.Server, address: str) -> int:
+def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     try:
+        if credentials is not None:
+            return int(server.add_secure_port(address, credentials))
         return int(server.add_insecure_port(address))
     except RuntimeError:
         raise Unavailable(f"cannot listen on {address}: is it right, and free?") from None
@@ -77,6 +82,11 @@ class Server:
                 "--model_base_path is needed, or --model_config_file: what should be served?"
             )
         self._flags = flags
+        self._credentials: grpc.ServerCredentials | None = None
+        if flags.ssl_config_file:
+            from spikeless.engine import tls
+
+            self._credentials = tls.credentials(flags.ssl_config_file)
         self._metrics: Metrics | None = None
         if flags.monitoring_config_file:
             from spikeless.engine.metrics import Metrics, read_monitoring_path
@@ -141,9 +151,10 @@ class Server:
         add_prediction_service(PredictionServicer(calls), server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        port = _bind(server, f"{self._flags.host}:{self._flags.port}")
+        reflection.enable(server)
+        port = _bind(server, f"{self._flags.host}:{self._flags.port}", self._credentials)
         if self._flags.grpc_socket_path:
-            _bind(server, f"unix:{self._flags.grpc_socket_path}")
+            _bind(server, f"unix:{self._flags.grpc_socket_path}", self._credentials)
         self._update_health()
         server.start()
         self._grpc = server
@@ -163,7 +174,13 @@ class Server:
         return port
 
     def _version_changed(self, name: str, status: VersionStatus) -> None:
+        self._set_health(f"{name}/{status.version}", status.state is State.AVAILABLE)
+        self._set_health(name, bool(self.core.manager.available(name)))
         self._update_health()
+
+    def _set_health(self, service: str, serving: bool) -> None:
+        response = health_pb2.HealthCheckResponse
+        self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
 
     def _update_health(self) -> None:
         """SERVING while every model that can be loaded has an available version."""
@@ -176,11 +193,8 @@ class Server:
             for status in manager.statuses(name)
         )
         serving = (bool(available) or not names) and not coming and not self._stopping.is_set()
-        status = health_pb2.HealthCheckResponse.SERVING
-        if not serving:
-            status = health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            self._health.set(service, status)
+        for service in ("", *_SERVICES):
+            self._set_health(service, serving)
 
     def _watch_config_file(self) -> None:
         path = self._flags.model_config_file

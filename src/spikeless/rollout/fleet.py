@@ -60,7 +60,8 @@ _Answer = TypeVar("_Answer")
 class FleetSettings:
     """Which servers there are, and how gently they are treated."""
 
-    #: ``host:port`` of each server's gRPC port, in the order in which they are changed.
+    #: ``[grpcs://]host:port`` of each server's gRPC port, in the order in which they
+    #: are changed.
     targets: Sequence[str]
     #: Seconds between two servers that begin to load; up to half of it is added at
     #: random, so that hosts which share a disk do not read it at the same moment.
@@ -92,7 +93,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     for target in targets:
         host, _, port = target.rpartition(":")
         if not host or not port.isdigit():
-            raise InvalidArgument(f"{target!r} is neither HOST:PORT nor a file of them")
+            raise InvalidArgument(f"{target!r} is neither [grpcs://]HOST:PORT nor a file of them")
     return targets
 
 

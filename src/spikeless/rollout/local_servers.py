@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from spikeless import launch
+from spikeless.client import TLS
 from spikeless.errors import NotFound, SpikelessError
 from spikeless.formats.protos import model_server_config_pb2, read_text_proto
 from spikeless.repository.target import Target
@@ -25,7 +26,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 def on_loopback(target: str) -> bool:
     """Whether an address is one of this machine only."""
-    return target.rpartition(":")[0] in _LOOPBACK
+    return target.removeprefix(TLS).rpartition(":")[0] in _LOOPBACK
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from spikeless.client import Client, model_spec
+from spikeless.client import TLS, Client, model_spec
 from spikeless.errors import FailedPrecondition, SpikelessError
 from spikeless.formats.kinds import Kind
 from spikeless.formats.states import State
@@ -45,7 +45,7 @@ class Remote:
     @property
     def host(self) -> str:
         """The server's host, without the port."""
-        return self._client.target.rpartition(":")[0]
+        return self._client.target.removeprefix(TLS).rpartition(":")[0]
 
     def state(self) -> State:
         """The version's state."""

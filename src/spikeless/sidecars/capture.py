@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from spikeless.client import CHANNEL_OPTIONS
+from spikeless.client import CHANNEL_OPTIONS, TLS, credentials
 from spikeless.errors import InvalidArgument, SpikelessError, Unavailable
 from spikeless.sidecars.recording import Recorder, RecorderSettings
 
@@ -79,7 +79,13 @@ class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             raise
 
     async def _start(self) -> int:
-        self._channel = grpc.aio.insecure_channel(self.settings.target, options=CHANNEL_OPTIONS)
+        target = self.settings.target
+        if target.startswith(TLS):
+            self._channel = grpc.aio.secure_channel(
+                target.removeprefix(TLS), credentials(), options=CHANNEL_OPTIONS
+            )
+        else:
+            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         server = grpc.aio.server(options=_SERVER_OPTIONS)
         server.add_generic_rpc_handlers((self,))
         try:

@@ -1,0 +1,179 @@
+"""TLS on the gRPC ports, with certificates of the client where the server asks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import trustme
+from harness import put_version
+
+from spikeless import launch
+from spikeless.client import CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE, Client
+from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.formats.states import State
+from spikeless.rollout.local_servers import on_loopback
+
+X = {"x": np.array([1.0], np.float32)}
+Trust = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def models(saved_models: Path, tmp_path: Path) -> Path:
+    put_version(saved_models / "times_one", tmp_path / "times", 1)
+    return tmp_path / "times"
+
+
+@pytest.fixture
+def trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trust:
+    """Set the client's variables: whom it trusts, and what it shows."""
+
+    def use(authority: trustme.CA, shown: trustme.LeafCert | None = None) -> None:
+        files = [tmp_path / name for name in ("ca.pem", "cert.pem", "key.pem")]
+        authority.cert_pem.write_to_path(files[0])
+        if shown is not None:
+            shown.cert_chain_pems[0].write_to_path(files[1])
+            shown.private_key_pem.write_to_path(files[2])
+        monkeypatch.setenv(CA_VARIABLE, str(files[0]))
+        for variable, file in zip((CERTIFICATE_VARIABLE, KEY_VARIABLE), files[1:], strict=True):
+            monkeypatch.setenv(variable, str(file) if shown else "")
+
+    return use
+
+
+def text(pem: trustme.Blob) -> str:
+    return pem.bytes().decode()
+
+
+def config(certificate: trustme.LeafCert, verify: trustme.CA | None = None, **changes: str) -> str:
+    """An SSLConfig in text format."""
+    fields = {"server_key": text(certificate.private_key_pem)}
+    fields["server_cert"] = "".join(map(text, certificate.cert_chain_pems))
+    if verify is not None:
+        fields["custom_ca"] = text(verify.cert_pem)
+    lines = [f"{name}: {json.dumps(value)}" for name, value in {**fields, **changes}.items()]
+    return "\n".join([*lines, f"client_verify: {str(verify is not None).lower()}"])
+
+
+@contextmanager
+def serving(models: Path, ssl_config: str, *flags: str) -> Iterator[launch.ServerProcess]:
+    file = models.parent / "ssl.config"
+    file.write_text(ssl_config)
+    settings = launch.LaunchSettings(
+        model_name="times",
+        model_base_path=models,
+        flags=(f"--ssl_config_file={file}", *flags),
+        log=models.parent / "server.log",
+    )
+    with launch.ServerProcess(settings) as server:
+        server.start()
+        yield server
+
+
+def is_available(client: Client) -> bool:
+    try:
+        return [status.state for status in client.statuses("times")] == [State.AVAILABLE]
+    except SpikelessError as error:
+        if error.code is not Code.UNAVAILABLE:
+            raise
+        return False
+
+
+def test_a_server_with_a_certificate(models: Path, authority: trustme.CA, trust: Trust) -> None:
+    trust(authority)
+    with (
+        serving(models, config(authority.issue_cert("127.0.0.1"))) as server,
+        Client(f"grpcs://{server.target}") as client,
+    ):
+        server.wait_for(lambda: is_available(client), "the model over TLS")
+        assert client.predict("times", X)["y"] == [1]
+        with Client(server.target, timeout=10) as plain, pytest.raises(SpikelessError):
+            plain.predict("times", X)
+        trust(trustme.CA())
+        with Client(f"grpcs://{server.target}", timeout=10) as doubtful, pytest.raises(SpikelessError):
+            doubtful.predict("times", X)
+
+
+def test_clients_that_have_to_show_a_certificate(models: Path, authority: trustme.CA, trust: Trust) -> None:
+    clients = trustme.CA()
+    with serving(models, config(authority.issue_cert("127.0.0.1"), verify=clients)) as server:
+        trust(authority, clients.issue_cert("client"))
+        with Client(f"grpcs://{server.target}") as client:
+            server.wait_for(lambda: is_available(client), "the model over TLS")
+            assert client.predict("times", X)["y"] == [1]
+        for shown in (None, trustme.CA().issue_cert("stranger")):
+            trust(authority, shown)
+            with Client(f"grpcs://{server.target}", timeout=10) as stranger, pytest.raises(SpikelessError):
+                stranger.predict("times", X)
+
+
+def test_the_unix_socket_has_it_too(models: Path, tmp_path: Path, authority: trustme.CA) -> None:
+    certificate = config(authority.issue_cert("models.example"))
+    socket = tmp_path / "socket"
+    credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+    options = [("grpc.ssl_target_name_override", "models.example")]
+    with (
+        serving(models, certificate, f"--grpc_socket_path={socket}") as server,
+        grpc.secure_channel(f"unix:{socket}", credentials, options) as channel,
+    ):
+        ready = grpc.channel_ready_future(channel)
+        server.wait_for(ready.done, "TLS on the socket")
+
+
+def test_tools_reach_it(models: Path, authority: trustme.CA, trust: Trust) -> None:
+    trust(authority)
+    with serving(models, config(authority.issue_cert("127.0.0.1"))) as server:
+        with Client(f"grpcs://{server.target}") as client:
+            server.wait_for(lambda: is_available(client), "the model over TLS")
+        command = [sys.executable, "-m", "spikeless", "status", "times", "--models", str(models.parent)]
+        command += ["--servers", f"grpcs://{server.target}"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert "AVAILABLE" in shown.stdout, shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server_key": "none"}, "server_key and server_cert are no PEM key"),
+        ({"server_cert": ""}, "server_key and server_cert are no PEM key"),
+        ({"server_key": text(trustme.CA().issue_cert("x").private_key_pem)}, "that belongs to it"),
+        ({"custom_ca": "none"}, "custom_ca holds no PEM certificates"),
+        ({"custom_ca": ""}, "client_verify needs the authorities of clients in custom_ca"),
+        ({"server": ""}, "Invalid protobuf file"),
+    ],
+)
+def test_configurations_that_are_wrong(
+    embedded: None, models: Path, authority: trustme.CA, changes: dict[str, str], message: str
+) -> None:
+    wrong = config(authority.issue_cert("127.0.0.1"), verify=authority, **changes)
+    with serving(models, wrong) as server:
+        with pytest.raises(SpikelessError, match="exited with code 1"):
+            server.wait_for(lambda: False, "the end")
+        assert message in server.log_path.read_text()
+        assert "PRIVATE" not in server.log_path.read_text()
+
+
+def test_files_of_the_client_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CA_VARIABLE, "/nowhere/ca.pem")
+    with pytest.raises(InvalidArgument, match=f"{CA_VARIABLE}: cannot read /nowhere/ca.pem"):
+        Client("grpcs://127.0.0.1:1")
+    monkeypatch.delenv(CA_VARIABLE)
+    monkeypatch.setenv(KEY_VARIABLE, __file__)
+    with pytest.raises(InvalidArgument, match="belong together"):
+        Client("grpcs://127.0.0.1:1")
+
+
+def test_the_address_is_the_same() -> None:
+    assert on_loopback("grpcs://127.0.0.1:8500")
