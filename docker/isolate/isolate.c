@@ -14,9 +14,12 @@
  * - It allocates from an arena of its own, and so do its pools: parameters and what else a version consists of lie
  *   apart from the memory of requests, and allocating it takes no lock that a request waits for. Needs jemalloc.
  *
+ * What it maps is unmapped piece by piece, by a thread that also runs only while nothing else wants the processor: else
+ * the unloading of half a gigabyte keeps a processor for 10 ms.
+ *
  * A pool's threads are known by their place: those that a thread starts after it has listed such a folder, and before
  * it waits for one to end. All functions of the C library that are replaced here are called when files are listed or
- * threads start and end, never by a request.
+ * mapped and when threads start and end, not by a request.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -44,6 +47,10 @@
 #define STACK_BYTES (256 << 10)
 /* Between two starts, and between two ends, of a pool's threads. A load takes 0.3 s longer for two pools. */
 #define PACE_NANOSECONDS 300000
+
+/* A version's files that are at least so large are unmapped in pieces of that size. */
+#define PIECE_BYTES (4 << 20)
+#define MAPPINGS 1024
 
 /* The next definition of a function that is replaced here: that of the C library, or of a library preloaded later.
    It may be asked for before `start`, by the constructor of another library. */
@@ -100,6 +107,14 @@ static void create_arena(void) {
 static void use_arena(void) {
     pthread_once(&arena_once, create_arena);
     if (has_arena) mallctl("thread.arena", NULL, NULL, &arena, sizeof arena);
+}
+
+/* This thread loads or unloads versions from now on. */
+static void keep_apart(void) {
+    if (self.loads) return;
+    self.loads = true;
+    use_arena();
+    run_when_idle();
 }
 
 /* Pools of threads --------------------------------------------------------------------------------------------- */
@@ -207,6 +222,56 @@ int pthread_join(pthread_t thread, void **result) {
     return error;
 }
 
+/* Files that a version maps -------------------------------------------------------------------------------------- */
+
+/* Those that a loading thread mapped; the start of a free place is 0. Further ones are unmapped as ever. */
+static struct mapping {
+    atomic_uintptr_t start;
+    size_t size;
+} mappings[MAPPINGS];
+
+static void remember_mapping(void *start, size_t size) {
+    for (size_t i = 0; i < MAPPINGS; i++) {
+        uintptr_t none = 0;
+        if (!atomic_compare_exchange_strong(&mappings[i].start, &none, 1)) continue;
+        mappings[i].size = size;
+        atomic_store(&mappings[i].start, (uintptr_t)start);
+        return;
+    }
+}
+
+static bool forget_mapping(void *start, size_t size) {
+    for (size_t i = 0; i < MAPPINGS; i++) {
+        uintptr_t expected = (uintptr_t)start;
+        if (atomic_load(&mappings[i].start) != expected || mappings[i].size != size) continue;
+        return atomic_compare_exchange_strong(&mappings[i].start, &expected, 0);
+    }
+    return false;
+}
+
+/* Without `next`: an allocator calls these before a process can look up functions. */
+void *mmap(void *address, size_t size, int protection, int flags, int file, off_t offset) {
+    void *start = (void *)syscall(SYS_mmap, address, size, protection, flags, file, offset);
+    if (self.loads && file >= 0 && start != MAP_FAILED && protection == PROT_READ && size >= PIECE_BYTES)
+        remember_mapping(start, size);
+    return start;
+}
+
+void *mmap64(void *address, size_t size, int protection, int flags, int file, off64_t offset)
+    __attribute__((alias("mmap")));
+
+/* Who unmaps what a load mapped unloads versions. The pages are let go piece by piece, before the mapping is. */
+int munmap(void *start, size_t size) {
+    if (size >= PIECE_BYTES && forget_mapping(start, size)) {
+        keep_apart();
+        for (size_t done = 0; done < size; done += PIECE_BYTES) {
+            madvise((char *)start + done, size - done < PIECE_BYTES ? size - done : PIECE_BYTES, MADV_DONTNEED);
+            wait_for(PACE_NANOSECONDS);
+        }
+    }
+    return (int)syscall(SYS_munmap, start, size);
+}
+
 /* Listing a version's folder ----------------------------------------------------------------------------------- */
 
 DIR *opendir(const char *path) {
@@ -217,11 +282,7 @@ DIR *opendir(const char *path) {
     if (directory == NULL || !active || syscall(SYS_gettid) == getpid()) return directory;
     if (faccessat(dirfd(directory), VERSION_FILE, F_OK, 0) != 0) return directory;
     self.listed = directory;
-    if (!self.loads) {
-        self.loads = true;
-        use_arena();
-        run_when_idle();
-    }
+    keep_apart();
     return directory;
 }
 

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="gcc and make are not i
 
 SCHED_OTHER, SCHED_IDLE = 0, 5
 POOLS, THREADS = 2, 256
+#: Not a whole number of the pieces in which it is unmapped.
+TABLE_BYTES, PAGE_BYTES = 9 << 20, 4096
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,7 @@ def version(tmp_path: Path) -> Path:
         file = tmp_path / "1" / name
         file.parent.mkdir(exist_ok=True, parents=True)
         file.write_bytes(b"content")
+    (tmp_path / "1" / "table.data").write_bytes(bytes([1]) * TABLE_BYTES)
     return tmp_path / "1"
 
 
@@ -79,7 +82,10 @@ def test_a_load_is_kept_apart(library: Path, program: Path, version: Path) -> No
     assert seen["main_entries"] == 7
     assert seen["idle"] == seen["bound"] == POOLS * THREADS
     assert seen["loader_policy"] == (SCHED_IDLE if _may_return_from_idle() else SCHED_OTHER)
-    for name in ("other_policy", "main_policy", "child_policy"):
+    assert seen["table_sum"] == TABLE_BYTES // PAGE_BYTES
+    assert seen["unloader_policy"] == seen["loader_policy"], "who unmaps what a load mapped unloads"
+    assert seen["unloader_gone"] == seen["unmapper_gone"] == 1
+    for name in ("other_policy", "unmapper_policy", "main_policy", "child_policy"):
         assert seen[name] == SCHED_OTHER, name
     assert seen["loader_processors"] == seen["other_processors"] == len(os.sched_getaffinity(0))
     assert seen["ended"], "a lock that a load held was released while every processor was busy"

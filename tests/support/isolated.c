@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <dirent.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -12,6 +13,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -25,6 +28,9 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static atomic_int idle, bound, peers;
 static atomic_bool done;
 static char *volatile parameters;
+static const char *table;
+static size_t table_size;
+static unsigned long table_sum;
 
 static int processors(void) {
     cpu_set_t set;
@@ -78,6 +84,30 @@ static void arena(void) {
     printf("arena %u\nallocated %zu\n", number, allocated);
 }
 
+/* Maps a table, as a version that is loaded does. */
+static void map(void) {
+    char path[4096];
+    struct stat status;
+    snprintf(path, sizeof path, "%s/table.data", folder);
+    int file = open(path, O_RDONLY);
+    fstat(file, &status);
+    table_size = (size_t)status.st_size;
+    table = mmap(NULL, table_size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (table == MAP_FAILED) abort();
+    close(file);
+    for (size_t i = 0; i < table_size; i += 4096) table_sum += table[i];
+}
+
+/* Unmaps memory: `argument` is NULL for the version's table. */
+static void *unmap(void *argument) {
+    unsigned char resident;
+    void *start = argument == NULL ? (void *)table : argument;
+    if (munmap(start, table_size) != 0) abort();
+    printf("%s_policy %d\n", argument == NULL ? "unloader" : "unmapper", sched_getscheduler(0));
+    printf("%s_gone %d\n", argument == NULL ? "unloader" : "unmapper", mincore(start, 4096, &resident) != 0);
+    return NULL;
+}
+
 static void *load(void *unused) {
     pthread_t thread;
     walk();
@@ -92,6 +122,7 @@ static void *load(void *unused) {
     waitpid(child, &status, 0);
     printf("child_policy %d\n", WEXITSTATUS(status));
     arena();
+    map();
     return unused;
 }
 
@@ -122,6 +153,12 @@ int main(int count, char **arguments) {
     printf("main_entries %d\n", entries(folder));
     pthread_create(&loader, NULL, load, NULL);
     pthread_join(loader, NULL);
+    void *other_memory = mmap(NULL, table_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    for (int i = 0; i < 2; i++) {
+        pthread_create(&loader, NULL, unmap, i == 0 ? other_memory : NULL);
+        pthread_join(loader, NULL);
+    }
+    printf("table_sum %lu\n", table_sum);
     unsigned number = 0;
     size_t size = sizeof number;
     if (mallctl != NULL) mallctl("thread.arena", &number, &size, NULL, 0);
