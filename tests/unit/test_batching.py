@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -225,6 +227,35 @@ def test_answers_are_views_of_the_batch(sessions: Callable[[str], Session], tmp_
     assert abs(distance) == first.nbytes
 
 
+def test_nothing_is_left_of_a_call(sessions: Callable[[str], Session], tmp_path: Path) -> None:
+    """Its arrays are freed with it, not when the garbage collector comes by."""
+    runner = batched(tmp_path, sessions("signatures"), f"max_batch_size {{ value: 2 }} {NEVER}")
+    feed, fetches = tensors(sessions("signatures"), "gather")
+    arrays: list[weakref.ref[Any]] = []
+
+    def call(count: int, number: int, timeout: float | None = None) -> str:
+        ids = np.full(count, number, np.int32)
+        arrays.append(weakref.ref(ids))
+        try:
+            return str(runner.run({feed: ids}, fetches, timeout)[0].tolist())
+        except SpikelessError as error:
+            return str(error)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert call(2, 1) == "[1.0, 1.0]"
+        assert "larger than maximum" in call(3, 1)
+        assert "timeout exceeded" in call(1, 1, 0.01)
+        assert "is not in" in call(2, 99)
+        assert results([lambda: call(1, 1), lambda: call(1, 2)]) == ["[1.0]", "[2.0]"]
+        assert all("is not in" in text for text in results([lambda: call(1, 1), lambda: call(1, 99)]))
+        assert len(arrays) == 8
+        assert [reference() is None for reference in arrays] == [True] * 8
+    finally:
+        gc.enable()
+
+
 # --- which calls run together, and when -----------------------------------------------
 
 
@@ -389,6 +420,29 @@ def test_the_batch_has_the_time_of_its_last_call(sessions: Callable[[str], Sessi
     assert first is not None
     assert 300 < first <= 600
     assert second is None
+
+
+def test_an_unforeseen_error_is_every_call_s_too(
+    sessions: Callable[[str], Session], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = Counted(sessions("dtypes"))
+
+    def run(*_: Any) -> Any:
+        raise MemoryError("no memory for a tensor")
+
+    original, counted.run = counted.run, run  # type: ignore[method-assign, assignment]
+    runner = batched(tmp_path, counted, f"max_batch_size {{ value: 2 }} {NEVER}")
+    feed, fetches = tensors(counted, "float32")
+
+    def call() -> str:
+        with pytest.raises(MemoryError, match="no memory for a tensor") as caught:
+            runner.run({feed: np.ones([1, 2], np.float32)}, fetches)
+        return str(caught.value)
+
+    assert results([call, call]) == ["no memory for a tensor"] * 2
+    assert "a batch failed" in caplog.text
+    counted.run = original  # type: ignore[method-assign]
+    assert len(runner.run({feed: np.ones([2, 2], np.float32)}, fetches)[0]) == 2
 
 
 def test_types_that_differ(sessions: Callable[[str], Session], tmp_path: Path) -> None:

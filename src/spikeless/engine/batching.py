@@ -41,6 +41,7 @@ from spikeless.errors import (
     Internal,
     InvalidArgument,
     ResourceExhausted,
+    SpikelessError,
     Unavailable,
 )
 from spikeless.formats.protos import message_class, meta_graph_pb2, read_text_proto
@@ -243,20 +244,30 @@ class _Call:
     def wakes_at(self, now: float) -> float:
         """When something happens that only this call looks after.
 
-        That a batch is old enough is the matter of its first call.
+        That a batch is old enough is the matter of its first call, if that is asleep.
         """
-        moments = [
-            part.batch.ready_at
-            for part in self.parts
-            if not part.batch.taken and part.batch.parts[0].call is self and part.batch.ready_at > now
-        ]
-        return min([self.deadline, *moments])
+        moments = [self.deadline]
+        for batch in (part.batch for part in self.parts):
+            if not batch.taken and batch.ready_at > now:
+                first = batch.parts[0].call
+                if first is self or first.runs is not None:
+                    moments.append(batch.ready_at)
+        return min(moments)
 
     def answer(self) -> list[_Array]:
-        """The outputs of all its rows."""
-        if self.error is not None:
-            raise self.error.with_traceback(None)
+        """The outputs of all its rows; afterwards it holds on to nothing.
+
+        What refers to itself would live until the garbage collector comes by.
+        """
+        error, self.error = self.error, None
+        if error is not None:
+            self.parts.clear()
+            try:
+                raise error
+            finally:
+                del error
         rows = [self.rows[index] for index in range(len(self.parts))]
+        self.parts.clear()
         return rows[0] if len(rows) == 1 else [np.concatenate(parts) for parts in zip(*rows, strict=True)]
 
 
@@ -349,6 +360,14 @@ class _Queue:
         return len(self.batches) == 1 and not self.batches[0].parts
 
 
+def _copy_of(error: BaseException) -> BaseException:
+    """An error for one thread to raise: each gives it a traceback of its own."""
+    copied = type(error).__new__(type(error))
+    copied.args = error.args
+    vars(copied).update(vars(error))
+    return copied
+
+
 def _cuts(size: int, room: int, limit: int) -> list[tuple[int, int]]:
     """The rows of each part: the first fills the open batch, others have one each."""
     stops = [*range(room or limit, size, limit), size]
@@ -399,17 +418,21 @@ class _Places:
                 rows = session.run_batch(batch)
             except BaseException as caught:  # whatever it is, it is every call's
                 error = caught
+                if not isinstance(caught, SpikelessError):
+                    _log.exception("a batch failed")
             with self._lock:
                 self._free += 1
                 call.runs = None
                 for index, part in enumerate(batch.parts):
                     if error is not None:
-                        part.call.error = error
+                        part.call.error = _copy_of(error)
                     else:
                         part.call.rows[part.index] = rows[index]
                     if part.call.is_over:
                         part.call.wake()
+                batch.parts.clear()
                 self._give_places(time.monotonic())
+            del batch, rows, error
 
     def _give_places(self, now: float) -> None:
         """Give each free place to a batch that may run, from the queues in turn."""
@@ -424,6 +447,7 @@ class _Places:
             if queue.is_empty:
                 self._turns.pop()
                 del queue.session.queues[queue.key]
+                queue.batches.clear()
 
     def _leave(self, call: _Call) -> None:
         """Take what is left of a call out of the queues: it is over, or out of time."""
