@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from bench_runs import MACHINE, made_up_run, publish_boston, write_requests
 from click.testing import CliRunner
+from harness import IS_EMBEDDED
 from places import ROOT, SUPPORT
 from trained_models import spikeless
 
@@ -364,7 +365,11 @@ def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ("--pid 1", "--pid is for --server"),
         ("--server 127.0.0.1:1 --server-flag=--x", "--allocator and --server-flag are for a server that is"),
         ("--server 127.0.0.1:1", "no server answers at 127.0.0.1:1"),
-        ("--server-flag=--grpc_max_threads=none", "--grpc_max_threads"),
+        pytest.param(
+            "--server-flag=--grpc_max_threads=none",
+            "--grpc_max_threads",
+            marks=pytest.mark.skipif(not IS_EMBEDDED, reason="only the embedded engine's flags are known"),
+        ),
         ("--out requests", "requests is no directory: give one with --out"),
     ],
 )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import POLL
 from prometheus_client.parser import text_string_to_metric_families
 
 from spikeless import launch
@@ -19,7 +20,7 @@ from spikeless.repository import models_config, publishing
 from spikeless.repository.models_config import new_block, with_versions
 from spikeless.sidecars.exporter import MAX_STATUS_AGE, Exporter, ExporterSettings
 
-FAST = ("--file_system_poll_wait_seconds=0.1", "--max_num_load_retries=0")
+FAST = (POLL, "--max_num_load_retries=0")
 
 
 @pytest.fixture

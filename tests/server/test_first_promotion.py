@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from harness import POLL
 from promotion_models import NAME, add_version, fleet_of, model_of, served, settings
 
 from spikeless import launch
@@ -15,7 +16,7 @@ from spikeless.repository import models_config
 from spikeless.repository.models_config import new_block
 from spikeless.rollout.promotion import PromotionError, promote, rollback
 
-POLL = ("--file_system_poll_wait_seconds=0.1", "--max_num_load_retries=0")
+FLAGS = (POLL, "--max_num_load_retries=0")
 ELSEWHERE = f"/nowhere/{NAME}"
 
 
@@ -29,7 +30,7 @@ def clone(scales: Path, tmp_path: Path) -> Path:
 
 def serve_all(models: Path, *flags: str) -> launch.ServerProcess:
     """A server of all that is in the folder of the one model."""
-    return launch.start(launch.LaunchSettings(NAME, models / NAME, flags=(*POLL, *flags)))
+    return launch.start(launch.LaunchSettings(NAME, models / NAME, flags=(*FLAGS, *flags)))
 
 
 def test_a_server_of_one_model_can_be_promoted_on(clone: Path, scales: Path) -> None:
@@ -61,24 +62,26 @@ def test_a_configuration_for_other_paths_changes_nothing(clone: Path, scales: Pa
         server.wait_for(lambda: served(client) == 2, "a version that is published later")
 
 
+@pytest.mark.usefixtures("embedded")  # TensorFlow Serving ends without its configuration.
 def test_a_path_that_the_server_does_not_see_changes_nothing(clone: Path) -> None:
     flag = f"--model_config_file={clone / 'models.config'}"
-    with launch.start(launch.LaunchSettings(flags=(*POLL, flag))) as server:
+    with launch.start(launch.LaunchSettings(flags=(*FLAGS, flag))) as server:
         with pytest.raises(FailedPrecondition, match=r"does not see version 1 .*/nowhere.*--serving-root"):
             promote(clone, NAME, 1, fleet_of(server), settings(serving_root="/nowhere"))
         assert not (clone / "models.config").exists()
 
 
+@pytest.mark.usefixtures("embedded")  # TensorFlow Serving ends without its configuration.
 def test_a_clone_without_models_config(clone: Path) -> None:
     flag = f"--model_config_file={clone / 'models.config'}"
-    with launch.start(launch.LaunchSettings(flags=(*POLL, flag))) as server, Client(server.target) as client:
+    with launch.start(launch.LaunchSettings(flags=(*FLAGS, flag))) as server, Client(server.target) as client:
         assert "no model is served until one is promoted" in server.log_tail()
         promote(clone, NAME, 1, fleet_of(server), settings())
         assert served(client, label="stable") == 1
     with (
         launch.start(
             launch.LaunchSettings(
-                flags=(*POLL, flag, "--allow_version_labels_for_unavailable_models"), wait_for=[NAME]
+                flags=(*FLAGS, flag, "--allow_version_labels_for_unavailable_models"), wait_for=[NAME]
             )
         ) as server,
         Client(server.target) as client,
@@ -86,13 +89,14 @@ def test_a_clone_without_models_config(clone: Path) -> None:
         assert served(client, label="stable") == 1, "after a restart, too"
 
 
+@pytest.mark.usefixtures("embedded")
 def test_a_missing_base_path_is_logged_once(clone: Path, scales: Path) -> None:
     blocks = {name: new_block(name, str(clone / name)) for name in (NAME, "other")}
     (clone / "other").mkdir()
     shutil.copytree(scales / "1", clone / "other" / "1")
     models_config.edit(clone, blocks)
     flag = f"--model_config_file={clone / 'models.config'}"
-    with launch.start(launch.LaunchSettings(flags=(*POLL, flag), wait_for=[*blocks])) as server:
+    with launch.start(launch.LaunchSettings(flags=(*FLAGS, flag), wait_for=[*blocks])) as server:
         (clone / NAME).rename(clone / "away")
         with Client(server.target) as client:
             for version in (2, 3, 4):  # Each is found by a later poll.

@@ -203,6 +203,7 @@ def test_any_json(connection: http.client.HTTPConnection, body: dict[str, Any], 
     assert post(connection, path, json.dumps(body).encode()) in (200, 400, 404, 501)
 
 
+@pytest.mark.usefixtures("embedded")  # TensorFlow Serving crashes where nesting is deep.
 @EXAMPLES
 @given(body=st.binary(max_size=60) | st.text(alphabet='{}[]":,0123456789.eE+-tfnu\\b64x ', max_size=60))
 @example(body="[" * 100_000)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bench_runs import publish_boston
+from harness import POLL
 from terminal import Terminal
 from trained_models import spikeless
 
@@ -29,7 +30,7 @@ def models(saved_models: Path, tmp_path: Path) -> Path:
 def server(models: Path, tmp_path: Path) -> Iterator[launch.ServerProcess]:
     monitoring = tmp_path / "monitoring.config"
     monitoring.write_text('prometheus_config { enable: true path: "/monitoring/prometheus/metrics" }')
-    flags = (f"--monitoring_config_file={monitoring}", "--file_system_poll_wait_seconds=0.2")
+    flags = (f"--monitoring_config_file={monitoring}", POLL)
     settings = launch.LaunchSettings(
         "boston", models / "boston", flags=flags, rest=True, engine=launch.EMBEDDED
     )

@@ -15,6 +15,7 @@ from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 
 import pytest
+from harness import POLL_SECONDS
 from promotion_models import (
     NAME,
     Load,
@@ -196,7 +197,7 @@ def test_a_fleet_takes_turns(models: Path) -> None:
 
 
 def test_servers_that_poll_the_file_agree_with_what_they_are_told(models: Path) -> None:
-    with start_server(models, "--model_config_file_poll_wait_seconds=0.05") as server:
+    with start_server(models, f"--model_config_file_poll_wait_seconds={POLL_SECONDS}") as server:
         with flawless(server.target) as load:
             for version in (2, 1, 2, 1):
                 promote(models, NAME, version, fleet_of(server), settings())

@@ -24,6 +24,10 @@ from spikeless.formats.states import State
 
 ENGINE = os.environ.get(launch.ENGINE_VARIABLE) or "embedded"
 IS_EMBEDDED = ENGINE == "embedded"
+#: The shortest time between two looks that the server takes: TensorFlow Serving only
+#: takes whole seconds.
+POLL_SECONDS = 0.1 if IS_EMBEDDED else 1
+POLL = f"--file_system_poll_wait_seconds={POLL_SECONDS}"
 
 Config: TypeAlias = model_server_config_pb2.ModelServerConfig
 

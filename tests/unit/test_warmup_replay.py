@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 
+from spikeless.engine.flags import ServerFlags
+from spikeless.engine.loader import ModelLoader
 from spikeless.errors import Code, DataLoss, InvalidArgument
 from spikeless.formats import tfrecord
 from spikeless.formats.kinds import Kind
@@ -128,6 +131,57 @@ def test_the_first_failing_record_ends_it_with_its_number_and_cause(model: Model
     with pytest.raises(WarmupError, match=r"record 1 .* not found") as info:
         replay(model, write(tmp_path, predict_log("none")))
     assert info.value.code is Code.FAILED_PRECONDITION
+
+
+class Meeting:
+    """A model that answers when as many requests are there as it waits for."""
+
+    def __init__(self, parties: int) -> None:
+        self.barrier = threading.Barrier(parties, timeout=60)
+        self.threads: set[int] = set()
+
+    def answer(self, kind: Kind, request: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        self.barrier.wait()
+
+
+def test_several_records_at_once(model: Model, tmp_path: Path) -> None:
+    meeting = Meeting(3)
+    assert replay(meeting, write(tmp_path, *[predict_log()] * 6), threads=3) == 6
+    assert len(meeting.threads) == 3
+    assert threading.get_ident() not in meeting.threads
+    assert replay(model, write(tmp_path, *[predict_log()] * 50), threads=4) == 50
+
+
+def test_a_record_that_fails_ends_all_threads(model: Model, tmp_path: Path) -> None:
+    bad = predict_log("gather", ids=np.array([10], np.int32))
+    counting = Counting(model)
+    with pytest.raises(WarmupError, match=r"warmup record 2 of .*/warmup: .*indices\[0\] = 10"):
+        replay(counting, write(tmp_path, predict_log(), bad, *[predict_log()] * 900), threads=2)
+    assert len(counting.calls) < 900
+    path = write(tmp_path, *[predict_log()] * 4)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataLoss):
+        replay(model, path, threads=2)
+
+
+def test_a_server_warms_on_as_many_threads_as_it_is_told(
+    saved_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(saved_models / "signatures", path)
+    warmup_file(path).parent.mkdir(exist_ok=True)
+    shutil.move(write(tmp_path, *[predict_log()] * 8), warmup_file(path))
+    threads: set[str] = set()
+    answer = Model.answer
+
+    def answer_and_tell(self: Model, kind: Kind, request: Any) -> Any:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return answer(self, kind, request)
+
+    monkeypatch.setattr(Model, "answer", answer_and_tell)
+    ModelLoader(ServerFlags(num_model_warmup_threads=2))("model", 1, path).close()
+    assert threads == {"warmup"}
 
 
 def test_a_thousand_records_and_one_more(model: Model, tmp_path: Path) -> None:

@@ -157,6 +157,9 @@ class ServerFlags:
         False,
         "Batch by the batching_params.pbtxt in a version's folder; versions without one are not batched.",
     )
+    num_model_warmup_threads: int = _flag(
+        1, "Warmup records that are replayed at once; 1: on the thread that loads.", minimum=1, own=True
+    )
     saved_model_tags: str = _flag("serve", "Comma-separated tags of the meta graph to load.")
     tensorflow_session_config_file: str = _flag("", "ConfigProto in text format for every session.")
     tensorflow_session_parallelism: int = _flag(

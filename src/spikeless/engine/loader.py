@@ -110,12 +110,16 @@ class ModelLoader:
     def _warm(self, model: Model, path: Path) -> int:
         if not self._flags.enable_model_warmup:
             return 0
-        # On this thread, like the load: the other threads are the requests'.
+        # On this thread, like the load, or on its own: the others are the requests'.
         here = dataclasses.replace(
             model, session=batching.warming(model.session), inter_op_thread_pool=CALLING_THREAD
         )
-        iterations = self._flags.num_request_iterations_for_warmup
-        return warmup.replay(here, warmup.warmup_file(path), request_iterations=iterations)
+        return warmup.replay(
+            here,
+            warmup.warmup_file(path),
+            request_iterations=self._flags.num_request_iterations_for_warmup,
+            threads=self._flags.num_model_warmup_threads,
+        )
 
 
 def _expect_look_ups(path: Path) -> None:

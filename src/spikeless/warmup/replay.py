@@ -8,6 +8,8 @@ those of TensorFlow Serving's ``saved_model_warmup.cc`` and
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,8 +34,10 @@ class WarmupError(SpikelessError):
         self.code = cause.code
 
 
-def replay(model: Inference, path: str | os.PathLike[str], *, request_iterations: int = 1) -> int:
-    """Run every record of the warmup file ``path`` through ``model``, in order.
+def replay(
+    model: Inference, path: str | os.PathLike[str], *, request_iterations: int = 1, threads: int = 1
+) -> int:
+    """Run every record of the warmup file ``path`` through ``model``.
 
     Model name and version in a record are ignored: it is replayed into the version that
     it came with. A record without a request counts, and does nothing.
@@ -43,6 +47,8 @@ def replay(model: Inference, path: str | os.PathLike[str], *, request_iterations
         path: the warmup file; there may be none.
         request_iterations: how often each record is run
             (``--num_request_iterations_for_warmup``).
+        threads: how many records run at once, each on a thread of its own; 1: all on
+            the calling thread, in order (``--num_model_warmup_threads``).
 
     Returns:
         The number of records replayed; 0 without a file.
@@ -56,17 +62,39 @@ def replay(model: Inference, path: str | os.PathLike[str], *, request_iterations
     """
     if not Path(path).exists():
         return 0
-    count = 0
-    for record in read(path):
-        count = record.number
+    records, reading, failed = read(path), threading.Lock(), threading.Event()
+
+    def work() -> int:
+        """Replay the records that no other thread takes; returns how many."""
+        count = 0
         try:
-            if count > MAX_RECORDS:
-                raise InvalidArgument(f"Number of warmup records exceeds the maximum ({MAX_RECORDS})")
-            for _ in range(request_iterations):
-                answer(model, record)
-        except SpikelessError as error:
-            raise WarmupError(path, count, error) from error
-    return count
+            while not failed.is_set():
+                with reading:
+                    record = next(records, None)
+                if record is None:
+                    break
+                _replay_one(model, record, path, request_iterations)
+                count += 1
+        except BaseException:
+            failed.set()
+            raise
+        return count
+
+    if threads == 1:
+        return work()
+    with ThreadPoolExecutor(threads, thread_name_prefix="warmup") as pool:
+        shares = [pool.submit(work) for _ in range(threads)]
+    return sum(share.result() for share in shares)
+
+
+def _replay_one(model: Inference, record: Record, path: str | os.PathLike[str], iterations: int) -> None:
+    try:
+        if record.number > MAX_RECORDS:
+            raise InvalidArgument(f"Number of warmup records exceeds the maximum ({MAX_RECORDS})")
+        for _ in range(iterations):
+            answer(model, record)
+    except SpikelessError as error:
+        raise WarmupError(path, record.number, error) from error
 
 
 def answer(model: Inference, record: Record) -> Any:
