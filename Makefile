@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest test-containers docs lint env system-packages update-pins fuzz \
-        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument
+        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument bench-soak
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -87,6 +87,11 @@ bench-mapping: $(READY)
 # Whether the instrument reports stalls that are known exactly, and its floor, in 10 minutes.
 bench-instrument: $(READY)
 	$(BIN)/python benchmarks/instrument.py
+
+# Reloads, faults and kills under load for SOAK: does anything fail or grow?
+SOAK ?= 1h
+bench-soak: $(READY)
+	$(BIN)/python benchmarks/soak.py --duration $(SOAK)
 
 # What each remedy is worth: 10 reloads on each rung in about 12 minutes,
 # ROUNDS=12 for 60 of them in little more than an hour.
