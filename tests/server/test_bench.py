@@ -34,7 +34,7 @@ from spikeless.disk import proc
 from spikeless.errors import Code, FailedPrecondition
 from spikeless.openloop.loop import OpenLoop
 from spikeless.openloop.schedule import Schedule
-from spikeless.repository import layout, models_config
+from spikeless.repository import layout, models_config, publishing
 
 STAND_IN = SUPPORT / "stand_in.py"
 
@@ -359,6 +359,8 @@ def published(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ("--publish-at 3", "need --publish or --publish-command"),
         ("--publish-every 3", "need --publish or --publish-command"),
         ("--publishes 3", "need --publish or --publish-command"),
+        ("--publish-model other", "need --publish or --publish-command"),
+        ("--publish source --publish-model other", "models has no version of other"),
         ("--requests nosuch", "nosuch cannot be read"),
         ("--models nosuch", "no version of boston"),
         ("--models nosuch --requests requests", "nosuch has no version of boston"),
@@ -529,6 +531,27 @@ def test_a_share_of_what_the_server_can_do(published: Path, tmp_path: Path) -> N
     assert run.facts.settings.rate == pytest.approx(int(found[1]) / 10, abs=0.2)
     assert note in done.stderr
     assert set(run.requests["request"].tolist()) <= {0, 1}
+
+
+def test_reloads_of_other_models(published: Path, tmp_path: Path) -> None:
+    """The load stays on one model, while two others are reloaded in turn."""
+    models, source = tmp_path / "models", published.parent / "source"
+    for name in ("boston", "paris", "rome"):
+        publishing.publish(source, models, name, gates=())
+    load: tuple[object, ...] = ("--rate", 50, "--duration", 16, "--settle", 1, "--timeout", 60, "--no-floor")
+    load += ("--publish", source, "--publishes", 3, "--publish-model", "paris", "--publish-model", "rome")
+    places = ("--models", models, "--out", tmp_path / "raw")
+    done = spikeless("bench", "run", "boston", *load, *places, "--json")
+    assert done.returncode == 0, done.stderr
+    run = bench.read_run(json.loads(done.stdout)["result"])
+    assert [publish.model for publish in run.facts.publishes] == ["paris", "rome", "paris"]
+    assert set(run.requests["code"]) == {Code.OK}
+    assert set(run.requests["version"]) == {1}, "it answers all along"
+    assert sorted(layout.versions(models, "paris")) == [1, 2, 3]
+    assert sorted(layout.versions(models, "rome")) == [1, 2]
+    seen = {(change.model, change.version, change.state) for change in run.facts.states}
+    assert {("", 1, "AVAILABLE"), ("paris", 2, "AVAILABLE"), ("rome", 2, "AVAILABLE")} <= seen
+    assert any(line.endswith(" s rome v2 AVAILABLE") for line in done.stderr.splitlines())
 
 
 def test_a_directory_without_results_is_refused(tmp_path: Path) -> None:

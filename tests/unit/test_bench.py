@@ -82,6 +82,7 @@ def test_impossible_schedules(fields: dict[str, Any], message: str) -> None:
         ({"publish_at": 21}, "no steady window"),
         ({"processes": 0}, "1 process or more"),
         ({"slo_ms": 0}, "SLO must be positive"),
+        ({"published_models": ("boston",)}, "boston is the model that is loaded"),
     ],
 )
 def test_impossible_settings(fields: dict[str, Any], message: str) -> None:
@@ -236,6 +237,25 @@ def test_a_run_without_steady_requests() -> None:
     late = {name: values[run.requests["intended"] >= 15] for name, values in run.requests.items()}
     with pytest.raises(InvalidArgument, match="no request in its steady window"):
         bench.analyse(dataclasses.replace(run, requests=late))
+
+
+def test_reloads_of_another_model_have_its_states() -> None:
+    run = made_up_run("others", 100)
+    (publish,) = run.facts.publishes
+    publishes = [dataclasses.replace(publish, model="other")]
+    states = [*run.facts.states]
+    # The loaded model has the same versions, and nothing happens to it.
+    states = [dataclasses.replace(change, model="other") for change in states]
+    states.append(StateChange(-1.0, 1, "AVAILABLE"))
+    run = dataclasses.replace(run, facts=dataclasses.replace(run.facts, publishes=publishes, states=states))
+    summary = bench.analyse(run)
+    (reload,) = summary.reloads
+    assert (reload.old_version, reload.new_version) == (1, 2)
+    assert (reload.window.begin, reload.window.end) == pytest.approx((10, 12.4))
+    assert reload.first_ms is None, "requests are answered by the other model"
+    assert reload.window.max == pytest.approx(101)
+    mine = dataclasses.replace(run.facts, publishes=[publish])
+    assert bench.analyse(dataclasses.replace(run, facts=mine)).reloads[0].incomplete
 
 
 # Raw results

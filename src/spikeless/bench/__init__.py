@@ -40,6 +40,7 @@ from spikeless.bench.scenario import (
     running_server,
     server_facts,
     staged,
+    staged_in_turn,
 )
 
 __all__ = [
@@ -76,4 +77,5 @@ __all__ = [
     "running_server",
     "server_facts",
     "staged",
+    "staged_in_turn",
 ]

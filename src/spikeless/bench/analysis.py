@@ -14,7 +14,6 @@ control  for each reload, a window of the same length without a reload, in the m
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spikeless.bench.run_file import Run
+from spikeless.bench.run_file import Publish, Run
 from spikeless.bench.watch import GONE
 from spikeless.errors import Code, InvalidArgument
 
@@ -87,7 +86,8 @@ class Reload:
     swap_seconds: float | None
     #: When the old version was first seen to have ended, in seconds after publishing.
     ended: float | None
-    #: Latency of the first request that the new version answered.
+    #: Latency of the first request that the new version answered; None for a version
+    #: of another model.
     first_ms: float | None
     #: How many requests were over the SLO,
     over_slo: int
@@ -220,22 +220,23 @@ def latencies(run: Run, window: Window) -> NDArray[np.float64]:
 
 def _reloads(run: Run, end: float) -> list[Reload]:
     """Every swap of the run; `end` is that of the load."""
-    begins = [publish.begin for publish in run.facts.publishes]
+    publishes = run.facts.publishes
     quiet = run.facts.settings.warm_seconds
     reloads = []
-    for begin, limit in itertools.pairwise([*begins, end]):
-        reloads.append(_reload(run, quiet, begin, limit))
+    limits = [*(publish.begin for publish in publishes), end][1:]
+    for publish, limit in zip(publishes, limits, strict=True):
+        reloads.append(_reload(run, quiet, publish, limit))
         quiet = reloads[-1].window.end
     return reloads
 
 
-def _reload(run: Run, quiet: float, begin: float, limit: float) -> Reload:
-    """The swap whose publishing began at `begin`, after quiet time from `quiet` on.
+def _reload(run: Run, quiet: float, publish: Publish, limit: float) -> Reload:
+    """The swap that `publish` began, after quiet time from `quiet` on.
 
     What happens after `limit` is not part of it.
     """
-    settings = run.facts.settings
-    old, new, available, ended = _swap(run, begin, limit)
+    settings, begin = run.facts.settings, publish.begin
+    old, new, available, ended = _swap(run, publish, limit)
     until = limit if ended is None else min(limit, ended + AFTER_END_SECONDS)
     incomplete = []
     if new is None:
@@ -249,7 +250,9 @@ def _reload(run: Run, quiet: float, begin: float, limit: float) -> Reload:
 
     intended, latency = run.requests["intended"], run.requests["latency"] * 1e3
     slow = intended[_inside(intended, [(begin, until)]) & (latency > settings.slo_ms)]
-    on_new = np.flatnonzero(run.requests["version"] == new) if new is not None else np.zeros(0, np.int64)
+    on_new = np.zeros(0, np.int64)
+    if new is not None and not publish.model:
+        on_new = np.flatnonzero(run.requests["version"] == new)
     return Reload(
         window=_window(run, [(begin, until)]),
         control=control,
@@ -264,13 +267,17 @@ def _reload(run: Run, quiet: float, begin: float, limit: float) -> Reload:
     )
 
 
-def _swap(run: Run, begin: float, limit: float) -> tuple[int | None, int | None, float | None, float | None]:
-    """What happened from `begin` to `limit`: old and new version, and two times.
+def _swap(
+    run: Run, publish: Publish, limit: float
+) -> tuple[int | None, int | None, float | None, float | None]:
+    """What happened to the published model until `limit`: two versions and two times.
 
-    These are when the new one was first seen AVAILABLE, and when the old one had ended.
+    The versions are the old and the new one. The times are when the new one was first
+    seen AVAILABLE, and when the old one had ended.
     """
-    last = {change.version: change.state for change in run.facts.states if change.t < begin}
-    after = [change for change in run.facts.states if begin <= change.t < limit]
+    changes = [change for change in run.facts.states if change.model == publish.model]
+    last = {change.version: change.state for change in changes if change.t < publish.begin}
+    after = [change for change in changes if publish.begin <= change.t < limit]
     old = max((version for version, state in last.items() if state == "AVAILABLE"), default=None)
     arrived = [change for change in after if change.state == "AVAILABLE" and change.version != old]
     gone = [change for change in after if change.version == old and change.state in ("END", GONE)]

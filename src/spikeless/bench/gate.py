@@ -164,7 +164,7 @@ def judge(runs: Sequence[Run], limits: Limits, baseline: Sequence[Run] = ()) -> 
     failed = sum(summary.failed for summary in scenario.summaries)
     checks.append(_counted("failed requests", limits.errors, failed, _codes(scenario)))
     errors = [
-        f"version {change.version}: {change.error}"
+        f"version {' '.join(filter(None, (change.model, str(change.version))))}: {change.error}"
         for run in scenario.runs
         for change in run.facts.states
         if change.error and change.t >= run.facts.publishes[0].begin

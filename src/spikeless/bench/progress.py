@@ -56,8 +56,7 @@ def _picture(moment: Moment) -> list[RenderableType]:
     lines: list[RenderableType] = [Text(load, style="red" if moment.failed else "")]
     if moment.states:
         states = [
-            (f"  v{version} {state}", STATE_COLOURS.get(state, ""))
-            for version, state in sorted(moment.states.items())
+            (f"  {version} {state}", STATE_COLOURS.get(state, "")) for version, state in moment.states.items()
         ]
         lines.append(Text.assemble(*states))
     lines += [Text(f"  {_event(*event)}") for event in moment.events[-_SHOWN_EVENTS:]]
@@ -82,7 +81,7 @@ def _lines(title: str, seconds: float, console: Console) -> Progress:
 
 def describe(moment: Moment, seconds: float) -> str:
     """One line: ``12/30 s, 3,600 sent, 300/s, p99 1.9 ms, ..., v1 AVAILABLE``."""
-    states = ", ".join(f"v{version} {state}" for version, state in sorted(moment.states.items()))
+    states = ", ".join(f"{version} {state}" for version, state in moment.states.items())
     parts = [f"{max(moment.elapsed, 0.0):.0f}/{seconds:g} s", f"{moment.sent:,} sent", _load(moment), states]
     return ", ".join(filter(None, parts))
 

@@ -60,6 +60,9 @@ class Settings:
     publishes: int = 1
     #: and the seconds between two.
     publish_every: float = 10.0
+    #: Names of other models that are published instead, in turn; empty: the one that
+    #: is loaded.
+    published_models: Sequence[str] = ()
     #: Seconds at the start that are left out of the steady window.
     warm_seconds: float = 3.0
     #: Slower requests count as part of a spike.
@@ -73,6 +76,10 @@ class Settings:
             raise InvalidArgument(f"a load needs 1 process or more, not {self.processes}")
         if not (self.timeout > 0 and self.slo_ms > 0 and self.warm_seconds >= 0):
             raise InvalidArgument("timeout and SLO must be positive, the warm start not negative")
+        if self.model_name in self.published_models:
+            raise InvalidArgument(
+                f"{self.model_name} is the model that is loaded: it is published without naming it"
+            )
         if not (self.publishes >= 1 and self.publish_every > 0):
             raise InvalidArgument("publish 1 version or more, with positive time between them")
         at = self.publish_at
@@ -126,6 +133,8 @@ class Publish:
     end: float
     #: What it returned, as text.
     result: str = ""
+    #: The model that a version was published of; empty: the one that is loaded.
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,7 +234,9 @@ def result_files(result: Path) -> list[Path]:
 
 
 def _facts(metadata: dict[str, Any]) -> Facts:
-    metadata["settings"] = Settings(**metadata["settings"])
+    settings = metadata["settings"]
+    settings["published_models"] = tuple(settings.get("published_models", ()))
+    metadata["settings"] = Settings(**settings)
     metadata["machine"] = Machine(**metadata["machine"])
     metadata["server"] = ServerFacts(**metadata["server"])
     metadata["states"] = tuple(StateChange(**state) for state in metadata["states"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import queue
@@ -35,7 +36,7 @@ from spikeless.bench.load import LINE_PREFIX
 from spikeless.bench.machine import UNKNOWN
 from spikeless.bench.replayed import choose, read_requests
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
-from spikeless.bench.watch import Watcher
+from spikeless.bench.watch import Watcher, label
 from spikeless.client import Client
 from spikeless.disk import children, proc
 from spikeless.errors import FailedPrecondition, Internal, NotFound
@@ -73,8 +74,8 @@ class Moment:
     rate: float
     p99_ms: float
     slowest_ms: float
-    #: Version -> state.
-    states: dict[int, str]
+    #: Version, such as ``v3``, -> state.
+    states: dict[str, str]
     #: Private memory (RssAnon) of the server in bytes; None: unknown.
     memory: int | None = None
     #: What happened to versions since the start, in order: seconds after it, and what.
@@ -219,7 +220,7 @@ def run(
     check_requests(settings)  # Fails here rather than in the child.
     with tempfile.TemporaryDirectory(prefix="spikeless-bench-") as directory:
         command = _command(scenario, settings, server.target, Path(directory))
-        with Watcher(server.target, settings.model_name, server.pid) as watcher:
+        with Watcher(server.target, settings.model_name, server.pid, settings.published_models) as watcher:
             start, published = _drive(command, settings, publish, watcher, progress)
         parts = [run_file.read_run(path) for path in sorted(Path(directory).glob("*.npz"))]
     if len(parts) != settings.processes:
@@ -273,6 +274,20 @@ def staged(
             candidates.append(stack.enter_context(candidate))
         waiting = iter(candidates)
         yield lambda: next(waiting).publish()
+
+
+@contextmanager
+def staged_in_turn(
+    saved_models: Sequence[Path], models: Path, names: Sequence[str], count: int
+) -> Iterator[Callable[[], Path]]:
+    """As `staged`, for several models that take turns."""
+    with ExitStack() as stack:
+        series = [
+            stack.enter_context(staged(saved_models, models, name, len(range(number, count, len(names)))))
+            for number, name in enumerate(names)
+        ]
+        turns = itertools.cycle(series)
+        yield lambda: next(turns)()
 
 
 def publisher(command: str) -> Callable[[], object]:
@@ -336,7 +351,7 @@ def _drive(
     assert process.stdout is not None
     threading.Thread(target=_drain, args=(process.stdout, lines), daemon=True).start()
     start: float | None = None
-    series = _PublishingSeries(settings.publish_moments, publish)
+    series = _PublishingSeries(settings, publish)
     workers: dict[int, dict[str, Any]] = {}
     give_up = time.monotonic() + settings.seconds + settings.timeout + _OVERHEAD_SECONDS
     try:
@@ -380,7 +395,7 @@ def _moment(
     reports = workers.values()
     events = [(publish.begin, _published(publish)) for publish in published]
     events += [
-        (change.t, f"v{change.version} {change.state}")
+        (change.t, f"{label(change.model, change.version)} {change.state}")
         for change in watcher.state_changes(start)
         if change.t >= 0
     ]
@@ -400,7 +415,7 @@ def _moment(
 def _published(publish: Publish) -> str:
     """What was published, where the result is the directory of a version."""
     name = Path(publish.result).name
-    return f"publish v{name}" if name.isdecimal() else "publish"
+    return f"publish {label(publish.model, int(name))}" if name.isdecimal() else "publish"
 
 
 def _drain(stream: IO[str], lines: queue.Queue[str | None]) -> None:
@@ -410,11 +425,12 @@ def _drain(stream: IO[str], lines: queue.Queue[str | None]) -> None:
 
 
 class _PublishingSeries:
-    """Calls `publish` in a thread, at each moment (seconds after the start)."""
+    """Calls `publish` in a thread, at each of ``settings.publish_moments``."""
 
-    def __init__(self, moments: Sequence[float], publish: Callable[[], object] | None) -> None:
+    def __init__(self, settings: Settings, publish: Callable[[], object] | None) -> None:
         self.published: list[Publish] = []
-        self._moments = moments
+        self._moments = settings.publish_moments
+        self._models = settings.published_models or ("",)
         self._publish = publish
         self._error: Exception | None = None
         self._ended = threading.Event()
@@ -426,7 +442,7 @@ class _PublishingSeries:
 
     def _call(self, start: float) -> None:
         try:
-            for moment in self._moments:
+            for moment, model in zip(self._moments, itertools.cycle(self._models), strict=False):
                 if self._ended.wait(max(0.0, start + moment - time.monotonic())):
                     return
                 assert self._publish is not None
@@ -434,7 +450,7 @@ class _PublishingSeries:
                 result = self._publish()
                 end = time.monotonic()
                 text = "" if result is None else _from_here(str(result))
-                self.published.append(Publish(begin - start, end - start, text))
+                self.published.append(Publish(begin - start, end - start, text, model))
         except Exception as error:
             self._error = error
 

@@ -1,7 +1,7 @@
 """Watch the server during the load: version states by gRPC, memory and time from /proc.
 
-In: an address, a model name, a process id. Out: the changes of state, and samples, in
-seconds after the start of the run.
+In: an address, names of models, a process id. Out: the changes of state, and samples,
+in seconds after the start of the run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,20 +48,31 @@ class StateChange:
     version: int
     state: str
     error: str = ""
+    #: The model that it is a version of; empty: the one that is loaded with requests.
+    model: str = ""
+
+
+def label(model: str, version: int) -> str:
+    """How a version is told: ``v3``, or of another model ``other v3``."""
+    return f"{model} v{version}" if model else f"v{version}"
 
 
 class Watcher:
     """Polls in threads while the block runs; a context manager.
 
-    Without the `pid` of a process on this machine there are no samples.
+    `others` are models beside `model_name` whose states are recorded, too. Without the
+    `pid` of a process on this machine there are no samples.
     """
 
-    def __init__(self, target: str, model_name: str, pid: int | None) -> None:
+    def __init__(self, target: str, model_name: str, pid: int | None, others: Sequence[str] = ()) -> None:
         self.changes: list[StateChange] = []
         self._samples: list[tuple[float, int, int, int, int]] = []
-        self._request = get_model_status_pb2.GetModelStatusRequest()
-        self._request.model_spec.name = model_name
-        self._known: dict[int, str] = {}
+        #: The name in the record -> the request for its states.
+        self._requests: dict[str, get_model_status_pb2.GetModelStatusRequest] = {}
+        for recorded, name in (("", model_name), *((other, other) for other in others)):
+            self._requests[recorded] = get_model_status_pb2.GetModelStatusRequest()
+            self._requests[recorded].model_spec.name = name
+        self._known: dict[tuple[str, int], str] = {}
         # With a local pool no other channel of this process shares the connection.
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
         self._channel = grpc.insecure_channel(target, options=options)
@@ -88,9 +99,10 @@ class Watcher:
         self._channel.close()
 
     @property
-    def states(self) -> dict[int, str]:
-        """The last known state of each version."""
-        return dict(self._known)
+    def states(self) -> dict[str, str]:
+        """The last known state of each version, by its `label`."""
+        known = dict(self._known)
+        return {label(model, version): state for (model, version), state in sorted(known.items())}
 
     @property
     def private_memory(self) -> int | None:
@@ -105,20 +117,24 @@ class Watcher:
             self._stop.wait(due - time.monotonic())
 
     def _poll(self) -> None:
-        try:
-            versions = self._status(self._request, timeout=1.0).model_version_status
-        except grpc.RpcError:
-            return  # Without an answer there is no state.
+        for model, request in self._requests.items():
+            try:
+                versions = self._status(request, timeout=1.0).model_version_status
+            except grpc.RpcError:
+                continue  # Without an answer there is no state.
+            self._seen(model, versions)
+
+    def _seen(self, model: str, versions: Iterable[Any]) -> None:
         now = time.monotonic()
         seen = {version.version: version for version in versions}
         for number, version in seen.items():
             state = _State.Name(version.state)
-            if self._known.get(number) != state:
-                self.changes.append(StateChange(now, number, state, version.status.error_message))
-                self._known[number] = state
-        for number in [number for number in self._known if number not in seen]:
-            self.changes.append(StateChange(now, number, GONE))
-            del self._known[number]
+            if self._known.get((model, number)) != state:
+                self.changes.append(StateChange(now, number, state, version.status.error_message, model))
+                self._known[model, number] = state
+        for key in [key for key in self._known if key[0] == model and key[1] not in seen]:
+            self.changes.append(StateChange(now, key[1], GONE, model=model))
+            del self._known[key]
 
     def _sample(self, pid: int) -> None:
         try:

@@ -9,8 +9,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.report.judgement import judgement_junit, judgement_markdown, show_judgement
 from spikeless.bench.rungs import LADDER
 from spikeless.cli.options import Duration, json_option, models_option
-from spikeless.disk.atomic import write_atomically
+from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.openloop.schedule import ARRIVALS
@@ -150,6 +151,12 @@ def _run_options(*, publishes: int, duration: str) -> Any:
         ),
         click.option("--publish-command", help="Command that publishes a version instead."),
         click.option(
+            "--publish-model",
+            "published_models",
+            multiple=True,
+            help="Another model that versions are published of, while NAME is loaded. Several take turns.",
+        ),
+        click.option(
             "--publishes",
             type=_COUNT,
             default=publishes,
@@ -221,6 +228,7 @@ def _measured(
     slo_latency: float,
     saved_models: tuple[Path, ...],
     publish_command: str | None,
+    published_models: tuple[str, ...],
     publishes: int,
     publish_every: float | None,
     publish_at: float | None,
@@ -234,9 +242,12 @@ def _measured(
     if saved_models and publish_command is not None:
         raise click.UsageError("--publish and --publish-command exclude each other")
     swaps = bool(saved_models) or publish_command is not None
-    if not swaps and (publish_at is not None or publish_every is not None or publishes != 1):
+    published_models = tuple(dict.fromkeys(published_models))
+    given = (publish_at, publish_every, published_models or None)
+    if not swaps and (any(one is not None for one in given) or publishes != 1):
         raise click.UsageError(
-            "--publishes, --publish-at and --publish-every need --publish or --publish-command"
+            "--publishes, --publish-at, --publish-every and --publish-model need --publish or "
+            "--publish-command"
         )
     if target is None and pid is not None:
         raise click.UsageError("--pid is for --server: give that, too")
@@ -250,6 +261,7 @@ def _measured(
         publish_at=(settle + 0.6 * share if publish_at is None else publish_at) if swaps else None,
         publishes=publishes,
         publish_every=share if publish_every is None else publish_every,
+        published_models=published_models,
         warm_seconds=settle,
         slo_ms=1e3 * slo_latency,
         **load,
@@ -257,33 +269,45 @@ def _measured(
     bench.check_requests(settings)
     for saved_model in saved_models:
         checks.check_files(saved_model)
-    launched = launch.LaunchSettings(
-        name,
-        models / name,
-        flags=(*bench.SERVER_FLAGS, *server_flag),
-        allocator=allocator or "glibc",
-    )
+    flags = (*bench.SERVER_FLAGS, *server_flag)
+    launched = launch.LaunchSettings(name, models / name, flags=flags, allocator=allocator or "glibc")
     if target is None:
-        _check_server(launched, models, name)
+        _check_server(launched, models, (name, *published_models))
     publish = None if publish_command is None else bench.publisher(publish_command)
-    facts = None if target is None else bench.running_server(target, name, pid)
+    facts = None
+    if target is not None:
+        for other in published_models:
+            bench.running_server(target, other, pid)
+        facts = bench.running_server(target, name, pid)
     if out.exists() and not out.is_dir():
         raise InvalidArgument(f"{out} is no directory: give one with --out")
     console = Console(stderr=True)
     if facts is not None and load_share is None and (warning := bench.refusal(facts, settings.rate)):
         console.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
-    if target is not None and saved_models and _pinned(models, name):
+    pinned = [one for one in published_models or (name,) if _pinned(models, one)]
+    if target is not None and saved_models and pinned:
         console.print(
-            f"[yellow]{escape(str(models / models_config.FILE_NAME))} pins the versions of {escape(name)}: a "
-            "server that reads it loads what is published only when it is promoted, and nothing is swapped "
-            "before; measure that with --publish-command[/yellow]",
+            f"[yellow]{escape(str(models / models_config.FILE_NAME))} pins the versions of "
+            f"{escape(', '.join(pinned))}: a server that reads it loads what is published only when it is "
+            "promoted, and nothing is swapped before; measure that with --publish-command[/yellow]",
             highlight=False,
             soft_wrap=True,
         )
     notes = []
     with ExitStack() as stack:
         if saved_models:
-            publish = stack.enter_context(bench.staged(saved_models, models, name, publishes))
+            publish = stack.enter_context(
+                bench.staged_in_turn(saved_models, models, published_models or (name,), publishes)
+            )
+        if target is None and published_models:
+            config = stack.enter_context(_models_config(models, (name, *published_models)))
+            launched = dataclasses.replace(
+                launched,
+                model_name=None,
+                model_base_path=None,
+                wait_for=(name, *published_models),
+                flags=(*flags, f"--model_config_file={config}"),
+            )
         if facts is None and load_share is not None:
             facts = bench.server_facts(stack.enter_context(launch.start(launched)))
         if facts is not None and load_share is not None:
@@ -515,13 +539,29 @@ def _pinned(models: Path, name: str) -> bool:
     return model is not None and model.model_version_policy.HasField("specific")
 
 
-def _check_server(settings: launch.LaunchSettings, models: Path, name: str) -> None:
+@contextmanager
+def _models_config(models: Path, names: Sequence[str]) -> Iterator[Path]:
+    """What makes a server serve these models; gone at the end of the block."""
+    blocks = "\n".join(
+        f"  config {{ name: {json.dumps(name)} base_path: {json.dumps(str((models / name).absolute()))} "
+        'model_platform: "tensorflow" }'
+        for name in names
+    )
+    with tempfile.TemporaryDirectory(prefix="spikeless-bench-") as directory:
+        Path(directory).chmod(DIRECTORY_MODE)
+        config = Path(directory) / "models.config"
+        config.write_text(f"model_config_list {{\n{blocks}\n}}\n")
+        yield config
+
+
+def _check_server(settings: launch.LaunchSettings, models: Path, names: Sequence[str]) -> None:
     """Raise what starting it would raise, without starting it.
 
     The embedded engine's flags are checked as `spikeless serve` checks them.
     """
-    if not layout.versions(models, name):
-        raise NotFound(f"{models} has no version of {name}: publish one, or give --models")
+    for name in names:
+        if not layout.versions(models, name):
+            raise NotFound(f"{models} has no version of {name}: publish one, or give --models")
     if settings.allocator == "jemalloc" and not launch.jemalloc_installed():
         raise NotFound(launch.JEMALLOC_REMEDY)
     launch.ServerProcess(dataclasses.replace(settings, log=Path(os.devnull)))  # Finds the engine.

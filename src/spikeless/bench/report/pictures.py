@@ -272,8 +272,10 @@ def _tracks(run: Run, zero: float, begin: float = -math.inf, end: float = math.i
     """
     begin, end = max(begin, -zero), min(end, run.facts.settings.seconds - zero)
     tracks: list[list[dict[str, Any]]] = []
-    for version in sorted({change.version for change in run.facts.states}):
-        changes = [change for change in run.facts.states if change.version == version]
+    for model, version in sorted({(change.model, change.version) for change in run.facts.states}):
+        changes = [
+            change for change in run.facts.states if (change.model, change.version) == (model, version)
+        ]
         until = [change.t - zero for change in changes[1:]] + [end]
         segments = [
             {
