@@ -13,13 +13,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import atheris
 import numpy as np
 
 with atheris.instrument_imports(include=["spikeless"]):
     from spikeless.errors import SpikelessError
-    from spikeless.formats import rest_json, tensors, tfrecord, wire
+    from spikeless.formats import large_tensors, rest_json, tensors, tfrecord, wire
     from spikeless.formats.checkpoint import Checkpoint, index_file
     from spikeless.formats.savedmodel import TensorSpec
     from spikeless.warmup import records
@@ -28,7 +29,7 @@ import contextlib
 
 from google.protobuf.message import DecodeError
 
-from spikeless.formats.protos import tensor_pb2, types_pb2
+from spikeless.formats.protos import predict_pb2, tensor_pb2, types_pb2
 
 LIBFUZZER = ("-rss_limit_mb=2048", "-timeout=10", "-close_fd_mask=0")
 SPECS = {
@@ -46,6 +47,16 @@ SEEDS: dict[str, list[bytes]] = {
         tensors.to_proto(np.arange(6, dtype=np.float32).reshape(2, 3)).SerializeToString(),
         tensors.to_proto(np.array([b"a", b""], object), as_field=True).SerializeToString(),
         tensors.to_proto(np.ones((2, 0), np.int8), as_field=True).SerializeToString(),
+    ],
+    "request": [
+        predict_pb2.PredictRequest(
+            model_spec={"name": "m"},
+            inputs={
+                "x": tensors.to_proto(np.ones(2, np.float32)),
+                "s": tensors.to_proto([b"a"], as_field=True),
+            },
+            output_filter=["y"],
+        ).SerializeToString(),
     ],
     "tfrecord": [tfrecord.frame(b"abc") + tfrecord.frame(b"")],
     "warmup": [tfrecord.frame(b"")],
@@ -80,6 +91,34 @@ def read_tensor(content: bytes) -> None:
     assert array.dtype == again.dtype
 
 
+def read_request(content: bytes) -> None:
+    """What a large request is must not depend on how it is read."""
+    try:
+        message = predict_pb2.PredictRequest.FromString(content)
+    except DecodeError:
+        message = None
+    try:
+        request = large_tensors.read_request(content, large=0)
+    except DecodeError:
+        request = None
+    assert (message is None) == (request is None)
+    if message is None or request is None:
+        return
+    assert message.model_spec == request.model_spec
+    assert list(message.output_filter) == list(request.output_filter)
+    assert message.inputs.keys() == request.inputs.keys()
+    for alias, proto in message.inputs.items():
+        assert _value(proto) == _value(request.inputs[alias])
+
+
+def _value(value: Any) -> Any:
+    try:
+        array = large_tensors.array_of(value)
+    except SpikelessError as error:
+        return str(error)
+    return array.dtype, array.shape, array.tolist() if array.dtype == object else array.tobytes()
+
+
 def read_tfrecord(content: bytes) -> None:
     for gzipped in (False, None):
         for _ in tfrecord.read(_file(content), gzipped=gzipped):
@@ -101,6 +140,7 @@ def read_checkpoint(content: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "json": read_json,
     "tensor": read_tensor,
+    "request": read_request,
     "tfrecord": read_tfrecord,
     "warmup": read_warmup,
     "checkpoint": read_checkpoint,

@@ -36,9 +36,9 @@ METRICS = ":tensorflow:serving:batching_session:"
 class Server:
     """A server that batches, and how often a session of it has run."""
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, running: Running, client: Client) -> None:
         self.running = running
-        self.client: Client = running.client
+        self.client = client
 
     def samples(self) -> dict[tuple[str, str], float]:
         """What Prometheus reads of batches, by name and labels."""
@@ -91,7 +91,9 @@ def batched(serve: ServerFactory, saved_models: Path, tmp_path: Path) -> Batched
         ) as running:
             for name in MODELS:
                 running.wait(name, {1: State.AVAILABLE})
-            yield Server(running)
+            # Calls wait for others, on a slow machine for long.
+            with Client(running.server.target, timeout=120.0) as client:
+                yield Server(running, client)
 
     return start
 

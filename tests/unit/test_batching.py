@@ -21,6 +21,7 @@ from spikeless.engine.batching import Batching, Parameters, warming
 from spikeless.engine.flags import ServerFlags
 from spikeless.engine.loader import ModelLoader
 from spikeless.errors import (
+    Code,
     DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
@@ -225,6 +226,50 @@ def test_answers_are_views_of_the_batch(sessions: Callable[[str], Session], tmp_
     (first,), (second,) = results([call, call])
     distance = first.__array_interface__["data"][0] - second.__array_interface__["data"][0]
     assert abs(distance) == first.nbytes
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "max_batch_size { value: 8 } batch_timeout_micros { value: 2000 } num_batch_threads { value: 1 }",
+        "max_batch_size { value: 16 } batch_timeout_micros { value: 500 } allowed_batch_sizes: [2, 5, 16] "
+        "enable_large_batch_splitting { value: true } max_execution_batch_size { value: 5 }",
+        "",
+    ],
+    ids=["one place", "split", "defaults"],
+)
+def test_many_calls_of_several_signatures_with_and_without_deadlines(
+    sessions: Callable[[str], Session], tmp_path: Path, parameters: str
+) -> None:
+    """Each is answered right or refused in time; no place or queue is left taken."""
+    runner: Any = batched(
+        tmp_path, sessions("dtypes"), f"{parameters} max_enqueued_batches {{ value: 1000 }}"
+    )
+
+    def calls(seed: int) -> int:
+        random = np.random.default_rng(seed)
+        answered = 0
+        for _ in range(50):
+            kind = str(random.choice(["float32", "int32", "int64"]))
+            array = random.integers(0, 1000, (random.integers(0, 9), 2)).astype(kind)
+            feed, fetches = tensors(sessions("dtypes"), kind)
+            timeout = (None, 60.0, 0.001, 0.003)[random.integers(4)]
+            try:
+                (output,) = runner.run({feed: array}, fetches, timeout)
+            except SpikelessError as error:
+                assert timeout is not None
+                assert timeout < 1
+                assert error.code in (Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED)  # noqa: PT017
+                continue
+            np.testing.assert_array_equal(output, array)
+            answered += 1
+        return answered
+
+    assert sum(results([functools.partial(calls, seed) for seed in range(16)])) >= 16 * 10
+    assert not runner.queues
+    with ThreadPoolExecutor(1) as pool:
+        feed, fetches = tensors(sessions("dtypes"), "float32")
+        assert len(pool.submit(runner.run, {feed: np.ones([1, 2], np.float32)}, fetches).result(60)[0]) == 1
 
 
 def test_nothing_is_left_of_a_call(sessions: Callable[[str], Session], tmp_path: Path) -> None:
