@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from harness import POLL
 from promotion_models import NAME, add_version, fleet_of, model_of, served, settings
+from trained_models import spikeless
 
 from spikeless import launch
 from spikeless.client import Client
@@ -44,6 +45,45 @@ def test_a_server_of_one_model_can_be_promoted_on(clone: Path, scales: Path) -> 
         promote(clone, NAME, 3, fleet_of(server), settings())
         assert served(client, label="stable") == 3
         assert model_of(clone).base_path == str(clone / NAME)
+
+
+def test_servers_of_every_folder_can_be_promoted_on(clone: Path, scales: Path, tmp_path: Path) -> None:
+    """As in containers: without models.config they got a list of all folders."""
+    shutil.copytree(clone / NAME, clone / "other")
+    folders = tmp_path / "folders.config"
+    blocks = "\n".join(new_block(name, str(clone / name)) for name in (NAME, "other"))
+    folders.write_text(f"model_config_list {{ {blocks} }}")
+    settings_of = launch.LaunchSettings(
+        flags=(*POLL, f"--model_config_file={folders}"), wait_for=[NAME, "other"]
+    )
+    with launch.start(settings_of) as server, Client(server.target) as client:
+        add_version(scales / "3", clone, 3)
+        promote(clone, NAME, 3, fleet_of(server), settings(), dry_run=True)
+        assert not (clone / "models.config").exists()
+        promote(clone, NAME, 3, fleet_of(server), settings())
+        assert served(client, label="stable") == 3
+        assert served(client, name="other") == 1, "it is served as before"
+        assert models_config.read(clone).names == ["other", NAME]
+        # A model that is published later is added by its first promotion.
+        shutil.copytree(clone / "other", clone / "third")
+        done = spikeless("publish", scales / "2", "third", "--models", clone, "--allow-cold", "--no-load")
+        assert "`spikeless promote third 2` adds it" in done.stderr, done.stderr
+        promote(clone, "third", 2, fleet_of(server), settings())
+        assert served(client, name="third", label="stable") == 2
+        assert served(client, name="other") == 1
+
+
+def test_another_model_of_the_same_name_is_left_alone(clone: Path, tmp_path: Path) -> None:
+    shutil.copytree(clone / NAME, clone / "other")
+    shutil.copytree(clone / NAME / "1", tmp_path / "elsewhere" / "9")
+    folders = tmp_path / "folders.config"
+    blocks = [new_block(NAME, str(clone / NAME)), new_block("other", str(tmp_path / "elsewhere"))]
+    folders.write_text(f"model_config_list {{ {' '.join(blocks)} }}")
+    flags = (*POLL, f"--model_config_file={folders}")
+    with launch.start(launch.LaunchSettings(flags=flags, wait_for=[NAME, "other"])) as server:
+        with pytest.raises(FailedPrecondition, match="serves another other than"):
+            promote(clone, NAME, 1, fleet_of(server), settings())
+        assert not (clone / "models.config").exists()
 
 
 def test_a_configuration_for_other_paths_changes_nothing(clone: Path, scales: Path) -> None:

@@ -369,3 +369,18 @@ def test_ctrl_c_and_sigterm_put_everything_back(models: Path) -> None:
             assert config_text(models) == before
     assert not load.failures
     assert load.factors == {1.0}
+
+
+def test_a_server_that_repeats_failed_loads_is_told_what_to_set(models: Path) -> None:
+    """It takes no other configuration meanwhile, so nothing can be put back either."""
+    (models / NAME / "2" / "variables" / "variables.data-00000-of-00001").write_bytes(b"")
+    retries = ("--max_num_load_retries=5", "--load_retry_interval_micros=60000000")
+    with start_server(models, *retries) as server:
+        with pytest.raises(PromotionError) as caught:
+            promote(models, NAME, 2, fleet_of(server, load_timeout=5.0), settings())
+        told = str(caught.value)
+        assert f"not done after 5 s ({NAME} 1: AVAILABLE, {NAME}-canary 2: LOADING)" in told
+        assert "a server that repeats failed loads does not say that they fail" in told
+        assert "start it with --max_num_load_retries=0" in told
+        with Client(server.target) as client:
+            assert served(client) == 1

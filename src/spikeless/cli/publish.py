@@ -17,7 +17,7 @@ from spikeless.cli.options import (
     tell,
 )
 from spikeless.mapping import MapSettings
-from spikeless.repository import publishing
+from spikeless.repository import models_config, publishing
 from spikeless.repository.gates import GateSettings
 from spikeless.repository.golden import Tolerance
 from spikeless.rollout import local_servers
@@ -118,6 +118,8 @@ def command(
     with staged as candidate:
         tell(f"{name}: {'it could be published' if dry_run else 'publishing'}")
         path = candidate.target if dry_run else candidate.publish()
+    if not dry_run and (missing := _next_step(models, name, candidate.version)):
+        tell(f"{name}: {missing}")
     if as_json:
         click.echo(
             json.dumps(
@@ -135,3 +137,16 @@ def command(
         )
     else:
         click.echo(path)
+
+
+def _next_step(models: Path, name: str, version: int) -> str:
+    """What servers that read ``models.config`` still need to serve it, or nothing."""
+    file, config = models / models_config.FILE_NAME, models_config.read(models)
+    if not config.names:
+        return ""
+    model = config.model(name)
+    if model is None:
+        return f"{file} does not list it: `spikeless promote {name} {version}` adds it, and servers load it"
+    if model.model_version_policy.HasField("specific"):
+        return f"{file} says which versions are served: `spikeless promote {name} {version}` is next"
+    return ""

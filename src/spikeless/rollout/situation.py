@@ -102,9 +102,11 @@ class Situation:
         Raises:
             Unavailable: a server does not answer.
             FailedPrecondition: a server serves a model that ``models.config`` does not
-                list.
+                list. Where that file is not there yet, `listed` lists them all.
         """
         self.fleet.statuses(self.name)
+        if not (self.models / models_config.FILE_NAME).exists():
+            return
         known = set(layout.model_names(self.models)) - {self.name}
         for name in sorted(known - set(models_config.read(self.models).names)):
             for target, statuses in self.fleet.statuses(name).items():
@@ -150,24 +152,50 @@ class Situation:
                 )
 
     def listed(self, *, write: bool = True) -> Situation:
-        """The same with the model in ``models.config`` when servers have it already.
+        """The same with what servers have already in ``models.config``.
 
         So a server of one model, or of all folders, can be promoted on: without an
-        entry to put back, a promotion that fails would unload the model.
+        entry to put back, a promotion that fails would unload the model. Where there is
+        no ``models.config`` yet, that goes for every model of the repository.
 
         Raises:
-            FailedPrecondition: where a server sees the repository is not known.
+            FailedPrecondition: where a server sees the repository is not known, or it
+                serves another model of that name.
         """
-        if self.current[self.name] is not None:
+        first = not (self.models / models_config.FILE_NAME).exists()
+        names = layout.model_names(self.models) if first else [self.name]
+        blocks: dict[str, str] = {}
+        for name in names:
+            if name not in self.current or self.current[name] is None:
+                serving = self._serving(name)
+                self._check_place(name, serving)
+                if serving:
+                    blocks[name] = new_block(name, self._base_path(name))
+        if not blocks:
             return self
-        serving = [
-            target
-            for target, statuses in self.fleet.statuses(self.name).items()
-            if any(status.state is State.AVAILABLE for status in statuses)
-        ]
-        if not serving:
-            return self
-        for target in serving:
+        if write:
+            models_config.edit(self.models, blocks)
+            listed = ", ".join(blocks)
+            self.fleet.progress(f"{self.models / models_config.FILE_NAME} lists {listed} from now on")
+        mine = {name: block for name, block in blocks.items() if name in self.current}
+        return replace(self, current={**self.current, **mine})
+
+    def _serving(self, name: str) -> dict[str, set[int]]:
+        """The servers that serve a model, and which versions of it."""
+        found = {
+            target: {status.version for status in statuses if status.state is State.AVAILABLE}
+            for target, statuses in self.fleet.statuses(name).items()
+        }
+        return {target: versions for target, versions in found.items() if versions}
+
+    def _check_place(self, name: str, serving: Mapping[str, set[int]]) -> None:
+        """Check that servers have a model from here, and where they see it."""
+        for target, versions in serving.items():
+            if name != self.name and versions.difference(layout.versions(self.models, name)):
+                raise FailedPrecondition(
+                    f"{target} serves another {name} than {self.models / name}, which a reload would unload; "
+                    f"nothing was changed: write an entry of it to {self.models / models_config.FILE_NAME}"
+                )
             if (
                 self.serving_root is None
                 and local_servers.on_loopback(target)
@@ -178,11 +206,6 @@ class Situation:
                     "nothing was changed: give that path with --serving-root, which is /models in our "
                     "containers"
                 )
-        block = new_block(self.name, self._base_path(self.name))
-        if write:
-            models_config.edit(self.models, {self.name: block})
-            self.fleet.progress(f"{self.models / models_config.FILE_NAME} lists {self.name} from now on")
-        return replace(self, current={**self.current, self.name: block})
 
 
 def find(models: Path, name: str, fleet: Fleet, serving_root: str | None) -> Situation:
