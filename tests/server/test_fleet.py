@@ -204,7 +204,7 @@ def test_killed_and_at_once_over_s3(store: str, trained: Path, tmp_path: Path) -
         return child.returncode
 
     source = str(trained / NAME / "1")
-    for command in (["push", source, store], ["pull", store, str(models), NAME]):
+    for command in (["push", source, store], ["pull", store, NAME, "--models", str(models)]):
         for tenth in range(100):
             if run(*command, kill_after=0.5 + tenth / 4) == 0:
                 break
@@ -213,7 +213,9 @@ def test_killed_and_at_once_over_s3(store: str, trained: Path, tmp_path: Path) -
             pytest.fail("it never comes through")
     same(models / NAME / "1", trained / NAME / "1")
     push(trained / NAME / "2", store)
-    threads = [threading.Thread(target=run, args=("pull", store, str(models), NAME)) for _ in range(2)]
+    threads = [
+        threading.Thread(target=run, args=("pull", store, NAME, "--models", str(models))) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -264,7 +266,18 @@ def test_a_server_swaps_what_is_pulled_under_requests(
     models = tmp_path / "pulled"
     push(trained / NAME / "1", store)
     port = free_port()
-    command = [sys.executable, "-m", "spikeless", "pull", store, str(models), NAME, "--follow", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "spikeless",
+        "pull",
+        store,
+        NAME,
+        "--models",
+        str(models),
+        "--follow",
+        "--json",
+    ]
     command += ["--interval=200ms", "--keep=2", f"--metrics-port={port}"]
     follower = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

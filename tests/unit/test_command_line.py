@@ -75,6 +75,7 @@ def test_one_thing_has_one_name_and_one_form_everywhere() -> None:
         "publish": ["saved_model", "name"],
         "push": ["version_dir", "store", "name"],
         "promote": ["name", "version"],
+        "pull": ["store", "name"],
         **{key: ["name"] for key in ("rollback", "status", "prune", "bench run", "bench gate")},
         **{key: [] for key in ("keep", "exporter")},
     }

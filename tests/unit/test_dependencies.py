@@ -172,8 +172,8 @@ def test_the_base_does_without_extras(tmp_path: Path) -> None:
         ("bench", ["bench", "run", "boston", "--requests=none"]),
         ("train", ["train", "one"]),
         ("fleet", ["push", "models/ctr/1", "store"]),
-        ("s3", ["pull", "s3://bucket/models", "models"]),
-        ("sftp", ["pull", "sftp://host/models", "models"]),
+        ("s3", ["pull", "s3://bucket/models"]),
+        ("sftp", ["pull", "sftp://host/models"]),
     ],
 )
 def test_a_missing_extra_is_named(extra: str, arguments: list[str], tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_two_at_once(what: str, small: Path, tmp_path: Path) -> None:
         push(small / NAME / "1", store)
     command = {
         "push": [*("push", str(small / NAME / "1"), store)],
-        "pull": ["pull", store, str(models), NAME],
+        "pull": ["pull", store, NAME, "--models", str(models)],
     }[what]
     children = [
         subprocess.Popen(
@@ -536,17 +536,17 @@ def test_the_commands(small: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{NAME}: version 1 is in {store}: sent ")
     done = spikeless("push", small / NAME / "1", store, "--json")
     assert json.loads(done.stdout)["already"] is True
-    done = spikeless("pull", store, models, "--keep=2", "--serving-root=/models")
+    done = spikeless("pull", store, "--models", models, "--keep=2", "--serving-root=/models")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{NAME}: version 1 is in {models / NAME / '1'}: fetched ")
-    done = spikeless("pull", store, models, "other")
+    done = spikeless("pull", store, "other", "--models", models)
     assert done.returncode == 1
     assert f"{store} has no version of other" in done.stderr
-    done = spikeless("pull", tmp_path / "nothing", models)
+    done = spikeless("pull", tmp_path / "nothing", "--models", models)
     assert done.returncode == 1
     assert "has no models" in done.stderr
     for wrong in (("--metrics-port=0",), ("--follow", "--version=1")):
-        assert spikeless("pull", store, models, *wrong).returncode == 2
+        assert spikeless("pull", store, "--models", models, *wrong).returncode == 2
 
 
 def test_a_link_in_a_version_is_refused(small: Path, tmp_path: Path) -> None:

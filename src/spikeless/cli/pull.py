@@ -12,6 +12,7 @@ from spikeless.cli.options import (
     Duration,
     interruptible,
     json_option,
+    models_option,
     print_result,
     store_options,
     store_settings,
@@ -24,10 +25,12 @@ from spikeless.store.pull import PullSettings, pull
 
 @click.command()
 @click.argument("store")
-@click.argument("models", type=click.Path(path_type=Path))
 @click.argument("name", required=False)
+@models_option
 @click.option("--version", type=int, help="The version.  [default: the newest]")
-@click.option("--serving-root", help="Absolute path of MODELS on the server.  [default: where it is here]")
+@click.option(
+    "--serving-root", help="Absolute path of the repository on the server.  [default: where it is here]"
+)
 @click.option("--keep", type=int, help="Versions that stay, by the rules of `spikeless prune` but age.")
 @store_options
 @click.option("--follow", is_flag=True, help="Pull each new version, until Ctrl-C or SIGTERM.")
@@ -55,8 +58,8 @@ from spikeless.store.pull import PullSettings, pull
 @json_option
 def command(
     store: str,
-    models: Path,
     name: str | None,
+    models: Path,
     version: int | None,
     serving_root: str | None,
     keep: int | None,
@@ -68,7 +71,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Bring the newest version of NAME, or of each model, from STORE to MODELS.
+    """Bring the newest version of NAME, or of each model, from STORE to the repository.
 
     Only what no version on this disk has is fetched. Every byte is compared, the files
     that a server maps are brought into the page cache, and the version appears whole or
