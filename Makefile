@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # The same with the oldest TensorFlow that is supported.
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest test-containers docs lint env system-packages update-pins fuzz \
+.PHONY: demo test test-oldest test-containers chaos images sbom docs lint env system-packages update-pins fuzz \
         clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument bench-soak
 .DEFAULT_GOAL := demo
 
@@ -53,6 +53,30 @@ test-oldest: $(OLDEST)/.ready
 # `make test` includes them unless SPIKELESS_CONTAINERS=0.
 test-containers: $(READY)
 	$(BIN)/python -m pytest tests/bundle/test_containers.py
+
+# Faults at random for CHAOS_SECONDS while load runs; CHAOS_SEED repeats a run.
+CHAOS_SECONDS ?= 600
+chaos: $(READY)
+	PYTHONPATH=tests/support $(BIN)/python tests/support/chaos.py --seconds $(CHAOS_SECONDS) \
+	    $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
+
+# The images with labels that say where they come from. ATTESTATIONS="--sbom=true --provenance=mode=max --push" where
+# the builder can; `make sbom` lists what is in an image where it cannot.
+TAG          ?= latest
+IMAGES       ?= serving embedded tools
+ATTESTATIONS ?= --load
+images:
+	for image in $(IMAGES); do \
+	    docker buildx build --file docker/Dockerfile --target $$image --tag spikeless/$$image:$(TAG) $(ATTESTATIONS) \
+	        --secret id=pip_ca,src=$${PIP_CA_FILE:-/dev/null} \
+	        --build-arg REVISION="$$(git rev-parse HEAD)$$(git diff --quiet HEAD || echo -modified)" \
+	        --build-arg SOURCE="$$(git config --get remote.origin.url)" \
+	        --build-arg CREATED="$$(git log -1 --format=%cI)" . || exit 1; done
+
+# CycloneDX, on standard output: make --silent sbom IMAGE=spikeless/embedded:latest > embedded.cdx.json
+IMAGE ?= spikeless/embedded:$(TAG)
+sbom:
+	docker run --rm --interactive --network none --entrypoint python $(IMAGE) - $(IMAGE) < docker/sbom.py
 
 # Fuzz each parser of foreign bytes for FUZZ_SECONDS. Findings go to reports/.
 FUZZ_SECONDS ?= 600

@@ -30,12 +30,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from container_stack import Images, Stack, inside
+from container_stack import OWNER, Images, Stack, inside
 from dashboard import dashboard_queries
 from docker.models.containers import Container
 from engine import STAND_IN, Engine, Finished
 from places import ROOT
 
+import spikeless
 from spikeless import bench, launch
 from spikeless.client import Client
 from spikeless.errors import SpikelessError, Unavailable
@@ -50,6 +51,8 @@ pytestmark = [
 ]
 
 FEATURES = 30
+#: The number of the capability in linux/capability.h.
+IPC_LOCK = 14
 #: What a read-only container may write.
 TMP = {"/tmp": ""}
 #: A block of commands in a document, and why it is not run.
@@ -137,6 +140,7 @@ def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: En
         assert config["User"] == "10001:10001", name
         assert config["Labels"]["org.opencontainers.image.title"] == f"spikeless/{name}"
         assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+        assert config["Labels"]["org.opencontainers.image.version"] == spikeless.__version__
         assert config["Entrypoint"][0] != "/bin/sh", "exec form"
         if name in ("embedded", "serving"):
             assert config["Healthcheck"]["Test"] == ["CMD", "/usr/local/bin/health"]
@@ -172,9 +176,28 @@ def test_nothing_of_the_machine_that_built_them_is_in_the_images(containers: Eng
         assert not [layer for layer in history if "BEGIN CERTIFICATE" in layer["CreatedBy"]]
 
 
-def test_the_tools_have_what_they_need(containers: Engine, images: Images) -> None:
-    done = containers.run(images.tools, "-m", "pip", "check", entrypoint="python", read_only=True, tmpfs=TMP)
-    assert "No broken requirements" in done.output
+def test_nothing_in_the_images_helps_an_intruder(containers: Engine, images: Images) -> None:
+    """No program with the rights of another user, no pip, no test suites."""
+    search = "find / -xdev -type f -perm /6000; find / -xdev -path '*/tests/*' -name 'test_*.py'; "
+    search += "find / -xdev -path '*-packages/pip' -not -path '/usr/share/*'; command -v pip"
+    for image in (images.embedded, images.tools, images.serving):
+        found = containers.run(image, "-c", search, entrypoint="sh", user="0:0")
+        assert found.output == "", image
+
+
+def test_the_bill_of_materials_is_of_the_image(containers: Engine, images: Images) -> None:
+    for image, wanted in ((images.embedded, {"spikeless", "grpcio"}), (images.tools, {"spikeless", "keras"})):
+        script = (ROOT / "docker" / "sbom.py").read_text()
+        done = containers.run(image, "-c", script, image, entrypoint="python", network_mode="none")
+        assert done.code == 0, done.output
+        bom = json.loads(done.output)
+        assert bom["metadata"]["component"]["name"] == image
+        purls = {component["purl"] for component in bom["components"]}
+        assert len(purls) == len(bom["components"])
+        names = {purl.partition("@")[0] for purl in purls}
+        assert {f"pkg:pypi/{name}" for name in wanted} <= names
+        assert "pkg:pypi/pip" not in names
+        assert any(name.endswith("/libjemalloc2") for name in names)
 
 
 def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
@@ -394,6 +417,9 @@ def test_mapped_parameters_are_served_and_kept_in_memory(up: Stack, client: Clie
     up.wait_for(lambda: available(client, "boston") == {newest + 1}, "the mapped version")
     up.compose("up", "--detach", "--no-build", "keep")
     up.wait_for(lambda: f"locked: /models/boston/{newest + 1}/" in up.logs(), "its files to be locked")
+    status = inside(up.container("keep"), "cat", "/proc/1/status")
+    assert f"Uid:\t{OWNER}\t{OWNER}\t{OWNER}\t{OWNER}" in status
+    assert f"CapEff:\t{1 << IPC_LOCK:016x}" in status, "the one right that it needs"
     up.compose("rm", "--stop", "--force", "keep")
 
 

@@ -21,6 +21,7 @@ from dashboard import dashboard_queries
 from google.protobuf import descriptor, descriptor_pb2, descriptor_pool, message_factory, text_format
 from places import ROOT
 
+import spikeless
 from spikeless.disk import proc
 from spikeless.engine.server import read_model_config
 from spikeless.formats.protos import config_pb2
@@ -83,7 +84,7 @@ def test_every_service_has_the_least_privilege() -> None:
     assert set(services) >= {"server", "prepare", "bench", "locust", "worker", "prometheus", "grafana"}
     for name, service in services.items():
         if "build" in service:
-            assert {"BASE", "REVISION"} <= set(service["build"]["args"]), name
+            assert {"BASE", "REVISION", "SOURCE", "CREATED"} <= set(service["build"]["args"]), name
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
@@ -91,7 +92,9 @@ def test_every_service_has_the_least_privilege() -> None:
         assert service["deploy"]["resources"]["limits"]["memory"], name
         assert not service.get("privileged"), name
         if name == "keep":
-            assert service["cap_add"] == ["IPC_LOCK"]
+            # It becomes that owner, too, and goes on with the one right to lock memory.
+            assert service["cap_add"] == ["SETUID", "SETGID", "IPC_LOCK"]
+            assert service["entrypoint"][:2] == ["as-owner", "--lock"]
         elif service.get("user") == "0:0":
             # A writer becomes the owner of the folder it writes to before it does
             # anything.
@@ -139,6 +142,11 @@ def serving_base(**arguments: str) -> str:
             values[name] = arguments.get(name, Template(default.strip('"')).substitute(values))
     (base,) = [line.split()[1] for line in lines if line.startswith("FROM ") and line.endswith(" AS serving")]
     return Template(base).substitute(values)
+
+
+def test_images_have_the_version_of_the_package() -> None:
+    text = (DOCKER / "Dockerfile").read_text()
+    assert set(re.findall(r"^ARG VERSION=(.*)$", text, re.MULTILINE)) == {spikeless.__version__}
 
 
 def test_the_server_drains_before_it_is_ended() -> None:
