@@ -212,6 +212,12 @@ def test_a_table_fits_a_narrow_terminal(saved_models: Path) -> None:
     assert not any("resident" in line for line in lines), "nothing is mapped"
 
 
+def test_a_status_without_any_model_is_a_failure(tmp_path: Path) -> None:
+    """Nothing is served then, whether a server answers or not."""
+    done = spikeless("status", "--json", "--models", tmp_path, "--servers", f"127.0.0.1:{free_port()}")
+    assert (done.returncode, done.stdout) == (1, "[]\n")
+
+
 def test_a_status_that_is_too_wide_is_a_list(tmp_path: Path) -> None:
     (tmp_path / "boston" / "7").mkdir(parents=True)
     nobody = f"127.0.0.1:{free_port()}"

@@ -51,7 +51,7 @@ def command(name: str | None, as_json: bool, watch: bool, metrics: str, models: 
     """Show the versions of NAME, or of all models: on disk, configured, on each server.
 
     Where these disagree, or a server does not answer, it says so below the table and
-    exits with 1.
+    exits with 1; so it does where there is no model.
     """
     if watch and as_json:
         raise click.UsageError("--watch and --json exclude each other")
@@ -73,7 +73,7 @@ def command(name: str | None, as_json: bool, watch: bool, metrics: str, models: 
             click.echo("there is no model", err=True)
         for part in _reports(reports, servers, console):
             console.print(part)
-    if any(report.disagreements for report in reports):
+    if not reports or any(report.disagreements for report in reports):
         sys.exit(1)
 
 
