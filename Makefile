@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest test-containers chaos images sbom docs lint env system-packages update-pins fuzz \
-        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument bench-soak
+        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument bench-soak bench-fleet
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -107,6 +107,10 @@ bench-serving: $(READY)
 SIZES ?= 512MiB
 bench-mapping: $(READY)
 	$(BIN)/python benchmarks/mapping.py $(SIZES:%=--size %)
+
+# Pulling versions with a table of 2 GiB over 1 Gbit/s, beside rsync and copies: as root, with iproute2, rsync and 16 GB.
+bench-fleet: $(READY)
+	$(BIN)/python benchmarks/fleet.py
 
 # Whether the instrument reports stalls that are known exactly, and its floor, in 10 minutes.
 bench-instrument: $(READY)

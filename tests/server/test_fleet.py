@@ -34,7 +34,8 @@ from spikeless.store.settings import StoreSettings
 
 NAME = "ctr"
 SECONDS = 120.0
-PATIENT = StoreSettings(timeout=5.0, attempts=3)
+#: Gives up soon.
+HASTY = StoreSettings(timeout=3.0, attempts=2)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_a_network_that_fails_for_a_while(
 ) -> None:
     """What was fetched before is used; nothing shows in between."""
     models = tmp_path / "pulled"
-    settings = PullSettings(store=PATIENT)
+    hasty = PullSettings(store=HASTY)
     folder = tmp_path / "folder"
     push(trained / NAME / "1", store if kind == "s3" else str(folder))
     served = http_server(folder, tmp_path) if kind == "http" else None
@@ -150,13 +151,13 @@ def test_a_network_that_fails_for_a_while(
             watcher = threading.Thread(target=later)
             watcher.start()
             with pytest.raises(SpikelessError) as caught:
-                pull(where, models, NAME, settings=settings)
+                pull(where, models, NAME, settings=hasty)
             watcher.join()
             assert isinstance(caught.value, (Unavailable, DataLoss)), caught.value
             assert where in str(caught.value)
             assert not (models / NAME / "1").exists()
             network.fault, network.received = "", 0
-            (pulled,) = pull(where, models, NAME, settings=settings)
+            (pulled,) = pull(where, models, NAME)
             assert pulled.fetched < 0.9 * pulled.bytes
             same(models / NAME / "1", trained / NAME / "1")
     finally:
@@ -179,7 +180,7 @@ def test_a_push_over_a_network_that_fails_goes_on(
         watcher = threading.Thread(target=later)
         watcher.start()
         with pytest.raises(Unavailable, match=r"cannot (write|look for)"):
-            push(trained / NAME / "1", store, settings=PATIENT)
+            push(trained / NAME / "1", store, settings=HASTY)
         watcher.join()
         network.fault = ""
         with pytest.raises(SpikelessError, match="has no version"):
@@ -205,8 +206,8 @@ def test_killed_and_at_once_over_s3(store: str, trained: Path, tmp_path: Path) -
 
     source = str(trained / NAME / "1")
     for command in (["push", source, store], ["pull", store, NAME, "--models", str(models)]):
-        for tenth in range(100):
-            if run(*command, kill_after=0.5 + tenth / 4) == 0:
+        for seconds in range(1, 100):
+            if run(*command, kill_after=seconds) == 0:
                 break
             assert not (models / NAME / "1").exists()
         else:
@@ -238,7 +239,7 @@ def test_http_is_for_pulling(trained: Path, tmp_path: Path) -> None:
     log = (tmp_path / "access.log").read_text()
     assert '" 206 ' in log  # ranges
     with pytest.raises(Unavailable, match=f"cannot read {url}/{NAME}/index.json"):
-        pull(url, models, NAME, settings=PullSettings(store=PATIENT))
+        pull(url, models, NAME, settings=PullSettings(store=HASTY))
 
 
 def test_sftp(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

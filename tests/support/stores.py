@@ -41,8 +41,8 @@ def wait_for(reached: Callable[[], bool], process: subprocess.Popen[bytes], log:
         threading.Event().wait(0.05)
 
 
-def listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+def listens(port: int, host: str = "127.0.0.1") -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
         return True
     return False
 
@@ -70,6 +70,7 @@ class S3:
 
     port: int
     bucket: str
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
@@ -80,14 +81,14 @@ class S3:
         return {
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port or self.port}",
+            "AWS_ENDPOINT_URL": f"http://{self.host}:{port or self.port}",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
 
 @contextlib.contextmanager
-def s3_server(directory: Path) -> Iterator[S3]:
+def s3_server(directory: Path, host: str = "127.0.0.1") -> Iterator[S3]:
     """SeaweedFS with one bucket, and one user who may write to it."""
     program = shutil.which("weed", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     if program is None:
@@ -101,7 +102,7 @@ def s3_server(directory: Path) -> Iterator[S3]:
     config.write_text(json.dumps({"identities": [user]}))
     (directory / "data").mkdir()
     port = free_port()
-    command = [program, "server", f"-dir={directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command = [program, "server", f"-dir={directory / 'data'}", f"-ip={host}", f"-ip.bind={host}"]
     command += [
         "-s3",
         f"-s3.port={port}",
@@ -113,16 +114,16 @@ def s3_server(directory: Path) -> Iterator[S3]:
         command += [f"-{service}.port={free_port()}", f"-{service}.port.grpc={free_port()}"]
     command += [f"-s3.port.grpc={free_port()}", "-master.volumeSizeLimitMB=256"]
     log = directory / "s3.log"
-    server = S3(port, "bucket")
+    server = S3(port, "bucket", host)
 
     def ready() -> bool:
-        if not listens(port):
+        if not listens(port, host):
             return False
         import botocore.session
 
         client = botocore.session.get_session().create_client(
             "s3",
-            endpoint_url=f"http://127.0.0.1:{port}",
+            endpoint_url=f"http://{host}:{port}",
             region_name="us-east-1",
             aws_access_key_id=ACCESS_KEY,
             aws_secret_access_key=SECRET_KEY,
