@@ -112,7 +112,8 @@ def s3_server(directory: Path, host: str = "127.0.0.1") -> Iterator[S3]:
     ]
     for service in ("master", "volume", "filer"):
         command += [f"-{service}.port={free_port()}", f"-{service}.port.grpc={free_port()}"]
-    command += [f"-s3.port.grpc={free_port()}", "-master.volumeSizeLimitMB=256"]
+    command += [f"-s3.port.grpc={free_port()}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-master.volumeSizeLimitMB=256"]
     log = directory / "s3.log"
     server = S3(port, "bucket", host)
 
