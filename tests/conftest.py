@@ -19,7 +19,14 @@ sys.path.append(str(ROOT / "training"))
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-pytest_plugins = ("fleet_models", "saved_models", "trained_models", "promotion_models", "prometheus")
+pytest_plugins = (
+    "fleet_models",
+    "saved_models",
+    "trained_models",
+    "promotion_models",
+    "prometheus",
+    "registered_models",
+)
 
 
 def pytest_configure() -> None:

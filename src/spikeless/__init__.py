@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from spikeless import bench as bench
     from spikeless import errors as errors
     from spikeless import launch as launch
+    from spikeless import registry as registry
     from spikeless import warmup as warmup
     from spikeless.bench import report as report
     from spikeless.client import Client as Client
@@ -53,6 +54,7 @@ _HOMES = {
     "publish": "spikeless.repository.publishing:publish",
     "pull": "spikeless.store.pull:pull",
     "push": "spikeless.store.push:push",
+    "registry": "spikeless.registry",
     "report": "spikeless.bench.report",
     "rollback": "spikeless.rollout.promotion:rollback",
     "status": "spikeless.rollout.status:status",

@@ -124,6 +124,7 @@ EXTRAS = {
     "azure": ("adlfs",),
     "sftp": ("paramiko",),
     "http": ("aiohttp",),
+    "mlflow": ("mlflow",),
 }
 
 

@@ -23,6 +23,7 @@ from spikeless.formats.tensors import to_proto
 from spikeless.repository import trial
 from spikeless.repository.candidate import Candidate
 from spikeless.repository.gates import FILES, GATES, WARMUP, Gate
+from spikeless.repository.journal import Journal, Published
 from spikeless.repository.layout import versions
 from spikeless.repository.publishing import publish
 from spikeless.repository.trial import GateError
@@ -125,6 +126,19 @@ def test_a_kill_at_any_point_leaves_every_visible_version_whole_and_the_next_pub
         assert not leftovers(models), kill
     renamed = next(number for number, kill in enumerate(kills) if kill.startswith("os.rename")) + 1
     assert outcomes == [[1]] * renamed + [[1, 2]] * (len(kills) - renamed)
+
+
+def test_the_layout_of_tfx_is_a_source(boston_run: Path, tmp_path: Path) -> None:
+    pushed, models = tmp_path / "push_destination", tmp_path / "models"
+    for timestamp in ("1760000000", "1760003600"):
+        shutil.copytree(boston_run / "saved_model", pushed / timestamp)
+        arguments = ("--version", timestamp, "--models", models, "--no-load")
+        done = spikeless("publish", pushed / timestamp, "boston", *arguments)
+        assert done.returncode == 0, done.stderr
+    assert sorted(versions(models, "boston")) == [1760000000, 1760003600]
+    entry = Journal(models, "boston").entries()[-1]
+    assert isinstance(entry, Published)
+    assert entry.source == f"{pushed}/1760003600"
 
 
 def test_publishers_at_once_all_succeed_with_numbers_of_their_own(boston_run: Path, tmp_path: Path) -> None:

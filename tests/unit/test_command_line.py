@@ -73,6 +73,7 @@ def test_one_thing_has_one_name_and_one_form_everywhere() -> None:
     }
     assert named == {
         "publish": ["saved_model", "name"],
+        "follow": ["uri", "name"],
         "push": ["version_dir", "store", "name"],
         "promote": ["name", "version"],
         "pull": ["store", "name"],

@@ -154,7 +154,8 @@ def run_without(modules: tuple[str, ...], program: str, folder: Path) -> subproc
 
 
 def test_the_base_does_without_extras(tmp_path: Path) -> None:
-    commands = "train warmup publish map keep inspect capture promote rollback status prune serve exporter"
+    commands = "train warmup publish follow map keep inspect capture promote rollback status prune"
+    commands += " serve exporter"
     program = "\n".join(f"import spikeless.cli.{command}" for command in commands.split())
     every = tuple(module for modules in EXTRAS.values() for module in modules)
     done = run_without(every, program, tmp_path)
@@ -174,6 +175,8 @@ def test_the_base_does_without_extras(tmp_path: Path) -> None:
         ("fleet", ["push", "models/ctr/1", "store"]),
         ("s3", ["pull", "s3://bucket/models"]),
         ("sftp", ["pull", "sftp://host/models"]),
+        ("mlflow", ["publish", "models:/ctr@champion"]),
+        ("mlflow", ["follow", "models:/ctr@champion"]),
     ],
 )
 def test_a_missing_extra_is_named(extra: str, arguments: list[str], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "train": "Train one of the models in training/ and export it.",
     "warmup": "Build, inspect and verify warmup files.",
     "publish": "Make a SavedModel a version that servers pick up.",
+    "follow": "Publish what an alias of MLflow names, whenever it moves.",
     "push": "Put a version into a store that many machines pull from.",
     "pull": "Bring versions from a store to this machine, once or as they appear.",
     "map": "Map a model's parameters from files instead of restoring them.",

@@ -5,86 +5,48 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+from spikeless.cli.gates import gate_options, gate_settings
 from spikeless.cli.options import (
-    Duration,
-    Size,
     dry_run_option,
     json_option,
     models_option,
     tell,
 )
-from spikeless.mapping import MapSettings
+from spikeless.cli.samples import registry_samples_option
 from spikeless.repository import models_config, publishing
-from spikeless.repository.gates import GateSettings
-from spikeless.repository.golden import Tolerance
-from spikeless.rollout import local_servers
+from spikeless.repository.candidate import Candidate
+from spikeless.warmup import SampleFile
 
 
 @click.command()
-@click.argument("saved_model", type=click.Path(path_type=Path))
-@click.argument("name")
+@click.argument("saved_model", type=click.Path())
+@click.argument("name", default="")
 @click.option("--version", type=int, help="Number of the version.  [default: the next free one]")
 @models_option
-@click.option("--no-load", is_flag=True, help="Do not load the model first and ask it, as a test.")
-@click.option("--allow-cold", is_flag=True, help="It may have no warmup file, or no signature.")
-@click.option("--allow-breaking", is_flag=True, help="Callers of the stable version may fail.")
-@click.option(
-    "--golden",
-    type=click.Path(path_type=Path),
-    help="PredictionLog records with the answers that they should get.",
-)
-@click.option(
-    "--rtol", default=Tolerance.rtol, show_default=True, help="How far answers may be off, relatively ..."
-)
-@click.option("--atol", default=Tolerance.atol, show_default=True, help="... and absolutely.")
-@click.option("--server", help="A server on this machine that is to load it: its flags and version count.")
-@click.option("--server-flag", multiple=True, help="Or a flag that servers have; repeatable.")
-@click.option("--server-version", help="Or their version, such as 2.20.0.  [default: TensorFlow's here]")
-@click.option("--memory", type=Size(), help="Memory that servers have for it.  [default: this machine's]")
-@click.option(
-    "--max-first-request",
-    type=Duration(),
-    default="1s",
-    show_default=True,
-    help="How long the first request after load and warmup may take.",
-)
-@click.option("--map", "mapped", is_flag=True, help="Map its parameters from files: see `spikeless map`.")
-@click.option("--min-bytes", type=Size(), default="1MiB", show_default=True, help="With --map, as there.")
-@click.option("--verify/--no-verify", default=True, help="With --map: compare the outputs, as there.")
-@click.option("--optimize", is_flag=True, help="With --map: also optimise the graph, as there.")
-@click.option(
-    "--serving-root", help="Absolute path of the repository on the server.  [default: that of --models here]"
-)
+@gate_options
+@registry_samples_option
 @dry_run_option
 @json_option
 def command(
-    saved_model: Path,
+    saved_model: str,
     name: str,
     version: int | None,
     models: Path,
-    no_load: bool,
-    allow_cold: bool,
-    allow_breaking: bool,
-    golden: Path | None,
-    rtol: float,
-    atol: float,
-    server: str | None,
-    server_flag: tuple[str, ...],
-    server_version: str | None,
-    memory: int | None,
-    max_first_request: float,
-    mapped: bool,
-    min_bytes: int,
-    verify: bool,
-    optimize: bool,
     serving_root: str | None,
+    samples: tuple[SampleFile, ...],
     dry_run: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Copy SAVED_MODEL to MODELS/NAME/VERSION/, which appears whole or not at all.
+
+    SAVED_MODEL is a folder, or a model in MLflow: models:/NAME@ALIAS,
+    models:/NAME/VERSION, runs:/RUN/PATH. A version of MLflow keeps its number, and gets
+    the result as tags.
 
     A version that is there is never overwritten, and nothing is published that could
     not be loaded, fails on its warmup records or golden requests, or would fail callers
@@ -93,50 +55,74 @@ def command(
     the repository at --serving-root. Progress goes to standard error, the new version's
     directory to standard output.
     """
-    if not mapped and (optimize or not verify):
-        raise click.UsageError("--optimize and --no-verify are for --map: give that, too")
-    settings = GateSettings(
-        allow_breaking=allow_breaking,
-        allow_cold=allow_cold,
-        golden=golden,
-        tolerance=Tolerance(rtol, atol),
-        mapping=MapSettings(min_bytes=min_bytes, verify=verify, optimize=optimize) if mapped else None,
-        load=not no_load,
-        target=local_servers.capabilities(server, server_flag, server_version),
-        memory=memory,
-        max_first_request=max_first_request,
-    )
-    staged = publishing.stage(
-        saved_model,
+    gates = gate_settings(options).pipeline()
+    if saved_model.startswith(("models:/", "runs:/")):
+        candidate = _from_registry(saved_model, models, name, version, gates, serving_root, samples, dry_run)
+    else:
+        if not name:
+            raise click.MissingParameter(param_hint="'NAME'", param_type="argument")
+        if samples:
+            raise click.UsageError("--samples is for models in MLflow: run `spikeless warmup build` first")
+        staged = publishing.stage(
+            saved_model,
+            models,
+            name,
+            version,
+            gates=gates,
+            serving_root=serving_root,
+            progress=lambda title: tell(f"{name}: {title}"),
+        )
+        with staged as candidate:
+            tell(f"{name}: {'it could be published' if dry_run else 'publishing'}")
+            if not dry_run:
+                candidate.publish()
+    if not dry_run and (missing := _next_step(models, candidate.name, candidate.version)):
+        tell(f"{candidate.name}: {missing}")
+    click.echo(json.dumps(_result(candidate, dry_run)) if as_json else candidate.target)
+
+
+def _from_registry(
+    uri: str,
+    models: Path,
+    name: str,
+    version: int | None,
+    gates: Any,
+    serving_root: str | None,
+    samples: tuple[SampleFile, ...],
+    dry_run: bool,
+) -> Candidate:
+    from spikeless import registry
+
+    server = registry.Registry()
+    release = server.resolve(uri)
+    title = name or release.name
+    return registry.publish(
+        server,
+        release,
         models,
         name,
         version,
-        gates=settings.pipeline(),
+        gates=gates,
         serving_root=serving_root,
-        progress=lambda title: tell(f"{name}: {title}"),
+        samples=samples,
+        progress=lambda line: tell(f"{title}: {line}"),
+        dry_run=dry_run,
     )
-    with staged as candidate:
-        tell(f"{name}: {'it could be published' if dry_run else 'publishing'}")
-        path = candidate.target if dry_run else candidate.publish()
-    if not dry_run and (missing := _next_step(models, name, candidate.version)):
-        tell(f"{name}: {missing}")
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "path": str(path),
-                    "name": name,
-                    "version": candidate.version,
-                    "bytes": candidate.size,
-                    "gates": candidate.passed,
-                    "warnings": candidate.warnings,
-                    "findings": dataclasses.asdict(candidate.findings),
-                    "dry_run": dry_run,
-                }
-            )
-        )
-    else:
-        click.echo(path)
+
+
+def _result(candidate: Candidate, dry_run: bool) -> dict[str, Any]:
+    return {
+        "path": str(candidate.target),
+        "name": candidate.name,
+        "version": candidate.version,
+        "source": candidate.origin.source,
+        "run": candidate.origin.run,
+        "bytes": candidate.size,
+        "gates": candidate.passed,
+        "warnings": candidate.warnings,
+        "findings": dataclasses.asdict(candidate.findings),
+        "dry_run": dry_run,
+    }
 
 
 def _next_step(models: Path, name: str, version: int) -> str:

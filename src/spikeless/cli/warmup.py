@@ -13,6 +13,7 @@ from rich.table import Table
 
 from spikeless import warmup
 from spikeless.cli.options import json_option
+from spikeless.cli.samples import samples_option
 from spikeless.formats.kinds import KINDS
 from spikeless.warmup import BuildSettings, SampleFile
 from spikeless.warmup.inspection import RecordSummary
@@ -20,16 +21,6 @@ from spikeless.warmup.inspection import RecordSummary
 _KINDS = {kind.name.lower(): kind.name for kind in KINDS if kind.signature_method}
 
 _Dims = dict[str | None, tuple[int, ...]]
-
-
-def _parse_samples(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[SampleFile, ...]:
-    """``FILE`` or ``SIGNATURE=FILE``."""
-    files = []
-    for value in values:
-        signature, equals, file = value.partition("=")
-        named = equals and not Path(value).exists()
-        files.append(SampleFile(Path(file), signature) if named else SampleFile(Path(value)))
-    return tuple(files)
 
 
 def _parse_sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -67,12 +58,8 @@ def command() -> None:
 
 @command.command()
 @click.argument("saved_model", type=click.Path(path_type=Path))
-@click.option(
-    "--samples",
-    metavar="[SIGNATURE=]FILE",
-    callback=_parse_samples,
-    multiple=True,
-    help="Sample requests: TensorFlow Serving REST JSON (.json, .jsonl), .npz, .csv, or TFRecords of "
+@samples_option(
+    "Sample requests: TensorFlow Serving REST JSON (.json, .jsonl), .npz, .csv, or TFRecords of "
     "tf.Example or PredictionLog. SIGNATURE is for samples that name none themselves. Repeatable. Without "
     "samples, requests are made up from the signatures.",
 )

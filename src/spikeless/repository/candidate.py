@@ -13,6 +13,7 @@ from pathlib import Path
 from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists
 from spikeless.repository.journal import Findings, Journal, Published
+from spikeless.repository.origin import Origin
 
 #: The gate without which callers of the stable version may fail.
 SIGNATURES = "signatures"
@@ -25,6 +26,8 @@ class Candidate:
     path: Path
     #: Where it will be.
     target: Path
+    #: Where it comes from.
+    origin: Origin
     #: The version that callers get now; None where there is none.
     stable: Path | None = None
     #: Bytes of its files, once it is staged.
@@ -62,6 +65,8 @@ class Candidate:
                 allow_breaking=SIGNATURES not in self.passed,
                 gates=tuple(self.passed),
                 findings=self.findings,
+                source=self.origin.source,
+                run=self.origin.run,
             )
         )
         return self.target

@@ -69,6 +69,10 @@ class Published:
     #: Names of the gates that it passed.
     gates: tuple[str, ...] = ()
     findings: Findings = field(default_factory=Findings)
+    #: Where it was copied from: a path, or a name in a registry.
+    source: str = ""
+    #: The run that trained it, where the registry knows.
+    run: str = ""
 
 
 @dataclass(frozen=True)

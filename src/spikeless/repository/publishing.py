@@ -25,10 +25,14 @@ from spikeless.formats.versions import MAX_VERSION, list_versions
 from spikeless.mapping import check_files as check_mapped_files
 from spikeless.mapping import is_mapped, read_manifest, repin
 from spikeless.mapping.manifest import here
-from spikeless.repository import layout
+from spikeless.repository import layout, origin
 from spikeless.repository.candidate import Candidate
 from spikeless.repository.checks import check_files
 from spikeless.repository.gates import GATES, Gate
+from spikeless.repository.origin import Origin, Taken
+
+#: In a model's state directory.
+STAGING = "staging"
 
 
 def publish(
@@ -62,6 +66,7 @@ def stage(
     gates: Sequence[Gate] = GATES,
     serving_root: str | None = None,
     link: bool = False,
+    registered: Origin | None = None,
     progress: Callable[[str], None] = lambda title: None,
 ) -> Iterator[Candidate]:
     """Do all of publishing but the last step, which is ``candidate.publish()``.
@@ -85,6 +90,8 @@ def stage(
         link: share the source's files by hard links where the file system allows it,
             which costs neither space nor time. Nothing may write to the source's files
             from then on.
+        registered: what a registry calls the source; the version is told, and the
+            journal. By default the journal has the path.
         progress: called with the title of each stage as it begins.
 
     Raises:
@@ -110,7 +117,8 @@ def stage(
             if not Path(models).exists():
                 progress(f"making a new model repository, {models}")
             number, staging = stack.enter_context(_reserved(directory, version))
-            candidate = Candidate(staging / "version", directory / str(number), stable)
+            came_from = registered or Origin(str(source.absolute()))
+            candidate = Candidate(staging / "version", directory / str(number), came_from, stable)
             progress("copying")
             atomic.copy_tree(source, candidate.path, link=link)
             if is_mapped(candidate.path):
@@ -124,6 +132,9 @@ def stage(
                 progress(f"warning: {warning}")
             if is_mapped(candidate.path):
                 _prepare_mapped(candidate, serving_root or here(Path(models)))
+            if registered is not None:
+                taken = Taken(registered, tuple(candidate.passed), candidate.findings)
+                origin.write(candidate.path, taken)
             progress("writing to disk")
             atomic.make_readable(candidate.path)
             atomic.sync_tree(candidate.path)
@@ -150,7 +161,7 @@ def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]
         with locks.acquire(state / "lock"):
             # In this order: a publisher renames its version before it gives up its
             # reservation.
-            reserved = {int(path.name.partition("-")[0]) for path in atomic.staged(state / "staging")}
+            reserved = {int(path.name.partition("-")[0]) for path in atomic.staged(state / STAGING)}
             published = list_versions(directory)
             number = max([0, *published, *reserved]) + 1 if version is None else version
             if number in published:
@@ -159,5 +170,5 @@ def _reserved(directory: Path, version: int | None) -> Iterator[tuple[int, Path]
                 raise AlreadyExists(f"{directory / str(number)} is being published by another process")
             if number > MAX_VERSION:
                 raise InvalidArgument(f"{directory} has the highest version there is; give a free one")
-            staging = stack.enter_context(atomic.staging(state / "staging", prefix=f"{number}-"))
+            staging = stack.enter_context(atomic.staging(state / STAGING, prefix=f"{number}-"))
         yield number, staging

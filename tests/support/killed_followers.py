@@ -1,0 +1,24 @@
+"""Take version 1 from the registry into ``DIRECTORY/<n>``, killed at every point.
+
+python killed_followers.py URI DIRECTORY
+"""
+
+import sys
+from pathlib import Path
+
+# Once, not once in each child.
+import mlflow.artifacts
+import mlflow.store.artifact.models_artifact_repo  # noqa: F401
+from killed import at_every_touch
+
+from spikeless.registry import Follower, Registry
+from spikeless.repository.gates import FILES
+
+uri, directory = sys.argv[1:]
+
+
+def follow(models: Path) -> None:
+    Follower(Registry(), uri, models, gates=[FILES]).poll()
+
+
+at_every_touch(directory, Path.mkdir, follow)
