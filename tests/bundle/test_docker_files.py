@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, Protocol
 
 import pytest
+import rendered_manifests
 import yaml
 from dashboard import dashboard_queries
 from google.protobuf import descriptor, descriptor_pb2, descriptor_pool, message_factory, text_format
@@ -506,70 +507,241 @@ def test_the_dashboard_shows_only_what_is_recorded_or_exported() -> None:
 # Kubernetes ---------------------------------------------------------------------------
 
 
-def test_the_manifests_fit_the_kubernetes_schemas() -> None:
-    own = [
-        path for path in MANIFESTS if path.name != "servicemonitor.yaml"
-    ]  # A custom resource has no schema.
-    assert len(own) == 6
-    done = run_module("kubernetes_validate", "--strict", *own)
+def parsed(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Manifests by kind."""
+    return {manifest["kind"]: manifest for manifest in map(yaml.safe_load, texts)}
+
+
+def pod_of(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    pod: dict[str, Any] = manifests["Deployment"]["spec"]["template"]["spec"]
+    return pod
+
+
+def containers_of(pod: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in [*pod["initContainers"], *pod["containers"]]}
+
+
+def validate(*files: Path) -> None:
+    """Strictly, against Kubernetes' own schemas; custom resources have none there."""
+    done = run_module("kubernetes_validate", "--strict", *files)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("passed for resource") == len(own), done.stdout + done.stderr
+    assert done.stdout.count("passed for resource") == len(files), done.stdout + done.stderr
 
 
-def test_the_manifests_belong_together() -> None:
-    manifests = {
-        manifest["kind"]: manifest for path in MANIFESTS for manifest in [yaml.safe_load(path.read_text())]
-    }
+@pytest.fixture(scope="module")
+def manifests() -> dict[str, dict[str, Any]]:
+    return parsed(path.read_text() for path in MANIFESTS)
+
+
+def test_the_manifests_fit_the_kubernetes_schemas() -> None:
+    own = [path for path in MANIFESTS if path.name not in ("podmonitor.yaml", "rules.yaml")]
+    assert len(own) == 6
+    validate(*own)
+
+
+def test_the_manifests_belong_together(manifests: dict[str, dict[str, Any]]) -> None:
     deployment = manifests["Deployment"]["spec"]
-    pod = deployment["template"]
-    (server,) = pod["spec"]["containers"]
-    labels = pod["metadata"]["labels"]
-    for kind in ("Deployment", "PodDisruptionBudget", "ServiceMonitor"):
+    labels = deployment["template"]["metadata"]["labels"]
+    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
         assert manifests[kind]["spec"]["selector"]["matchLabels"] == labels
+    policy = manifests["NetworkPolicy"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
     service = manifests["Service"]
     assert service["spec"]["selector"] == labels == service["metadata"]["labels"]
-    ports = {port["name"]: port["containerPort"] for port in server["ports"]}
-    assert {port["targetPort"]: port["port"] for port in service["spec"]["ports"]} == ports
-    (endpoint,) = manifests["ServiceMonitor"]["spec"]["endpoints"]
-    assert endpoint["port"] in ports
-    assert endpoint["path"] in (DOCKER / "monitoring.config").read_text()
+    containers = containers_of(pod_of(manifests))
+    ports = {
+        port["name"]: port["containerPort"] for one in containers.values() for port in one.get("ports", ())
+    }
+    assert {port["targetPort"]: port["port"] for port in service["spec"]["ports"]} == {
+        name: ports[name] for name in ("grpc", "rest")
+    }
+    assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == {*ports}
+    monitor = manifests["PodMonitor"]["spec"]
+    endpoints = {endpoint["port"]: endpoint for endpoint in monitor["podMetricsEndpoints"]}
+    assert endpoints.keys() == ports.keys() - {"grpc"}
+    assert endpoints["rest"]["path"] in (DOCKER / "monitoring.config").read_text()
+    # The name of the job in the rules.
+    assert f'job="{labels[monitor["jobLabel"]]}"' in (DOCKER / "monitoring" / "rules.yml").read_text()
     target = manifests["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", manifests["Deployment"]["metadata"]["name"])
     assert manifests["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > 1
     assert "replicas" not in deployment, "applying a rollout would undo what the autoscaler has decided"
-    # Ready means what healthy means, and a rollout never takes a replica away before
-    # its successor is ready.
-    health = json.loads(found(r"HEALTHCHECK .* CMD (\[.*\])", (DOCKER / "Dockerfile").read_text()))
-    assert server["readinessProbe"]["exec"]["command"] == health
-    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
-    assert deployment["minReadySeconds"] > 0
-    read_only = [mount for mount in server["volumeMounts"] if mount["name"] != "tmp"]
-    assert all(mount["readOnly"] for mount in read_only)
     kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
     assert sorted(kustomization["resources"]) == [path.name for path in MANIFESTS]
-    config = read_model_config(KUBERNETES / "models.config").model_config_list.config
-    assert [model.model_version_policy.specific.versions for model in config] == [[1]]
+
+
+def test_a_rollout_takes_no_replica_away_before_the_next_is_ready(
+    manifests: dict[str, dict[str, Any]],
+) -> None:
+    deployment, pod = manifests["Deployment"]["spec"], pod_of(manifests)
+    server = containers_of(pod)["server"]
+    health = json.loads(found(r"HEALTHCHECK .* CMD (\[.*\])", (DOCKER / "Dockerfile").read_text()))
+    for probe in ("startupProbe", "readinessProbe"):
+        assert server[probe]["exec"]["command"] == health
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert deployment["minReadySeconds"] > 0
+    drain = next(entry["value"] for entry in server["env"] if entry["name"] == "DRAIN")
+    # Calls in progress have time to end after it, embedded or not.
+    assert int(drain) + 20 < pod["terminationGracePeriodSeconds"]
+    spread = [constraint["topologyKey"] for constraint in pod["topologySpreadConstraints"]]
+    assert spread == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+
+
+def test_pods_follow_the_store_on_a_disk_of_their_own(manifests: dict[str, dict[str, Any]]) -> None:
+    pod = pod_of(manifests)
+    containers = containers_of(pod)
+    pull, follow, exporter = pod["initContainers"]
+    assert "restartPolicy" not in pull, "the server waits for it"
+    assert follow["restartPolicy"] == exporter["restartPolicy"] == "Always"
+    assert pull["args"] == ["pull", "$(STORE)", "--models=/models", "--serving-root=/models"]
+    assert follow["args"][: len(pull["args"])] == pull["args"]
+    assert "--follow" in follow["args"]
+    assert pull["env"] == follow["env"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert "sizeLimit" in volumes["models"]["emptyDir"]
+    assert all("emptyDir" in volume for volume in volumes.values())
+    mounts = {
+        name: {mount["name"]: mount for mount in one["volumeMounts"]} for name, one in containers.items()
+    }
+    assert {name for name, of in mounts.items() if of["models"].get("readOnly")} == {"server", "exporter"}
+    status = next(entry["value"] for entry in containers["server"]["env"] if entry["name"] == "STATUS_FILE")
+    assert f"--status-file={status}" in exporter["args"]
+    extras = found(r"'\.\[([\w,]*tagger[\w,]*)\]'", (DOCKER / "Dockerfile").read_text()).split(",")
+    assert {"fleet", "s3", "gcs", "azure"} <= {*extras}, "they run the image `tools`"
+    assert status.startswith(f"{mounts['server']['status']['mountPath']}/")
+
+
+def test_pods_may_do_no_more_than_they_need(manifests: dict[str, dict[str, Any]]) -> None:
+    pod = pod_of(manifests)
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for name, container in containers_of(pod).items():
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }, name
+        assert "memory" in container["resources"]["limits"], name
+    policy = manifests["NetworkPolicy"]["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    grpc = [rule for rule in policy["ingress"] if {"port": "grpc"} in rule["ports"]]
+    assert [len(rule["from"]) for rule in grpc] == [1]
+    assert grpc[0]["from"][0].keys() == {"namespaceSelector", "podSelector"}
+
+
+def test_the_rules_are_those_of_the_alert_file(manifests: dict[str, dict[str, Any]]) -> None:
+    rules = yaml.safe_load((DOCKER / "monitoring" / "rules.yml").read_text())
+    assert manifests["PrometheusRule"]["spec"] == rules
 
 
 @pytest.mark.skipif(
     shutil.which("kubectl") is None, reason="kubectl, which builds kustomizations, is not installed"
 )
-def test_a_changed_model_version_is_a_rollout(tmp_path: Path) -> None:
+def test_the_kustomization_is_built_with_its_store_and_images(tmp_path: Path) -> None:
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    file = tmp_path / "kubernetes" / "kustomization.yaml"
+    file.write_text(file.read_text().replace("s3://bucket/models", "gs://ours/models"))
+    done = run("kubectl", "kustomize", tmp_path / "kubernetes", env={**os.environ, "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    built = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(done.stdout)}
+    assert {manifest["metadata"].get("namespace") for manifest in built.values()} == {"spikeless", None}
+    containers = containers_of(pod_of(built))
+    for name in ("pull", "follow"):
+        assert containers[name]["env"] == [{"name": "STORE", "value": "gs://ours/models"}]
+        assert containers[name]["args"][:2] == ["pull", "$(STORE)"]
 
-    def build() -> dict[str, Any]:
-        done = run("kubectl", "kustomize", tmp_path / "kubernetes", env={**os.environ, "HOME": str(tmp_path)})
-        assert done.returncode == 0, done.stderr
-        return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(done.stdout)}
 
-    def config_name(manifests: dict[str, Any]) -> str:
-        volumes = manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]
-        name: str = next(volume["configMap"]["name"] for volume in volumes if "configMap" in volume)
-        assert name == manifests["ConfigMap"]["metadata"]["name"]
-        return name
+def test_the_manifests_are_the_chart_with_its_default_values() -> None:
+    rendered = rendered_manifests.render()
+    for name, text in rendered.items():
+        written = (KUBERNETES / name).read_text()
+        assert written == text, "run: python tests/support/rendered_manifests.py"
+    assert sorted([*rendered, *rendered_manifests.OWN]) == sorted(
+        path.name for path in KUBERNETES.glob("*.yaml")
+    )
 
-    before = build()
-    assert {manifest["metadata"].get("namespace") for manifest in before.values()} == {"spikeless", None}
-    config = tmp_path / "kubernetes" / "models.config"
-    config.write_text(config.read_text().replace("versions: 1", "versions: 2"))
-    assert config_name(build()) != config_name(before)
+
+def test_the_chart_takes_the_values_that_it_names(tmp_path: Path) -> None:
+    digest = "sha256:" + "0" * 64
+    values = {
+        "images": {"serving": f"registry.example:5000/serving@{digest}", "tools": "tools:2"},
+        "store": "az://models",
+        "connectionAge": "90s",
+        "drain": "30s",
+        "flags": ["--enable_batching=true"],
+        "replicas": {"min": 1, "max": 2},
+        "monitoring": {"enabled": False},
+        "disk": "1Ti",
+    }
+    rendered = rendered_manifests.render(values)
+    assert rendered.keys().isdisjoint({"podmonitor.yaml", "rules.yaml"})
+    files = []
+    for name, text in rendered.items():
+        files.append(tmp_path / name)
+        files[-1].write_text(text)
+    validate(*files)
+    server = containers_of(pod_of(parsed(rendered.values())))["server"]
+    assert server["image"] == values["images"]["serving"]  # type: ignore[index]
+    assert server["args"] == [
+        "--grpc_channel_arguments=grpc.max_connection_age_ms=90000,grpc.max_connection_age_grace_ms=60000",
+        "--enable_batching=true",
+    ]
+    assert {"name": "DRAIN", "value": "30"} in server["env"]
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"stroe": "s3://bucket/models"}, "stroe"),
+        ({"store": "/models"}, "store"),
+        ({"keep": 0}, "keep"),
+        ({"connectionAge": "5"}, "connectionAge"),
+        ({"flags": ["port=1"]}, "flags"),
+        ({"clients": {"podLabels": {"client": 1}}}, "podLabels"),
+        ({"resources": {"limits": {"memory": "two"}}}, "memory"),
+    ],
+)
+def test_the_chart_refuses_other_values(values: dict[str, Any], key: str) -> None:
+    import helm_python
+
+    with helm_python.Chart.load(str(rendered_manifests.CHART)) as chart:
+        chart.validate_schema({})
+        with pytest.raises(helm_python.HelmError, match=key):
+            chart.validate_schema(values)
+
+
+def test_the_chart_passes_helm_lint_and_its_schema_is_one() -> None:
+    import helm_python
+
+    result = helm_python.lint(str(rendered_manifests.CHART))
+    assert result["errors"] == []
+    done = run_module("check_jsonschema", "--check-metaschema", DOCKER / "helm" / "values.schema.json")
+    assert done.returncode == 0, done.stdout
+    schema = DOCKER / "helm" / "values.schema.json"
+    done = run_module("check_jsonschema", "--schemafile", schema, DOCKER / "helm" / "values.yaml")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_runtime_for_kserve_runs_the_serving_image(tmp_path: Path) -> None:
+    runtime = yaml.safe_load((DOCKER / "kserve.yaml").read_text())
+    assert (runtime["apiVersion"], runtime["kind"]) == (
+        "serving.kserve.io/v1alpha1",
+        "ClusterServingRuntime",
+    )
+    spec = runtime["spec"]
+    (container,) = spec["containers"]
+    assert container["name"] == "kserve-container"
+    assert "--model_base_path=/mnt/models" in container["args"]
+    (port,) = (port["containerPort"] for port in container["ports"])
+    assert f"--rest_api_port={port}" in container["args"]
+    assert spec["annotations"]["prometheus.kserve.io/port"] == str(port)
+    assert spec["annotations"]["prometheus.kserve.io/path"] in (DOCKER / "monitoring.config").read_text()
+    assert [model["name"] for model in spec["supportedModelFormats"]] == ["tensorflow"]
+    # What it has of a pod is a pod's; KServe fills in the name.
+    file = tmp_path / "pod.yaml"
+    pod = {"containers": spec["containers"], "volumes": spec["volumes"]}
+    file.write_text(
+        yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod})
+    )
+    validate(file)
