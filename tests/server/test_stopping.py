@@ -50,8 +50,11 @@ class Served:
 
     def log_ends(self) -> str:
         """The beginning of its log and the end, where all of it is long."""
-        log = self.log.read_bytes()
-        ends = log if len(log) < 20_000 else log[:10_000] + b"\n...\n" + log[-10_000:]
+        with self.log.open("rb") as log:
+            ends, size = log.read(20_000), log.seek(0, os.SEEK_END)
+            if size > 20_000:
+                log.seek(-10_000, os.SEEK_END)
+                ends = ends[:10_000] + b"\n...\n" + log.read(10_000)
         return ends.decode(errors="replace")
 
     def client(self, timeout: float = 60) -> Client:

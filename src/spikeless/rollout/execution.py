@@ -23,7 +23,7 @@ from spikeless.rollout.plans import Plan
 from spikeless.rollout.situation import Situation
 
 
-@dataclass(frozen=True)
+@dataclass
 class Execution:
     """One plan on its way."""
 
@@ -32,6 +32,7 @@ class Execution:
     acceptance: Acceptance
     #: Identifies the change in the journal.
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+    _reached: Step | None = field(default=None, init=False)
 
     def begin(self, reason: str) -> None:
         """Write the plan into the journal."""
@@ -54,6 +55,7 @@ class Execution:
         for step in self.plan.steps[self._start() :]:
             self.found.fleet.check_interrupted()
             self.found.fleet.progress(step.title)
+            self._reached = step
             self._apply(step)
         self.found.journal.append(ChangeEnded(self.id, self.plan.result))
 
@@ -83,10 +85,15 @@ class Execution:
         """Undo what was done because of ``cause``, and describe the result."""
         plan, found = self.plan, self.found
         now = plan.current(models_config.read(found.models))
+        # Better some servers on the earlier version than none.
         if plan.action == plans.ROLLBACK and now == plan.states[-1]:
-            # Better some servers on the earlier version than none.
             return (
                 "models.config says what it should; repeat the rollback, or restart the servers that failed"
+            )
+        if plan.action == plans.ROLLBACK and self._reached is plan.steps[-1]:
+            return (
+                "servers that answer were rolled back all the same, until they restart: models.config says "
+                "what it said before; when it can be written, repeat the rollback"
             )
         found.fleet.progress("failed: putting everything back as it was")
         found.fleet.interrupted.clear()
