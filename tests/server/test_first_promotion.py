@@ -54,7 +54,7 @@ def test_servers_of_every_folder_can_be_promoted_on(clone: Path, scales: Path, t
     blocks = "\n".join(new_block(name, str(clone / name)) for name in (NAME, "other"))
     folders.write_text(f"model_config_list {{ {blocks} }}")
     settings_of = launch.LaunchSettings(
-        flags=(*POLL, f"--model_config_file={folders}"), wait_for=[NAME, "other"]
+        flags=(POLL, f"--model_config_file={folders}"), wait_for=[NAME, "other"]
     )
     with launch.start(settings_of) as server, Client(server.target) as client:
         add_version(scales / "3", clone, 3)
@@ -79,7 +79,7 @@ def test_another_model_of_the_same_name_is_left_alone(clone: Path, tmp_path: Pat
     folders = tmp_path / "folders.config"
     blocks = [new_block(NAME, str(clone / NAME)), new_block("other", str(tmp_path / "elsewhere"))]
     folders.write_text(f"model_config_list {{ {' '.join(blocks)} }}")
-    flags = (*POLL, f"--model_config_file={folders}")
+    flags = (POLL, f"--model_config_file={folders}")
     with launch.start(launch.LaunchSettings(flags=flags, wait_for=[NAME, "other"])) as server:
         with pytest.raises(FailedPrecondition, match="serves another other than"):
             promote(clone, NAME, 1, fleet_of(server), settings())
@@ -129,7 +129,7 @@ def test_a_clone_without_models_config(clone: Path) -> None:
         assert served(client, label="stable") == 1, "after a restart, too"
 
 
-@pytest.mark.usefixtures("embedded")
+@pytest.mark.usefixtures("embedded")  # TensorFlow Serving gives no model new versions meanwhile.
 def test_a_missing_base_path_is_logged_once(clone: Path, scales: Path) -> None:
     blocks = {name: new_block(name, str(clone / name)) for name in (NAME, "other")}
     (clone / "other").mkdir()

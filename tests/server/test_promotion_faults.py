@@ -15,7 +15,7 @@ from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 
 import pytest
-from harness import POLL_SECONDS
+from harness import ENGINE, IS_EMBEDDED, POLL_SECONDS
 from promotion_models import (
     NAME,
     Load,
@@ -143,7 +143,8 @@ def test_the_first_failure_in_a_fleet_stops_it_and_every_server_is_put_back(mode
         flags = ("--max_num_load_retries=0", "--allow_version_labels_for_unavailable_models=true")
         # The base path in the configuration is the same for all; here it leads
         # elsewhere.
-        inside = f"mount --bind {broken} {models} && exec {sys.executable} -m spikeless serve"
+        engine = f"{sys.executable} -m spikeless serve" if IS_EMBEDDED else ENGINE
+        inside = f"mount --bind {broken} {models} && exec {engine}"
         port = launch.free_port()
         command = f"{inside} --port={port} --model_config_file={models}/models.config {' '.join(flags)}"
         unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
