@@ -218,6 +218,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_bytes() == b"no records at all"
     with pytest.raises(SpikelessError, match=r"cannot listen on 256\.0\.0\.1:1"):
         Capture(CaptureSettings("a:1", "256.0.0.1:1", RecorderSettings(tmp_path / "out"))).start()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_loses_records_but_no_call(target: str, tmp_path: Path) -> None:

@@ -124,11 +124,48 @@ def test_the_nearest_name() -> None:
 
 def test_a_mistyped_model_and_script_are_answered_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "boston").mkdir()
-    for command in (("promote", "bostn", "1"), ("rollback", "bostn"), ("prune", "bostn", "--keep=1")):
+    for command in (
+        ("promote", "bostn", "1"),
+        ("rollback", "bostn"),
+        ("prune", "bostn", "--keep=1"),
+        ("bench", "run", "bostn"),
+    ):
         done = spikeless(*command, "--models", tmp_path)
         assert done.returncode == 1
         assert "did you mean boston?" in done.stderr
     assert "did you mean mnist?" in spikeless("train", "mnits").stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("capture", "--out=records"), ("exporter", "--port=0"), ("bench", "run", "boston")]
+)
+@pytest.mark.parametrize("server", ["a", "127.0.0.1:", "127.0.0.1:port", "127.0.0.1:65536"])
+def test_a_server_is_a_host_and_a_port(command: tuple[str, ...], server: str, tmp_path: Path) -> None:
+    """It is refused before anything is created."""
+    done = spikeless(*command, "--server", server, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"'{server}' is not [grpcs://]HOST:PORT, such as 127.0.0.1:8500" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_store_cannot_be_given(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for pushed, message in (("file", "is a file; give"), ("nosuch", "does not exist; give")):
+        done = spikeless("push", tmp_path / pushed, tmp_path / "store", "boston")
+        assert (done.returncode, message in done.stderr) == (1, True), done.stderr
+    done = spikeless("pull", "s4://bucket", "boston", "--models", tmp_path / "models")
+    assert done.returncode == 1
+    assert "there is no store s4://; there is abfs" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_registry_is_made_up(tmp_path: Path) -> None:
+    """MLflow makes a database in the working directory where no server is named."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    done = spikeless("follow", "models:/boston@champion", "--once", cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    assert "set MLFLOW_TRACKING_URI" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_completion_imports_no_command() -> None:

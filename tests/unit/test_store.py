@@ -541,7 +541,9 @@ def test_the_commands(small: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{NAME}: version 1 is in {models / NAME / '1'}: fetched ")
     done = spikeless("pull", store, "other", "--models", models)
     assert done.returncode == 1
-    assert f"{store} has no version of other" in done.stderr
+    assert f"{store} has no version of other: push one first" in done.stderr
+    done = spikeless("pull", store, f"{NAME}s", "--models", models)
+    assert f"{store} has no version of {NAME}s: did you mean {NAME}?" in done.stderr
     done = spikeless("pull", tmp_path / "nothing", "--models", models)
     assert done.returncode == 1
     assert "has no models" in done.stderr

@@ -25,7 +25,7 @@ from spikeless.bench.capacity import find_capacity
 from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.report.judgement import judgement_junit, judgement_markdown, show_judgement
 from spikeless.bench.rungs import LADDER
-from spikeless.cli.options import Duration, json_option, models_option
+from spikeless.cli.options import SERVER, Duration, json_option, models_option
 from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
@@ -111,7 +111,12 @@ def _duration_option(default: str) -> Any:
 def _run_options(*, publishes: int, duration: str) -> Any:
     """The options of a run beside those of its load, with these defaults."""
     options = [
-        click.option("--server", "target", help="gRPC address of a running server.  [default: start one]"),
+        click.option(
+            "--server",
+            "target",
+            type=SERVER,
+            help="gRPC address of a running server.  [default: start one]",
+        ),
         click.option(
             "--pid",
             type=int,
@@ -576,6 +581,8 @@ def _own_requests(models: Path, name: str) -> Path:
     for directory in reversed(layout.versions(models, name).values()):
         if (file := warmup_file(directory)).is_file():
             return file
+    if similar := layout.similar_name(models, name):
+        raise NotFound(f"{models} has no model {name}{similar}")
     raise NotFound(
         f"no version of {name} in {models} has a warmup file ({EXTRA_DIRECTORY}/{WARMUP_FILE}): "
         "build one with `spikeless warmup build`, or name the requests with --requests"

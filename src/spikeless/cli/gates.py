@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from spikeless.cli.options import Duration, Size
+from spikeless.cli.options import SERVER, Duration, Size
 from spikeless.mapping import MapSettings
 from spikeless.repository.gates import GateSettings
 from spikeless.repository.golden import Tolerance
@@ -30,7 +30,9 @@ _OPTIONS = (
     ),
     click.option("--atol", default=Tolerance.atol, show_default=True, help="... and absolutely."),
     click.option(
-        "--server", help="A server on this machine that is to load it: its flags and version count."
+        "--server",
+        type=SERVER,
+        help="A server on this machine that is to load it: its flags and version count.",
     ),
     click.option("--server-flag", multiple=True, help="Or a flag that servers have; repeatable."),
     click.option("--server-version", help="Or their version, such as 2.20.0.  [default: TensorFlow's here]"),

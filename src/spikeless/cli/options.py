@@ -17,7 +17,7 @@ import click
 
 from spikeless.errors import InvalidArgument
 from spikeless.repository.models_config import STABLE
-from spikeless.rollout.fleet import FleetSettings, parse_targets
+from spikeless.rollout.fleet import FleetSettings, parse_target, parse_targets
 from spikeless.store.settings import StoreSettings
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -77,28 +77,37 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything,
 
 
 class _Servers(click.ParamType[Any]):
-    name = "servers"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
         try:
-            return parse_targets(value)
+            return self._parse(value)
         except InvalidArgument as error:
             self.fail(str(error), param, ctx)
 
 
 servers_option = click.option(
     "--servers",
-    type=_Servers(),
+    type=_Servers("servers", parse_targets),
     default="127.0.0.1:8500",
     show_default=True,
     help="gRPC addresses, HOST:PORT[,HOST:PORT...], or a file with one a line.",
 )
 
 
+#: ``HOST:PORT`` of one server.
+SERVER = _Servers("server", parse_target)
+
 server_option = click.option(
-    "--server", default="127.0.0.1:8500", show_default=True, help="gRPC address of the server, HOST:PORT."
+    "--server",
+    type=SERVER,
+    default="127.0.0.1:8500",
+    show_default=True,
+    help="gRPC address of the server, HOST:PORT.",
 )
 
 

@@ -70,6 +70,9 @@ class Registry:
             os.environ.setdefault(name, value)
         import mlflow.artifacts
 
+        if not mlflow.is_tracking_uri_set():
+            # MLflow would make a database in the working directory.
+            raise FailedPrecondition("no MLflow server is named: set MLFLOW_TRACKING_URI")
         self._artifacts: Any = mlflow.artifacts
         self._client: Any = mlflow.MlflowClient()
 

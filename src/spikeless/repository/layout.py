@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from spikeless.errors import InvalidArgument
+from spikeless.errors import InvalidArgument, nearest
 from spikeless.formats.versions import list_versions
 from spikeless.repository import models_config
 
@@ -21,6 +21,12 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", re.ASCII)
 def model_names(models: Path) -> list[str]:
     """The models of a repository: its folders that are not hidden."""
     return sorted(path.name for path in models.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def similar_name(models: Path, name: str) -> str:
+    """``: did you mean NAME?`` where a repository has a model of a name like this."""
+    known = model_names(models) if models.is_dir() else []
+    return "" if name in known else nearest(name, known)
 
 
 def model_directory(models: str | os.PathLike[str], name: str) -> Path:

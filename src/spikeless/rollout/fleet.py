@@ -91,10 +91,21 @@ def parse_targets(text: str) -> tuple[str, ...]:
         parts = [part.strip() for part in text.split(",")]
     targets = tuple(part for part in parts if part)
     for target in targets:
-        host, _, port = target.rpartition(":")
-        if not host or not port.isdigit():
+        if not _is_target(target):
             raise InvalidArgument(f"{target!r} is neither [grpcs://]HOST:PORT nor a file of them")
     return targets
+
+
+def parse_target(text: str) -> str:
+    """One server, ``a:8500``."""
+    if not _is_target(text):
+        raise InvalidArgument(f"{text!r} is not [grpcs://]HOST:PORT, such as 127.0.0.1:8500")
+    return text
+
+
+def _is_target(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isdecimal() and int(port) < 65536
 
 
 @dataclass(frozen=True)

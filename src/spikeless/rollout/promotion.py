@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spikeless.disk.locks import model_lock
-from spikeless.errors import Internal, NotFound, SpikelessError, nearest
+from spikeless.errors import Internal, NotFound, SpikelessError
 from spikeless.repository import layout, models_config
 from spikeless.repository.checks import check_files
 from spikeless.repository.models_config import STABLE
@@ -121,7 +121,7 @@ def promote(
     known = layout.versions(models, name)
     if version not in known:
         numbers = ", ".join(map(str, known)) or "none"
-        similar = "" if known else _mistyped(Path(models), name)
+        similar = "" if known else layout.similar_name(Path(models), name)
         raise NotFound(f"{Path(models, name)} has no version {version}; there is: {numbers}{similar}")
     check_files(known[version])
     asked = probes.of_version(known[version])
@@ -190,10 +190,6 @@ def rollback(
         return _carry_out(plan, found, settings, dry_run=dry_run)
 
 
-def _mistyped(models: Path, name: str) -> str:
-    return nearest(name, layout.model_names(models)) if models.is_dir() else ""
-
-
 @contextmanager
 def _alone(
     models: str | os.PathLike[str],
@@ -207,7 +203,9 @@ def _alone(
     """Hold the model's lock and connections to the servers in the block."""
     models = Path(models)
     if not layout.versions(models, name):
-        raise NotFound(f"{models / name} has no versions: publish one first{_mistyped(models, name)}")
+        raise NotFound(
+            f"{models / name} has no versions: publish one first{layout.similar_name(models, name)}"
+        )
     state = layout.state_directory(models, name)
     lock = model_lock(state, name, wait=wait, progress=progress, interrupted=interrupted)
     with lock, Fleet(models, fleet, progress, interrupted) as servers:

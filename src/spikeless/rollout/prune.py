@@ -18,7 +18,7 @@ import psutil
 
 from spikeless.disk import atomic, proc
 from spikeless.disk.locks import model_lock
-from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, nearest
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
 from spikeless.formats.states import State
 from spikeless.repository import layout, models_config
 from spikeless.repository.journal import Journal, Removed
@@ -72,8 +72,7 @@ def prune(
     models = Path(models)
     versions = layout.versions(models, name)
     if not versions:
-        similar = nearest(name, layout.model_names(models)) if models.is_dir() else ""
-        raise NotFound(f"{models / name} has no versions{similar}")
+        raise NotFound(f"{models / name} has no versions{layout.similar_name(models, name)}")
     if keep < 1:
         raise InvalidArgument(f"--keep {keep}: the newest version always stays, so 1 or more")
     state = layout.state_directory(models, name)

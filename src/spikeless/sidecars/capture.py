@@ -56,10 +56,12 @@ class CaptureSettings:
 class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """A relay on a thread of its own: ``start`` (returns the port), ``stop``."""
 
+    #: Once it listens: before, no file is touched.
+    recorder: Recorder
+
     def __init__(self, settings: CaptureSettings) -> None:
         self.settings = settings
         self.relayed = 0
-        self.recorder = Recorder(settings.recorder)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -70,6 +72,7 @@ class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
         Raises:
             Unavailable: the address is taken.
+            FailedPrecondition: the file cannot be written.
         """
         self._thread.start()
         try:
@@ -92,6 +95,7 @@ class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             port = server.add_insecure_port(self.settings.listen)
         except RuntimeError:
             raise Unavailable(f"cannot listen on {self.settings.listen}: is it taken?") from None
+        self.recorder = Recorder(self.settings.recorder)
         await server.start()
         self._server = server
         return int(port)
@@ -102,7 +106,8 @@ class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self.recorder.close()
+        if self._server is not None:
+            self.recorder.close()
 
     async def _stop(self, grace: float) -> None:
         if self._server is not None:

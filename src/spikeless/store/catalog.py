@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from spikeless.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from spikeless.errors import AlreadyExists, InvalidArgument, NotFound, SpikelessError, Unavailable, nearest
 from spikeless.formats.versions import parse_version
 from spikeless.repository import layout
 from spikeless.store import manifest as manifests
@@ -143,14 +143,18 @@ def models_in(store: Store) -> list[str]:
     return found
 
 
-def latest(index: Index, where: str) -> Entry:
+def latest(index: Index, store: Store) -> Entry:
     """The newest version.
 
     Raises:
         NotFound: there is none.
     """
     if not index.versions:
-        raise NotFound(f"{where} has no version of {index.model}: push one first")
+        try:
+            similar = nearest(index.model, models_in(store))
+        except SpikelessError:  # a store that cannot be listed
+            similar = ""
+        raise NotFound(f"{store.shown} has no version of {index.model}{similar or ': push one first'}")
     return index.versions[-1]
 
 

@@ -81,7 +81,10 @@ class Store:
         if self._protocol in LIBRARIES:
             importlib.import_module(LIBRARIES[self._protocol])
         if self._protocol not in fsspec.available_protocols():
-            raise InvalidArgument(f"{self.shown}: fsspec has no {self._protocol}://")
+            raise InvalidArgument(
+                f"{self.shown}: there is no store {self._protocol}://; there is "
+                f"{', '.join(sorted(LIBRARIES))}, or a folder"
+            )
         self._fs: Any = self._tried("open", "", self._connect)
         self._root = str(self._fs._strip_protocol(self._url))
 

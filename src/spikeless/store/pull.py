@@ -152,8 +152,8 @@ def pull_model(
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pulled:
     """Pull one version of one model; arguments and errors are those of `pull`."""
-    shown = catalog.store.shown
-    entry = latest(index, shown) if version is None else of_version(index, version, shown)
+    newest = latest(index, catalog.store)
+    entry = newest if version is None else of_version(index, version, catalog.store.shown)
     directory = layout.model_directory(models, catalog.model)
     state = layout.state_directory(models, catalog.model)
     with atomic.reported_errors(f"pull to {directory}"):

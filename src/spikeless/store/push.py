@@ -153,7 +153,8 @@ def _source(
 ) -> Iterator[_Source]:
     """A version that has passed its gates."""
     if not path.is_dir():
-        raise NotFound(f"{path} is not there: give a version's folder")
+        what = "is a file" if path.exists() else "does not exist"
+        raise NotFound(f"{path} {what}; give the folder of a version or a SavedModel")
     path = path.absolute()
     in_path = parse_version(path.name)
     if in_path is not None and name is None and number is None and _is_published(path, in_path):
