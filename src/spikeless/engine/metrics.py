@@ -8,7 +8,7 @@ Prometheus scrapes, below the REST port, at the path of ``--monitoring_config_fi
 TensorFlow Serving's metrics, in microseconds, have no version among their labels.
 ``API`` is ``Predict``, ``Classify``, ... over gRPC and for the runtime, and
 ``predict``, ``classify``, ... over REST, as it is there; empty for a REST call that
-asks for states or signatures:
+asks for states or signatures; ``ModelInfer`` for the Open Inference Protocol:
 
     :tensorflow:serving:request_count                 calls, by model_name, status
     :tensorflow:serving:request_latency               by model_name, API, entrypoint

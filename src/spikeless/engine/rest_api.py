@@ -2,7 +2,8 @@
 
 `RestApi` is a WSGI application that knows TensorFlow Serving's paths, status codes and
 error bodies (``http_rest_api_handler.cc``, ``http_rest_api_util.cc``,
-``http_server.cc``). It opens no socket: `spikeless.engine.rest_server` runs it.
+``http_server.cc``), and gives ``/v2`` to `OpenInferenceRest`. It opens no socket:
+`spikeless.engine.rest_server` runs it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from spikeless.engine.flags import ServerFlags
 from spikeless.engine.handlers import MAX_REQUEST_BYTES, SIGNATURES, Call, Calls
+from spikeless.engine.open_inference import OpenInference, OpenInferenceRest
 from spikeless.errors import (
     Cancelled,
     Code,
@@ -39,6 +41,7 @@ from spikeless.formats.savedmodel import DEFAULT_SIGNATURE
 
 _log = logging.getLogger(__name__)
 
+_API_PATH = re.compile("(?i:/v1/)|/v2(?:/|$)")
 _VERSION = r"(?:/versions/(\d+)|/labels/([^/:]+))?"
 _KINDS = {kind.rest_verb: kind for kind in KINDS if kind.rest_verb}
 _CALL_PATH = re.compile(rf"(?i:/v1/models/([^/:]+){_VERSION}):({'|'.join(_KINDS)})", re.ASCII)
@@ -86,11 +89,12 @@ _StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 class RestApi:
     """The WSGI application."""
 
-    def __init__(self, calls: Calls, flags: ServerFlags) -> None:
+    def __init__(self, calls: Calls, flags: ServerFlags, is_ready: Callable[[], bool] = lambda: True) -> None:
         self._calls = calls
         self._has_cors = flags.rest_api_enable_cors_support
         timeout = flags.rest_api_timeout_in_ms
         self._timeout = timeout / 1000 if timeout > 0 else None
+        self._open_inference = OpenInferenceRest(OpenInference(calls, is_ready), self._timeout)
 
     def __call__(self, environ: _Environ, start_response: _StartResponse) -> Iterable[bytes]:
         parts = urlsplit(environ["REQUEST_URI"])
@@ -100,13 +104,14 @@ class RestApi:
             return [metrics.page()]
         # As for TensorFlow Serving, a query is part of the path, where it fits nothing.
         path = urlunsplit(("", "", *parts[2:])) if parts.query or parts.fragment else parts.path
-        headers = [rest_json.HEADER, *(_CORS if self._has_cors else ())]
-        if not path.lower().startswith("/v1/"):
-            start_response("404 Not Found", headers)
-            return [rest_json.error_body(f"Not found: {path}: paths begin with /v1/models/")]
-        code = Code.OK
+        cors = _CORS if self._has_cors else []
+        code, headers = Code.OK, [rest_json.HEADER]
+        if not _API_PATH.match(path):
+            start_response("404 Not Found", headers + cors)
+            message = f"Not found: {path}: paths begin with /v1/models/ or /v2"
+            return [rest_json.error_body(message)]
         try:
-            body = self._answer(environ, path)
+            body, headers = self._answer(environ, path)
         except SpikelessError as error:
             code, body = error.code, rest_json.error_body(str(error))
         except MemoryError:
@@ -115,19 +120,25 @@ class RestApi:
         except Exception as error:
             _log.exception("%s %s failed", environ["REQUEST_METHOD"], path)
             code, body = Code.INTERNAL, rest_json.error_body(f"{type(error).__name__}: {error}")
-        start_response(_STATUSES.get(code, _INTERNAL_ERROR), headers)
+        start_response(_STATUSES.get(code, _INTERNAL_ERROR), headers + cors)
         return [body]
 
-    def _answer(self, environ: _Environ, path: str) -> bytes:
+    def _answer(self, environ: _Environ, path: str) -> tuple[bytes, list[tuple[str, str]]]:
         method = environ["REQUEST_METHOD"]
         if method not in _METHODS:
             raise Unimplemented(f"{method} is not supported")
         if method == "OPTIONS":
             if not _ORIGIN.search(environ.get("HTTP_ORIGIN", "")):
                 raise FailedPrecondition("Origin header is missing in CORS preflight")
-            return b""
+            return b"", [rest_json.HEADER]
         if _BAD_ESCAPE.search(path):
             raise InvalidArgument(f"Malformed request: {method} {path}")
+        if path.startswith("/v2"):
+            length = environ.get("HTTP_INFERENCE_HEADER_CONTENT_LENGTH", "")
+            return self._open_inference.answer(method, path, lambda: self._body(environ), length)
+        return self._tensorflow_serving(environ, method, path), [rest_json.HEADER]
+
+    def _tensorflow_serving(self, environ: _Environ, method: str, path: str) -> bytes:
         if method == "POST" and (match := _CALL_PATH.fullmatch(path)):
             return self._call(match[4], _model_spec(match), environ)
         if method == "GET" and (match := _MODEL_PATH.fullmatch(path)):
@@ -141,8 +152,6 @@ class RestApi:
 
     def _call(self, verb: str, spec: model_pb2.ModelSpec, environ: _Environ) -> bytes:
         with self._calls.counted(spec, verb) as call:
-            if environ["waitress.client_disconnected"]():
-                raise Cancelled("the client went away before its request was looked at")
             document = rest_json.parse(self._body(environ))
             spec.signature_name = rest_json.signature_name(document)
             kind = _KINDS[verb]
@@ -162,6 +171,8 @@ class RestApi:
 
     def _body(self, environ: _Environ) -> bytes:
         """The body of a request, unpacked where it is packed."""
+        if environ["waitress.client_disconnected"]():
+            raise Cancelled("the client went away before its request was looked at")
         body: bytes = environ["wsgi.input"].read()
         # Whatever else a body may be called, it is taken as it is.
         if "gzip" not in environ.get("HTTP_CONTENT_ENCODING", ""):
@@ -197,21 +208,14 @@ class RestApi:
 def _model_spec(match: re.Match[str]) -> model_pb2.ModelSpec:
     """The model of a path: name, and version or label where they are given."""
     name, version, label = match.group(1, 2, 3)
-    spec = model_pb2.ModelSpec(name=_decoded(name, "model name"))
+    spec = model_pb2.ModelSpec(name=rest_json.path_text(name, "model name"))
     if version is not None:
         if int(version) > _MAX_VERSION:
             raise InvalidArgument(f"Failed to convert version: {version} to numeric.")
         spec.version.value = int(version)
     elif label is not None:
-        spec.version_label = _decoded(label, "model version label")
+        spec.version_label = rest_json.path_text(label, "model version label")
     return spec
-
-
-def _decoded(text: str, what: str) -> str:
-    try:
-        return unquote_to_bytes(text).decode()
-    except UnicodeDecodeError:
-        raise InvalidArgument(f"Failed to decode {what}:{text}") from None
 
 
 def _to_json(message: Message) -> str:

@@ -99,6 +99,7 @@ class Server:
         self._rest: RestServer | None = None
         self._health = health.HealthServicer()
         self._grpc: grpc.Server | None = None
+        self._draining = False
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         # What ended it, or failed while it stopped.
@@ -168,7 +169,7 @@ class Server:
         from spikeless.engine.rest_server import RestServer
 
         calls = Calls(self.core, "REST", self._metrics)
-        self._rest = RestServer(RestApi(calls, self._flags), self._flags, failed=self._end)
+        self._rest = RestServer(RestApi(calls, self._flags, self._is_ready), self._flags, failed=self._end)
         port = self._rest.start()
         _log.info("Exporting HTTP/REST API at:%s:%d ...", self._flags.host, port)
         return port
@@ -182,8 +183,8 @@ class Server:
         response = health_pb2.HealthCheckResponse
         self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
 
-    def _update_health(self) -> None:
-        """SERVING while every model that can be loaded has an available version."""
+    def _is_ready(self) -> bool:
+        """Whether every model that can be loaded has an available version."""
         names = self.core.model_names()
         manager = self.core.manager
         available = [name for name in names if manager.available(name)]
@@ -192,7 +193,11 @@ class Server:
             for name in set(names) - set(available)
             for status in manager.statuses(name)
         )
-        serving = (bool(available) or not names) and not coming and not self._stopping.is_set()
+        leaving = self._draining or self._stopping.is_set()
+        return (bool(available) or not names) and not coming and not leaving
+
+    def _update_health(self) -> None:
+        serving = self._is_ready()
         for service in ("", *_SERVICES):
             self._set_health(service, serving)
 
@@ -229,6 +234,7 @@ class Server:
 
     def drain(self, seconds: float) -> None:
         """Say that it is not ready any more, and go on answering for some time."""
+        self._draining = True
         self._health.enter_graceful_shutdown()
         self._stopping.wait(seconds)
 

@@ -36,6 +36,7 @@ import re
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import orjson
@@ -112,6 +113,14 @@ _FEATURE_KINDS = {
     float: "float",
     _Constant: "float",
 }
+
+
+def path_text(part: str, what: str) -> str:
+    """The text of a percent-encoded part of a path; ``what`` names it in errors."""
+    try:
+        return unquote_to_bytes(part).decode()
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"Failed to decode {what}:{part}") from None
 
 
 def parse(body: bytes | str) -> dict[str, Any]:
@@ -321,14 +330,14 @@ def _is_base64(value: dict[str, Any]) -> bool:
 
 def _column_tensor(value: Any, spec: TensorSpec, where: str) -> _Array:
     try:
-        return _tensor(value, spec.dtype)
+        return tensor(value, spec.dtype)
     except InvalidArgument as error:
         raise InvalidArgument(f"Failed to process {where}. Error: {error}") from None
 
 
 def _row_tensor(rows: list[Any], spec: TensorSpec, key: str = "") -> _Array:
     try:
-        return _tensor(rows, spec.dtype)
+        return tensor(rows, spec.dtype)
     except SpikelessError:
         number = _first_misfit(rows, spec.dtype)
         error = _complaint(rows[number], rows[0], spec.dtype)
@@ -346,7 +355,7 @@ def _first_misfit(rows: list[Any], dtype: int) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            _tensor(rows[:1] + rows[low:middle], dtype)
+            tensor(rows[:1] + rows[low:middle], dtype)
             low = middle
         except SpikelessError:
             high = middle
@@ -356,7 +365,7 @@ def _first_misfit(rows: list[Any], dtype: int) -> int:
 def _complaint(row: Any, first: Any, dtype: int) -> SpikelessError:
     """What is wrong with a row, by itself or beside the first."""
     try:
-        shape, expected = _tensor(row, dtype).shape, _tensor(first, dtype).shape
+        shape, expected = tensor(row, dtype).shape, tensor(first, dtype).shape
     except SpikelessError as error:
         return error
     if math.prod(shape) != math.prod(expected):
@@ -365,7 +374,8 @@ def _complaint(row: Any, first: Any, dtype: int) -> SpikelessError:
     return InvalidArgument("Expecting shape {} but got: {}".format(*texts))
 
 
-def _tensor(value: Any, dtype: int) -> _Array:
+def tensor(value: Any, dtype: int) -> _Array:
+    """The tensor of a value or nested lists of values, which must fit ``dtype``."""
     shape, leaves = _flatten(value)
     return _convert(leaves, dtype).reshape(shape)
 
@@ -609,7 +619,7 @@ def predict_body(outputs: Mapping[str, _Array], rows: bool) -> bytes:
 
 
 def _columns(outputs: Mapping[str, _Array]) -> bytes:
-    columns = {name: _array_json(array, name) for name, array in outputs.items()}
+    columns = {name: array_json(array, name) for name, array in outputs.items()}
     if len(columns) == 1:
         return _document(OUTPUTS_KEY, *columns.values())
     return _document(OUTPUTS_KEY, _object(columns))
@@ -628,7 +638,7 @@ def _predictions(outputs: Mapping[str, _Array]) -> bytes:
         sizes.add(size)
     if len(outputs) == 1:
         ((name, array),) = outputs.items()
-        return _document(PREDICTIONS_KEY, _array_json(array, name))
+        return _document(PREDICTIONS_KEY, array_json(array, name))
     columns = [_rows_json(array, name) for name, array in outputs.items()]
     rows = (_object(dict(zip(outputs, row, strict=True))) for row in zip(*columns, strict=True))
     return _document(PREDICTIONS_KEY, b"[" + b", ".join(rows) + b"]")
@@ -637,7 +647,7 @@ def _predictions(outputs: Mapping[str, _Array]) -> bytes:
 def _rows_json(array: _Array, name: str) -> list[bytes]:
     """The JSON of each row of an array."""
     if array.ndim > 1:
-        return [_array_json(row, name) for row in array]
+        return [array_json(row, name) for row in array]
     if array.dtype.hasobject:
         return [_string_json(value, name) for value in array.tolist()]
     if not array.size:
@@ -646,14 +656,15 @@ def _rows_json(array: _Array, name: str) -> list[bytes]:
     return _numbers_json(array)[1:-1].split(b",")
 
 
-def _array_json(array: _Array, name: str) -> bytes:
+def array_json(array: _Array, name: str) -> bytes:
+    """Nested lists of an output's values, or its only value."""
     if not array.dtype.hasobject:
         return _numbers_json(array)
     if array.ndim == 0:
         return _string_json(array.item(), name)
     if array.ndim == 1:
         return b"[" + b",".join(_string_json(value, name) for value in array.tolist()) + b"]"
-    return b"[" + b",".join(_array_json(row, name) for row in array) + b"]"
+    return b"[" + b",".join(array_json(row, name) for row in array) + b"]"
 
 
 def _numbers_json(array: _Array) -> bytes:

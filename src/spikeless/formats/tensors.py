@@ -9,7 +9,7 @@ value at all means zeros (or empty strings), as documented in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -108,7 +108,12 @@ def shape_text(shape: Sequence[int | None] | None) -> str:
 def _static_shape(proto: tensor_pb2.TensorProto) -> tuple[int, ...]:
     # As in TensorFlow, ``unknown_rank`` says nothing about a value: without dimensions
     # it is a scalar.
-    static = tuple(int(dim.size) for dim in proto.tensor_shape.dim)
+    return known_shape(int(dim.size) for dim in proto.tensor_shape.dim)
+
+
+def known_shape(dims: Iterable[int]) -> tuple[int, ...]:
+    """The shape of a tensor that a client sent; ``InvalidArgument`` for no such one."""
+    static = tuple(dims)
     if min(static, default=0) < 0:
         raise InvalidArgument("tensor shape is not fully known: every dimension must be 0 or more")
     # Zero dimensions do not excuse absurd ones: TensorFlow multiplies them all the
@@ -140,13 +145,24 @@ def to_numpy(proto: tensor_pb2.TensorProto, content: memoryview | None = None) -
         return _fill(_typed_values(proto, dtype, count), count, dtype).reshape(shape)
     if proto.dtype == types_pb2.DT_STRING:
         return _strings(raw, count).reshape(shape)
-    if len(raw) != count * dtype.itemsize:
+    return from_bytes(raw, proto.dtype, shape, "tensor_content")
+
+
+def from_bytes(
+    raw: bytes | memoryview, number: int, shape: tuple[int, ...], what: str
+) -> np.ndarray[Any, Any]:
+    """Numbers from their little-endian bytes, as a read-only view of them.
+
+    ``what`` names the bytes in errors.
+    """
+    dtype = numpy_dtype(number)
+    needed = math.prod(shape) * dtype.itemsize
+    if len(raw) != needed:
         raise InvalidArgument(
-            f"tensor_content has {len(raw)} bytes, but shape {list(shape)} of "
-            f"{dtype_name(proto.dtype)} needs {count * dtype.itemsize}"
+            f"{what} has {len(raw)} bytes, but shape {list(shape)} of {dtype_name(number)} needs {needed}"
         )
-    if proto.dtype == types_pb2.DT_BOOL and np.frombuffer(raw, np.uint8).max() > 1:
-        raise InvalidArgument("tensor_content of booleans may only hold the bytes 0 and 1")
+    if number == types_pb2.DT_BOOL and raw and np.frombuffer(raw, np.uint8).max() > 1:
+        raise InvalidArgument(f"{what} of booleans may only hold the bytes 0 and 1")
     return np.frombuffer(raw, dtype=dtype).reshape(shape)
 
 

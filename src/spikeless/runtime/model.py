@@ -123,10 +123,14 @@ class Model:
         )
 
     def predict_arrays(
-        self, signature: str, inputs: Mapping[str, _Array], timeout: float | None = None
+        self,
+        signature: str,
+        inputs: Mapping[str, _Array],
+        timeout: float | None = None,
+        output_filter: Iterable[str] = (),
     ) -> dict[str, _Array]:
-        """The same with arrays by alias instead of messages; returns all outputs."""
-        return self._run(signature or DEFAULT_SIGNATURE, inputs, _as_it_is, (), timeout)
+        """The same with arrays by alias instead of messages."""
+        return self._run(signature or DEFAULT_SIGNATURE, inputs, _as_it_is, output_filter, timeout)
 
     def _run(
         self,
