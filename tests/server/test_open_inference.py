@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import ml_dtypes
 import numpy as np
 import pytest
+import tritonclient.grpc
 import tritonclient.http
+from google.protobuf import descriptor_pool, json_format
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from harness import IS_EMBEDDED, Running, ServerFactory, put_version
 from prometheus_client.parser import text_string_to_metric_families
 
 import spikeless
+from spikeless.client import channel
+from spikeless.formats.open_inference_messages import METHODS, SERVICE, message_class
 
 pytestmark = pytest.mark.skipif(not IS_EMBEDDED, reason="TensorFlow Serving has no such API")
 
@@ -297,7 +303,162 @@ def test_requests_are_batched(serve: ServerFactory, saved_models: Path, tmp_path
         assert "batch" in answer["error"]
 
 
-# --- a client of others ---------------------------------------------------------------
+# --- gRPC -----------------------------------------------------------------------------
+
+
+def ask(running: Running, method: str, /, **fields: Any) -> Any:
+    """Call a method with messages of our own."""
+    request, response = (message_class(f"{method}{what}") for what in ("Request", "Response"))
+    with channel(running.server.target) as opened:
+        call = opened.unary_unary(f"/{SERVICE}/{method}", request.SerializeToString, response.FromString)
+        return call(request(**fields), timeout=60)
+
+
+def test_the_service_is_described(shared: Running) -> None:
+    with channel(shared.server.target) as opened:
+        database = ProtoReflectionDescriptorDatabase(opened)
+        assert SERVICE in database.get_services()
+        service = descriptor_pool.DescriptorPool(database).FindServiceByName(SERVICE)
+    assert sorted(service.methods_by_name) == sorted(METHODS)
+    assert service.methods_by_name["ModelInfer"].input_type.full_name == "inference.ModelInferRequest"
+    assert shared.client.is_serving(SERVICE)
+
+
+def test_the_messages_are_those_of_the_protocol() -> None:
+    """The tables agree with a declaration that others made, name by name."""
+    theirs = tritonclient.grpc.service_pb2
+    for method in METHODS:
+        for name in (f"{method}Request", f"{method}Response"):
+            check_message(message_class(name).DESCRIPTOR, getattr(theirs, name).DESCRIPTOR)
+
+
+def check_message(ours: Any, theirs: Any) -> None:
+    for name, field in ours.fields_by_name.items():
+        other = theirs.fields_by_name[name]
+        assert (field.number, field.type, field.is_repeated) == (other.number, other.type, other.is_repeated)
+        if field.message_type is not None:
+            check_message(field.message_type, other.message_type)
+    assert set(ours.oneofs_by_name) == set(theirs.oneofs_by_name)
+
+
+def test_grpc_the_server_and_its_models(shared: Running, call: Http) -> None:
+    assert ask(shared, "ServerLive").live
+    assert ask(shared, "ServerReady").ready
+    assert ask(shared, "ModelReady", name="times").ready
+    assert ask(shared, "ModelReady", name="times", version="stable").ready
+    assert not ask(shared, "ModelReady", name="times", version="9").ready
+    assert not ask(shared, "ModelReady", name="nobody").ready
+    for answer, path in (
+        (ask(shared, "ServerMetadata"), "/v2"),
+        (ask(shared, "ModelMetadata", name="signatures"), "/v2/models/signatures"),
+    ):
+        fields = json_format.MessageToDict(answer, preserving_proto_field_name=True)
+        for entry in [*fields.get("inputs", ()), *fields.get("outputs", ())]:
+            entry["shape"] = list(map(int, entry["shape"]))  # 64 bits are text in this form
+        assert (200, fields) == call("GET", path)
+
+
+def given(datatype: str, values: Any, **more: Any) -> dict[str, Any]:
+    return {"name": "x", "datatype": datatype, "shape": values.shape, **more}
+
+
+def signature(name: str) -> dict[str, Any]:
+    return {"signature_name": message_class("InferParameter")(string_param=name)}
+
+
+CONTENTS = {
+    **{name: f"{name.lower()}_contents" for name in ("BOOL", "INT64", "UINT64", "FP32", "FP64", "BYTES")},
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+}
+
+
+@pytest.mark.parametrize("datatype", CONTENTS)
+def test_grpc_contents_are_answered_by_contents(shared: Running, datatype: str) -> None:
+    key, values = VALUES[datatype]
+    field = CONTENTS[datatype]
+    answer = ask(
+        shared,
+        "ModelInfer",
+        model_name="dtypes",
+        id="42",
+        parameters=signature(key),
+        inputs=[given(datatype, values, contents={field: values.ravel().tolist()})],
+    )
+    assert (answer.model_name, answer.model_version, answer.id) == ("dtypes", "1", "42")
+    (output,) = answer.outputs
+    assert (output.name, output.datatype, tuple(output.shape)) == ("y", datatype, values.shape)
+    assert not answer.raw_output_contents
+    got = np.array(list(getattr(output.contents, field)), values.dtype)
+    expected = predict(shared, key, values).ravel()
+    assert (got.dtype, got.tolist()) == (expected.dtype, expected.tolist())
+
+
+ONE_X = given("FP32", np.ones(1), contents={"fp32_contents": [1]})
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"model_name": "nobody", "inputs": [ONE_X]}, "NOT_FOUND", "nobody"),
+        ({"model_version": "9", "inputs": [ONE_X]}, "NOT_FOUND", "9"),
+        ({"model_version": "9" * 30, "inputs": [ONE_X]}, "INVALID_ARGUMENT", "is too large"),
+        ({"model_version": "no", "inputs": [ONE_X]}, "INVALID_ARGUMENT", "label: no"),
+        ({}, "INVALID_ARGUMENT", "input size does not match"),
+        ({"inputs": [ONE_X, ONE_X]}, "INVALID_ARGUMENT", "input x is there twice"),
+        ({"inputs": [{**ONE_X, "datatype": ""}]}, "INVALID_ARGUMENT", "there is no datatype ''"),
+        ({"inputs": [{**ONE_X, "shape": [2]}]}, "INVALID_ARGUMENT", "fp32_contents has 1 values"),
+        ({"inputs": [{**ONE_X, "datatype": "FP16"}]}, "INVALID_ARGUMENT", "only goes into raw_input"),
+        ({"inputs": [{**ONE_X, "datatype": "FP64"}]}, "INVALID_ARGUMENT", "fp64_contents has 0 values"),
+        (
+            {"inputs": [given("INT8", np.ones(1), contents={"int_contents": [128]})]},
+            "INVALID_ARGUMENT",
+            "does not fit INT8",
+        ),
+        ({"inputs": [ONE_X], "raw_input_contents": [b"1234"]}, "INVALID_ARGUMENT", "raw_input_contents too"),
+        ({"inputs": [ONE_X], "raw_input_contents": [b"", b""]}, "INVALID_ARGUMENT", "2 entries for 1 inputs"),
+        (
+            {"inputs": [given("FP32", np.ones(1))], "raw_input_contents": [b"123"]},
+            "INVALID_ARGUMENT",
+            "input x: it has 3 bytes",
+        ),
+        (
+            {"inputs": [given("BYTES", np.ones(2))], "raw_input_contents": [b"\x01\0\0\0a\x09\0\0\0a"]},
+            "INVALID_ARGUMENT",
+            "which are not 2 strings",
+        ),
+        ({"inputs": [ONE_X], "outputs": [{"name": "z"}]}, "INVALID_ARGUMENT", "signature: z"),
+        ({"inputs": [ONE_X], "parameters": signature("no")}, "FAILED_PRECONDITION", 'key "no" not found'),
+    ],
+)
+def test_grpc_wrong_requests(shared: Running, fields: dict[str, Any], code: str, message: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        ask(shared, "ModelInfer", **{"model_name": "times", **fields})
+    assert (caught.value.code().name, message in str(caught.value.details())) == (code, True), caught.value
+
+
+@pytest.mark.parametrize("datatype", VALUES)
+def test_triton_client_over_grpc(shared: Running, datatype: str) -> None:
+    key, values = VALUES[datatype]
+    given = tritonclient.grpc.InferInput("x", list(values.shape), datatype)
+    given.set_data_from_numpy(values.astype(np.float32) if datatype == "BF16" else values)
+    with tritonclient.grpc.InferenceServerClient(shared.server.target) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("dtypes", "1")
+        assert not client.is_model_ready("nobody")
+        assert client.get_model_metadata("signatures").inputs[0].datatype == "FP32"
+        answer = client.infer("dtypes", [given], request_id="7", parameters={"signature_name": key})
+    assert answer.get_response().id == "7"
+    expected = predict(shared, key, values)
+    got = answer.as_numpy("y")
+    if datatype == "BYTES":
+        assert got.tolist() == expected.tolist()
+    else:
+        assert got.astype(expected.dtype).tobytes() == expected.tobytes()
+
+
+# --- a client of others over HTTP -----------------------------------------------------
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])

@@ -1,8 +1,8 @@
 """The gRPC services, over what all transports share.
 
 ``tensorflow.serving.PredictionService`` and ``tensorflow.serving.ModelService``, as
-declared in ``tensorflow_serving/apis``. Errors become status codes in one place,
-``_answering``.
+declared in ``tensorflow_serving/apis``, and ``inference.GRPCInferenceService`` of the
+Open Inference Protocol. Errors become status codes in one place, ``_answering``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from spikeless.engine.handlers import Calls, require_spec
+from spikeless.engine.open_inference import OpenInference, model_spec
 from spikeless.errors import Code, InvalidArgument, SpikelessError
-from spikeless.formats import large_tensors
+from spikeless.formats import large_tensors, open_inference, open_inference_messages
 from spikeless.formats.kinds import KINDS, PREDICT, SERVICE, Kind
 from spikeless.formats.protos import (
     get_model_metadata_pb2,
@@ -144,3 +145,66 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         response = model_management_pb2.ReloadConfigResponse()
         response.status.SetInParent()
         return response
+
+
+class InferenceServicer:
+    """The methods of `spikeless.formats.open_inference_messages.METHODS`.
+
+    Each returns the response, or the values of its fields.
+    """
+
+    def __init__(self, protocol: OpenInference) -> None:
+        self._protocol = protocol
+
+    @_answering
+    def ServerLive(self, request: Any, context: grpc.ServicerContext) -> dict[str, Any]:
+        return {"live": True}
+
+    @_answering
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> dict[str, Any]:
+        return {"ready": self._protocol.is_ready()}
+
+    @_answering
+    def ModelReady(self, request: Any, context: grpc.ServicerContext) -> dict[str, Any]:
+        return {"ready": self._protocol.model_ready(model_spec(request.name, request.version))}
+
+    @_answering
+    def ServerMetadata(self, request: Any, context: grpc.ServicerContext) -> dict[str, Any]:
+        return self._protocol.server_metadata()
+
+    @_answering
+    def ModelMetadata(self, request: Any, context: grpc.ServicerContext) -> dict[str, Any]:
+        return self._protocol.model_metadata(model_spec(request.name, request.version))
+
+    @_answering
+    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return self._protocol.infer(
+            model_spec(request.model_name, request.model_version),
+            functools.partial(open_inference.read_message, request),
+            open_inference.write_message,
+            _timeout(context),
+        )
+
+
+def add_inference_service(servicer: InferenceServicer, server: grpc.Server) -> None:
+    """Register the methods, as generated code would."""
+
+    def serializer(response: type[Any]) -> Callable[[Any], bytes]:
+        def serialize(answer: Any) -> bytes:
+            message = response(**answer) if isinstance(answer, dict) else answer
+            return bytes(message.SerializeToString())
+
+        return serialize
+
+    message_class = open_inference_messages.message_class
+    handlers = {
+        method: grpc.unary_unary_rpc_method_handler(
+            getattr(servicer, method),
+            message_class(f"{method}Request").FromString,
+            serializer(message_class(f"{method}Response")),
+        )
+        for method in open_inference_messages.METHODS
+    }
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(open_inference_messages.SERVICE, handlers),)
+    )

@@ -1,7 +1,8 @@
 """gRPC server reflection: clients ask the server itself what its services are.
 
 In: a gRPC server. Out: the same with the reflection service (v1alpha), which
-TensorFlow Serving has as well.
+TensorFlow Serving has as well. It is for a process that is a server: the files of all
+services go into the process's one pool of descriptors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
+from spikeless.formats import open_inference_messages
+
 _SERVICES = {"model_service": "ModelService", "prediction_service": "PredictionService"}
 
 
@@ -22,8 +25,10 @@ def enable(server: grpc.Server) -> None:
     """Add the service to a server that has not started."""
     for module in _SERVICES:
         descriptor_pool.Default().AddSerializedFile(_descriptor(module))
+    descriptor_pool.Default().AddSerializedFile(open_inference_messages.FILE)
     services = [f"tensorflow.serving.{service}" for service in _SERVICES.values()]
-    reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    services += [open_inference_messages.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(services, server)
 
 
 def _descriptor(module: str) -> bytes:

@@ -22,10 +22,18 @@ from spikeless import runtime
 from spikeless.engine import reflection
 from spikeless.engine.core import ServerCore
 from spikeless.engine.flags import ServerFlags, channel_arguments
-from spikeless.engine.grpc_api import ModelServicer, PredictionServicer, add_prediction_service
+from spikeless.engine.grpc_api import (
+    InferenceServicer,
+    ModelServicer,
+    PredictionServicer,
+    add_inference_service,
+    add_prediction_service,
+)
 from spikeless.engine.handlers import MAX_REQUEST_BYTES, Calls
 from spikeless.engine.loader import ModelLoader
+from spikeless.engine.open_inference import OpenInference
 from spikeless.errors import Internal, InvalidArgument, Unavailable
+from spikeless.formats import open_inference_messages
 from spikeless.formats.kinds import SERVICE
 from spikeless.formats.protos import (
     model_server_config_pb2,
@@ -40,7 +48,7 @@ if TYPE_CHECKING:  # imported where they are used: a server without them saves t
 
 _log = logging.getLogger(__name__)
 #: Services whose health is the server's: the first two are TensorFlow Serving's names.
-_SERVICES = ("ModelService", "PredictionService", SERVICE)
+_SERVICES = ("ModelService", "PredictionService", SERVICE, open_inference_messages.SERVICE)
 
 
 def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
@@ -151,6 +159,7 @@ class Server:
         calls = Calls(self.core, "GRPC", self._metrics)
         add_prediction_service(PredictionServicer(calls), server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(calls), server)
+        add_inference_service(InferenceServicer(OpenInference(calls, self._is_ready)), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable(server)
         port = _bind(server, f"{self._flags.host}:{self._flags.port}", self._credentials)
