@@ -319,6 +319,8 @@ def test_paper_is_white_and_has_the_facts(browser: webdriver.Chrome, page: Path)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:
         assert luminance(browser, "return getComputedStyle(document.body).color") < 120
+        scheme = "return getComputedStyle(document.documentElement).colorScheme"
+        assert browser.execute_script(scheme) == "light"
         hidden = "return getComputedStyle(document.querySelector('.links')).display"
         assert browser.execute_script(hidden) == "none"
         browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
