@@ -31,9 +31,7 @@ def server(models: Path, tmp_path: Path) -> Iterator[launch.ServerProcess]:
     monitoring = tmp_path / "monitoring.config"
     monitoring.write_text('prometheus_config { enable: true path: "/monitoring/prometheus/metrics" }')
     flags = (f"--monitoring_config_file={monitoring}", POLL)
-    settings = launch.LaunchSettings(
-        "boston", models / "boston", flags=flags, rest=True, engine=launch.EMBEDDED
-    )
+    settings = launch.LaunchSettings("boston", models / "boston", flags=flags, rest=True)
     with launch.start(settings) as server:
         yield server
 
