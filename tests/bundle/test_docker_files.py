@@ -595,7 +595,7 @@ def test_pods_follow_the_store_on_a_disk_of_their_own(manifests: dict[str, dict[
     assert follow["restartPolicy"] == exporter["restartPolicy"] == "Always"
     assert pull["args"] == ["pull", "$(STORE)", "--models=/models", "--serving-root=/models"]
     assert follow["args"][: len(pull["args"])] == pull["args"]
-    assert "--follow" in follow["args"]
+    assert {"--follow", "--servers=127.0.0.1:8500"} <= {*follow["args"]}
     assert pull["env"] == follow["env"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert "sizeLimit" in volumes["models"]["emptyDir"]

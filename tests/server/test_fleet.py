@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ from spikeless.errors import AlreadyExists, DataLoss, FailedPrecondition, Spikel
 from spikeless.formats.states import State
 from spikeless.launch import free_port
 from spikeless.mapping import read_manifest
+from spikeless.repository.journal import Journal, outcomes
+from spikeless.rollout.fleet import FleetSettings
+from spikeless.store.follow import Follower, FollowSettings
 from spikeless.store.objects import Store
+from spikeless.store.promotions import promote, rollback
 from spikeless.store.pull import PullSettings, pull
 from spikeless.store.push import push
 from spikeless.store.settings import StoreSettings
@@ -330,6 +335,55 @@ def test_a_server_swaps_what_is_pulled_under_requests(
     assert SECRET_KEY not in errors
 
 
+def test_a_machine_serves_what_is_promoted_in_the_store(
+    store: str, trained: Path, tmp_path: Path, serve: ServerFactory
+) -> None:
+    """Callers of the label get it in place, and a server that comes up serves it."""
+    models = tmp_path / "pulled"
+    for number in (1, 2):
+        push(trained / NAME / str(number), store)
+    promote(store, NAME, 1)
+    assert [pulled.version for pulled in pull(store, models)] == [1, 2]
+    flags = (f"--model_config_file={models / 'models.config'}", "--file_system_poll_wait_seconds=1")
+    labels = "--allow_version_labels_for_unavailable_models=true"
+    ids = np.arange(64, dtype=np.int32)
+    with serve(*flags, labels) as running:
+        running.wait(NAME, {1: State.AVAILABLE})
+        settings = PullSettings(servers=FleetSettings((running.server.target,)))
+        follower = Follower(store, models, NAME, FollowSettings(pull=settings))
+        answers: list[bytes] = []
+        stop = threading.Event()
+
+        def call() -> None:
+            while not stop.is_set():
+                answers.append(ask(running, ids, "stable").tobytes())
+
+        with ThreadPoolExecutor() as pool:
+            calling = pool.submit(call)
+            try:
+                follower.look()
+                promote(store, NAME, 2)
+                follower.look()
+                running.wait(NAME, {2: State.AVAILABLE})
+                second = ask(running, ids).tobytes()
+                assert (
+                    running.client.predict(NAME, {"ids": ids}, label="stable")["scores"].tobytes() == second
+                )
+            finally:
+                stop.set()
+            calling.result()
+        assert {*answers} == {answers[0], second}
+        assert answers[0] != second
+        results = [each for _, each in outcomes(Journal(models, NAME).entries())]
+        assert results == ["promoted", "promoted"]
+        rollback(store, NAME)
+        follower.look()
+        running.wait(NAME, {1: State.AVAILABLE})
+        assert ask(running, ids).tobytes() == answers[0]
+    with serve(*flags, labels) as running:
+        running.wait(NAME, {1: State.AVAILABLE})
+
+
 def serve_one(serve: ServerFactory, version: Path, models: Path) -> Any:
     """A server of the version that was pushed, where it was."""
     models.mkdir()
@@ -341,6 +395,6 @@ def serve_one(serve: ServerFactory, version: Path, models: Path) -> Any:
     return serve(f"--model_config_file={models / 'models.config'}")
 
 
-def ask(running: Any, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def ask(running: Any, ids: np.ndarray[Any, Any], label: str = "") -> np.ndarray[Any, Any]:
     client: Client = running.client
-    return client.predict(NAME, {"ids": ids})["scores"]
+    return client.predict(NAME, {"ids": ids}, label=label)["scores"]

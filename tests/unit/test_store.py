@@ -30,9 +30,13 @@ from spikeless.errors import (
     ResourceExhausted,
 )
 from spikeless.formats import savedmodel
+from spikeless.launch import free_port
 from spikeless.mapping import check, read_manifest
-from spikeless.repository.journal import Journal, Published, Pulled, Pushed
+from spikeless.repository import models_config
+from spikeless.repository.journal import ChangeBegun, Journal, Published, Pulled, Pushed
+from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.prune import prune
+from spikeless.store import promotions
 from spikeless.store.follow import Follower, FollowSettings
 from spikeless.store.manifest import Manifest
 from spikeless.store.manifest import read_manifest as parse
@@ -555,3 +559,164 @@ def test_a_link_in_a_version_is_refused(small: Path, tmp_path: Path) -> None:
     (small / NAME / "1" / "link").symlink_to("/etc/passwd")
     with pytest.raises(FailedPrecondition, match="is no plain file"):
         push(small / NAME / "1", str(tmp_path / "store"))
+
+
+# Promotion ----------------------------------------------------------------------------
+
+
+def served(models: Path) -> tuple[list[int], dict[str, int]]:
+    """What ``models.config`` has a server load, and where labels point."""
+    model = models_config.read(models).model(NAME)
+    assert model is not None
+    return list(model.model_version_policy.specific.versions), dict(model.version_labels)
+
+
+def test_a_machine_gets_and_serves_what_is_promoted(small: Path, tmp_path: Path) -> None:
+    store, models = str(tmp_path / "store"), tmp_path / "pulled"
+    for number in (3, 4):
+        small_version(small, number, b"%d" % number)
+    for number in (1, 2, 3, 4):
+        push(small / NAME / str(number), store)
+    pull(store, models)
+    assert not (models / "models.config").exists(), "nothing is promoted"
+    assert promotions.promote(store, NAME, 2).result == "promoted"
+    outcome = promotions.promote(store, NAME, 3, reason="better")
+    assert (outcome.previous, outcome.version) == (2, 3)
+    settings = PullSettings(serving_root="/models", keep=1)
+    pulled = pull(store, models, settings=settings)
+    assert [(one.version, one.already) for one in pulled] == [(3, False), (4, True)]
+    assert served(models) == ([3], {"stable": 3})
+    model = models_config.read(models).model(NAME)
+    assert model is not None
+    assert model.base_path == f"/models/{NAME}"
+    # What the fleet serves is older than what --keep keeps, and stays.
+    assert promotions.promote(store, NAME, 1, label="old").result == "promoted"
+    pull(store, models, settings=settings)
+    assert served(models) == ([1, 3], {"old": 1, "stable": 3})
+    assert promotions.rollback(store, NAME).version == 2
+    pull(store, models, settings=settings)
+    assert served(models) == ([1, 2], {"old": 1, "stable": 2})
+    assert sorted(path.name for path in (models / NAME).glob("[0-9]*")) == ["1", "2", "3", "4"]
+    # Repeated, it goes no further back; the machine's own journal knows the way, too.
+    assert promotions.rollback(store, NAME).result == "unchanged"
+    begun = [entry for entry in Journal(models, NAME).entries() if isinstance(entry, ChangeBegun)]
+    assert [(entry.label, entry.version, entry.previous) for entry in begun] == [
+        ("stable", 3, None),
+        ("old", 1, None),
+        ("stable", 2, 3),
+    ]
+    assert Journal(models, NAME).unfinished() is None
+    record = json.loads(Path(store, ".promotions", "2.json").read_bytes())
+    assert (record["model"], record["version"], record["reason"]) == (NAME, 3, "better")
+
+
+def test_models_that_are_not_promoted_are_served_as_before(small: Path, tmp_path: Path) -> None:
+    store, models = str(tmp_path / "store"), tmp_path / "pulled"
+    for name in (NAME, "other"):
+        if name != NAME:
+            shutil.copytree(small / NAME, small / name)
+        push(small / name / "1", store)
+    promotions.promote(store, NAME, 1)
+    pull(store, models)
+    other = models_config.read(models).model("other")
+    assert other is not None
+    assert (other.base_path, list(other.model_version_policy.specific.versions)) == (f"{models}/other", [])
+
+
+def test_what_cannot_be_promoted_in_a_store(small: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    for number in (1, 2):
+        push(small / NAME / str(number), store)
+    with pytest.raises(NotFound, match=f"no version 9 of {NAME}, only 1, 2"):
+        promotions.promote(store, NAME, 9)
+    with pytest.raises(NotFound, match="has no label stable"):
+        promotions.rollback(store, NAME, version=1)
+    promotions.promote(store, NAME, 1)
+    with pytest.raises(FailedPrecondition, match="above the stable version 1"):
+        promotions.promote(store, NAME, 2, label="next")
+    with pytest.raises(NotFound, match="knows no earlier stable"):
+        promotions.rollback(store, NAME)
+    with pytest.raises(InvalidArgument, match="to go on to 2"):
+        promotions.rollback(store, NAME, version=2)
+    assert promotions.promote(store, NAME, 2, dry_run=True).steps
+    assert [path.name for path in Path(store, ".promotions").iterdir()] == ["1.json"]
+    # A change that was cut short between its record and the file is completed.
+    content = Path(store, "models.config").read_bytes()
+    Path(store, "models.config").unlink()
+    assert promotions.promote(store, NAME, 1).result == "unchanged"
+    assert Path(store, "models.config").read_bytes() == content
+    for wrong in (
+        b"model_config_list {",
+        b"\xff",
+        content.replace(b"value: 1", b"value: 2"),
+        b"x" * (2 << 20),
+    ):
+        Path(store, "models.config").write_bytes(wrong)
+        with pytest.raises(DataLoss, match=r"models\.config"):
+            pull(store, tmp_path / "pulled")
+    assert promotions.promote(store, NAME, 1).result == "unchanged"
+    pull(store, tmp_path / "pulled")
+
+
+def test_changes_of_a_fleet_at_once_are_all_recorded(small: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    push(small / NAME / "1", store)
+    names = [f"label-{number}" for number in range(6)]
+    threads = [
+        threading.Thread(target=promotions.promote, args=(store, NAME, 1), kwargs={"label": name})
+        for name in names
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    config = promotions.read(Store(store))
+    assert sorted(promotions.labels(config, NAME)) == names
+    assert len(list(Path(store, ".promotions").glob("*.json"))) == len(names)
+
+
+def test_follow_brings_what_is_promoted(small: Path, tmp_path: Path) -> None:
+    store, models = str(tmp_path / "store"), tmp_path / "pulled"
+    follower = Follower(store, models, None, FollowSettings(pull=PullSettings(keep=1)))
+
+    def metric(name: str) -> float | None:
+        return follower.registry.get_sample_value(f"spikeless_pull_{name}", {"model_name": NAME})
+
+    for number in (1, 2):
+        push(small / NAME / str(number), store)
+    follower.look()
+    assert not (models / "models.config").exists()
+    for version in (1, 2):
+        promotions.promote(store, NAME, version)
+        follower.look()
+        assert served(models) == ([version], {"stable": version})
+        assert (metric("promotions_pending"), metric("version")) == (0, 2)
+    # No server: it is told on, and tried again at each look.
+    servers = FleetSettings((f"127.0.0.1:{free_port()}",), patience=0.1)
+    lines: list[str] = []
+    follower = Follower(
+        store, models, NAME, FollowSettings(pull=PullSettings(servers=servers)), progress=lines.append
+    )
+    follower.look()
+    assert metric("failures_total") == 0, "it is served already"
+    promotions.rollback(store, NAME)
+    for count in (1, 2):
+        follower.look()
+        assert (metric("failures_total"), metric("promotions_pending")) == (count, 1)
+    assert served(models) == ([2], {"stable": 2})
+    assert servers.targets[0] in lines[-1]
+
+
+def test_the_commands_of_a_fleet(small: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for number in (1, 2):
+        push(small / NAME / str(number), str(store))
+        done = spikeless("promote", NAME, number, "--store", store, "--reason=why")
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{NAME}: stable is version 2 (it was 1)\n"
+    done = spikeless("rollback", NAME, "--store", store, "--json")
+    assert json.loads(done.stdout)["version"] == 1
+    for command in (("promote", NAME, 1, "--servers=127.0.0.1:1"), ("rollback", NAME, "--canary")):
+        done = spikeless(*command, "--store", store)
+        assert done.returncode == 2
+        assert "has no meaning with --store" in done.stderr

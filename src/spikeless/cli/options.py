@@ -99,6 +99,12 @@ servers_option = click.option(
 )
 
 
+running_servers_option = click.option(
+    "--servers",
+    type=_Servers("servers", parse_targets),
+    help="gRPC addresses of this machine's servers, on which versions are promoted.",
+)
+
 #: ``HOST:PORT`` of one server.
 SERVER = _Servers("server", parse_target)
 
@@ -173,6 +179,23 @@ def change_options(function: _Function) -> _Function:
     ):
         function = option(function)
     return function
+
+
+store_option = click.option("--store", help="A whole fleet's: the URL of the store that it follows.")
+#: Parameters that have a meaning with `store_option`.
+_OF_A_STORE = ("name", "version", "store", "label", "reason", "as_json", "dry_run")
+
+
+def check_only_of_a_store() -> None:
+    """Refuse options for servers, of which a store has none."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in _OF_A_STORE:
+            raise click.UsageError(
+                f"{parameter.opts[0]} has no meaning with --store: machines that follow the store promote"
+            )
 
 
 def print_result(result: Any, as_json: bool) -> None:

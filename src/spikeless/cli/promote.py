@@ -10,10 +10,12 @@ import click
 from spikeless.cli.options import (
     Duration,
     change_options,
+    check_only_of_a_store,
     fleet_settings,
     interruptible,
     label_option,
     print_result,
+    store_option,
     tell,
 )
 from spikeless.rollout.probes import ComparisonSettings
@@ -25,6 +27,7 @@ from spikeless.rollout.soak import SoakSettings
 @click.argument("name")
 @click.argument("version", type=int)
 @label_option
+@store_option
 @click.option("--canary", is_flag=True, help="Only serve it as NAME-canary; requests to NAME never reach it.")
 @click.option(
     "--soak", type=Duration(), default="0s", help="Watch it so long, as in 10m, before the last steps."
@@ -44,7 +47,15 @@ from spikeless.rollout.soak import SoakSettings
 @click.option("--takes-unlabelled", is_flag=True, help="It may take requests that name no label.")
 @click.option("--serving-root", help="Where servers see the repository, when models.config is new.")
 @change_options
-def command(name: str, version: int, models: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
+def command(
+    name: str,
+    version: int,
+    models: Path,
+    store: str | None,
+    as_json: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Make VERSION the version that callers of NAME get.
 
     It is loaded as NAME-canary first, asked its warmup and golden requests there, and
@@ -53,9 +64,29 @@ def command(name: str, version: int, models: Path, as_json: bool, dry_run: bool,
     step. Progress goes to standard error. Repeat the command when it was killed: it
     resumes where it was.
 
+    With --store, nothing is asked here: the store says from now on that VERSION, which
+    is in it, is promoted, and each machine that follows it (`spikeless pull --follow
+    --servers`) does the above by itself.
+
     Servers that read models.config need --allow_version_labels_for_unavailable_models
     to start with labels.
     """
+    if store is not None:
+        from spikeless.store import promotions
+
+        check_only_of_a_store()
+        with interruptible() as interrupted:
+            outcome = promotions.promote(
+                store,
+                name,
+                version,
+                label=options["label"],
+                reason=options["reason"],
+                dry_run=dry_run,
+                interrupted=interrupted,
+            )
+        print_result(outcome, as_json)
+        return
     fleet = fleet_settings(options)
     settings = PromotionSettings(
         label=options["label"],

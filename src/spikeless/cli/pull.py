@@ -14,11 +14,13 @@ from spikeless.cli.options import (
     json_option,
     models_option,
     print_result,
+    running_servers_option,
     store_options,
     store_settings,
     tell,
 )
 from spikeless.errors import Unavailable
+from spikeless.rollout.fleet import FleetSettings
 from spikeless.store.follow import Follower, FollowSettings
 from spikeless.store.pull import PullSettings, pull
 
@@ -32,6 +34,7 @@ from spikeless.store.pull import PullSettings, pull
     "--serving-root", help="Absolute path of the repository on the server.  [default: where it is here]"
 )
 @click.option("--keep", type=int, help="Versions that stay, by the rules of `spikeless prune` but age.")
+@running_servers_option
 @store_options
 @click.option("--follow", is_flag=True, help="Pull each new version, until Ctrl-C or SIGTERM.")
 @click.option(
@@ -63,6 +66,7 @@ def command(
     version: int | None,
     serving_root: str | None,
     keep: int | None,
+    servers: tuple[str, ...] | None,
     follow: bool,
     interval: float,
     spread: float,
@@ -76,8 +80,14 @@ def command(
     Only what no version on this disk has is fetched. Every byte is compared, the files
     that a server maps are brought into the page cache, and the version appears whole or
     not at all. What an interrupted pull has fetched, the next one uses.
+
+    Where versions are promoted in STORE (`spikeless promote --store`), these are
+    brought, too. With --servers they are promoted there as by `spikeless promote`;
+    without, models.config says so to servers that start afterwards.
     """
-    settings = PullSettings(serving_root, keep, store_settings(options))
+    settings = PullSettings(
+        serving_root, keep, FleetSettings(servers) if servers else None, store_settings(options)
+    )
     if not follow and (spread or metrics_port is not None):
         raise click.UsageError("--spread and --metrics-port are for --follow: give that, too")
     if follow and version is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spikeless.disk import atomic
-from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.errors import InvalidArgument, SpikelessError
 from spikeless.registry.publishing import ERROR, PROMOTED, PUBLISHED, REFUSALS, STATE, publish
 from spikeless.registry.tracking import Registry, Release
 from spikeless.repository import layout
@@ -25,12 +25,10 @@ from spikeless.repository.gates import GATES, Gate
 from spikeless.repository.journal import Journal
 from spikeless.repository.origin import Origin
 from spikeless.rollout.fleet import FleetSettings
-from spikeless.rollout.promotion import PromotionError, PromotionSettings, promote
+from spikeless.rollout.promotion import PASSING, PromotionError, PromotionSettings, promote
 from spikeless.warmup import SampleFile
 
 FILE_NAME = "followed.json"
-#: Errors of a promotion that may be gone the next time.
-_PASSING = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Follower:
             self._settled = release.origin
             raise
         except PromotionError as error:
-            if error.code not in _PASSING:
+            if error.code not in PASSING:
                 self._settled = release.origin
             raise
         self._settled = release.origin

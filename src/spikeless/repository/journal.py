@@ -241,7 +241,7 @@ class Journal:
             "schema": SCHEMA,
             "event": _NAMES[type(entry)],
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "user": _user(),
+            "user": operator(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             **dataclasses.asdict(entry),
@@ -329,7 +329,8 @@ def _value(name: str, value: Any) -> Any:
     return _build(_NESTED[name], value) if isinstance(value, dict) and name in _NESTED else value
 
 
-def _user() -> str:
+def operator() -> str:
+    """Who changes something: the user, or what `OPERATOR_VARIABLE` says."""
     if operator := os.environ.get(OPERATOR_VARIABLE):
         return operator
     try:

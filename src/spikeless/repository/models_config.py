@@ -212,6 +212,17 @@ def _parsed(text: str, message: Any) -> Any:
 # --- the file ------------------------------------------------------------------------
 
 
+def parse(text: str) -> ModelsConfig:
+    """The content of a ``models.config``.
+
+    Raises:
+        InvalidArgument: it cannot be read as a ``ModelServerConfig``.
+    """
+    config = ModelsConfig(_without_lists(text))
+    config.message  # noqa: B018 (raises where it is no ModelServerConfig)
+    return config
+
+
 def read(models: str | os.PathLike[str]) -> ModelsConfig:
     """The ``models.config`` of a repository; an empty one where there is none.
 
@@ -220,9 +231,7 @@ def read(models: str | os.PathLike[str]) -> ModelsConfig:
     """
     path = Path(models, FILE_NAME)
     try:
-        config = ModelsConfig(_without_lists(path.read_text(encoding="utf-8")))
-        config.message  # noqa: B018 (raises where it is no ModelServerConfig)
-        return config
+        return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return ModelsConfig()
     except (SpikelessError, UnicodeDecodeError) as error:

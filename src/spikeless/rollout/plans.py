@@ -132,7 +132,7 @@ def promotion(
         keep.add(stable)
     if not takes_unlabelled and top is not None:
         if not canary:
-            _check_none_above(name, moved, top)
+            check_none_above(name, moved, top)
         keep = {number for number in keep if number <= top}
 
     steps = [Step("as it was", model.before)]
@@ -167,7 +167,12 @@ def _check_no_other_canary(model: ServedModel, version: int) -> None:
         )
 
 
-def _check_none_above(name: str, labels: Mapping[str, int], top: int) -> None:
+def check_none_above(name: str, labels: Mapping[str, int], top: int) -> None:
+    """Check that requests without a label reach no version above the stable one.
+
+    Raises:
+        FailedPrecondition: a label would point at one.
+    """
     above = {label: version for label, version in labels.items() if version > top}
     if above:
         raise FailedPrecondition(
@@ -190,7 +195,7 @@ def rollback(model: ServedModel, target: int, label: str) -> Plan:
         raise InvalidArgument(f"{label} of {model.name} is version {now}; to go on to {target}, promote it")
     moved = labels | {label: target}
     top = moved.get(STABLE, max(model.served, default=target))
-    _check_none_above(model.name, moved, top)
+    check_none_above(model.name, moved, top)
     keep = {number for number in model.served if number <= top} | set(moved.values())
     canary = model.before[model.canary]
     steps = [Step("as it was", model.before)]

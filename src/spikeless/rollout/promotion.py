@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spikeless.disk.locks import model_lock
-from spikeless.errors import Internal, NotFound, SpikelessError
+from spikeless.errors import Code, Internal, NotFound, SpikelessError
 from spikeless.repository import layout, models_config
 from spikeless.repository.checks import check_files
 from spikeless.repository.models_config import STABLE
@@ -84,6 +84,10 @@ class Outcome:
             return f"{self.name}: everything is as it was before the promotion of version {self.version}"
         was = "" if self.previous in (None, self.version) else f" (it was {self.previous})"
         return f"{self.name}: {self.label} is version {self.version}{was}"
+
+
+#: Errors of a promotion that may be gone the next time.
+PASSING = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
 
 
 class PromotionError(SpikelessError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ def prune(
     *,
     force: bool = False,
     dry_run: bool = False,
+    pinned: Collection[int] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pruned:
     """Remove all but the newest ``keep`` versions.
@@ -61,6 +62,7 @@ def prune(
     Args:
         fleet: the servers to ask what is loaded; None where no server uses the
             repository.
+        pinned: versions that a whole fleet serves, as its store says; they stay.
         force: remove versions that are younger than a day, too. Nothing else is forced.
         dry_run: remove nothing, only find out what would be.
 
@@ -79,6 +81,7 @@ def prune(
     # No promotion chooses a version while this does.
     with model_lock(state, name, wait=True, progress=progress):
         reasons = _reasons(models, name, versions, keep, fleet, force)
+        reasons |= {version: "promoted in the store" for version in pinned if version in versions}
         removed = {version: path for version, path in versions.items() if version not in reasons}
         sizes = {version: atomic.size_of(path) for version, path in removed.items()}
         pruned = Pruned(tuple(removed), reasons, sum(sizes.values()), dry_run)

@@ -4,6 +4,8 @@ In: a version on this machine's disk, and the URL of a store: an S3, GCS or Azur
 bucket, a folder, SFTP, or HTTP for reading. Out: the version in the store (`push`), or
 in a model repository on another machine's disk (`pull`), whole or not at all.
 
+    <store>/models.config                    which versions a fleet serves
+    <store>/.promotions/<number>.json        one record for each change of that
     <store>/<model>/index.json               what a puller polls
     <store>/<model>/versions/<number>.json   one manifest for each version
     <store>/<model>/pieces/<digest>          content, named by its own SHA-256

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from spikeless.errors import AlreadyExists, InvalidArgument, NotFound, SpikelessError, Unavailable, nearest
 from spikeless.formats.versions import parse_version
-from spikeless.repository import layout
+from spikeless.repository import layout, models_config
 from spikeless.store import manifest as manifests
 from spikeless.store.manifest import Entry, Index, Manifest, Stored
 from spikeless.store.objects import Store
@@ -135,6 +135,8 @@ def models_in(store: Store) -> list[str]:
     """The models of a store."""
     found = []
     for name in store.names(""):
+        if name == models_config.FILE_NAME:
+            continue
         try:
             layout.model_directory("", name)
         except InvalidArgument:

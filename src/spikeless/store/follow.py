@@ -1,4 +1,4 @@
-"""Follow a store: pull each new version as it appears, and say how things are.
+"""Follow a store: pull and serve what appears in it, and say how things are.
 
 In: a store, a repository, and how often to look. Out: versions on this disk, and
 metrics:
@@ -9,6 +9,8 @@ metrics:
         how long ago that was trained
     spikeless_pull_versions_behind{model_name}
         how many newer ones the store has
+    spikeless_pull_promotions_pending{model_name}
+        labels that point elsewhere here than in the store
     spikeless_pull_bytes_total{model_name, source}
         bytes of pulled versions: from the ``store``, or ``linked`` to files of others
     spikeless_pull_failures_total{model_name}
@@ -16,8 +18,8 @@ metrics:
     spikeless_pull_last_look_timestamp_seconds
         when the store last answered
 
-A look at a model asks for the ETag of one small object. Only when that has changed is
-anything read.
+A look asks for the ETag of one small object for each model, and of one for the fleet's
+``models.config``. Only what has changed is read.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from spikeless.errors import Cancelled, NotFound, SpikelessError
 from spikeless.repository import layout
+from spikeless.repository.models_config import ModelsConfig
+from spikeless.rollout.promotion import PASSING, PromotionError
+from spikeless.store import promotions
+from spikeless.store.applying import apply, pending
 from spikeless.store.catalog import Catalog, models_in
 from spikeless.store.objects import Store
 from spikeless.store.pull import Pulled, PullSettings, pull_model
@@ -75,7 +81,11 @@ class Follower:
         self._progress = progress
         self._interrupted = interrupted or threading.Event()
         self._store: Store | None = None
-        #: Model -> what its index was when all of it had been pulled.
+        self._fleet = ModelsConfig()
+        #: What the store's ``models.config`` was when it was read.
+        self._fleet_token = ""
+        #: Model -> what its index and ``models.config`` were when nothing was left to
+        #: do.
         self._tokens: dict[str, str] = {}
         #: Model -> the last error, so that one that stays is told once.
         self._errors: dict[str, str] = {}
@@ -93,6 +103,12 @@ class Follower:
         )
         self._behind = Gauge(
             "spikeless_pull_versions_behind", "Newer versions in the store.", label, registry=self.registry
+        )
+        self._pending = Gauge(
+            "spikeless_pull_promotions_pending",
+            "Labels that point elsewhere here than in the store.",
+            label,
+            registry=self.registry,
         )
         self._bytes = Counter(
             "spikeless_pull_bytes", "Bytes of pulled versions.", [*label, "source"], registry=self.registry
@@ -118,6 +134,9 @@ class Follower:
             if self._store is None:
                 self._store = Store(self._url, self._settings.pull.store, self._interrupted)
             names = [self._name] if self._name is not None else models_in(self._store)
+            token = promotions.token(self._store)
+            if token != self._fleet_token:
+                self._fleet, self._fleet_token = promotions.read(self._store), token
         except SpikelessError as error:
             self._failed(_NO_MODEL, error)
             return
@@ -147,23 +166,44 @@ class Follower:
         self._looked.set_to_current_time()
         if not token:
             raise NotFound(f"{catalog.store.shown} has no version of {name} yet")
+        token = f"{token} {self._fleet_token}"
         if token == self._tokens.get(name):
             return
         index = catalog.index()
         self._measure(name, [entry.version for entry in index.versions])
         here = layout.versions(self._models, name)
-        if self._settings.spread and index.versions and index.versions[-1].version not in here:
+        new = index.versions and index.versions[-1].version not in here
+        if self._settings.spread and (new or pending(self._models, name, self._fleet)):
             self._interrupted.wait(random.uniform(0, self._settings.spread))
-        result = pull_model(catalog, index, self._models, None, self._settings.pull, self._progress)
-        self._bytes.labels(name, "store").inc(result.fetched)
-        self._bytes.labels(name, "linked").inc(result.linked)
-        self._trained[name] = result.trained
+        settings = self._settings.pull
+        for result in pull_model(catalog, index, self._models, self._fleet, settings, self._progress):
+            self._bytes.labels(name, "store").inc(result.fetched)
+            self._bytes.labels(name, "linked").inc(result.linked)
+            self._trained[name] = result.trained
+            self._pulled(result)
         self._freshness.labels(name).set_function(lambda: time.time() - self._trained[name])
         self._measure(name, [entry.version for entry in index.versions])
+        try:
+            apply(
+                self._models,
+                name,
+                self._fleet,
+                store=catalog.store.shown,
+                servers=settings.servers,
+                serving_root=settings.serving_root,
+                progress=self._progress,
+                interrupted=self._interrupted,
+            )
+        except PromotionError as error:
+            if error.code not in PASSING:
+                # Refused here: not tried again until the store says something else.
+                self._tokens[name] = token
+            raise
+        self._measure(name, [entry.version for entry in index.versions])
         self._tokens[name] = token
-        self._pulled(result)
 
     def _measure(self, name: str, versions: list[int]) -> None:
+        self._pending.labels(name).set(len(pending(self._models, name, self._fleet)))
         newest = max(layout.versions(self._models, name), default=-1)
         self._version.labels(name).set(max(newest, 0))
         self._behind.labels(name).set(sum(version > newest for version in versions))

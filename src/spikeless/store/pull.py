@@ -38,8 +38,11 @@ from spikeless.mapping.manifest import absolute, here
 from spikeless.repository import layout
 from spikeless.repository.journal import Journal
 from spikeless.repository.journal import Pulled as PulledEntry
+from spikeless.repository.models_config import ModelsConfig
+from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.prune import prune
-from spikeless.store import pieces
+from spikeless.store import pieces, promotions
+from spikeless.store.applying import apply
 from spikeless.store.catalog import Catalog, latest, models_in, of_version
 from spikeless.store.manifest import MAX_MANIFEST_BYTES, Entry, File, Index, Manifest, Stored, read_manifest
 from spikeless.store.objects import Store
@@ -96,6 +99,10 @@ class PullSettings:
     #: The newest versions that stay, by the rules of `spikeless.rollout.prune` whatever
     #: their age; None: all stay.
     keep: int | None = None
+    #: The running servers of this machine, on which a version that is promoted in the
+    #: store is promoted, too. None: ``models.config`` is written for servers that start
+    #: afterwards.
+    servers: FleetSettings | None = None
     store: StoreSettings = field(default_factory=StoreSettings)
 
     def __post_init__(self) -> None:
@@ -115,6 +122,9 @@ def pull(
 ) -> list[Pulled]:
     """Pull the newest version, or a given one, of one model or of all in the store.
 
+    Where versions are promoted in the store, they are pulled, too, and served: see
+    `spikeless.store.applying`. A given version is only pulled.
+
     Args:
         store: the URL of the store.
         models: the repository; created when it is not there.
@@ -128,6 +138,7 @@ def pull(
         AlreadyExists: this disk has the version with other content.
         DataLoss: the store has not what its manifest says.
         ResourceExhausted: there is no room.
+        PromotionError: a server refused a promoted version; everything was put back.
         SpikelessError: the store failed. In all these cases no version shows that is
             not whole.
     """
@@ -136,10 +147,22 @@ def pull(
     names = [name] if name is not None else models_in(opened)
     if not names:
         raise NotFound(f"{opened.shown} has no models: push one first, or give a model's name")
+    fleet = promotions.read(opened)
     pulled = []
     for each in names:
         catalog = Catalog(opened, each)
-        pulled.append(pull_model(catalog, catalog.index(), Path(models), version, settings, progress))
+        pulled += pull_model(catalog, catalog.index(), Path(models), fleet, settings, progress, version)
+    for each in names if version is None else ():
+        apply(
+            Path(models),
+            each,
+            fleet,
+            store=opened.shown,
+            servers=settings.servers,
+            serving_root=settings.serving_root,
+            progress=progress,
+            interrupted=interrupted,
+        )
     return pulled
 
 
@@ -147,23 +170,48 @@ def pull_model(
     catalog: Catalog,
     index: Index,
     models: Path,
-    version: int | None,
+    fleet: ModelsConfig,
     settings: PullSettings,
     progress: Callable[[str], None] = lambda line: None,
+    version: int | None = None,
+) -> list[Pulled]:
+    """Pull the versions of one model that are promoted, and the newest, which is last.
+
+    Args:
+        fleet: the ``models.config`` in the store.
+        version: pull only this one.
+
+    Other arguments and errors are those of `pull`.
+    """
+    shown = catalog.store.shown
+    pinned = promotions.pinned(fleet, catalog.model)
+    if version is not None:
+        entries = [of_version(index, version, shown)]
+    else:
+        newest = latest(index, catalog.store)
+        entries = [of_version(index, each, shown) for each in pinned if each != newest.version]
+        entries.append(newest)
+    pulled = [_pull_one(catalog, index, models, entry, settings, progress) for entry in entries]
+    if settings.keep is not None and not all(one.already for one in pulled):
+        prune(models, catalog.model, settings.keep, None, force=True, pinned=pinned, progress=progress)
+    return pulled
+
+
+def _pull_one(
+    catalog: Catalog,
+    index: Index,
+    models: Path,
+    entry: Entry,
+    settings: PullSettings,
+    progress: Callable[[str], None],
 ) -> Pulled:
-    """Pull one version of one model; arguments and errors are those of `pull`."""
-    newest = latest(index, catalog.store)
-    entry = newest if version is None else of_version(index, version, catalog.store.shown)
     directory = layout.model_directory(models, catalog.model)
     state = layout.state_directory(models, catalog.model)
     with atomic.reported_errors(f"pull to {directory}"):
         atomic.make_directory(directory)
         state.mkdir(exist_ok=True)
         with locks.acquire(state / _LOCK):
-            pulled = _pull(catalog, index, entry, directory, settings, progress)
-    if settings.keep is not None and not pulled.already:
-        prune(models, catalog.model, settings.keep, None, force=True, progress=progress)
-    return pulled
+            return _pull(catalog, index, entry, directory, settings, progress)
 
 
 def _pull(
