@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def at_every_touch(directory: str, prepare: Callable[[Path], object], act: Calla
 
 def _kill_at(number: int, folder: Path) -> None:
     touched = 0
+    lock = threading.Lock()
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal touched
@@ -59,9 +61,11 @@ def _kill_at(number: int, folder: Path) -> None:
         # Removal of a tree goes by names relative to open directories.
         if not any(path.startswith(str(folder)) or "/" not in path for path in paths):
             return
-        if touched == number:
-            os.write(1, f"{event} {' '.join(paths)}\n".encode())
-            os.kill(os.getpid(), signal.SIGKILL)
-        touched += 1
+        # Of threads that get here at once, only one says so.
+        with lock:
+            if touched == number:
+                os.write(1, f"{event} {' '.join(paths)}\n".encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+            touched += 1
 
     sys.addaudithook(hook)
