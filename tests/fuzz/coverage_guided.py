@@ -20,7 +20,7 @@ import numpy as np
 
 with atheris.instrument_imports(include=["spikeless"]):
     from spikeless.errors import SpikelessError
-    from spikeless.formats import large_tensors, rest_json, tensors, tfrecord, wire
+    from spikeless.formats import large_tensors, open_inference, rest_json, tensors, tfrecord, wire
     from spikeless.formats.checkpoint import Checkpoint, index_file
     from spikeless.formats.savedmodel import TensorSpec
     from spikeless.warmup import records
@@ -29,8 +29,10 @@ import contextlib
 
 from google.protobuf.message import DecodeError
 
+from spikeless.formats.open_inference_messages import message_class
 from spikeless.formats.protos import predict_pb2, tensor_pb2, types_pb2
 
+_InferRequest = message_class("ModelInferRequest")
 LIBFUZZER = ("-rss_limit_mb=2048", "-timeout=10", "-close_fd_mask=0")
 SPECS = {
     alias: TensorSpec(alias, f"{alias}:0", dtype, (None, 2))
@@ -56,6 +58,27 @@ SEEDS: dict[str, list[bytes]] = {
                 "s": tensors.to_proto([b"a"], as_field=True),
             },
             output_filter=["y"],
+        ).SerializeToString(),
+    ],
+    "infer_json": [
+        b'{"id": "7", "inputs": [{"name": "x", "datatype": "FP16", "shape": [1, 2], "data": [[1, 2.5]]}]}',
+        b'{"inputs": [{"name": "s", "datatype": "BYTES", "shape": [2], "data": ["a", ""]}], "outputs": []}',
+        b'{"inputs": [{"name": "s", "datatype": "BYTES", "shape": [1],'
+        b'"parameters": {"binary_data_size": 5}},'
+        b'{"name": "b", "datatype": "BOOL", "shape": [2], "parameters": {"binary_data_size": 2}}]}'
+        b"\x01\0\0\0a\x01\0",
+    ],
+    "infer_message": [
+        _InferRequest(
+            inputs=[{"name": "i", "datatype": "INT8", "shape": [2], "contents": {"int_contents": [1, -1]}}],
+            outputs=[{"name": "y"}],
+        ).SerializeToString(),
+        _InferRequest(
+            inputs=[
+                {"name": "s", "datatype": "BYTES", "shape": [1]},
+                {"name": "f", "datatype": "BF16", "shape": [1, 1]},
+            ],
+            raw_input_contents=[b"\x01\0\0\0a", b"\x80\x3f"],
         ).SerializeToString(),
     ],
     "tfrecord": [tfrecord.frame(b"abc") + tfrecord.frame(b"")],
@@ -119,6 +142,40 @@ def _value(value: Any) -> Any:
     return array.dtype, array.shape, array.tolist() if array.dtype == object else array.tobytes()
 
 
+def read_infer_json(content: bytes) -> None:
+    end = content.rfind(b"}") + 1
+    for length in (None, end):
+        with contextlib.suppress(SpikelessError):
+            request = open_inference.read_json(content, length)
+            open_inference.write_json("m", 1, request, request.inputs)
+
+
+def read_infer_message(content: bytes) -> None:
+    """What is read is written, and read as the same again."""
+    try:
+        message = _InferRequest.FromString(content)
+    except DecodeError:
+        return  # gRPC answers that
+    request = open_inference.read_message(message)
+    answer = open_inference.write_message("m", 1, request, request.inputs)
+    again = open_inference.read_message(
+        _InferRequest(
+            inputs=[
+                {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+                | ({} if answer.raw_output_contents else {"contents": output.contents})
+                for output in answer.outputs
+            ],
+            raw_input_contents=answer.raw_output_contents,
+        )
+    )
+    assert again.inputs.keys() == request.inputs.keys()
+    for name, array in request.inputs.items():
+        other = again.inputs[name]
+        assert (array.dtype, array.shape) == (other.dtype, other.shape)
+        # As text, for which NaN is NaN.
+        assert str(array.reshape(-1).tolist()) == str(other.reshape(-1).tolist())
+
+
 def read_tfrecord(content: bytes) -> None:
     for gzipped in (False, None):
         for _ in tfrecord.read(_file(content), gzipped=gzipped):
@@ -141,6 +198,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "json": read_json,
     "tensor": read_tensor,
     "request": read_request,
+    "infer_json": read_infer_json,
+    "infer_message": read_infer_message,
     "tfrecord": read_tfrecord,
     "warmup": read_warmup,
     "checkpoint": read_checkpoint,

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("coverage_guided.py")
-TARGETS = ("json", "tensor", "request", "tfrecord", "warmup", "checkpoint")
+TARGETS = (
+    *("json", "tensor", "request", "infer_json", "infer_message"),
+    *("tfrecord", "warmup", "checkpoint"),
+)
 
 pytest.importorskip("atheris", reason="atheris has no wheel for this Python or machine")
 
