@@ -284,7 +284,7 @@ def test_a_server_swaps_what_is_pulled_under_requests(
         "--follow",
         "--json",
     ]
-    command += ["--interval=200ms", "--keep=2", f"--metrics-port={port}"]
+    command += ["--poll=200ms", "--keep=2", f"--metrics-port={port}"]
     follower = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert follower.stdout is not None

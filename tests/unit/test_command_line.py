@@ -90,7 +90,6 @@ def test_one_thing_has_one_name_and_one_form_everywhere() -> None:
             "--publish-at",
             "--publish-every",
             "--poll",
-            "--interval",
             "--spread",
         ),
         *("--soak", "--stagger", "--load-timeout", "--patience", "--max-first-request"),
@@ -157,6 +156,25 @@ def test_what_a_store_cannot_be_given(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "there is no store s4://; there is abfs" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("exporter", "--port=65536"), "65536 is not in the range"),
+        (("pull", "store", "--follow", "--metrics-port=65536"), "65536 is not in the range"),
+        (("pull", "store", "--keep=0"), "so 1 or more"),
+        (("pull", "store", "--serving-root=models"), "must be an absolute path"),
+    ],
+)
+def test_an_option_is_checked_before_a_store_is_asked(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = spikeless(*arguments, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_registry_is_made_up(tmp_path: Path) -> None:

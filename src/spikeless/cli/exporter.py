@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from prometheus_client import CollectorRegistry, start_http_server
 
-from spikeless.cli.options import interruptible, models_option, server_option
+from spikeless.cli.options import PORT, interruptible, models_option, server_option
 from spikeless.errors import Unavailable
 from spikeless.sidecars.exporter import Exporter, ExporterSettings
 
@@ -22,7 +22,9 @@ from spikeless.sidecars.exporter import Exporter, ExporterSettings
     help="A copy of that process's /proc/PID/status which is kept fresh, where the process cannot be seen.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=9500, show_default=True, help="Port to listen on; 0 picks a free one.")
+@click.option(
+    "--port", type=PORT, default=9500, show_default=True, help="Port to listen on; 0 picks a free one."
+)
 def command(
     server: str, models: Path, pid: int | None, status_file: Path | None, host: str, port: int
 ) -> None:

@@ -105,6 +105,8 @@ running_servers_option = click.option(
     help="gRPC addresses of this machine's servers, on which versions are promoted.",
 )
 
+
+PORT = click.IntRange(0, 65535)
 #: ``HOST:PORT`` of one server.
 SERVER = _Servers("server", parse_target)
 

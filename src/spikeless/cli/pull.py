@@ -9,6 +9,7 @@ import click
 from prometheus_client import start_http_server
 
 from spikeless.cli.options import (
+    PORT,
     Duration,
     interruptible,
     json_option,
@@ -38,11 +39,12 @@ from spikeless.store.pull import PullSettings, pull
 @store_options
 @click.option("--follow", is_flag=True, help="Pull each new version, until Ctrl-C or SIGTERM.")
 @click.option(
-    "--interval",
+    "--poll",
+    "interval",
     type=Duration(at_least=0.05),
     default="30s",
     show_default=True,
-    help="With --follow: time between looks at the store.",
+    help="With --follow: time between looks.",
 )
 @click.option(
     "--spread",
@@ -51,7 +53,7 @@ from spikeless.store.pull import PullSettings, pull
     show_default=True,
     help="With --follow: wait a random part of this first.",
 )
-@click.option("--metrics-port", type=int, help="With --follow: serve metrics here; 0 picks a free port.")
+@click.option("--metrics-port", type=PORT, help="With --follow: serve metrics here; 0 picks a free port.")
 @click.option(
     "--metrics-host",
     default="127.0.0.1",

@@ -108,6 +108,8 @@ class PullSettings:
     def __post_init__(self) -> None:
         if self.keep is not None and self.keep < 1:
             raise InvalidArgument(f"--keep {self.keep}: the newest version always stays, so 1 or more")
+        if self.serving_root is not None:
+            absolute(self.serving_root)
 
 
 def pull(
