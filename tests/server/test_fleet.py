@@ -211,8 +211,8 @@ def test_killed_and_at_once_over_s3(store: str, trained: Path, tmp_path: Path) -
 
     source = str(trained / NAME / "1")
     for command in (["push", source, store], ["pull", store, NAME, "--models", str(models)]):
-        for seconds in range(1, 100):
-            if run(*command, kill_after=seconds) == 0:
+        for attempt in range(12):
+            if run(*command, kill_after=1.5**attempt) == 0:
                 break
             assert not (models / NAME / "1").exists()
         else:

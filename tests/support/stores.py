@@ -48,15 +48,17 @@ def listens(port: int, host: str = "127.0.0.1") -> bool:
 
 
 @contextlib.contextmanager
-def running(command: list[str], log: Path, reached: Callable[[], bool], **options: object) -> Iterator[None]:
-    """A server as a child, stopped at the end."""
+def running(
+    command: list[str], log: Path, reached: Callable[[], bool], *, gently: bool = True, **options: object
+) -> Iterator[None]:
+    """A server as a child, stopped at the end, or killed where that takes long."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)  # type: ignore[call-overload]
     try:
         wait_for(reached, process, log)
         yield
     finally:
-        process.terminate()
+        process.terminate() if gently else process.kill()
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -139,7 +141,8 @@ def s3_server(directory: Path, host: str = "127.0.0.1") -> Iterator[S3]:
             return False
         return True
 
-    with running(command, log, ready, cwd=directory):
+    # It says good-bye for a quarter of a minute.
+    with running(command, log, ready, gently=False, cwd=directory):
         yield server
 
 
