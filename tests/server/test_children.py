@@ -16,6 +16,14 @@ from promotion_models import NAME
 from spikeless.disk import children
 
 
+def words_of(process: psutil.Process) -> set[str]:
+    """The command of a process; nothing when it has ended."""
+    try:
+        return set(process.cmdline())
+    except psutil.NoSuchProcess:
+        return set()
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
 def test_bench_leaves_nothing_behind(models: Path, tmp_path: Path, ending: signal.Signals) -> None:
     command = [sys.executable, "-m", "spikeless", "bench", "run", NAME, "--duration", "100"]
@@ -25,7 +33,7 @@ def test_bench_leaves_nothing_behind(models: Path, tmp_path: Path, ending: signa
     started: list[psutil.Process] = []
     try:
         parent, deadline = psutil.Process(bench.pid), time.monotonic() + 100
-        while not {"locust", "serve"} <= {word for child in started for word in child.cmdline()}:
+        while not {"locust", f"--model_name={NAME}"} <= set().union(*map(words_of, started)):
             assert bench.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
             started = parent.children(recursive=True)

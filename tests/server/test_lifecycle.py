@@ -55,7 +55,9 @@ def answer(client: Client, **choice: Any) -> list[float]:
 def test_a_swap_under_load_fails_no_request(saved_models: Path, tmp_path: Path, serve: ServerFactory) -> None:
     models = tmp_path / "times"
     put_version(saved_models / "times_one", models, 1)
-    with serve(POLL, *THREADS, model_name="times", model_base_path=models) as running:
+    # TensorFlow Serving has few threads; where they wait for a processor, it refuses.
+    flags = (POLL, *THREADS, "--grpc_max_threads=64")
+    with serve(*flags, model_name="times", model_base_path=models) as running:
         assert states(running.client, "times") == {1: State.AVAILABLE}
         stop = threading.Event()
         failures: list[Exception] = []
