@@ -181,11 +181,13 @@ _CHINESE_RUNGS = {
     "+ mapped": "+ 参数映射",
     "+ optimised": "+ 图优化",
     "+ loads yield": "+ 加载让出处理器",
+    "+ isolated": "+ 加载隔离",
 }
 
 
 def _ladder(result: str, header: Sequence[str], names: dict[str, str]) -> str:
-    _, columns, rows = next(_tables((_RESULTS / result / "summary.md").read_text()))
+    tables = _tables((_RESULTS / result / "summary.md").read_text())
+    columns, rows = next((columns, rows) for _, columns, rows in tables if "reload p99.9" in rows)
     shown = ("steady p99.9", "reload p99.9", "requests over the SLO", "private memory, peak")
     return _table(
         header,

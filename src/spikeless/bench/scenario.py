@@ -173,8 +173,8 @@ def result_path(directory: Path, result: Run) -> Path:
 
 
 def _portable(command: Sequence[str]) -> tuple[str, ...]:
-    """A command line without the paths of the interpreter and the working directory."""
-    program = "python" if command[0] == sys.executable else command[0]
+    """A command line without the paths of its program and the working directory."""
+    program = "python" if command[0] == sys.executable else Path(command[0]).name
     return (program, *map(_from_here, command[1:]))
 
 
