@@ -243,7 +243,7 @@ def test_http_is_for_pulling(trained: Path, tmp_path: Path) -> None:
             push(trained / NAME / "3", url)
     log = (tmp_path / "access.log").read_text()
     assert '" 206 ' in log  # ranges
-    with pytest.raises(Unavailable, match=f"cannot read {url}/{NAME}/index.json"):
+    with pytest.raises(Unavailable, match=f"cannot read {url}/models.config"):
         pull(url, models, NAME, settings=PullSettings(store=HASTY))
 
 
