@@ -45,7 +45,7 @@ def _descriptor(module: str) -> bytes:
             content = ast.literal_eval(node.args[0])
             assert isinstance(content, bytes)
             return content
-        # As generated for TensorFlow Serving 2.20: serialized_pb=_b("..."), bytes as text.
+        # As generated for 2.20: serialized_pb=_b("..."), bytes as text.
         if isinstance(node, ast.keyword) and node.arg == "serialized_pb" and isinstance(node.value, ast.Call):
             text = ast.literal_eval(node.value.args[0])
             assert isinstance(text, str)
