@@ -87,20 +87,8 @@ def started(timetable: Timetable, log: Path) -> Iterator[tuple[str, subprocess.P
     """Run the server; gives its address and process. `log` is whole after the block."""
     plan = log.with_suffix(".timetable.json")
     plan.write_text(json.dumps(dataclasses.asdict(timetable)))
-    command = [sys.executable, __file__, str(plan), str(log)]
-    process = subprocess.Popen(
-        children.tied(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    with process:
-        try:
-            assert process.stdout is not None
-            yield f"127.0.0.1:{int(process.stdout.readline())}", process
-        finally:
-            process.terminate()
+    with children.serving([sys.executable, __file__, str(plan), str(log)]) as (port, process):
+        yield f"127.0.0.1:{port}", process
 
 
 def read_log(log: Path) -> dict[int, Held]:

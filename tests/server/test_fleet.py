@@ -30,7 +30,7 @@ from spikeless.launch import free_port
 from spikeless.mapping import read_manifest
 from spikeless.repository.journal import Journal, outcomes
 from spikeless.rollout.fleet import FleetSettings
-from spikeless.store.follow import Follower, FollowSettings
+from spikeless.store.follow import FollowSettings, StoreFollower
 from spikeless.store.objects import Store
 from spikeless.store.promotions import promote, rollback
 from spikeless.store.pull import PullSettings, pull
@@ -350,7 +350,7 @@ def test_a_machine_serves_what_is_promoted_in_the_store(
     with serve(*flags, labels) as running:
         running.wait(NAME, {1: State.AVAILABLE})
         settings = PullSettings(servers=FleetSettings((running.server.target,)))
-        follower = Follower(store, models, NAME, FollowSettings(pull=settings))
+        follower = StoreFollower(store, models, NAME, FollowSettings(pull=settings))
         answers: list[bytes] = []
         stop = threading.Event()
 

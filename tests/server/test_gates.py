@@ -23,7 +23,7 @@ from spikeless.repository.gates import GateSettings, breaking_changes
 from spikeless.repository.golden import Tolerance
 from spikeless.repository.journal import Journal, Published
 from spikeless.repository.layout import stable_version
-from spikeless.repository.target import Target
+from spikeless.repository.target import ServerTarget
 from spikeless.repository.trial import GateError
 
 
@@ -253,7 +253,7 @@ def test_graphs_of_a_newer_tensorflow_are_told(scales: Path, models: Path, tmp_p
     (warning,) = (line for line in said if "exported it" in line)
     assert re.search(r"TensorFlow 2\.99\.0 exported it, and servers have 2\.\d+", warning), warning
     assert "update servers first" in warning
-    older = GateSettings(target=Target("2.9.1")).pipeline()
+    older = GateSettings(target=ServerTarget("2.9.1")).pipeline()
     publishing.publish(scales / "3", models, NAME, gates=older, progress=said.append)
     assert any("servers have 2.9.1" in line for line in said), said
     with pytest.raises(GateError, match=r"min consumer.*upgrade TensorFlow") as told:

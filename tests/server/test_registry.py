@@ -20,7 +20,7 @@ from trained_models import spikeless
 
 from spikeless import launch, warmup
 from spikeless.errors import Code
-from spikeless.registry import Follower, Registry, publish
+from spikeless.registry import AliasFollower, Registry, publish
 from spikeless.repository import gates, origin
 from spikeless.repository.gates import FILES, GateSettings
 from spikeless.repository.journal import ChangeBegun, Journal, Published
@@ -163,7 +163,7 @@ def test_a_gate_refuses_once_and_the_next_version_passes(client: Any, tmp_path: 
         forget(client, "times", version)
     gates = GateSettings(load=False).pipeline()
     lines: list[str] = []
-    follower = Follower(Registry(), "models:/times@next", tmp_path, gates=gates, progress=lines.append)
+    follower = AliasFollower(Registry(), "models:/times@next", tmp_path, gates=gates, progress=lines.append)
     client.set_registered_model_alias("times", "next", 1)
     followed = follower.poll()
     assert followed is not None
@@ -237,7 +237,7 @@ def test_a_kill_at_any_point_leaves_whole_versions_and_none_is_published_twice(
 ) -> None:
     uri = "models:/times/1"
     whole = tmp_path / "whole"
-    assert Follower(Registry(), uri, whole, gates=QUICK).poll() is not None
+    assert AliasFollower(Registry(), uri, whole, gates=QUICK).poll() is not None
     expected = tree(whole / "times" / "1")
     kills_in = tmp_path / "kills"
     kills_in.mkdir()
@@ -257,7 +257,7 @@ def test_a_kill_at_any_point_leaves_whole_versions_and_none_is_published_twice(
         inode = versions(models, "times")[1].stat().st_ino if before[number] else None
         if number == renamed:  # killed before the registry heard of it
             forget(client, "times")
-        followed = Follower(Registry(), uri, models, gates=QUICK).poll()
+        followed = AliasFollower(Registry(), uri, models, gates=QUICK).poll()
         assert followed is not None
         assert list(versions(models, "times")) == [1], number
         assert inode in (None, followed.path.stat().st_ino), number

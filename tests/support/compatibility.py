@@ -20,7 +20,7 @@ from prometheus_client.core import Metric
 from spikeless.engine import flags
 from spikeless.engine.metrics import Metrics
 from spikeless.sidecars.exporter import Exporter, ExporterSettings
-from spikeless.store.follow import Follower, FollowSettings
+from spikeless.store.follow import FollowSettings, StoreFollower
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -206,7 +206,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "engine metrics": lambda _: _registered(Metrics()._registry),
     "exporter metrics": lambda _: _exporter_metrics(),
     "follow metrics": lambda _: _registered(
-        Follower("memory://none", _ROOT / "models", None, FollowSettings()).registry
+        StoreFollower("memory://none", _ROOT / "models", None, FollowSettings()).registry
     ),
     "stack variables": lambda _: _stack_table(),
     "results": lambda _: _results(),

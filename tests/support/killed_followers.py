@@ -11,14 +11,14 @@ import mlflow.artifacts
 import mlflow.store.artifact.models_artifact_repo  # noqa: F401
 from killed import at_every_touch
 
-from spikeless.registry import Follower, Registry
+from spikeless.registry import AliasFollower, Registry
 from spikeless.repository.gates import FILES
 
 uri, directory = sys.argv[1:]
 
 
 def follow(models: Path) -> None:
-    Follower(Registry(), uri, models, gates=[FILES]).poll()
+    AliasFollower(Registry(), uri, models, gates=[FILES]).poll()
 
 
 at_every_touch(directory, Path.mkdir, follow)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from spikeless import bench
 from spikeless.bench import analysis, capacity, folding, run_file, watch
-from spikeless.bench.gate import MOST_LEFT_OUT, Judgement, Limits, Outcome, fewest_requests, judge
+from spikeless.bench.gate import MOST_LEFT_OUT, GateOutcome, Judgement, Limits, fewest_requests, judge
 from spikeless.bench.report.judgement import judgement_junit, judgement_markdown, show_judgement
 from spikeless.bench.watch import StateChange
 from spikeless.errors import FailedPrecondition, InvalidArgument
@@ -59,8 +59,8 @@ def test_limits_are_held_or_broken_by_the_whole_interval() -> None:
     assert p999.value == pytest.approx(99, abs=2)
     assert ratio.value == pytest.approx(p999.value)
     assert (failed.limit, failed.value) == (0, 0)
-    assert judgement.outcome == Outcome.BROKEN
-    assert judge([swaps()], Limits({"p99.9": 150})).outcome == Outcome.HELD
+    assert judgement.outcome == GateOutcome.BROKEN
+    assert judge([swaps()], Limits({"p99.9": 150})).outcome == GateOutcome.HELD
 
 
 def test_a_limit_inside_the_interval_is_too_noisy_to_tell() -> None:
@@ -72,8 +72,12 @@ def test_a_limit_inside_the_interval_is_too_noisy_to_tell() -> None:
     assert p99.high is not None
     assert p99.low < 50 < p99.high
     assert "inside the interval" in p99.why
-    assert judgement.outcome == Outcome.UNCLEAR
-    assert [outcome.exit_code for outcome in (Outcome.HELD, Outcome.BROKEN, Outcome.UNCLEAR)] == [0, 1, 3]
+    assert judgement.outcome == GateOutcome.UNCLEAR
+    assert [outcome.exit_code for outcome in (GateOutcome.HELD, GateOutcome.BROKEN, GateOutcome.UNCLEAR)] == [
+        0,
+        1,
+        3,
+    ]
 
 
 def test_too_few_reloads_are_never_a_pass() -> None:
@@ -82,7 +86,7 @@ def test_too_few_reloads_are_never_a_pass() -> None:
     assert "4 of 4 reloads can be used, and figures need 5" in judgement.checks[0].why
     assert judgement.checks[0].value is None
     several = judge([swaps(0, 0, 0, 0), swaps(0, 0)], Limits({"p99.9": 1000}, spike_ratio=100))
-    assert several.outcome == Outcome.HELD, "the reloads of several runs count together"
+    assert several.outcome == GateOutcome.HELD, "the reloads of several runs count together"
 
 
 def test_too_few_requests_are_never_a_pass() -> None:
@@ -93,23 +97,23 @@ def test_too_few_requests_are_never_a_pass() -> None:
     assert outcomes(judgement)[:2] == ["UNCLEAR", "HELD"]
     assert "2,880 requests during reloads, and p99.9 needs 2,995" in judgement.checks[0].why
     broken = judge([swaps(*SPIKES, rate=200)], Limits({"p99.9": 10}))
-    assert broken.outcome == Outcome.BROKEN, "a limit can be broken by fewer"
+    assert broken.outcome == GateOutcome.BROKEN, "a limit can be broken by fewer"
 
 
 def test_a_generator_that_was_behind_is_never_a_pass() -> None:
     run = slow_generator(swaps(0, 0, 0, 0, 0, 0, 0, 0), 2)
     judgement = judge([run], Limits({"p99.9": 1000}))
-    assert judgement.outcome == Outcome.UNCLEAR
+    assert judgement.outcome == GateOutcome.UNCLEAR
     assert "only 6 of 8 reloads can be used" in judgement.checks[0].why
     assert "late" in judgement.checks[0].why
     assert judge([slow_generator(run, 1)], Limits({"p99.9": 1000})).reloads == 8
     one = judge([slow_generator(swaps(0, 0, 0, 0, 0, 0, 0, 0), 1)], Limits({"p99.9": 1000}))
-    assert one.outcome == Outcome.HELD
+    assert one.outcome == GateOutcome.HELD
 
 
 def test_a_generator_slower_than_the_limit_can_tell_nothing() -> None:
     judgement = judge([swaps()], Limits({"p99.9": 1.2}))  # Its floor is 1.5 ms.
-    assert judgement.outcome == Outcome.UNCLEAR
+    assert judgement.outcome == GateOutcome.UNCLEAR
     assert "the load generator's own p99.9 is 1.5 ms" in judgement.checks[0].why
 
 
@@ -118,7 +122,7 @@ def test_failed_requests_and_failed_loads_break_a_limit() -> None:
     judgement = judge([run], Limits({"p99.9": 1000}))
     assert outcomes(judgement) == ["HELD", "BROKEN", "HELD"]
     assert judgement.checks[1].why == "3 UNAVAILABLE"
-    assert judge([run], Limits(errors=3)).outcome == Outcome.HELD
+    assert judge([run], Limits(errors=3)).outcome == GateOutcome.HELD
     states = [*run.facts.states, StateChange(55.0, 9, "END", "no saved_model.pb")]
     broken = dataclasses.replace(run, facts=dataclasses.replace(run.facts, states=states))
     assert outcomes(judge([broken], Limits(errors=3))) == ["HELD", "BROKEN"]
@@ -128,13 +132,13 @@ def test_failed_requests_and_failed_loads_break_a_limit() -> None:
 def test_a_result_is_compared_with_its_baseline() -> None:
     before, slower = swaps(), swaps(*np.full(6, 180.0))
     limits = Limits({"p99.9": 1000}, baseline_ratio=1.25)
-    assert judge([before], limits, baseline=[before]).outcome == Outcome.HELD
+    assert judge([before], limits, baseline=[before]).outcome == GateOutcome.HELD
     judgement = judge([slower], limits, baseline=[before])
     check = judgement.checks[1]
-    assert (check.name, check.outcome) == ("reload p99.9 / baseline", Outcome.BROKEN)
+    assert (check.name, check.outcome) == ("reload p99.9 / baseline", GateOutcome.BROKEN)
     assert check.value == pytest.approx(1.8, abs=0.05)
     few = judge([before], limits, baseline=[swaps(0, 0)])
-    assert few.outcome == Outcome.UNCLEAR
+    assert few.outcome == GateOutcome.UNCLEAR
     assert "baseline: 2 of 2 reloads can be used" in few.checks[1].why
     with pytest.raises(FailedPrecondition, match="different machines"):
         judge([before], limits, [swaps(machine=dataclasses.replace(MACHINE, cpus=64))])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from spikeless.errors import SpikelessError
 from spikeless.formats import wire
-from spikeless.formats.large_tensors import Request, Response, array_of, read_request
+from spikeless.formats.large_tensors import LargeRequest, Response, array_of, read_request
 from spikeless.formats.protos import model_pb2, predict_pb2
 from spikeless.formats.tensors import NUMPY_DTYPES, to_numpy, to_proto
 from spikeless.runtime import Session, session
@@ -58,7 +58,7 @@ def same(one: Callable[[], Any], other: Callable[[], Any]) -> None:
     assert outcomes[0] == outcomes[1]
 
 
-def contents(request: predict_pb2.PredictRequest | Request) -> Any:
+def contents(request: predict_pb2.PredictRequest | LargeRequest) -> Any:
     arrays = {alias: array_of(value) for alias, value in request.inputs.items()}
     return (
         request.HasField("model_spec"),
@@ -72,7 +72,7 @@ def contents(request: predict_pb2.PredictRequest | Request) -> Any:
 def test_a_request_has_the_same_contents(request: predict_pb2.PredictRequest) -> None:
     content = request.SerializeToString()
     read = read_request(content, large=0)
-    assert isinstance(read, Request)
+    assert isinstance(read, LargeRequest)
     assert contents(read) == contents(predict_pb2.PredictRequest.FromString(content))
 
 

@@ -33,12 +33,12 @@ from spikeless.formats import savedmodel
 from spikeless.launch import free_port
 from spikeless.mapping import check, read_manifest
 from spikeless.repository import models_config
-from spikeless.repository.journal import ChangeBegun, Journal, Published, Pulled, Pushed
+from spikeless.repository.journal import CameFromStore, ChangeBegun, Journal, Published, SentToStore
 from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.prune import prune
 from spikeless.store import promotions
-from spikeless.store.follow import Follower, FollowSettings
-from spikeless.store.manifest import Manifest
+from spikeless.store.follow import FollowSettings, StoreFollower
+from spikeless.store.manifest import VersionManifest
 from spikeless.store.manifest import read_manifest as parse
 from spikeless.store.objects import Store, redacted
 from spikeless.store.pull import PullSettings, pull
@@ -87,7 +87,7 @@ def small(tmp_path: Path) -> Path:
     return models
 
 
-def manifest_in(store: Path, version: int) -> Manifest:
+def manifest_in(store: Path, version: int) -> VersionManifest:
     file = store / NAME / "versions" / f"{version}.json"
     return parse(file.read_bytes(), str(file), NAME, version)
 
@@ -105,7 +105,7 @@ def test_what_is_pulled_is_what_was_pushed(trained: Path, tmp_path: Path) -> Non
         check(target, f"/srv/models/{NAME}/{number}")
         assert [path.stat().st_mode & 0o777 for path in (target, target / "variables")] == [0o755] * 2
     entries = Journal(models, NAME).entries()
-    assert [entry.version for entry in entries if isinstance(entry, Pulled)] == [1, 2, 3]
+    assert [entry.version for entry in entries if isinstance(entry, CameFromStore)] == [1, 2, 3]
     # Once more: nothing to do.
     (again,) = pull(store, models, settings=PullSettings(serving_root="/srv/models"))
     assert (again.version, again.already, again.fetched) == (3, True, 0)
@@ -171,7 +171,7 @@ def test_the_machine_that_pushed_pulls_nothing(small: Path, tmp_path: Path) -> N
     push(small / NAME / "2", store)
     (pulled,) = pull(store, small)
     assert pulled.already
-    assert not [entry for entry in Journal(small, NAME).entries() if isinstance(entry, Pulled)]
+    assert not [entry for entry in Journal(small, NAME).entries() if isinstance(entry, CameFromStore)]
 
 
 def test_pieces_come_from_versions_that_were_published_here(small: Path, tmp_path: Path) -> None:
@@ -451,7 +451,7 @@ def test_follow_pulls_what_appears_and_tells_how_it_is(small: Path, tmp_path: Pa
     store, models = str(tmp_path / "store"), tmp_path / "pulled"
     pulled: list[int] = []
     lines: list[str] = []
-    follower = Follower(
+    follower = StoreFollower(
         store,
         models,
         NAME,
@@ -476,7 +476,7 @@ def test_follow_pulls_what_appears_and_tells_how_it_is(small: Path, tmp_path: Pa
     age = metric("freshness_seconds")
     assert age is not None
     assert 0 < age < 3600
-    fetched = [entry.fetched for entry in Journal(models, NAME).entries() if isinstance(entry, Pulled)]
+    fetched = [entry.fetched for entry in Journal(models, NAME).entries() if isinstance(entry, CameFromStore)]
     assert metric("bytes_total", source="store") == sum(fetched)
     # A version that cannot be pulled: what is there stays, and what is wrong is told
     # once.
@@ -525,7 +525,7 @@ def test_credentials_are_in_no_message_and_no_journal(small: Path, tmp_path: Pat
     assert done.returncode == 1
     assert "http://127.0.0.1:9/models" in done.stderr
     assert "hunter2" not in done.stderr + done.stdout
-    assert not [entry for entry in Journal(small, NAME).entries() if isinstance(entry, Pushed)]
+    assert not [entry for entry in Journal(small, NAME).entries() if isinstance(entry, SentToStore)]
 
 
 def test_a_store_of_no_known_kind() -> None:
@@ -677,7 +677,7 @@ def test_changes_of_a_fleet_at_once_are_all_recorded(small: Path, tmp_path: Path
 
 def test_follow_brings_what_is_promoted(small: Path, tmp_path: Path) -> None:
     store, models = str(tmp_path / "store"), tmp_path / "pulled"
-    follower = Follower(store, models, None, FollowSettings(pull=PullSettings(keep=1)))
+    follower = StoreFollower(store, models, None, FollowSettings(pull=PullSettings(keep=1)))
 
     def metric(name: str) -> float | None:
         return follower.registry.get_sample_value(f"spikeless_pull_{name}", {"model_name": NAME})
@@ -694,7 +694,7 @@ def test_follow_brings_what_is_promoted(small: Path, tmp_path: Path) -> None:
     # No server: it is told on, and tried again at each look.
     servers = FleetSettings((f"127.0.0.1:{free_port()}",), patience=0.1)
     lines: list[str] = []
-    follower = Follower(
+    follower = StoreFollower(
         store, models, NAME, FollowSettings(pull=PullSettings(servers=servers)), progress=lines.append
     )
     follower.look()

@@ -37,7 +37,7 @@ _SHARES = {name: share for share, name in FIGURES.items()}
 _DEFAULT_FIGURE = "p99.9"
 
 
-class Outcome(str, enum.Enum):
+class GateOutcome(str, enum.Enum):
     """What is known of a limit."""
 
     HELD = "held"
@@ -50,7 +50,7 @@ class Outcome(str, enum.Enum):
         return _EXIT_CODES[self]
 
 
-_EXIT_CODES = {Outcome.HELD: 0, Outcome.BROKEN: 1, Outcome.UNCLEAR: 3}
+_EXIT_CODES = {GateOutcome.HELD: 0, GateOutcome.BROKEN: 1, GateOutcome.UNCLEAR: 3}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Check:
     #: The ends of the interval; of a count both are the value.
     low: float | None
     high: float | None
-    outcome: Outcome
+    outcome: GateOutcome
     #: Why it is too noisy to tell, or what broke; may be empty.
     why: str = ""
 
@@ -109,10 +109,12 @@ class Judgement:
     left_out: Sequence[str]
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> GateOutcome:
         """Broken when one limit is; else too noisy to tell when that is one."""
         found = {check.outcome for check in self.checks}
-        return next(one for one in (Outcome.BROKEN, Outcome.UNCLEAR, Outcome.HELD) if one in found)
+        return next(
+            one for one in (GateOutcome.BROKEN, GateOutcome.UNCLEAR, GateOutcome.HELD) if one in found
+        )
 
 
 def judge(runs: Sequence[Run], limits: Limits, baseline: Sequence[Run] = ()) -> Judgement:
@@ -213,23 +215,23 @@ def _checked(
     blind: str | None = None,
 ) -> Check:
     if figure is None:
-        return Check(name, unit, limit, None, None, None, Outcome.UNCLEAR, "; ".join(doubts))
+        return Check(name, unit, limit, None, None, None, GateOutcome.UNCLEAR, "; ".join(doubts))
     if blind is not None:
-        outcome, why = Outcome.UNCLEAR, blind
+        outcome, why = GateOutcome.UNCLEAR, blind
     elif figure.low > limit:
-        outcome, why = Outcome.BROKEN, ""
+        outcome, why = GateOutcome.BROKEN, ""
     elif figure.high > limit:
-        outcome, why = Outcome.UNCLEAR, "the limit is inside the interval: publish more versions"
+        outcome, why = GateOutcome.UNCLEAR, "the limit is inside the interval: publish more versions"
     elif doubts:
-        outcome, why = Outcome.UNCLEAR, "; ".join(doubts)
+        outcome, why = GateOutcome.UNCLEAR, "; ".join(doubts)
     else:
-        outcome, why = Outcome.HELD, ""
+        outcome, why = GateOutcome.HELD, ""
     return Check(name, unit, limit, figure.value, figure.low, figure.high, outcome, why)
 
 
 def _counted(name: str, limit: int, count: int, what: str) -> Check:
     broken = count > limit
-    outcome = Outcome.BROKEN if broken else Outcome.HELD
+    outcome = GateOutcome.BROKEN if broken else GateOutcome.HELD
     return Check(name, "", limit, count, count, count, outcome, what if broken else "")
 
 

@@ -70,7 +70,7 @@ def command(
     if promoted:
         promotion = registry.Promotion(fleet, PromotionSettings(label=label, serving_root=serving_root))
     with interruptible() as stop:
-        follower = registry.Follower(
+        follower = registry.AliasFollower(
             registry.Registry(),
             uri,
             models,

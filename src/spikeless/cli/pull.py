@@ -22,7 +22,7 @@ from spikeless.cli.options import (
 )
 from spikeless.errors import Unavailable
 from spikeless.rollout.fleet import FleetSettings
-from spikeless.store.follow import Follower, FollowSettings
+from spikeless.store.follow import FollowSettings, StoreFollower
 from spikeless.store.pull import PullSettings, pull
 
 
@@ -102,7 +102,7 @@ def command(
             for result in found:
                 print_result(result, as_json)
             return
-        follower = Follower(
+        follower = StoreFollower(
             store,
             models,
             name,

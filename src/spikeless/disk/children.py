@@ -10,8 +10,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from spikeless.errors import Unavailable
 
 _SETPRIV = ("setpriv", "--pdeathsig", "TERM", "--")
 
@@ -30,3 +33,26 @@ def tied(command: Sequence[str]) -> list[str]:
 def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
     """``subprocess.run`` of a command that ends with this process."""
     return subprocess.run(tied(command), **options)
+
+
+@contextmanager
+def serving(command: Sequence[str]) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """Run a server that prints its port first, in a session of its own, for the block.
+
+    Gives the port and the process, which is ended with SIGTERM and waited for.
+
+    Raises:
+        Unavailable: it printed none.
+    """
+    process = subprocess.Popen(
+        tied(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            port = process.stdout.readline().strip()
+            if not port:
+                raise Unavailable(f"{' '.join(command)} did not start; its error is above")
+            yield int(port), process
+        finally:
+            process.terminate()

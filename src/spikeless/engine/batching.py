@@ -74,7 +74,7 @@ _BatchingParameters = message_class(
 )
 
 
-class Observer(Protocol):
+class BatchObserver(Protocol):
     """Told of what is batched: `spikeless.engine.metrics`."""
 
     def batch_input(self, size: int) -> None: ...
@@ -172,7 +172,7 @@ class Batching:
         SpikelessError: ``--batching_parameters_file`` cannot be used.
     """
 
-    def __init__(self, flags: ServerFlags, observer: Observer | None = None) -> None:
+    def __init__(self, flags: ServerFlags, observer: BatchObserver | None = None) -> None:
         self._parameters = Parameters()
         if flags.batching_parameters_file:
             self._parameters = Parameters.read(flags.batching_parameters_file)
@@ -471,7 +471,7 @@ _Key = tuple[frozenset[str], frozenset[str]]
 class _Stack:
     """Runs rows of several calls in one session, padded to an allowed size."""
 
-    def __init__(self, session: Session, parameters: Parameters, observer: Observer | None) -> None:
+    def __init__(self, session: Session, parameters: Parameters, observer: BatchObserver | None) -> None:
         self.session = session
         self.parameters = parameters
         self.observer = observer

@@ -90,7 +90,7 @@ class PredictionServicer:
 
     @_answering
     def Predict(
-        self, request: predict_pb2.PredictRequest | large_tensors.Request, context: grpc.ServicerContext
+        self, request: predict_pb2.PredictRequest | large_tensors.LargeRequest, context: grpc.ServicerContext
     ) -> bytes:
         with self._calls.counted(_model_spec(PREDICT, request), PREDICT.name) as call:
             return call.model().predict_large(request, _timeout(context)).serialized()

@@ -27,7 +27,7 @@ SIGNATURES = "signature_def"
 MAX_REQUEST_BYTES = 256 << 20
 
 
-class Call:
+class CountedCall:
     """One call in progress, from the beginning of a ``with`` statement to its end."""
 
     def __init__(self, calls: Calls, spec: model_pb2.ModelSpec, api: str) -> None:
@@ -54,7 +54,7 @@ class Call:
             self._examples = len(kinds.examples(request.input))
         return self.model().answer(kind, request, timeout)
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> CountedCall:
         if self._calls.metrics is not None:
             self._started = time.perf_counter()
             self._calls.metrics.started(self._calls.entrypoint)
@@ -85,9 +85,9 @@ class Calls:
         self.entrypoint = entrypoint
         self.metrics = metrics
 
-    def counted(self, spec: model_pb2.ModelSpec, api: str) -> Call:
+    def counted(self, spec: model_pb2.ModelSpec, api: str) -> CountedCall:
         """Count a ``with`` block as a call of ``api``, such as ``Predict``."""
-        return Call(self, spec, api)
+        return CountedCall(self, spec, api)
 
     def metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest

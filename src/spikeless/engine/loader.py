@@ -26,7 +26,7 @@ from spikeless.runtime.model import Model, Runner
 _log = logging.getLogger(__name__)
 
 
-class Observer(batching.Observer, Protocol):
+class Observer(batching.BatchObserver, Protocol):
     """Told how long loads and runs take, and of batches: `spikeless.engine.metrics`."""
 
     def load_failed(self, path: Path) -> None: ...

@@ -19,7 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from spikeless.engine.flags import ServerFlags
-from spikeless.engine.handlers import MAX_REQUEST_BYTES, SIGNATURES, Call, Calls
+from spikeless.engine.handlers import MAX_REQUEST_BYTES, SIGNATURES, Calls, CountedCall
 from spikeless.engine.open_inference import OpenInference, OpenInferenceRest
 from spikeless.errors import (
     Cancelled,
@@ -160,7 +160,7 @@ class RestApi:
             request = kind.request(model_spec=spec, input=rest_json.examples_input(document))
             return _BODIES[verb](call.answer(kind, request, self._timeout).result)
 
-    def _predict(self, call: Call, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
+    def _predict(self, call: CountedCall, spec: model_pb2.ModelSpec, document: Mapping[str, Any]) -> bytes:
         model = call.model()
         key = spec.signature_name or DEFAULT_SIGNATURE
         if key not in model.signatures:

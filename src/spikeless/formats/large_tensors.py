@@ -33,7 +33,7 @@ _TENSOR_CONTENT = 4
 _Array = np.ndarray[Any, Any]
 
 
-class Request:
+class LargeRequest:
     """A ``PredictRequest`` whose ``tensor_content`` stayed where it was."""
 
     def __init__(self, message: predict_pb2.PredictRequest, contents: Mapping[str, memoryview]) -> None:
@@ -52,7 +52,7 @@ def array_of(value: tensor_pb2.TensorProto | tuple[tensor_pb2.TensorProto, memor
     return to_numpy(*value) if isinstance(value, tuple) else to_numpy(value)
 
 
-def read_request(content: bytes, large: int = LARGE) -> predict_pb2.PredictRequest | Request:
+def read_request(content: bytes, large: int = LARGE) -> predict_pb2.PredictRequest | LargeRequest:
     """Parse a ``PredictRequest``, without its tensors where they have ``large`` bytes.
 
     Raises:
@@ -65,7 +65,7 @@ def read_request(content: bytes, large: int = LARGE) -> predict_pb2.PredictReque
             pass  # unusual: for the parser to refuse, or to make something of
         else:
             if sum(map(len, contents.values())) >= large:
-                return Request(predict_pb2.PredictRequest.FromString(b"".join(rest)), contents)
+                return LargeRequest(predict_pb2.PredictRequest.FromString(b"".join(rest)), contents)
     return predict_pb2.PredictRequest.FromString(content)
 
 

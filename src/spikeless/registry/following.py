@@ -55,7 +55,7 @@ class Followed:
         return f"{self.source} is version {self.version} of {self.name}: {self.state}"
 
 
-class Follower:
+class AliasFollower:
     """Publishes what an alias names, each version once.
 
     Args:

@@ -36,7 +36,7 @@ from spikeless.repository import golden, trial
 from spikeless.repository.candidate import SIGNATURES, Candidate
 from spikeless.repository.checks import check_files, check_warmup
 from spikeless.repository.golden import Golden, Tolerance
-from spikeless.repository.target import Target, needs_xla, newer_than
+from spikeless.repository.target import ServerTarget, needs_xla, newer_than
 from spikeless.repository.trial import GateError
 from spikeless.warmup.records import warmup_file
 
@@ -73,7 +73,7 @@ class GateSettings:
     #: Load it and ask it, as a test.
     load: bool = True
     #: The servers that are to load it.
-    target: Target = field(default_factory=Target)
+    target: ServerTarget = field(default_factory=ServerTarget)
     #: Bytes that servers have for it; by default what is available on this machine now.
     memory: int | None = None
     #: Seconds that the first request may take.

@@ -175,7 +175,7 @@ class Removed:
 
 
 @dataclass(frozen=True)
-class Pushed:
+class SentToStore:
     """A version has gone to a store."""
 
     version: int
@@ -189,7 +189,7 @@ class Pushed:
 
 
 @dataclass(frozen=True)
-class Pulled:
+class CameFromStore:
     """A version has come from a store and become visible."""
 
     version: int
@@ -202,7 +202,7 @@ class Pulled:
     manifest: str
 
 
-Entry = Published | ChangeBegun | Checked | Soaked | ChangeEnded | Removed | Pushed | Pulled
+Entry = Published | ChangeBegun | Checked | Soaked | ChangeEnded | Removed | SentToStore | CameFromStore
 #: ``event`` of a line -> what it holds.
 _EVENTS: dict[str, type[Entry]] = {
     "publish": Published,
@@ -211,8 +211,8 @@ _EVENTS: dict[str, type[Entry]] = {
     "soak": Soaked,
     "end": ChangeEnded,
     "prune": Removed,
-    "push": Pushed,
-    "pull": Pulled,
+    "push": SentToStore,
+    "pull": CameFromStore,
 }
 _NAMES = {kind: event for event, kind in _EVENTS.items()}
 #: Fields that are JSON objects, or lists of them -> what they hold.

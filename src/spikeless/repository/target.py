@@ -1,8 +1,9 @@
 """What the servers of a repository can do, as far as a model may ask for more.
 
-In: a SavedModel's meta graph and a `Target`. Out: what servers refuse, or may refuse,
-in words that name the remedy. A model that needs XLA on a CPU, a newer TensorFlow, or
-operations that TensorFlow has not loads here, or not, whatever servers do.
+In: a SavedModel's meta graph and a `ServerTarget`. Out: what servers refuse, or may
+refuse, in words that name the remedy. A model that needs XLA on a CPU, a newer
+TensorFlow, or operations that TensorFlow has not loads here, or not, whatever servers
+do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _PYTHON_OPS = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
 
 
 @dataclass(frozen=True)
-class Target:
+class ServerTarget:
     """The servers that are to load a version."""
 
     #: Their version, such as ``2.20.0``; None: that of TensorFlow here.

@@ -18,7 +18,7 @@ from spikeless import launch
 from spikeless.client import TLS
 from spikeless.errors import NotFound, SpikelessError
 from spikeless.formats.protos import model_server_config_pb2, read_text_proto
-from spikeless.repository.target import Target
+from spikeless.repository.target import ServerTarget
 
 _XLA = "xla_cpu_compilation_enabled"
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -104,7 +104,7 @@ def find(target: str) -> LocalServer | None:
         return None
 
 
-def capabilities(server: str | None, flags: Sequence[str] = (), version: str | None = None) -> Target:
+def capabilities(server: str | None, flags: Sequence[str] = (), version: str | None = None) -> ServerTarget:
     """What servers can load, by the flags and version of a running one, or as given.
 
     Raises:
@@ -122,12 +122,12 @@ def capabilities(server: str | None, flags: Sequence[str] = (), version: str | N
         told = launch.version_of(found.pid)
         version = version or (None if told == launch.UNKNOWN else told)
         if found.embedded:
-            return Target(version, xla=True)
+            return ServerTarget(version, xla=True)
     if not known:
-        return Target(version)
+        return ServerTarget(version)
     value = known.get(_XLA, "false").lower()
     # A boolean may stand alone, before another flag.
-    return Target(version, xla=value in ("", "true", "1") or value.startswith("--"))
+    return ServerTarget(version, xla=value in ("", "true", "1") or value.startswith("--"))
 
 
 def _flags(command: list[str]) -> dict[str, str]:

@@ -113,7 +113,7 @@ class Model:
         return self.predict_large(request, timeout).message()
 
     def predict_large(
-        self, request: predict_pb2.PredictRequest | large_tensors.Request, timeout: float | None = None
+        self, request: predict_pb2.PredictRequest | large_tensors.LargeRequest, timeout: float | None = None
     ) -> large_tensors.Response:
         """The same without a copy of large tensors in message objects."""
         key = request.model_spec.signature_name or DEFAULT_SIGNATURE

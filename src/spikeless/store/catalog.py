@@ -11,7 +11,7 @@ from spikeless.errors import AlreadyExists, InvalidArgument, NotFound, Spikeless
 from spikeless.formats.versions import parse_version
 from spikeless.repository import layout, models_config
 from spikeless.store import manifest as manifests
-from spikeless.store.manifest import Entry, Index, Manifest, Stored
+from spikeless.store.manifest import Entry, Index, Stored, VersionManifest
 from spikeless.store.objects import Store
 from spikeless.store.pieces import digest
 
@@ -57,13 +57,13 @@ class Catalog:
             return Index(manifests.FORMAT, self.model, ())
         return manifests.read_index(data, self.store.show(self.index_path), self.model)
 
-    def manifest(self, entry: Entry) -> Manifest:
+    def manifest(self, entry: Entry) -> VersionManifest:
         """The manifest of a version in the index; raises as `index` does."""
         path = self.manifest_path(entry.version)
         data = self.store.fetch(path, entry.bytes, entry.manifest)
         return manifests.read_manifest(data, self.store.show(path), self.model, entry.version)
 
-    def find(self, version: int) -> Manifest | None:
+    def find(self, version: int) -> VersionManifest | None:
         """The manifest of a version, whether an index names it or not."""
         path = self.manifest_path(version)
         try:
@@ -72,7 +72,7 @@ class Catalog:
             return None
         return manifests.read_manifest(data, self.store.show(path), self.model, version)
 
-    def add(self, manifest: Manifest) -> bool:
+    def add(self, manifest: VersionManifest) -> bool:
         """Add a version whose pieces are all there.
 
         Returns:
@@ -97,7 +97,7 @@ class Catalog:
         self._publish(there)
         return there == manifest
 
-    def _publish(self, manifest: Manifest) -> None:
+    def _publish(self, manifest: VersionManifest) -> None:
         """Write the index until it names what is there.
 
         Whoever adds a version at the same time does the same, and the one who writes

@@ -59,7 +59,7 @@ class FollowSettings:
     pull: PullSettings = field(default_factory=PullSettings)
 
 
-class Follower:
+class StoreFollower:
     """Follows one model of a store, or all; `run` it until it is interrupted."""
 
     def __init__(

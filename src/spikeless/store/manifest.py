@@ -73,7 +73,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pieces: tuple[Chain, ...]
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class VersionManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One version of a model, whole."""
 
     format: int
@@ -140,10 +140,10 @@ class _Format(msgspec.Struct):
     format: int
 
 
-_T = TypeVar("_T", Manifest, Index)
+_T = TypeVar("_T", VersionManifest, Index)
 
 
-def read_manifest(data: bytes, where: str, model: str, version: int) -> Manifest:
+def read_manifest(data: bytes, where: str, model: str, version: int) -> VersionManifest:
     """Read and check a manifest.
 
     Args:
@@ -154,7 +154,7 @@ def read_manifest(data: bytes, where: str, model: str, version: int) -> Manifest
         DataLoss: it is damaged, or says what no manifest may say.
         FailedPrecondition: a newer Spikeless wrote it.
     """
-    manifest = _decode(data, where, Manifest)
+    manifest = _decode(data, where, VersionManifest)
     try:
         _check_owner(manifest.model, model)
         if manifest.version != version:
@@ -215,7 +215,7 @@ def _check_paths(paths: list[str]) -> None:
         raise ValueError(f"it has no {SAVED_MODEL_FILE}")
 
 
-def _check_file(manifest: Manifest, file: File) -> None:
+def _check_file(manifest: VersionManifest, file: File) -> None:
     if len(file.pieces) != -(-file.size // manifest.piece_bytes):
         raise ValueError(f"{file.path} has {file.size} bytes in {len(file.pieces)} pieces")
     if file.mode & ~_ALLOWED_MODE or file.mode & _READABLE != _READABLE:

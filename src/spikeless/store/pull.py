@@ -36,15 +36,22 @@ from spikeless.formats import savedmodel
 from spikeless.mapping import pinned_graph, repin
 from spikeless.mapping.manifest import absolute, here
 from spikeless.repository import layout
-from spikeless.repository.journal import Journal
-from spikeless.repository.journal import Pulled as PulledEntry
+from spikeless.repository.journal import CameFromStore, Journal
 from spikeless.repository.models_config import ModelsConfig
 from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.prune import prune
 from spikeless.store import pieces, promotions
 from spikeless.store.applying import apply
 from spikeless.store.catalog import Catalog, latest, models_in, of_version
-from spikeless.store.manifest import MAX_MANIFEST_BYTES, Entry, File, Index, Manifest, Stored, read_manifest
+from spikeless.store.manifest import (
+    MAX_MANIFEST_BYTES,
+    Entry,
+    File,
+    Index,
+    Stored,
+    VersionManifest,
+    read_manifest,
+)
 from spikeless.store.objects import Store
 from spikeless.store.push import SERVING_ROOT
 from spikeless.store.settings import StoreSettings
@@ -245,7 +252,7 @@ def _pull(
     receipts.write(version, staged, manifest.to_json())
     _rename(staged, target)
     fetched = puller.fetched + entry.bytes
-    Journal(models, model).append(PulledEntry(version, manifest.size, fetched, shown, entry.manifest))
+    Journal(models, model).append(CameFromStore(version, manifest.size, fetched, shown, entry.manifest))
     return Pulled(
         model,
         version,
@@ -259,7 +266,7 @@ def _pull(
     )
 
 
-def _finish(staged: Path, manifest: Manifest, serving_root: str) -> None:
+def _finish(staged: Path, manifest: VersionManifest, serving_root: str) -> None:
     """Make a version that is complete one that servers can load, and sync it."""
     if manifest.mapped:
         record = repin(staged, absolute(serving_root), digests=False)
@@ -286,7 +293,7 @@ def _rename(staged: Path, target: Path) -> None:
     atomic.sync(target.parent)
 
 
-def _require_same(version: Path, manifest: Manifest, store: str) -> None:
+def _require_same(version: Path, manifest: VersionManifest, store: str) -> None:
     """Compare a version that something else put on this disk.
 
     Raises:
@@ -319,7 +326,7 @@ class _Receipts:
         # Another folder under the same number has another inode.
         return self._folder / f"{version}-{folder.stat().st_ino}.json"
 
-    def read(self, version: int) -> Manifest | None:
+    def read(self, version: int) -> VersionManifest | None:
         """The manifest of a version that was pulled and is there."""
         try:
             file = self._file(version, self._directory / str(version))
@@ -382,7 +389,7 @@ class _Puller:
     def __init__(
         self,
         catalog: Catalog,
-        manifest: Manifest,
+        manifest: VersionManifest,
         directory: Path,
         receipts: _Receipts,
         entries: tuple[Entry, ...],
@@ -412,7 +419,7 @@ class _Puller:
             if known is not None:
                 self._learn(path, known)
 
-    def _learn(self, version: Path, manifest: Manifest) -> None:
+    def _learn(self, version: Path, manifest: VersionManifest) -> None:
         for file in manifest.files:
             path = version / file.path
             if path.is_symlink() or not path.is_file():

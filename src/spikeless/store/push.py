@@ -30,12 +30,11 @@ from spikeless.formats.versions import MAX_VERSION, parse_version
 from spikeless.mapping import is_mapped, pinned_graph, read_manifest
 from spikeless.repository import layout, publishing
 from spikeless.repository.gates import GATES, Gate
-from spikeless.repository.journal import Journal, Published, Pulled
-from spikeless.repository.journal import Pushed as PushedEntry
+from spikeless.repository.journal import CameFromStore, Journal, Published, SentToStore
 from spikeless.store import manifest as manifests
 from spikeless.store import pieces
 from spikeless.store.catalog import Catalog
-from spikeless.store.manifest import File, Manifest, Stored
+from spikeless.store.manifest import File, Stored, VersionManifest
 from spikeless.store.objects import Store
 from spikeless.store.settings import StoreSettings
 from spikeless.warmup.records import warmup_file
@@ -124,7 +123,7 @@ def push(
         already = not catalog.add(written)
     result = Pushed(source.name, source.number, opened.shown, written.base, written.size, sent, already)
     if source.journal is not None and not already:
-        source.journal.append(PushedEntry(source.number, written.size, sent, opened.shown, written.base))
+        source.journal.append(SentToStore(source.number, written.size, sent, opened.shown, written.base))
     return result
 
 
@@ -189,7 +188,7 @@ def _source(
 def _is_published(path: Path, number: int) -> bool:
     """Whether a repository's gates have let it through, here or where it was pushed."""
     entries = Journal(path.parents[1], path.parent.name).entries()
-    return any(isinstance(entry, (Published, Pulled)) and entry.version == number for entry in entries)
+    return any(isinstance(entry, (Published, CameFromStore)) and entry.version == number for entry in entries)
 
 
 def _next_number(catalog: Catalog) -> int:
@@ -216,8 +215,8 @@ class _Pusher:
         self,
         catalog: Catalog,
         source: _Source,
-        base: Manifest | None,
-        there: Manifest | None,
+        base: VersionManifest | None,
+        there: VersionManifest | None,
         piece_bytes: int,
         scratch: Path,
     ) -> None:
@@ -243,7 +242,7 @@ class _Pusher:
                 for offset, _, chain in base.extents(file):
                     self._before[file.path, offset] = chain
 
-    def run(self) -> tuple[Manifest, int]:
+    def run(self) -> tuple[VersionManifest, int]:
         """Send everything that is missing; returns the manifest and the bytes sent."""
         path, name, number = self._source.path, self._source.name, self._source.number
         origins = list(self._origins())
@@ -271,7 +270,7 @@ class _Pusher:
                 pool.shutdown(cancel_futures=True)
                 raise
         mapped = read_manifest(path).mapped_files() if is_mapped(path) else []
-        written = Manifest(
+        written = VersionManifest(
             format=manifests.FORMAT,
             tool=f"spikeless {__version__}",
             model=name,

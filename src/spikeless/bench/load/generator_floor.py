@@ -7,7 +7,6 @@ time of the instant server.
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from spikeless.bench import analysis
 from spikeless.bench.run_file import Floor, ServerFacts, Settings
 from spikeless.bench.scenario import Progress, run
 from spikeless.disk import children
-from spikeless.errors import Unavailable
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import prediction_log_pb2
 from spikeless.formats.tensors import to_proto
@@ -31,22 +29,8 @@ FLOOR_SECONDS = 5.0
 @contextmanager
 def instant_server() -> Iterator[str]:
     """Run `spikeless.bench.load.instant_server`; gives its address."""
-    process = subprocess.Popen(
-        children.tied([sys.executable, "-m", "spikeless.bench.load.instant_server"]),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    with process:
-        try:
-            assert process.stdout is not None
-            port = process.stdout.readline().strip()
-            if not port:
-                raise Unavailable("the instant server did not start; its error is above")
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
+    with children.serving([sys.executable, "-m", "spikeless.bench.load.instant_server"]) as (port, _):
+        yield f"127.0.0.1:{port}"
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spikeless.bench.gate import Check, Judgement, Outcome
+from spikeless.bench.gate import Check, GateOutcome, Judgement
 from spikeless.bench.report.table import NOTHING, milliseconds
 
-_COLOURS = {Outcome.HELD: "green", Outcome.BROKEN: "red", Outcome.UNCLEAR: "yellow"}
+_COLOURS = {GateOutcome.HELD: "green", GateOutcome.BROKEN: "red", GateOutcome.UNCLEAR: "yellow"}
 _COLUMNS = ("", "limit", "value", "95% interval", "verdict")
 
 
@@ -56,8 +56,8 @@ def judgement_junit(judgement: Judgement) -> bytes:
     outcomes = [check.outcome for check in judgement.checks]
     counts = {
         "tests": len(outcomes),
-        "failures": outcomes.count(Outcome.BROKEN),
-        "errors": outcomes.count(Outcome.UNCLEAR),
+        "failures": outcomes.count(GateOutcome.BROKEN),
+        "errors": outcomes.count(GateOutcome.UNCLEAR),
     }
     attributes = {name: str(count) for name, count in counts.items()}
     suites = ElementTree.Element("testsuites", attributes)
@@ -69,10 +69,10 @@ def judgement_junit(judgement: Judgement) -> bytes:
         )
         _, limit, value, interval, verdict = _cells(check)
         told = f"{verdict}: limit {limit}, value {value}, 95% interval {interval}"
-        if check.outcome == Outcome.HELD:
+        if check.outcome == GateOutcome.HELD:
             ElementTree.SubElement(case, "system-out").text = _printable(told)
             continue
-        tag = "failure" if check.outcome == Outcome.BROKEN else "error"
+        tag = "failure" if check.outcome == GateOutcome.BROKEN else "error"
         message = f"{told}; {check.why}" if check.why else told
         ElementTree.SubElement(case, tag, {"type": verdict, "message": _printable(message)})
     ElementTree.indent(suites)
