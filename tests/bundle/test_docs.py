@@ -13,7 +13,7 @@ import pages
 import pytest
 from places import ROOT
 
-from spikeless.cli.bench import gate_command
+from spikeless.cli.bench.gate import gate_command
 
 DOCS = ROOT / "docs"
 #: tests/bundle/test_containers.py runs this page on a container engine.
