@@ -23,12 +23,15 @@ from trained_models import spikeless
 
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code, FailedPrecondition, InvalidArgument, SpikelessError
+from spikeless.formats import captures, tfrecord
 from spikeless.formats.protos import predict_pb2, prediction_log_pb2
 from spikeless.formats.tensors import to_numpy, to_proto
 from spikeless.repository import golden, layout
+from spikeless.sidecars import recording
 from spikeless.sidecars.capture import Capture, CaptureSettings
-from spikeless.sidecars.recording import MAX_PENDING_BYTES, Recorder, RecorderSettings
-from spikeless.warmup.records import read
+from spikeless.sidecars.captured_files import Rotation
+from spikeless.sidecars.recording import MAX_PENDING_BYTES, Recorder, RecorderSettings, RelayedCall
+from spikeless.warmup.records import read, warmup_file
 
 PREDICT_METHOD = "/tensorflow.serving.PredictionService/Predict"
 
@@ -250,10 +253,10 @@ def test_memory_is_bounded_while_the_disk_is_slow(tmp_path: Path) -> None:
     request.inputs["x"].CopyFrom(to_proto(np.zeros(1 << 20, np.float32)))
     content = request.SerializeToString()
     for _ in range(40):
-        recorder.offer(PREDICT_METHOD, content, b"")
+        recorder.offer(RelayedCall(PREDICT_METHOD, content, b"", 1))
     held = MAX_PENDING_BYTES // len(content)
     assert 40 - held - 1 <= recorder.counts.dropped <= 40 - held
-    recorder.offer(PREDICT_METHOD, b"\xff\xff", b"")
+    recorder.offer(RelayedCall(PREDICT_METHOD, b"\xff\xff", b"", 1))
     gate.set()
     recorder.close()
     assert recorder.counts.recorded in (held, held + 1)
@@ -270,8 +273,9 @@ def test_examples_are_redacted_by_feature(tmp_path: Path) -> None:
         holder.features.feature["age"].int64_list.value.append(41)
         holder.features.feature["x"].float_list.value.append(1.5)
     recorder = Recorder(RecorderSettings(tmp_path / "out", redact=["secret", "age"]))
-    recorder.offer(PREDICT_METHOD.replace("Predict", "Nothing"), b"", b"")
-    recorder.offer("/tensorflow.serving.PredictionService/Classify", request.SerializeToString(), b"")
+    recorder.offer(RelayedCall(PREDICT_METHOD.replace("Predict", "Nothing"), b"", b"", 1))
+    classify = "/tensorflow.serving.PredictionService/Classify"
+    recorder.offer(RelayedCall(classify, request.SerializeToString(), b"", 1))
     recorder.close()
     (record,) = read(tmp_path / "out")
     given = record.request.input.example_list_with_context
@@ -279,3 +283,185 @@ def test_examples_are_redacted_by_feature(tmp_path: Path) -> None:
         assert list(holder.features.feature["secret"].bytes_list.value) == [b"", b""]
         assert list(holder.features.feature["age"].int64_list.value) == [0]
         assert list(holder.features.feature["x"].float_list.value) == [1.5]
+
+
+def call_of(rows: int, arrived: int = 1_700_000_000_123_456_789) -> RelayedCall:
+    request = predict_pb2.PredictRequest(model_spec=model_spec(NAME))
+    request.inputs["x"].CopyFrom(to_proto(np.full((rows, 2), rows, np.float32)))
+    response = predict_pb2.PredictResponse(model_spec=model_spec(NAME, 3))
+    return RelayedCall(PREDICT_METHOD, request.SerializeToString(), response.SerializeToString(), arrived)
+
+
+def test_records_say_when_their_requests_arrived(target: str, tmp_path: Path) -> None:
+    """At the relay, before the answer; to the second for readers of public fields."""
+    out = tmp_path / "out"
+    with capturing(target, out, per_shape=None) as (client, _):
+        moments = [time.time_ns()]
+        for _ in range(3):
+            client.predict(NAME, {"x": X})
+            moments.append(time.time_ns())
+    records = list(read(out))
+    for record, before, after in zip(records, moments, moments[1:], strict=False):
+        arrived = captures.arrived(record.log)
+        assert arrived is not None
+        assert before <= arrived <= after
+        assert record.log.log_metadata.timestamp_secs == arrived // 10**9
+        assert record.log.log_metadata.model_spec.version.value == 1
+        assert record.log.log_metadata.sampling_config.sampling_rate == 1.0
+    assert len(records) == 3
+
+    # A record that TensorFlow Serving logged, and one that says nothing.
+    log = prediction_log_pb2.PredictionLog()
+    assert captures.arrived(log) is None
+    log.log_metadata.timestamp_secs = 1_700_000_000
+    assert captures.arrived(log) == 1_700_000_000 * 10**9
+    captures.stamp(log, 1_700_000_000_123_456_789)
+    copy = prediction_log_pb2.PredictionLog.FromString(log.SerializeToString())
+    assert captures.arrived(copy) == 1_700_000_000_123_456_789
+
+
+def streaming(folder: Path, file_bytes: int = 1 << 20, max_bytes: int = 1 << 30, **more: Any) -> Recorder:
+    rotation = Rotation(file_bytes, more.pop("file_seconds", 3600.0))
+    more = {"limit": None, "per_shape": None, "max_bytes": max_bytes, "rotation": rotation, **more}
+    return Recorder(RecorderSettings(folder, **more))
+
+
+def rows_of(folder: Path) -> list[int]:
+    records = [record for file in captures.files(folder) for record in read(file)]
+    return [record.request.inputs["x"].tensor_shape.dim[0].size for record in records]
+
+
+def test_a_stream_fills_one_file_after_another(tmp_path: Path) -> None:
+    folder = tmp_path / "captures"
+    size = len(tfrecord.frame(recording_log(call_of(1))))
+    recorder = streaming(folder, file_bytes=3 * size)
+    for _ in range(7):
+        recorder.offer(call_of(1))
+    recorder.close()
+    assert [len(list(read(file))) for file in captures.files(folder)] == [3, 3, 1]
+    assert recorder.counts.recorded == 7
+
+    # The folder is bounded: the oldest go.
+    recorder = streaming(folder, file_bytes=3 * size, max_bytes=9 * size)
+    for _ in range(9):
+        recorder.offer(call_of(1))
+    recorder.close()
+    assert [len(list(read(file))) for file in captures.files(folder)] == [3, 3, 3]
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 9 * size
+
+
+def recording_log(call: RelayedCall) -> bytes:
+    return bytes(recording._prediction_log(call, 1.0).SerializeToString())
+
+
+def test_a_file_appears_when_its_time_is_over(tmp_path: Path) -> None:
+    """Without any more calls."""
+    folder = tmp_path / "captures"
+    recorder = streaming(folder, file_seconds=0.2)
+    recorder.offer(call_of(1))
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("*.tfrecord")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    recorder.offer(call_of(2))
+    recorder.close()
+    assert rows_of(folder) == [1, 2]
+    assert len(captures.files(folder)) == 2
+
+
+def test_alike_requests_of_a_stream_are_counted_in_each_file(tmp_path: Path) -> None:
+    folder = tmp_path / "captures"
+    size = len(tfrecord.frame(recording_log(call_of(1))))
+    recorder = streaming(folder, file_bytes=size, per_shape=1)
+    for rows in (1, 1, 2, 2, 1):
+        recorder.offer(call_of(rows))
+    recorder.close()
+    assert rows_of(folder) == [1, 2, 1]
+    assert recorder.counts.alike == 2
+
+
+def test_a_stream_outlives_its_kill(tmp_path: Path) -> None:
+    """What a killed capture had written appears, but for half a record."""
+    folder = tmp_path / "captures"
+    folder.mkdir()
+    whole = tfrecord.frame(recording_log(call_of(1, 5)))
+    (folder / ".20260101T000000.000000Z.unfinished").write_bytes(whole + whole[:-1])
+    (folder / ".20260101T000001.000000Z.unfinished").write_bytes(whole[:9])
+    recorder = streaming(folder)
+    (first,) = captures.files(folder)
+    assert first.name == "20260101T000000.000000Z.tfrecord"
+    assert [captures.arrived(record.log) for record in read(first)] == [5]
+    with pytest.raises(FailedPrecondition, match="another capture writes to"):
+        streaming(folder)
+    recorder.offer(call_of(2))
+    recorder.close()
+    assert rows_of(folder) == [1, 2]
+    assert len(list(folder.glob(".*unfinished"))) == 0
+
+
+def test_a_full_disk_does_not_end_a_stream(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", small]).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        recorder = streaming(small / "captures", file_bytes=2048)
+        for _ in range(40):
+            recorder.offer(call_of(100))
+        recorder.close()
+        counts = recorder.counts
+        assert counts.unwritten >= 1
+        assert counts.recorded + counts.unwritten == 40
+        assert rows_of(small / "captures") == [100] * counts.recorded
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_the_command_streams_while_warmup_is_built(target: str, scales: Path, tmp_path: Path) -> None:
+    """Every call is answered and recorded; what is there is read all the while."""
+    folder = tmp_path / "captures"
+    command = [sys.executable, "-m", "spikeless", "capture", "--server", target, "--listen=127.0.0.1:0"]
+    command += ["--out", str(folder), "--sample=1", "--stream", "--file-bytes=8KiB", "--file-time=100ms"]
+    relay = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert relay.stdout is not None
+    address = relay.stdout.readline().split()[1]
+    copy = shutil.copytree(scales / "2", tmp_path / "model")
+    done = threading.Event()
+    sent: list[int] = []
+
+    def call() -> None:
+        with Client(address) as client:
+            while not done.is_set() or len(sent) < 50:
+                x = np.full((1 + len(sent) % 3, 2), 7, np.float32)
+                np.testing.assert_array_equal(client.predict(NAME, {"x": x})["y"], 2 * x)
+                sent.append(len(x))
+
+    with ThreadPoolExecutor(1) as pool:
+        caller = pool.submit(call)
+        try:
+            deadline = time.monotonic() + 60
+            while len(list(folder.glob("*.tfrecord"))) < 3:
+                assert time.monotonic() < deadline
+                assert not caller.done(), caller.result()
+                time.sleep(0.01)
+            built = spikeless("warmup", "build", copy, "--samples", folder)
+            assert built.returncode == 0, built.stdout + built.stderr
+            assert len(list(read(warmup_file(copy)))) == 3, "one of each shape"
+        finally:
+            done.set()
+        caller.result()
+    relay.send_signal(signal.SIGTERM)
+    _, errors = relay.communicate(timeout=60)
+    assert relay.returncode == 0
+    assert f"recorded {len(sent)} in {folder}, 0 more were alike, 0 did not fit, 0 could not" in errors
+    assert rows_of(folder) == sent
+
+    for wrong, message in (
+        (["--stream", "--limit=5"], "--limit has no meaning with --stream"),
+        (["--file-time=5s"], "no meaning without --stream"),
+        (["--stream", "--max-bytes=1KiB", "--file-bytes=2KiB"], "--max-bytes of the folder"),
+    ):
+        refused = spikeless("capture", "--out", tmp_path / "none", *wrong)
+        assert refused.returncode != 0
+        assert message in refused.stderr
+    assert not (tmp_path / "none").exists()

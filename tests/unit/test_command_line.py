@@ -91,6 +91,7 @@ def test_one_thing_has_one_name_and_one_form_everywhere() -> None:
             "--publish-every",
             "--poll",
             "--spread",
+            "--file-time",
         ),
         *("--soak", "--stagger", "--load-timeout", "--patience", "--max-first-request"),
     }

@@ -398,7 +398,7 @@ def test_unknown_names(signatures: Path, tmp_path: Path) -> None:
     refused(signatures, settings(named), NotFound, f"named.json: {have}")
     refused(signatures, settings(dims={"none": (1,)}), InvalidArgument, "no signature has input 'none'")
     refused(signatures, settings(tmp_path / "none.json"), NotFound, "none.json is no file")
-    refused(signatures, settings(tmp_path), NotFound, "is no file")
+    refused(signatures, settings(tmp_path), NotFound, "neither a file nor a folder with .tfrecord files")
 
 
 @pytest.mark.parametrize("name", ["s.json", "s.jsonl", "s.csv", "s.tfrecord"])

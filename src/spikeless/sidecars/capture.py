@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ import grpc
 
 from spikeless.client import CHANNEL_OPTIONS, TLS, credentials
 from spikeless.errors import InvalidArgument, SpikelessError, Unavailable
-from spikeless.sidecars.recording import Recorder, RecorderSettings
+from spikeless.sidecars.recording import Recorder, RecorderSettings, RelayedCall
 
 #: The one method of a model server that answers more than once; all others take one
 #: message and give one.
@@ -95,7 +96,7 @@ class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             port = server.add_insecure_port(self.settings.listen)
         except RuntimeError:
             raise Unavailable(f"cannot listen on {self.settings.listen}: is it taken?") from None
-        self.recorder = Recorder(self.settings.recorder)
+        self.recorder = Recorder(self.settings.recorder, self.settings.sample)
         await server.start()
         self._server = server
         return int(port)
@@ -127,6 +128,7 @@ class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     async def one(self, method: str, request: bytes, context: Any) -> bytes:
         """Relay a call of one message and one answer."""
         assert self._channel is not None
+        arrived = time.time_ns()
         self.relayed += 1
         call = self._channel.unary_unary(method, None, None)(
             request, timeout=context.time_remaining(), metadata=_passed_on(context.invocation_metadata())
@@ -141,7 +143,7 @@ class Capture(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             # The caller may have gone away: then so should the call.
             call.cancel()
         if random.random() < self.settings.sample:
-            self.recorder.offer(method, request, response)
+            self.recorder.offer(RelayedCall(method, request, response, arrived))
         return response
 
     async def watch(self, request: bytes, context: Any) -> AsyncIterator[bytes]:

@@ -1,31 +1,30 @@
 """Recording: write real requests and answers to a file of ``PredictionLog`` records.
 
-In: calls as bytes, from whoever relays them. Out: a TFRecord file to build warmup from
-and to publish golden requests with. Calls are handed over without waiting; a thread of
-its own parses, thins out and writes. What does not fit into its memory, or cannot be
-written, is counted and forgotten.
+In: calls as bytes, from whoever relays them. Out: a TFRecord file, or a folder that is
+added to all the time, to build warmup from, to publish golden requests with and to
+replay. Calls are handed over without waiting; a thread of its own parses, thins out and
+writes. What does not fit into its memory, or cannot be written, is counted and
+forgotten.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from spikeless.errors import DataLoss, FailedPrecondition, InvalidArgument
-from spikeless.formats import tfrecord
-from spikeless.formats.kinds import KINDS, Kind, examples
+from spikeless.errors import InvalidArgument, SpikelessError
+from spikeless.formats import captures, tfrecord
+from spikeless.formats.kinds import KINDS
 from spikeless.formats.protos import input_pb2, prediction_log_pb2, tensor_pb2, types_pb2
-from spikeless.warmup.records import Record, read
+from spikeless.sidecars.captured_files import CapturedFile, CapturedFolder, Rotation
 
 _log = logging.getLogger(__name__)
 
@@ -34,30 +33,31 @@ METHODS = {kind.path: kind for kind in KINDS}
 #: Bytes of calls that may wait for the writer.
 MAX_PENDING_BYTES = 64 << 20
 
-#: What makes two requests alike: kind, model, signature, and the types and shapes of
-#: what they send.
-Shape = tuple[Any, ...]
-
 
 @dataclass(frozen=True)
 class RecorderSettings:
     """What is recorded, and how much of it."""
 
-    #: The file; an existing one is continued.
+    #: The file; an existing one is continued. With ``rotation`` a folder.
     out: Path
-    #: Records at most.
-    limit: int = 1000
-    #: Records at most of requests with the same signature and shapes.
-    per_shape: int = 1
-    #: Size of the file at most.
+    #: Records at most; None: any number, which a folder has always.
+    limit: int | None = 1000
+    #: Records at most of requests with the same signature and shapes, in a folder in
+    #: each file; None: any number.
+    per_shape: int | None = 1
+    #: Size of the file or folder at most.
     max_bytes: int = 256 << 20
     #: Inputs (of Predict) and features (of examples) whose values become zeros or empty
     #: strings. The answer to such a request is left out.
     redact: Collection[str] = ()
+    #: Write to a folder, without an end: when it gets its next file.
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
-        if self.limit < 1 or self.per_shape < 1 or self.max_bytes < 1:
+        if any(one is not None and one < 1 for one in (self.limit, self.per_shape, self.max_bytes)):
             raise InvalidArgument("--limit, --per-shape and --max-bytes must be 1 or more")
+        if self.rotation is not None and self.rotation.file_bytes > self.max_bytes:
+            raise InvalidArgument("--max-bytes of the folder must be --file-bytes or more")
 
 
 @dataclass
@@ -74,10 +74,15 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _RelayedCall:
-    kind: Kind
+class RelayedCall:
+    """A call that was answered, as bytes."""
+
+    #: Such as ``/tensorflow.serving.PredictionService/Predict``.
+    method: str
     request: bytes
     response: bytes
+    #: When the request arrived, in nanoseconds since 1970 (UTC).
+    arrived: int
 
     @property
     def size(self) -> int:
@@ -85,15 +90,22 @@ class _RelayedCall:
 
 
 class Recorder:
-    """Writes calls to a file, on a thread of its own."""
+    """Writes calls to a file or folder, on a thread of its own."""
 
-    def __init__(self, settings: RecorderSettings) -> None:
+    def __init__(self, settings: RecorderSettings, sample: float = 1.0) -> None:
+        """``sample`` is the share of calls that it is offered, which is recorded."""
         self.settings = settings
         self.counts = Counts()
-        self._seen: Counter[Shape] = Counter()
-        self._records = 0
-        self._file, self._end = self._open()
-        self._queue: queue.SimpleQueue[_RelayedCall | None] = queue.SimpleQueue()
+        self._sample = sample
+        self._seen: Counter[captures.Shape] = Counter()
+        self._out: CapturedFile | CapturedFolder
+        if settings.rotation is None:
+            self._out = CapturedFile(settings.out, lambda record: self._count(captures.shape(record.log)))
+        else:
+            self._out = CapturedFolder(
+                settings.out, settings.rotation, settings.max_bytes, rotated=self._seen.clear
+            )
+        self._queue: queue.SimpleQueue[RelayedCall | None] = queue.SimpleQueue()
         self._pending = 0
         self._lock = threading.Lock()
         self._complained = False
@@ -103,14 +115,16 @@ class Recorder:
     @property
     def full(self) -> bool:
         """Whether the file has all the records or bytes that it may have."""
-        return self._records >= self.settings.limit or self._end >= self.settings.max_bytes
+        if isinstance(self._out, CapturedFolder):
+            return False
+        limit = self.settings.limit
+        too_many = limit is not None and self._out.records >= limit
+        return too_many or self._out.size >= self.settings.max_bytes
 
-    def offer(self, method: str, request: bytes, response: bytes) -> None:
+    def offer(self, call: RelayedCall) -> None:
         """Hand a call over; returns at once, whatever becomes of it."""
-        kind = METHODS.get(method)
-        if kind is None or self.full:
+        if call.method not in METHODS or self.full:
             return
-        call = _RelayedCall(kind, request, response)
         with self._lock:
             if self._pending + call.size > MAX_PENDING_BYTES:
                 self.counts.dropped += 1
@@ -123,40 +137,18 @@ class Recorder:
         self._queue.put(None)
         self._thread.join()
         try:
-            self._file.truncate(self._end)
-            os.fsync(self._file.fileno())
-            self._file.close()
+            self._out.close()
         except OSError as error:
             self._complain(error)
 
-    def _open(self) -> tuple[FileIO, int]:
-        """The file to append to, and where its last whole record ends."""
-        out = self.settings.out
-        try:
-            if out.exists():
-                self._continue(out)
-            # Without a buffer, in which bytes that did not fit onto the disk would
-            # stay.
-            file = open(out, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-            return file, file.seek(0, os.SEEK_END)
-        except OSError as error:
-            raise FailedPrecondition(f"{out} cannot be written: {error.strerror}") from None
-
-    def _continue(self, out: Path) -> None:
-        """Count the records in the file, and cut off an unfinished one."""
-        whole = []
-        try:
-            for record in read(out):
-                self._seen[_shape(record)] += 1
-                whole.append(record.log.SerializeToString())
-        except DataLoss as error:
-            if not whole:
-                raise FailedPrecondition(f"{error}; name another file with --out") from None
-            tfrecord.write(out, whole)
-        self._records = len(whole)
-
     def _write_all(self) -> None:
-        while (call := self._queue.get()) is not None:
+        while True:
+            try:
+                call = self._queue.get(timeout=self._seconds_left())
+            except queue.Empty:
+                continue
+            if call is None:
+                return
             with self._lock:
                 self._pending -= call.size
             if self.full:
@@ -165,70 +157,64 @@ class Recorder:
                 self._write(call)
             except (DecodeError, ValueError) as error:
                 self.counts.dropped += 1
-                _log.warning("a %s call could not be recorded: %s", call.kind, error)
-            except OSError as error:
+                _log.warning("a call of %s could not be recorded: %s", call.method, error)
+            except (OSError, SpikelessError) as error:
                 self.counts.unwritten += 1
                 self._complain(error)
 
-    def _write(self, call: _RelayedCall) -> None:
-        record = Record(self._records + 1, _prediction_log(call), call.size)
-        shape = _shape(record)
-        if self._seen[shape] >= self.settings.per_shape:
+    def _seconds_left(self) -> float | None:
+        """Until a file becomes whole; one whose time is over becomes so now."""
+        if isinstance(self._out, CapturedFile):
+            return None
+        if self._out.seconds_left() == 0.0:
+            try:
+                self._out.rotate()
+            except OSError as error:
+                self._complain(error)
+        return self._out.seconds_left()
+
+    def _write(self, call: RelayedCall) -> None:
+        log = _prediction_log(call, self._sample)
+        kind = METHODS[call.method]
+        entry = getattr(log, kind.log_field)
+        shape = captures.shape(log)
+        if self.settings.per_shape is not None and self._seen[shape] >= self.settings.per_shape:
             self.counts.alike += 1
             return
-        if self.settings.redact and _redact(record.request, self.settings.redact):
-            record.entry.ClearField("response")
-        framed = tfrecord.frame(record.log.SerializeToString())
-        if self._end + len(framed) > self.settings.max_bytes:
+        if self.settings.redact and _redact(entry.request, self.settings.redact):
+            entry.ClearField("response")
+        framed = tfrecord.frame(log.SerializeToString())
+        written = self._out.size if isinstance(self._out, CapturedFile) else 0
+        if written + len(framed) > self.settings.max_bytes:
             self.counts.dropped += 1
             return
-        # Where the last write failed half way, its part is still there.
-        self._file.truncate(self._end)
-        left = memoryview(framed)
-        while left:
-            left = left[self._file.write(left) :]
-        self._end += len(framed)
-        self._records += 1
-        self._seen[shape] += 1
+        self._out.append(framed)
+        self._count(shape)
         self.counts.recorded += 1
 
-    def _complain(self, error: OSError) -> None:
+    def _count(self, shape: captures.Shape) -> None:
+        if self.settings.per_shape is not None:
+            self._seen[shape] += 1
+
+    def _complain(self, error: Exception) -> None:
         if not self._complained:
-            _log.error("%s cannot be written: %s; calls go on", self.settings.out, error.strerror)
+            reason = error.strerror if isinstance(error, OSError) else error
+            _log.error("%s cannot be written: %s; calls go on", self.settings.out, reason)
         self._complained = True
 
 
-def _prediction_log(call: _RelayedCall) -> prediction_log_pb2.PredictionLog:
+def _prediction_log(call: RelayedCall, sample: float) -> prediction_log_pb2.PredictionLog:
     log = prediction_log_pb2.PredictionLog()
-    entry = getattr(log, call.kind.log_field)
+    kind = METHODS[call.method]
+    entry = getattr(log, kind.log_field)
     entry.request.ParseFromString(call.request)
     entry.response.ParseFromString(call.response)
+    log.log_metadata.sampling_config.sampling_rate = sample
+    for part in kind.response_parts(entry.response)[:1]:
+        # The version that answered.
+        log.log_metadata.model_spec.CopyFrom(part.model_spec)
+    captures.stamp(log, call.arrived)
     return log
-
-
-def _shape(record: Record) -> Shape:
-    kind, request = record.kind, record.request
-    if kind is None:
-        return (record.log_field,)
-    targets = tuple(
-        (getattr(part, "method_name", ""), part.model_spec.name, part.model_spec.signature_name)
-        for part in kind.request_parts(request)
-    )
-    if kind.takes_examples:
-        given = _examples(request.input)
-        features = tuple(sorted({name for example in given for name in example.features.feature}))
-        return (kind.name, targets, len(given), features)
-    inputs = tuple(
-        (alias, tensor.dtype, tuple(dim.size for dim in tensor.tensor_shape.dim))
-        for alias, tensor in sorted(getattr(request, "inputs", {}).items())
-    )
-    return (kind.name, targets, tuple(sorted(getattr(request, "output_filter", ()))), inputs)
-
-
-def _examples(given: input_pb2.Input) -> list[Any]:
-    """All examples of an input, the context that they share included."""
-    shared = [given.example_list_with_context.context] if given.HasField("example_list_with_context") else []
-    return [*shared, *examples(given)]
 
 
 def _redact(request: Message, names: Collection[str]) -> bool:
@@ -236,7 +222,7 @@ def _redact(request: Message, names: Collection[str]) -> bool:
     if hasattr(request, "inputs"):
         holders = [request.inputs]
     else:
-        given = _examples(getattr(request, "input", input_pb2.Input()))
+        given = captures.all_examples(getattr(request, "input", input_pb2.Input()))
         holders = [example.features.feature for example in given]
     found = [holder[name] for holder in holders for name in names if name in holder]
     for value in found:

@@ -12,6 +12,9 @@ In: a file that the user has. Out: the requests in it. The name tells the form:
   signature with one numeric input [?, N]; a header is skipped.
 - anything else: TFRecords, gzip-compressed or not, of ``tf.Example`` (one request each)
   or ``PredictionLog`` (whose responses are dropped).
+
+A folder of captures (``spikeless capture --stream``) gives the first request of each
+signature and shape.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from spikeless.errors import InvalidArgument, NotFound, Unimplemented
-from spikeless.formats import kinds, rest_json, tfrecord
+from spikeless.formats import captures, kinds, rest_json, tfrecord
 from spikeless.formats.protos import example_pb2, input_pb2, prediction_log_pb2, types_pb2
 from spikeless.formats.savedmodel import DEFAULT_SIGNATURE, Signature, TensorSpec
 from spikeless.formats.tensors import dtype_name, numpy_dtype
@@ -39,7 +42,7 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class SampleFile:
-    """A file of sample requests."""
+    """A file of sample requests, or a folder of captures."""
 
     path: Path
     #: The signature of samples that name none.
@@ -85,6 +88,8 @@ def read(file: SampleFile, router: Router) -> list[WarmupRequest]:
         Unimplemented: a PredictionLog holds a kind of request that no server replays.
         DataLoss: a TFRecord file is damaged.
     """
+    if file.path.is_dir():
+        return list(_read_captures(file, router))
     if not file.path.is_file():
         raise NotFound(f"{file.path} is no file; give a file of sample requests")
     reader = _READERS.get(file.path.suffix.lower(), _read_tfrecords)
@@ -92,6 +97,21 @@ def read(file: SampleFile, router: Router) -> list[WarmupRequest]:
     if not requests:
         raise InvalidArgument(f"{file.path} holds no sample; give a file with at least one")
     return requests
+
+
+def _read_captures(folder: SampleFile, router: Router) -> Iterator[WarmupRequest]:
+    """The first request of each shape in files that may go away meanwhile."""
+    seen = set()
+    for path in captures.files(folder.path):
+        try:
+            for request in _read_tfrecords(SampleFile(path, folder.signature), router):
+                shape = captures.shape(request.log)
+                if shape not in seen:
+                    seen.add(shape)
+                    yield request
+        except NotFound:
+            if path.exists():
+                raise
 
 
 def _read_json(file: SampleFile, router: Router) -> Iterator[WarmupRequest]:
