@@ -89,10 +89,20 @@ wanted_versions() {
     esac
 }
 
-# choose INDEX: what to start a model with is then in `kept`; whether that is all that is wanted in `complete`.
+# whole FOLDER: whether a version has the variables that its graph restores. TensorFlow Serving loads it without them, and
+# then fails every request. The patterns are operations of nodes, with the length before the name, as only nodes have them.
+whole() {
+    [[ -e $1/variables/variables.index || ! -r $1/saved_model.pb ]] && return
+    ! LC_ALL=C grep --quiet --text --fixed-strings $'\x12\x09RestoreV2' "$1/saved_model.pb" ||
+        ! LC_ALL=C grep --quiet --text --fixed-strings --regexp=$'\x12\x10AssignVariableOp' \
+            --regexp=$'\x12\x06Assign' "$1/saved_model.pb"
+}
+
+# choose INDEX: what to start a model with is then in `kept`; whether that is all that is wanted in `complete`; versions
+# that are wanted and not whole in `halves`.
 choose() {
     local version limit=0
-    kept=() complete=true
+    kept=() complete=true halves=()
     if [[ ${paths[$1]} != /* ]]; then
         # Not a folder here: only what failed tells about it.
         for version in "${!left_out[@]}"; do
@@ -106,6 +116,8 @@ choose() {
         limit=$version
         if [[ -n ${left_out["${names[$1]} $version"]:-} ]]; then
             complete=false
+        elif ! whole "${paths[$1]}/$version"; then
+            halves+=("$version") complete=false
         elif [[ " ${found[*]} " == *" $version "* ]]; then
             kept+=("$version")
         fi
@@ -115,6 +127,7 @@ choose() {
     # The next lower one, or any.
     for version in "${found[@]}"; do
         [[ -z ${left_out["${names[$1]} $version"]:-} ]] || continue
+        whole "${paths[$1]}/$version" || continue
         ((${#kept[@]} && version > limit)) || kept=("$version")
     done
 }
@@ -128,10 +141,17 @@ everything_starts() {
     done
 }
 
+# specific VERSION...: the policy that selects these.
+specific() {
+    printf ' model_version_policy { specific {'
+    printf ' versions: %s' "$@"
+    printf ' } }'
+}
+
 # startable: prints the configuration to start with, and fails when it has no model. Where `tried` is set, what could
-# not be loaded is in it again, but for labels.
+# not be loaded is in it again, but for labels and for versions that are not whole.
 startable() {
-    local index version text policy found_any=1
+    local index version text policy rest found_any=1
     echo 'model_config_list {'
     for index in "${!names[@]}"; do
         choose "$index"
@@ -144,10 +164,20 @@ startable() {
                 [[ " ${kept[*]} " == *" $version "* ]] ||
                     text=${text//value : $version \}/value : ${kept[-1]} \}}
             done
-            policy=" model_version_policy { specific {$(printf ' versions: %s' "${kept[@]}") } }"
-            [[ -z ${tried:-} || -z ${wanted[*]} ]] || policy=${policies[index]}
+            policy=$(specific "${kept[@]}")
+            if [[ -n ${tried:-} && -n ${wanted[*]} ]]; then
+                rest=()
+                for version in "${wanted[@]}"; do
+                    [[ " ${halves[*]} " == *" $version "* ]] || rest+=("$version")
+                done
+                if ((${#halves[@]} == 0)); then
+                    policy=${policies[index]}
+                elif ((${#rest[@]})); then
+                    policy=$(specific "${rest[@]}")
+                fi
+            fi
             echo "  config {${others[index]}$policy$text }"
-        elif [[ -n ${tried:-} && -n ${found[*]} ]]; then
+        elif [[ -n ${tried:-} && -n ${found[*]} && -z ${halves[*]} ]]; then
             echo "  config {${others[index]}${policies[index]} }"
         else
             continue

@@ -33,6 +33,11 @@ def put_half_a_version(models: Path, version: int) -> None:
     (models / str(version)).mkdir(parents=True)
 
 
+def put_version_without_variables(saved_model: Path, models: Path, version: int) -> None:
+    """What such a copy leaves when it got as far as the graph."""
+    shutil.rmtree(put_version(saved_model, models, version) / "variables")
+
+
 @pytest.fixture
 def repository(scales: Path, tmp_path: Path) -> Path:
     """Models of which only ``whole`` is as it should be."""
@@ -80,6 +85,48 @@ def test_broken_versions_stop_neither_the_server_nor_other_models(repository: Pa
         put_version(scales / "2", repository / "empty", 1)
         running.wait_states("empty", v1=State.AVAILABLE)
         assert (running.answers("newest"), running.answers("empty")) == (3, 2)
+
+
+def test_versions_without_their_variables_are_not_served(scales: Path, tmp_path: Path) -> None:
+    """TensorFlow Serving would load them, and then fail every request."""
+    models = tmp_path / "models"
+    put_version(scales / "1", models / "whole", 1)
+    for name in ("newest", "labelled"):
+        put_version(scales / "1", models / name, 1)
+        put_version_without_variables(scales / "2", models / name, 2)
+    put_version_without_variables(scales / "2", models / "broken", 1)
+    blocks = {name: new_block(name, str(models / name)) for name in ("whole", "newest", "broken")}
+    blocks["labelled"] = with_versions(new_block("labelled", str(models / "labelled")), [1, 2], {"stable": 2})
+    models_config.edit(models, blocks)
+    with container(models) as running:
+        for name in ("whole", "newest", "labelled"):
+            running.wait_states(name, v1=State.AVAILABLE)
+        index = models / "newest" / "2" / "variables" / "variables.index"
+        running.wait_for(lambda: f"{index} is missing" in running.log.read_text(), "the cause in the log")
+        # It stays so: the whole configuration is sent again and again meanwhile.
+        running.wait_for(lambda: "newest" in running.health()[1], "health")
+        for name in ("whole", "newest", "labelled"):
+            assert running.answers(name) == 1
+        assert running.answers("labelled", label="stable") == 1
+        assert State.AVAILABLE not in states(running.client, "broken").values()
+        for name, version in (("newest", 2), ("labelled", 2), ("broken", 1)):
+            (report,) = status(models, name, ())
+            assert any(
+                line.startswith(f"version {version} is not whole: ") and "variables.index is missing" in line
+                for line in report.disagreements
+            ), report.disagreements
+        # A version after it, or one that is whole after all, is served.
+        put_version(scales / "3", models / "newest", 3)
+        running.wait_states("newest", v3=State.AVAILABLE)
+        assert running.answers("newest") == 3
+
+
+def test_nothing_but_a_version_without_its_variables_is_nothing(scales: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    put_version_without_variables(scales / "1", models / "only", 1)
+    with container(models) as running:
+        assert running.process.wait(120) != 0
+        assert "variables.index is missing" in running.log.read_text()
 
 
 def test_what_is_broken_keeps_no_model_from_being_promoted(repository: Path, scales: Path) -> None:

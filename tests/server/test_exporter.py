@@ -94,6 +94,11 @@ def test_states_reloads_errors_and_memory(
     )
 
     assert value("spikeless_versions_missing", "m") == 0
+    # A server would load it, and answer nothing.
+    (models / "m" / "2" / "variables").rename(models / "m" / "2" / "elsewhere")
+    server.wait_for(lambda: value("spikeless_versions_missing", "m") == 1, "half a version to be missed")
+    (models / "m" / "2" / "elsewhere").rename(models / "m" / "2" / "variables")
+    server.wait_for(lambda: value("spikeless_versions_missing", "m") == 0, "it to be whole")
     block = new_block("m", str(models / "m"))
     models_config.edit(models, {"m": with_versions(block, [2, 7], {}), "gone": new_block("gone", "/gone")})
     server.wait_for(

@@ -461,6 +461,26 @@ def test_a_version_that_cannot_be_loaded_leaves_the_old_one_serving(
         assert answer(running.client) == [2, 4]
 
 
+def test_a_version_without_its_variables_is_not_loaded(
+    embedded: None, saved_models: Path, tmp_path: Path, serve: ServerFactory
+) -> None:
+    """TensorFlow loads it as a model that restores nothing, and fails its requests."""
+    models = tmp_path / "times"
+    put_version(saved_models / "times_one", models, 1)
+    with serve(POLL, "--max_num_load_retries=0", model_name="times", model_base_path=models) as running:
+        staged = put_version(saved_models / "times_two", tmp_path / "staged", 2)
+        shutil.rmtree(staged / "variables")
+        staged.rename(models / "2")
+        running.server.wait_for(
+            lambda: states(running.client, "times").get(2) is State.END, "version 2 to be given up"
+        )
+        (status,) = running.client.statuses("times", version=2)
+        assert status.error is not None
+        assert status.error.code is Code.NOT_FOUND
+        assert "variables.index is missing, but the graph restores it" in str(status.error)
+        assert answer(running.client) == [1, 2]
+
+
 def test_a_failed_load_is_tried_again(saved_models: Path, tmp_path: Path, serve: ServerFactory) -> None:
     models = tmp_path / "times"
     put_version(saved_models / "times_one", models, 1)

@@ -22,6 +22,7 @@ from spikeless.errors import (
     SpikelessError,
 )
 from spikeless.formats.protos import saved_model_pb2
+from spikeless.formats.variables import restores
 from spikeless.repository.candidate import Candidate
 from spikeless.repository.gates import FILES, Gate
 from spikeless.repository.layout import versions
@@ -35,6 +36,8 @@ def write_saved_model(path: Path, *, variables: bool = False, asset: str | None 
     graph.meta_info_def.tags.append("serve")
     if variables:
         graph.graph_def.node.add(name="v", op="VarHandleOp")
+        graph.graph_def.node.add(name="restore", op="AssignVariableOp", input=["v"])
+        graph.saver_def.restore_op_name = "restore"
     if asset:
         graph.asset_file_def.add(filename=asset)
     path.mkdir()
@@ -333,6 +336,22 @@ def test_what_could_not_be_loaded_is_refused_before_anything_is_created(
     with pytest.raises(error, match=message):
         put(source, models)
     assert not models.exists()
+
+
+def test_variables_that_nothing_restores_need_no_file(source: Path, models: Path) -> None:
+    """What the operation that restores does decides, not the folder."""
+    proto = saved_model_pb2.SavedModel.FromString((source / "saved_model.pb").read_bytes())
+    graph = proto.meta_graphs[0]
+    graph.graph_def.node.add(name="v", op="VarHandleOp")
+    graph.graph_def.node.add(name="init", op="AssignVariableOp", input=["v"])
+    graph.graph_def.node.add(name="restore", op="NoOp")
+    for restore in ("", "restore"):
+        graph.saver_def.restore_op_name = restore
+        assert not restores(graph)
+        (source / "saved_model.pb").write_bytes(proto.SerializeToString())
+        put(source, models)
+    graph.graph_def.node[-1].input.append("^init")
+    assert restores(graph)
 
 
 def test_a_missing_data_shard_is_refused(source: Path, models: Path) -> None:

@@ -48,8 +48,8 @@ def command(folder: Path, name: str | None, options: tuple[str, ...]) -> None:
             click.echo(f"{key:{width}}  {_summary(path)}")
         return
     if name not in scripts:
-        there = f"there is: {', '.join(scripts)}{nearest(name, scripts)}"
-        raise NotFound(f"{folder}/ has no training script for {name!r}; {there}")
+        there = nearest(name, scripts) or f"; there is: {', '.join(scripts)}"
+        raise NotFound(f"{folder}/ has no training script for {name!r}{there}")
     # SIGTERM (`docker stop`, a batch system) ends a training as Ctrl-C does: what was
     # staged is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -20,6 +20,7 @@ from spikeless.engine.flags import DEFAULTS, ServerFlags
 from spikeless.errors import SpikelessError
 from spikeless.formats import session_overrides
 from spikeless.formats.protos import config_pb2, read_text_proto
+from spikeless.formats.variables import check_variables
 from spikeless.runtime import CALLING_THREAD, Session
 from spikeless.runtime.model import Model, Runner
 
@@ -99,10 +100,10 @@ class ModelLoader:
 
     def _load(self, path: Path, config: config_pb2.ConfigProto) -> Runner:
         session = Session.load(path, self._tags, config)
-        if self._batching is None:
-            return session
         try:
-            return self._batching.wrap(session, path)
+            # Without its variables a model loads, and every request fails.
+            check_variables(path, self._tags)
+            return session if self._batching is None else self._batching.wrap(session, path)
         except BaseException:
             session.close()
             raise

@@ -6,18 +6,14 @@ remedy.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from spikeless.errors import DataLoss, InvalidArgument, NotFound, Unimplemented
+from spikeless.errors import InvalidArgument, NotFound, SpikelessError, Unimplemented
 from spikeless.formats import savedmodel
-from spikeless.formats.protos import meta_graph_pb2
-from spikeless.mapping.plan import VARIABLES
+from spikeless.formats.variables import check_variables
 from spikeless.warmup.records import MAX_RECORDS, read, warmup_file
 from spikeless.warmup.requests import Servable, WarmupRequest
 from spikeless.warmup.validation import validate
-
-_SHARD = re.compile(r"variables\.data-\d+-of-(\d+)")
 
 
 def check_files(path: Path) -> None:
@@ -30,27 +26,25 @@ def check_files(path: Path) -> None:
         DataLoss: a data shard of the variables is missing.
     """
     meta_graph = savedmodel.read(path).meta_graph()
-    _check_variables(path, meta_graph)
+    check_variables(path)
     for asset in meta_graph.asset_file_def:
         file = path / savedmodel.ASSETS_DIRECTORY / asset.filename
         if not file.is_file():
             raise NotFound(f"{file} is missing, but the graph reads it; copy or export the model again")
 
 
-def _check_variables(path: Path, meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
-    index = path / savedmodel.VARIABLES_DIRECTORY / "variables.index"
-    if not index.is_file():
-        # TensorFlow loads such a model, and then fails its first request.
-        if any(node.op in VARIABLES for node in meta_graph.graph_def.node):
-            raise NotFound(f"{index} is missing, but the graph has variables; copy or export the model again")
-        return
-    shards = [match for file in index.parent.iterdir() if (match := _SHARD.fullmatch(file.name))]
-    expected = int(shards[0][1]) if shards else 1
-    if len(shards) != expected:
-        raise DataLoss(
-            f"{index.parent} has {len(shards)} of the {expected} data files that belong to {index.name}; "
-            "copy or export the model again"
-        )
+def missing_part(path: Path) -> str:
+    """What a version on disk lacks, or nothing; as when its copy was cut short."""
+    file = path / savedmodel.SAVED_MODEL_FILE
+    try:
+        if not file.is_file():
+            return f"{file} is missing; copy it again, or remove it" if path.is_dir() else ""
+        check_variables(path)
+    except SpikelessError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}" if path.is_dir() else ""
+    return ""
 
 
 def check_warmup(path: Path) -> None:

@@ -124,9 +124,9 @@ def promote(
     settings = settings or PromotionSettings()
     known = layout.versions(models, name)
     if version not in known:
-        numbers = ", ".join(map(str, known)) or "none"
+        numbers = f"; there is: {', '.join(map(str, known)) or 'none'}"
         similar = "" if known else layout.similar_name(Path(models), name)
-        raise NotFound(f"{Path(models, name)} has no version {version}; there is: {numbers}{similar}")
+        raise NotFound(f"{Path(models, name)} has no version {version}{similar or numbers}")
     check_files(known[version])
     asked = probes.of_version(known[version])
     with _alone(models, name, fleet, settings.serving_root, progress, interrupted, wait=True) as found:

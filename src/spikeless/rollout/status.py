@@ -21,7 +21,7 @@ from spikeless.errors import Code, DataLoss, InvalidArgument, NotFound, Spikeles
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.formats.states import State, VersionStatus
 from spikeless.mapping import is_mapped
-from spikeless.repository import golden, layout, models_config
+from spikeless.repository import checks, golden, layout, models_config
 from spikeless.repository.journal import Journal, outcomes
 from spikeless.repository.models_config import ModelsConfig
 from spikeless.rollout.fleet import states
@@ -81,9 +81,8 @@ def status(models: str | os.PathLike[str], name: str | None, targets: tuple[str,
     config = models_config.read(models)
     known = _known(models, config)
     if name is not None and name not in known:
-        raise NotFound(
-            f"{models} has no model {name}; there is: {', '.join(known) or 'none'}{nearest(name, known)}"
-        )
+        there = nearest(name, known) or f"; there is: {', '.join(known) or 'none'}"
+        raise NotFound(f"{models} has no model {name}{there}")
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(target, _CALL_SECONDS)) for target in targets]
         return [_report(models, config, one, clients) for one in ([name] if name else known)]
@@ -135,6 +134,11 @@ def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]
         for version, reason in wanted.items()
         if version not in on_disk
     ]
+    problems += [
+        f"version {version} is not whole: {problem}"
+        for version, path in on_disk.items()
+        if (version in wanted or not wanted) and (problem := checks.missing_part(path))
+    ]
     journal = Journal(models, name)
     unfinished = journal.unfinished()
     if unfinished is not None:
@@ -142,7 +146,7 @@ def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]
             f"a {unfinished.action} to version {unfinished.version} was cut short, or is running: "
             "repeat it, or roll back"
         )
-    checks = {one.version: result for one, result in outcomes(journal.entries())}
+    results = {one.version: result for one, result in outcomes(journal.entries())}
     reports = []
     for version in sorted({*on_disk, *seen, *wanted}):
         facts = _on_disk(on_disk[version]) if version in on_disk else {}
@@ -150,7 +154,7 @@ def _report(models: Path, config: ModelsConfig, name: str, clients: list[Client]
             VersionReport(
                 version,
                 version in on_disk,
-                checks=checks.get(version, ""),
+                checks=results.get(version, ""),
                 configured=wanted.get(version, ""),
                 labels=tuple(label for label, number in sorted(labels.items()) if number == version),
                 servers=seen.get(version, {}),

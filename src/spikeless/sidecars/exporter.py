@@ -12,8 +12,8 @@ TensorFlow Serving's ``ModelService``.
     spikeless_version_error{model_name, version, status}
         1 for a version that could not be loaded
     spikeless_versions_missing{model_name}
-        how many versions it should serve and does not: those that ``models.config``
-        names, else the newest one on disk
+        how many versions it should serve and does not, or only in part: those that
+        ``models.config`` names, else the newest one on disk
     spikeless_reloads_total{model_name}
         how often the AVAILABLE versions changed
     spikeless_memory_private_bytes
@@ -41,7 +41,7 @@ from spikeless.disk import proc
 from spikeless.errors import Code, SpikelessError
 from spikeless.formats.states import State, VersionStatus
 from spikeless.formats.versions import list_versions
-from spikeless.repository import layout, models_config
+from spikeless.repository import checks, layout, models_config
 
 #: The name of a kind of memory, the kernel's and docker/entrypoint's -> the metric's.
 _MEMORY = {"RssAnon": "private", "MappedParameters": "mapped"}
@@ -118,7 +118,12 @@ class Exporter:
                 found[name] = matter
             if wanted is not None:
                 newest = {max(on_disk)} if on_disk else set()
-                available = _available(statuses)
+                # A server loads half a copy, too, and then fails every request.
+                available = {
+                    version
+                    for version in _available(statuses)
+                    if version not in on_disk or not checks.missing_part(on_disk[version])
+                }
                 missing[name] = len((wanted or newest) - available) or int(not available)
         with self._lock:
             self._up = up
@@ -210,11 +215,11 @@ def _wanted(models: Path) -> dict[str, set[int] | None]:
     return wanted
 
 
-def _on_disk(models: Path, name: str) -> set[int]:
+def _on_disk(models: Path, name: str) -> dict[int, Path]:
     try:
-        return set(list_versions(models / name))
+        return list_versions(models / name)
     except SpikelessError:
-        return set()
+        return {}
 
 
 def _matters(status: VersionStatus, on_disk: bool) -> bool:
