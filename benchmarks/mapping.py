@@ -58,7 +58,7 @@ from spikeless import bench, launch, warmup
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.bench.replayed import ReplayedRequest, read_requests
 from spikeless.bench.rungs import Rung, kinds
-from spikeless.bench.scenario import server_facts
+from spikeless.bench.servers import server_facts
 from spikeless.cli.options import Size
 from spikeless.client import Client
 from spikeless.disk import proc

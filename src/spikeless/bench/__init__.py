@@ -5,7 +5,9 @@ In: a running server and the model's warmup requests. Out: a raw result for each
 (`report`).
 
 load       the load: requests of models (`replayed`) sent by `spikeless.openloop`
-scenario   one run: load, publishing, and what `watch` sees of the server
+servers    the server that is measured
+events     what happens to versions meanwhile, and changes what makes it happen
+scenario   one run: load, changes, and what `watch` sees of the server
 gate       a run judged by limits
 capacity   the rate that a server keeps up with
 hdr        a run as an HdrHistogram log
@@ -13,6 +15,7 @@ ladder     a run for each of the `rungs`
 """
 
 from spikeless.bench.analysis import RULES, Reload, Summary, Window, analyse
+from spikeless.bench.changes import publisher, staged, staged_in_turn, unloadable
 from spikeless.bench.folding import FOLD_RULES, Estimate, Fold, fold
 from spikeless.bench.load.generator_floor import FLOOR_SECONDS, measure_floor
 from spikeless.bench.progress import progress_bar
@@ -28,20 +31,8 @@ from spikeless.bench.run_file import (
     read_run,
     result_files,
 )
-from spikeless.bench.scenario import (
-    SERVER_FLAGS,
-    Moment,
-    Progress,
-    check_requests,
-    publisher,
-    refusal,
-    result_path,
-    run,
-    running_server,
-    server_facts,
-    staged,
-    staged_in_turn,
-)
+from spikeless.bench.scenario import Moment, Progress, check_requests, result_path, run
+from spikeless.bench.servers import SERVER_FLAGS, refusal, running_server, server_facts
 
 __all__ = [
     "FLOOR_SECONDS",
@@ -78,4 +69,5 @@ __all__ = [
     "server_facts",
     "staged",
     "staged_in_turn",
+    "unloadable",
 ]

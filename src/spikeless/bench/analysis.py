@@ -7,7 +7,8 @@ Windows, by the intended start of a request:
 
 steady   after the warm seconds, until publishing began (or to the end without any)
 reload   from the beginning of publishing until one second after the old version
-         was seen to have ended
+         was seen to have ended; of several versions (`spikeless.bench.events`) from the
+         first beginning until a second after the last end
 control  for each reload, a window of the same length without a reload, in the middle of
          the quiet time before it, which begins after the last reload or warm second
 """
@@ -22,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spikeless.bench.events import PUBLISH_ALL, STORM, UNLOAD
 from spikeless.bench.run_file import Publish, Run
-from spikeless.bench.watch import GONE
+from spikeless.bench.watch import GONE, StateChange
 from spikeless.errors import Code, InvalidArgument
 
 AFTER_END_SECONDS = 1.0
@@ -73,8 +75,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Reload:
-    """One swap of a run. Versions and times are None when they were not seen."""
+    """One event of a run, mostly a swap.
 
+    Versions and times are None when they were not seen. Of several models, versions are
+    those of the first, and times the latest of all.
+    """
+
+    #: Such as ``publish v2``, ``unload v1``, ``storm v2 to v21``.
+    what: str
     window: Window
     #: The window to compare with; None where the quiet time before is too short.
     control: Window | None
@@ -86,6 +94,8 @@ class Reload:
     swap_seconds: float | None
     #: When the old version was first seen to have ended, in seconds after publishing.
     ended: float | None
+    #: Whether a new version became AVAILABLE, or the one to unload ended.
+    happened: bool
     #: Latency of the first request that the new version answered; None for a version
     #: of another model.
     first_ms: float | None
@@ -125,6 +135,10 @@ class Summary:
     served: dict[int, int]
     #: gRPC status -> requests of the whole run.
     codes: dict[str, int]
+    #: How many versions were published, or unloaded, and
+    published: int
+    #: how many became AVAILABLE since the first was.
+    loaded: int
     swap_seconds: float | None
     #: Private (anonymous) memory in bytes just before the first publishing,
     memory_before: int | None
@@ -146,7 +160,7 @@ class Summary:
 
 def _counted(reloads: Sequence[Reload]) -> Sequence[Reload]:
     """Those that figures come from: without a new version there is no swap."""
-    swapped = [swap for swap in reloads if swap.new_version is not None]
+    swapped = [swap for swap in reloads if swap.happened]
     return [swap for swap in swapped if swap.clean] or swapped
 
 
@@ -178,7 +192,7 @@ def analyse(run: Run) -> Summary:
     reload = _window(run, [(swap.window.begin, swap.window.end) for swap in counted]) if counted else None
     memory, sampled = run.samples["rss_anon"], run.samples["t"]
     before = (sampled >= settings.warm_seconds) & (sampled < steady.end)
-    swapped = [(swap.window.begin, swap.window.end) for swap in reloads if swap.new_version is not None]
+    swapped = [(swap.window.begin, swap.window.end) for swap in reloads if swap.happened]
     during = _inside(sampled, swapped)
     return Summary(
         steady=steady,
@@ -196,6 +210,12 @@ def analyse(run: Run) -> Summary:
             for version, count in zip(*np.unique(versions[versions > 0], return_counts=True), strict=True)
         },
         codes=_codes(run.requests["code"]),
+        published=len(published),
+        loaded=sum(
+            change.state == "AVAILABLE" and change.t >= published[0].begin for change in run.facts.states
+        )
+        if published
+        else 0,
         swap_seconds=_median(swap.swap_seconds for swap in counted),
         memory_before=_last(memory[before]),
         memory_peak=_largest(memory[during]),
@@ -219,27 +239,37 @@ def latencies(run: Run, window: Window) -> NDArray[np.float64]:
 
 
 def _reloads(run: Run, end: float) -> list[Reload]:
-    """Every swap of the run; `end` is that of the load."""
-    publishes = run.facts.publishes
-    quiet = run.facts.settings.warm_seconds
+    """Every event of the run; `end` is that of the load."""
+    settings, publishes = run.facts.settings, run.facts.publishes
+    together = {PUBLISH_ALL: len(settings.published_models), STORM: len(publishes)}.get(settings.event, 1)
+    groups = [publishes[first : first + together] for first in range(0, len(publishes), together)]
+    quiet = settings.warm_seconds
     reloads = []
-    limits = [*(publish.begin for publish in publishes), end][1:]
-    for publish, limit in zip(publishes, limits, strict=True):
-        reloads.append(_reload(run, quiet, publish, limit))
+    limits = [*(group[0].begin for group in groups), end][1:]
+    for group, limit in zip(groups, limits, strict=True):
+        reloads.append(_reload(run, quiet, group, limit))
         quiet = reloads[-1].window.end
     return reloads
 
 
-def _reload(run: Run, quiet: float, publish: Publish, limit: float) -> Reload:
-    """The swap that `publish` began, after quiet time from `quiet` on.
+def _reload(run: Run, quiet: float, group: Sequence[Publish], limit: float) -> Reload:
+    """The event that these publishings were, after quiet time from `quiet` on.
 
     What happens after `limit` is not part of it.
     """
-    settings, begin = run.facts.settings, publish.begin
-    old, new, available, ended = _swap(run, publish, limit)
+    settings, begin = run.facts.settings, group[0].begin
+    unload = settings.event == UNLOAD
+    first_of: dict[str, Publish] = {}
+    for publish in group:
+        first_of.setdefault(publish.model, publish)
+    follow = {UNLOAD: _unloaded, STORM: _stormed}.get(settings.event, _swap)
+    found = [follow(run, publish, limit) for publish in first_of.values()]
+    old, new = found[0].old, found[0].new
+    available = _latest(one.available for one in found)
+    ended = _latest(one.ended for one in found)
     until = limit if ended is None else min(limit, ended + AFTER_END_SECONDS)
     incomplete = []
-    if new is None:
+    if not unload and available is None:
         incomplete.append("no new version was seen AVAILABLE")
     if ended is None:
         incomplete.append(
@@ -251,9 +281,10 @@ def _reload(run: Run, quiet: float, publish: Publish, limit: float) -> Reload:
     intended, latency = run.requests["intended"], run.requests["latency"] * 1e3
     slow = intended[_inside(intended, [(begin, until)]) & (latency > settings.slo_ms)]
     on_new = np.zeros(0, np.int64)
-    if new is not None and not publish.model:
+    if new is not None and not group[0].model:
         on_new = np.flatnonzero(run.requests["version"] == new)
     return Reload(
+        what=_what(settings.event, group, old, new),
         window=_window(run, [(begin, until)]),
         control=control,
         incomplete=incomplete,
@@ -261,32 +292,83 @@ def _reload(run: Run, quiet: float, publish: Publish, limit: float) -> Reload:
         new_version=new,
         swap_seconds=available - begin if available is not None else None,
         ended=ended - begin if ended is not None else None,
+        happened=(ended if unload else available) is not None,
         first_ms=float(latency[on_new[0]]) if len(on_new) else None,
         over_slo=len(slow),
         width_ms=float(slow[-1] - slow[0]) * 1e3 if len(slow) else 0.0,
     )
 
 
-def _swap(
-    run: Run, publish: Publish, limit: float
-) -> tuple[int | None, int | None, float | None, float | None]:
-    """What happened to the published model until `limit`: two versions and two times.
+@dataclass(frozen=True)
+class _Change:
+    """What happened to a model: versions, and times after the start of the run."""
 
-    The versions are the old and the new one. The times are when the new one was first
-    seen AVAILABLE, and when the old one had ended.
-    """
+    old: int | None
+    new: int | None
+    #: When the new version was first seen AVAILABLE,
+    available: float | None
+    #: and when the old one, or all old ones, had ended.
+    ended: float | None
+
+
+_ENDED = ("END", GONE)
+
+
+def _states(run: Run, publish: Publish, limit: float) -> tuple[dict[int, str], list[StateChange]]:
+    """States of the published model before it was, and their changes until `limit`."""
     changes = [change for change in run.facts.states if change.model == publish.model]
     last = {change.version: change.state for change in changes if change.t < publish.begin}
-    after = [change for change in changes if publish.begin <= change.t < limit]
+    return last, [change for change in changes if publish.begin <= change.t < limit]
+
+
+def _swap(run: Run, publish: Publish, limit: float) -> _Change:
+    last, after = _states(run, publish, limit)
     old = max((version for version, state in last.items() if state == "AVAILABLE"), default=None)
     arrived = [change for change in after if change.state == "AVAILABLE" and change.version != old]
-    gone = [change for change in after if change.version == old and change.state in ("END", GONE)]
-    return (
+    gone = [change for change in after if change.version == old and change.state in _ENDED]
+    return _Change(
         old,
         arrived[0].version if arrived else None,
         arrived[0].t if arrived else None,
         gone[0].t if gone else None,
     )
+
+
+def _stormed(run: Run, publish: Publish, limit: float) -> _Change:
+    """From the first of many publishings until only the newest version is left."""
+    last, after = _states(run, publish, limit)
+    old = max((version for version, state in last.items() if state == "AVAILABLE"), default=None)
+    arrived = [change for change in after if change.state == "AVAILABLE" and change.version != old]
+    if not arrived:
+        return _Change(old, None, None, None)
+    newest = max(arrived, key=lambda change: change.version)
+    states = last | {change.version: change.state for change in after}
+    left = [version for version, state in states.items() if version != newest.version and state not in _ENDED]
+    gone = [change.t for change in after if change.version != newest.version and change.state in _ENDED]
+    return _Change(old, newest.version, newest.t, None if left else max(gone, default=None))
+
+
+def _unloaded(run: Run, publish: Publish, limit: float) -> _Change:
+    _, after = _states(run, publish, limit)
+    gone = [
+        change for change in after if change.state in _ENDED and publish.version in (None, change.version)
+    ]
+    return _Change(gone[0].version if gone else publish.version, None, None, gone[0].t if gone else None)
+
+
+def _what(name: str, group: Sequence[Publish], old: int | None, new: int | None) -> str:
+    if name == UNLOAD:
+        return f"unload v{old or '?'}"
+    if name == PUBLISH_ALL:
+        return f"publish {', '.join(publish.model for publish in group)}"
+    first = group[0].version
+    return f"storm v{first or '?'} to v{new or '?'}" if name == STORM else f"publish v{new or '?'}"
+
+
+def _latest(times: Iterable[float | None]) -> float | None:
+    """The last of these times; None where one is missing."""
+    known = list(times)
+    return None if None in known else max(time for time in known if time is not None)
 
 
 #: Begin and end in seconds after the start of the run; the end is not part of it.

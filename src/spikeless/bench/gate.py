@@ -266,14 +266,17 @@ def _check_comparable(before: Scenario, after: Scenario) -> None:
     check_machines(("the baseline", before.runs), ("this result", after.runs))
     old, new = map(_loads, (before, after))
     if old != new:
-        told = (", ".join(f"{rate:g}/s {arrivals}" for rate, arrivals in sorted(one)) for one in (old, new))
+        told = (
+            ", ".join(f"{rate:g}/s {' '.join(rest)}" for rate, *rest in sorted(one)) for one in (old, new)
+        )
         raise FailedPrecondition(
             f"the baseline had another load ({' / '.join(told)}): measure both with the same one"
         )
 
 
-def _loads(scenario: Scenario) -> set[tuple[float, str]]:
-    return {(run.facts.settings.rate, run.facts.settings.arrivals) for run in scenario.runs}
+def _loads(scenario: Scenario) -> set[tuple[float, str, str]]:
+    settings = [run.facts.settings for run in scenario.runs]
+    return {(one.rate, one.arrivals, one.event) for one in settings}
 
 
 def _codes(scenario: Scenario) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spikeless.bench import events
 from spikeless.bench.machine import UNKNOWN, Machine
 from spikeless.bench.replayed import parse_batch_sizes
 from spikeless.bench.watch import SAMPLES, StateChange
@@ -54,9 +55,11 @@ class Settings:
     timeout: float = 10.0
     #: Processes of the load generator.
     processes: int = 1
-    #: When the first version is published, in seconds after the start; None: never.
+    #: What happens to versions, as in `spikeless.bench.events`.
+    event: str = events.PUBLISH
+    #: When it first does, in seconds after the start; None: never.
     publish_at: float | None = None
-    #: How many versions are published,
+    #: How often (of a storm: how many versions),
     publishes: int = 1
     #: and the seconds between two.
     publish_every: float = 10.0
@@ -82,6 +85,7 @@ class Settings:
             )
         if not (self.publishes >= 1 and self.publish_every > 0):
             raise InvalidArgument("publish 1 version or more, with positive time between them")
+        self._check_event()
         at = self.publish_at
         then = "" if at is None else f", and publishing begins at {at:g} s"
         end = self.seconds if at is None else at
@@ -95,6 +99,15 @@ class Settings:
                 f"the last of {self.publishes} versions would be published at {self.publish_moments[-1]:g} s,"
                 f" but the load ends at {self.seconds:g} s; publish fewer or faster, or make it longer"
             )
+
+    def _check_event(self) -> None:
+        events.event(self.event)
+        if self.event == events.PUBLISH_ALL and not self.published_models:
+            raise InvalidArgument("to publish a version of every model at once, name the models")
+        if self.event == events.STORM and self.publishes < 2:
+            raise InvalidArgument("a storm has 2 versions or more")
+        if self.event == events.UNLOAD and self.published_models:
+            raise InvalidArgument("what is unloaded is a version of the model that is loaded with requests")
 
     @property
     def schedule(self) -> Schedule:
@@ -135,6 +148,12 @@ class Publish:
     result: str = ""
     #: The model that a version was published of; empty: the one that is loaded.
     model: str = ""
+
+    @property
+    def version(self) -> int | None:
+        """The version, where the result is its directory."""
+        name = Path(self.result).name
+        return int(name) if name.isdecimal() else None
 
 
 @dataclass(frozen=True)

@@ -89,16 +89,16 @@ def prune(
             return pruned
         for version, path in removed.items():
             progress(f"removing version {version}")
-            _remove(path, state)
+            hide(path, state)
             Journal(models, name).append(Removed(version, sizes[version]))
         if (state / _TRASH).is_dir():
             progress("freeing the space")
-            _empty(state / _TRASH)
+            free_hidden(state)
     return pruned
 
 
-def _remove(version: Path, state: Path) -> None:
-    """Put a version out of the sight of servers."""
+def hide(version: Path, state: Path) -> None:
+    """Put a version out of the sight of servers, by one rename."""
     try:
         (state / _TRASH).mkdir(exist_ok=True)
         version.rename(state / _TRASH / version.name)
@@ -195,6 +195,6 @@ def _in_use_here(versions: Mapping[int, Path]) -> set[int]:
     return found
 
 
-def _empty(trash: Path) -> None:
+def free_hidden(state: Path) -> None:
     """Remove what this or an earlier, killed prune has put out of sight."""
-    shutil.rmtree(trash, ignore_errors=True)
+    shutil.rmtree(state / _TRASH, ignore_errors=True)

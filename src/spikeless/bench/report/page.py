@@ -17,6 +17,7 @@ import jinja2
 from spikeless import __version__
 from spikeless.bench import run_file
 from spikeless.bench.analysis import RULES
+from spikeless.bench.events import EVENTS, PUBLISH
 from spikeless.bench.folding import FOLD_RULES, INTERVAL_RULE
 from spikeless.bench.report.comparison import Comparison
 from spikeless.bench.report.notes import notes
@@ -174,9 +175,12 @@ def _server(server: run_file.ServerFacts) -> str:
 
 
 def _load(settings: run_file.Settings) -> str:
-    swaps = settings.publish_moments
+    moments = settings.publish_moments
+    event = "" if settings.event == PUBLISH else f" ({settings.event})"
     published = (
-        f"{len(swaps)} versions published, one every {settings.publish_every:g} s, " if len(swaps) > 1 else ""
+        f"{len(moments)} versions published{event}, one every {settings.publish_every:g} s, "
+        if len(moments) > 1 or event
+        else ""
     )
     return (
         f"open loop, {settings.rate:g} requests/s for {settings.seconds:g} s, {published}"
@@ -213,6 +217,10 @@ def _title(panel: Panel) -> str:
     name, summary = panel.run.facts.settings.model_name, panel.summary
     if summary.reload is None:
         return f"Publishing {name} under load" if summary.reloads else f"{name} under load"
+    event = panel.run.facts.settings.event
+    if event != PUBLISH:
+        versions = "a version" if summary.published == 1 else f"{summary.published} versions"
+        return f"{name} under load, {versions} {EVENTS[event].done}"
     if len(summary.reloads) > 1:
         return f"Swapping {name} {len(summary.reloads)} times under load"
     return f"Swapping {name} {summary.old_version} \N{RIGHTWARDS ARROW} {summary.new_version} under load"

@@ -255,7 +255,7 @@ def _points(run: Run, time: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, 
 def _marks(swap: Reload, zero: float) -> list[dict[str, Any]]:
     """When the new version was published and available, and when the old one ended."""
     begin = swap.window.begin - zero
-    marks = [{"t": round(begin, 3), "label": f"publish v{swap.new_version or '?'}", "kind": "publish"}]
+    marks = [{"t": round(begin, 3), "label": swap.what, "kind": "publish"}]
     if swap.swap_seconds is not None:
         label = f"v{swap.new_version} available"
         marks.append({"t": round(begin + swap.swap_seconds, 3), "label": label, "kind": "state"})

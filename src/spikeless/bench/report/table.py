@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spikeless.bench.analysis import Summary, analyse
+from spikeless.bench.events import STORM
 from spikeless.bench.folding import CONFIDENCE, FIGURES, Estimate, Fold, fold, median_interval
 from spikeless.bench.run_file import Run
 from spikeless.errors import Code, InvalidArgument
@@ -120,6 +121,11 @@ def table(scenarios: Sequence[Scenario]) -> list[Row]:
     ]
     last = max(number for number, row in enumerate(rows) if row.group == _FAILURES) + 1
     rows[last:last] = failures
+    if any(run.facts.settings.event == STORM for scenario in scenarios for run in scenario.runs):
+        rows[last + 2 : last + 2] = [
+            Row(_VERSIONS, figure.label, figure.hint, [_cell(one, figure) for one in scenarios])
+            for figure in _STORM_FIGURES
+        ]
     if any(scenario.fold.enough for scenario in scenarios):
         rows += _folded_rows(scenarios)
     return rows
@@ -249,6 +255,14 @@ _FIGURES: dict[str, Sequence[_Figure]] = {
         _Figure("requests in the steady window", "", _steady("requests"), _whole),
     ),
 }
+_VERSIONS = "Versions of a storm"
+_STORM_FIGURES = (
+    _Figure("versions published", "", lambda s: s.published, _whole),
+    _Figure(
+        "versions that loaded", "a server may skip those that a newer one follows", lambda s: s.loaded, _whole
+    ),
+    _Figure("versions that answered", "with the first one", lambda s: len(s.served), _whole),
+)
 _FOLDED = "All reloads together"
 _ADVANCED = ("Other percentiles and counts", _FOLDED)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spikeless.bench.events import EVENTS
 from spikeless.bench.report.table import Scenario, headline, milliseconds
 
 
@@ -88,9 +89,10 @@ def _judge(scenarios: Sequence[Scenario]) -> Verdict:
 
 
 def _of_one(scenario: Scenario) -> str:
-    swaps = sum(len(summary.reloads) for summary in scenario.summaries)
-    count = "a version was" if swaps == 1 else f"{swaps} versions were"
-    when = f"While {count} swapped" if swaps else "Without a swap"
+    changes = sum(summary.published for summary in scenario.summaries)
+    count = "a version was" if changes == 1 else f"{changes} versions were"
+    done = EVENTS[scenario.runs[0].facts.settings.event].done
+    when = f"While {count} {done}" if changes else "Without a swap"
     return (
         f"{when}, 99.9% of the requests took at most {milliseconds(headline(scenario).middle)} "
         f"(SLO {slo_ms(scenario):g} ms){_failures([scenario])}."

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from spikeless import bench, launch
+from spikeless.bench import events
 from spikeless.bench.capacity import find_capacity
 from spikeless.disk.atomic import DIRECTORY_MODE
 from spikeless.errors import InvalidArgument, NotFound
@@ -38,6 +39,7 @@ def measured(
     slo_latency: float,
     saved_models: tuple[Path, ...],
     publish_command: str | None,
+    event: str,
     published_models: tuple[str, ...],
     publishes: int,
     publish_every: float | None,
@@ -54,23 +56,31 @@ def measured(
     swaps = bool(saved_models) or publish_command is not None
     published_models = tuple(dict.fromkeys(published_models))
     given = (publish_at, publish_every, published_models or None)
-    if not swaps and (any(one is not None for one in given) or publishes != 1):
+    if not swaps and (any(one is not None for one in given) or publishes != 1 or event != events.PUBLISH):
         raise click.UsageError(
-            "--publishes, --publish-at, --publish-every and --publish-model need --publish or "
+            "--event, --publishes, --publish-at, --publish-every and --publish-model need --publish or "
             "--publish-command"
+        )
+    if target is not None and event == events.UNLOAD and saved_models:
+        raise click.UsageError(
+            "which old versions a running server keeps loaded is its own matter: say with --publish-command "
+            "how one is unloaded"
         )
     if target is None and pid is not None:
         raise click.UsageError("--pid is for --server: give that, too")
     if target is not None and (allocator is not None or server_flag):
         raise click.UsageError("--allocator and --server-flag are for a server that is started, not --server")
-    share = max(0.0, duration - settle) / publishes or duration
+    storm = event == events.STORM
+    share = max(0.0, duration - settle) / (1 if storm else publishes) or duration
+    every = 1.0 if storm else share
     settings = checked_settings(
         requests=str(requests or _own_requests(models, name)),
         model_name=name,
         seconds=duration,
         publish_at=(settle + 0.6 * share if publish_at is None else publish_at) if swaps else None,
+        event=event,
         publishes=publishes,
-        publish_every=share if publish_every is None else publish_every,
+        publish_every=every if publish_every is None else publish_every,
         published_models=published_models,
         warm_seconds=settle,
         slo_ms=1e3 * slo_latency,
@@ -105,12 +115,16 @@ def measured(
         )
     notes = []
     with ExitStack() as stack:
-        if saved_models:
-            publish = stack.enter_context(
-                bench.staged_in_turn(saved_models, models, published_models or (name,), publishes)
-            )
-        if target is None and published_models:
-            config = stack.enter_context(_models_config(models, (name, *published_models)))
+        versions: Sequence[int] = ()
+        if saved_models and event == events.UNLOAD:
+            unloadable = bench.unloadable(saved_models, models, name, publishes)
+            versions, publish = stack.enter_context(unloadable)
+        elif saved_models:
+            names = published_models or (name,)
+            count = publishes * (len(names) if event == events.PUBLISH_ALL else 1)
+            publish = stack.enter_context(bench.staged_in_turn(saved_models, models, names, count))
+        if target is None and (published_models or versions):
+            config = stack.enter_context(_models_config(models, (name, *published_models), versions))
             launched = dataclasses.replace(
                 launched,
                 model_name=None,
@@ -154,11 +168,16 @@ def _pinned(models: Path, name: str) -> bool:
 
 
 @contextmanager
-def _models_config(models: Path, names: Sequence[str]) -> Iterator[Path]:
-    """What makes a server serve these models; gone at the end of the block."""
+def _models_config(models: Path, names: Sequence[str], versions: Sequence[int]) -> Iterator[Path]:
+    """What makes a server serve these models; gone at the end of the block.
+
+    Of each model it is the newest version, or all of `versions`.
+    """
+    listed = " ".join(f"versions: {version}" for version in versions)
+    policy = f"model_version_policy {{ specific {{ {listed} }} }} " if versions else ""
     blocks = "\n".join(
         f"  config {{ name: {json.dumps(name)} base_path: {json.dumps(str((models / name).absolute()))} "
-        'model_platform: "tensorflow" }'
+        f'model_platform: "tensorflow" {policy}}}'
         for name in names
     )
     with tempfile.TemporaryDirectory(prefix="spikeless-bench-") as directory:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from spikeless import launch
+from spikeless.bench.events import CHANGES, EVENTS, PUBLISH
 from spikeless.cli.options import SERVER, Duration, models_option
 from spikeless.openloop.schedule import ARRIVALS
 
@@ -127,7 +128,18 @@ def run_options(*, publishes: int, duration: str) -> Any:
             multiple=True,
             help="SavedModel to publish as the next version. Several take turns.",
         ),
-        click.option("--publish-command", help="Command that publishes a version instead."),
+        click.option(
+            "--publish-command", help="Command that publishes a version instead, or with unload unloads one."
+        ),
+        click.option(
+            "--event",
+            type=click.Choice(CHANGES),
+            default=PUBLISH,
+            show_default=True,
+            help="What happens to versions: "
+            + "; ".join(f"{name}: {EVENTS[name].meaning}" for name in CHANGES)
+            + ".",
+        ),
         click.option(
             "--publish-model",
             "published_models",
@@ -139,12 +151,12 @@ def run_options(*, publishes: int, duration: str) -> Any:
             type=COUNT,
             default=publishes,
             show_default=True,
-            help="How many versions to publish.",
+            help="How often; of a storm: how many versions.",
         ),
         click.option(
             "--publish-every",
             type=TIME,
-            help="Time between versions.  [default: an equal share of the load after the warm start]",
+            help="Time between.  [default: an equal share of the load after the warm start; in a storm: 1s]",
         ),
         click.option("--publish-at", type=TIME, help="When the first.  [default: after 60 % of a share]"),
         click.option(
