@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results / f"{today}-instrument")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--processes", type=int, nargs="+", default=(1, 2))
-    parser.add_argument("--floor-seconds", type=float, default=20.0)
+    parser.add_argument("--floor-seconds", type=float, default=15.0)
     parser.add_argument("--show", type=Path, help="only print the summary of this result")
     options = parser.parse_args()
     if options.show:
@@ -324,6 +324,7 @@ def _summary(proofs: dict[_Key, Proof], floors: dict[_Key, bench.Floor]) -> list
                 f"{one.closed_ms:.2f} | {'yes' if one.close else 'no'} |"
             )
         lines.append("")
+    lines += _same(proofs)
     lines += [
         "## Floor",
         "",
@@ -337,6 +338,30 @@ def _summary(proofs: dict[_Key, Proof], floors: dict[_Key, bench.Floor]) -> list
         cells = " | ".join(f"{figure:.2f}" for figure in figures)
         lines.append(f"| {rate:g}/s | {_generator(processes)} | {floor.requests:,} | {cells} |")
     return [*lines, ""]
+
+
+def _same(proofs: dict[_Key, Proof]) -> list[str]:
+    """Whether one process and Locust's workers report the same."""
+    lines = [
+        "## One process beside Locust's master with workers",
+        "",
+        f"The same when each stall's reported height differs by at most {CLOSE:.0%} or {CLOSE_MS:g} ms, and "
+        "neither leaves out a request that was hit.",
+        "",
+        "| rate | generator | largest difference of a height, ms | same |",
+        "|---|---|---|---|",
+    ]
+    for (rate, processes), proof in proofs.items():
+        alone = proofs.get((rate, 1))
+        if processes == 1 or alone is None:
+            continue
+        pairs = [(one.reported_ms, two.reported_ms) for one, two in zip(alone.seen, proof.seen, strict=True)]
+        far = max(abs(one - two) for one, two in pairs)
+        same = all(abs(one - two) <= max(CLOSE * one, CLOSE_MS) for one, two in pairs)
+        named = not any(seen.missed for seen in (*alone.seen, *proof.seen))
+        cells = [f"{rate:g}/s", _generator(processes), f"{far:.2f}", "yes" if same and named else "no"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""] if len(lines) > 6 else []
 
 
 def _generator(processes: int) -> str:

@@ -8,7 +8,7 @@ begins the next swap of versions. Everything is answered by one thread that neve
 sleeps, and a request that is held is read when it arrives.
 
 A request is a Predict whose input ``id`` is its number. Numbers from `BYSTANDERS` on
-are never held alone.
+begin no stall, and are never held alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Stall:
     at: float
     seconds: float
     #: Whether every request that arrives meanwhile is held until the end, or only the
-    #: next one, for so long.
+    #: next one, for so long. Either begins when the next request arrives, so that its
+    #: height is exactly known.
     everyone: bool
     #: The swap that it belongs to, from 0; None: none.
     swap: int | None = None
@@ -133,7 +134,8 @@ class _Server:
         self._log: list[dict[str, Any]] = []
         self._first: float | None = None
         self._swaps: list[float] = []
-        self._used: set[int] = set()
+        #: The stalls that have begun, and when.
+        self._begun: dict[int, float] = {}
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self.stopping = False
@@ -208,11 +210,14 @@ class _Server:
                 begin = self._swaps[stall.swap] if stall.swap < len(self._swaps) else None
             if begin is None or now < begin + stall.at:
                 continue
-            if stall.everyone and now < begin + stall.at + stall.seconds:
-                return index, begin + stall.at + stall.seconds
-            if not stall.everyone and index not in self._used and number < BYSTANDERS:
-                self._used.add(index)
-                return index, now + stall.seconds
+            if index not in self._begun:
+                if number >= BYSTANDERS:
+                    continue
+                self._begun[index] = now
+            elif not stall.everyone:
+                continue
+            if now < self._begun[index] + stall.seconds:
+                return index, self._begun[index] + stall.seconds
         return None, now
 
     def _answer_due(self) -> None:

@@ -19,6 +19,7 @@ from spikeless.bench.changes import publisher, staged, staged_in_turn, unloadabl
 from spikeless.bench.folding import FOLD_RULES, Estimate, Fold, fold
 from spikeless.bench.load.generator_floor import FLOOR_SECONDS, measure_floor
 from spikeless.bench.progress import progress_bar
+from spikeless.bench.recorded import read_recording
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.run_file import (
     Facts,
@@ -59,6 +60,7 @@ __all__ = [
     "merge",
     "progress_bar",
     "publisher",
+    "read_recording",
     "read_requests",
     "read_run",
     "refusal",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from spikeless.errors import InvalidArgument
-from spikeless.formats import kinds, tfrecord
+from spikeless.formats import captures, kinds, tfrecord
 from spikeless.formats.kinds import BY_LOG_FIELD, Kind
 from spikeless.formats.protos import prediction_log_pb2
 
@@ -45,7 +45,7 @@ class ReplayedRequest:
 
 
 def read_requests(path: str | os.PathLike[str], model_name: str) -> list[ReplayedRequest]:
-    """The requests of a file, addressed to `model_name`.
+    """The requests of a file or a folder of captures, addressed to `model_name`.
 
     They name no version, so they follow a swap.
 
@@ -57,11 +57,17 @@ def read_requests(path: str | os.PathLike[str], model_name: str) -> list[Replaye
     """
     requests = [
         _request(record, model_name, f"{os.fspath(path)}: record {number}")
-        for number, record in enumerate(tfrecord.read(path), start=1)
+        for number, record in enumerate(records(path), start=1)
     ]
     if not requests:
         raise InvalidArgument(f"{os.fspath(path)} holds no requests: build it with `spikeless warmup build`")
     return requests
+
+
+def records(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The records of a file, or of all files of a folder of captures."""
+    for file in captures.files(path) if os.path.isdir(path) else [path]:
+        yield from tfrecord.read(file)
 
 
 def _request(record: bytes, model_name: str, where: str) -> ReplayedRequest:

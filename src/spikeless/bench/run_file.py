@@ -30,7 +30,7 @@ from spikeless.bench.watch import SAMPLES, StateChange
 from spikeless.disk.atomic import atomic_writer
 from spikeless.errors import DataLoss, InvalidArgument, NotFound
 from spikeless.openloop.columns import COLUMNS
-from spikeless.openloop.schedule import Schedule
+from spikeless.openloop.schedule import RECORDED, Schedule
 
 SCHEMA = 2
 _SAMPLE_PREFIX = "sample_"
@@ -47,6 +47,9 @@ class Settings:
     rate: float = 300.0
     seconds: float = 30.0
     arrivals: str = "poisson"
+    #: How much faster than they were recorded, where `arrivals` is ``recorded``: then
+    #: rate and duration are those of the recording at this speed, and no seed counts.
+    speed: float = 1.0
     seed: int = 1
     #: How requests are drawn by their batch size, as in
     #: `spikeless.bench.replayed.parse_batch_sizes`; empty: they take turns.
@@ -72,7 +75,12 @@ class Settings:
     slo_ms: float = 10.0
 
     def __post_init__(self) -> None:
-        _ = self.schedule  # Raises when it is invalid.
+        # Raises when it is invalid.
+        _ = Schedule(self.rate, self.seconds) if self.arrivals == RECORDED else self.schedule
+        if not self.speed > 0 or (self.speed != 1 and self.arrivals != RECORDED):
+            raise InvalidArgument("a speed is positive, and of a recording that is replayed")
+        if self.batch_sizes and self.arrivals == RECORDED:
+            raise InvalidArgument("a recording has its own batch sizes")
         if self.batch_sizes:
             parse_batch_sizes(self.batch_sizes)
         if self.processes < 1:
@@ -111,6 +119,7 @@ class Settings:
 
     @property
     def schedule(self) -> Schedule:
+        """Of arrivals that are not recorded."""
         return Schedule(self.rate, self.seconds, self.arrivals, self.seed)
 
     @property

@@ -28,7 +28,7 @@ from spikeless import launch
 from spikeless.bench import events, run_file
 from spikeless.bench.changes import ChangeSeries
 from spikeless.bench.load import LINE_PREFIX
-from spikeless.bench.replayed import choose, read_requests
+from spikeless.bench.recorded import planned
 from spikeless.bench.run_file import Floor, Publish, Run, ServerFacts, Settings
 from spikeless.bench.servers import from_here, portable
 from spikeless.bench.watch import Watcher, label
@@ -75,8 +75,7 @@ def result_path(directory: Path, result: Run) -> Path:
 
 def check_requests(settings: Settings) -> None:
     """Raise what reading and choosing the requests of a run raises."""
-    requests = read_requests(settings.requests, settings.model_name)
-    choose(requests, 0, settings.batch_sizes, settings.seed)
+    planned(settings)
 
 
 def run(
@@ -135,7 +134,7 @@ def _command(scenario: str, settings: Settings, target: str, directory: Path) ->
     command += ["--headless", "--only-summary", "--exit-code-on-error", "0", "--host", target]
     command += ["--scenario", scenario, "--record", str(directory / "load.npz")]
     command += ["--name", settings.model_name]
-    for name in ("requests", "rate", "seconds", "arrivals", "seed", "batch_sizes", "timeout"):
+    for name in ("requests", "rate", "seconds", "arrivals", "speed", "seed", "batch_sizes", "timeout"):
         command += ["--" + name.replace("_", "-"), str(getattr(settings, name))]
     if settings.processes > 1:
         port = str(launch.free_port())

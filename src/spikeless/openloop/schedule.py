@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from spikeless.errors import InvalidArgument
 
 ARRIVALS = ("poisson", "constant", "bursts")
+#: Not drawn by a `Schedule`, but as they were recorded.
+RECORDED = "recorded"
 #: Of each second, so much is a burst, with so many times the mean rate.
 BURST_SHARE = 0.1
 BURST_FACTOR = 5.0

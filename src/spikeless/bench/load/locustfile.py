@@ -28,13 +28,13 @@ from locust.env import Environment
 from spikeless.bench.analysis import percentile
 from spikeless.bench.load import LINE_PREFIX
 from spikeless.bench.machine import describe_machine, source_commit
-from spikeless.bench.replayed import ReplayedRequest, choose, read_requests
+from spikeless.bench.recorded import planned
 from spikeless.bench.run_file import Facts, Run, ServerFacts, Settings
 from spikeless.errors import InvalidArgument, SpikelessError
 from spikeless.launch import LOOPBACK
 from spikeless.openloop.connection import parse_target
 from spikeless.openloop.loop import OpenLoop
-from spikeless.openloop.schedule import ARRIVALS
+from spikeless.openloop.schedule import ARRIVALS, RECORDED
 from spikeless.openloop.user import (
     PROGRESS_SECONDS,
     OneUserPerProcess,
@@ -62,7 +62,13 @@ def _options(parser: LocustArgumentParser) -> None:
     )
     add("--rate", type=float, default=300.0, help="Requests per second, of all workers together")
     add("--seconds", type=float, default=30.0, help="How long requests leave")
-    add("--arrivals", choices=ARRIVALS, default="poisson", help="Poisson, evenly spaced, or in bursts")
+    add(
+        "--arrivals",
+        choices=[*ARRIVALS, RECORDED],
+        default="poisson",
+        help="Poisson, evenly spaced, in bursts, or as the requests were recorded",
+    )
+    add("--speed", type=float, default=1.0, help="How much faster than they were recorded")
     add("--seed", type=int, default=1, help="Seed of random arrivals and batch sizes")
     add("--batch-sizes", default="", help="Share of each batch size, such as 1:70,8:30")
     add("--timeout", type=float, default=10.0, help="Deadline of each request in seconds")
@@ -74,14 +80,14 @@ def _options(parser: LocustArgumentParser) -> None:
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
     try:
-        _read(environment)
+        planned(_settings(environment))
     except SpikelessError as error:
         if environment.web_ui is None:
             sys.exit(f"spikeless: error: {error}")
 
 
-def _read(environment: Environment) -> tuple[Settings, list[ReplayedRequest]]:
-    """The settings and the requests that the options name.
+def _settings(environment: Environment) -> Settings:
+    """What the options say.
 
     Raises:
         SpikelessError: they are wrong.
@@ -94,19 +100,19 @@ def _read(environment: Environment) -> tuple[Settings, list[ReplayedRequest]]:
             "no requests to send: give --requests FILE, the model's warmup file for example"
         )
     parse_target(environment.host)
-    settings = Settings(
+    return Settings(
         model_name=options.model_name,
         requests=options.requests,
         rate=options.rate,
         seconds=options.seconds,
         arrivals=options.arrivals,
+        speed=options.speed,
         seed=options.seed,
         batch_sizes=options.batch_sizes,
         timeout=options.timeout,
         processes=max(1, abs(options.processes or 1)),
         warm_seconds=0.0,
     )
-    return settings, read_requests(settings.requests, settings.model_name)
 
 
 def _tell(**facts: Any) -> None:
@@ -146,15 +152,20 @@ class ReplayingUser(OpenLoopUser):
     _log: CsvRequestLogger | None = None
 
     def load(self, share: Share) -> OpenLoop:
-        settings, requests = _read(self.environment)
+        settings = _settings(self.environment)
+        plan = planned(settings)
         if self.environment.parsed_options.request_log:
             file = _file_of(self.environment.parsed_options.request_log, share)
             self._log = CsvRequestLogger(str(file), flush_interval=1000)
             self._log.register(self.environment)
-        offsets = settings.schedule.offsets()
-        numbers = choose(requests, len(offsets), settings.batch_sizes, settings.seed)
         mine = share.calls
-        return OpenLoop(offsets[mine], requests, self.environment.host, settings.timeout, numbers[mine])
+        return OpenLoop(
+            plan.offsets[mine],
+            plan.requests,
+            self.environment.host,
+            settings.timeout,
+            plan.numbers[mine],
+        )
 
     def ended(self, load: OpenLoop, share: Share) -> None:
         self._save(load, share)
@@ -173,7 +184,7 @@ class ReplayingUser(OpenLoopUser):
             scenario=options.scenario,
             started=started.isoformat(timespec="milliseconds"),
             commit=source_commit(),
-            settings=_read(self.environment)[0],
+            settings=_settings(self.environment),
             machine=describe_machine(),
             server=ServerFacts(self.environment.host),
             generator=tuple(sys.argv),

@@ -21,6 +21,7 @@ from spikeless.bench.capacity import find_capacity
 from spikeless.disk.atomic import DIRECTORY_MODE
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
+from spikeless.openloop.schedule import RECORDED
 from spikeless.repository import checks, layout, models_config
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
@@ -33,6 +34,8 @@ def measured(
     pid: int | None,
     models: Path,
     load_share: float | None,
+    replay: Path | None,
+    speed: float,
     scenario: str,
     duration: float,
     settle: float,
@@ -70,13 +73,18 @@ def measured(
         raise click.UsageError("--pid is for --server: give that, too")
     if target is not None and (allocator is not None or server_flag):
         raise click.UsageError("--allocator and --server-flag are for a server that is started, not --server")
+    if replay is not None:
+        recorded = _recorded(replay, name, speed, duration)
+        load, duration = {**load, **recorded}, recorded["seconds"]
+        requests = replay
+    elif speed != 1:
+        raise click.UsageError("--speed is for --replay")
     storm = event == events.STORM
     share = max(0.0, duration - settle) / (1 if storm else publishes) or duration
     every = 1.0 if storm else share
     settings = checked_settings(
         requests=str(requests or _own_requests(models, name)),
         model_name=name,
-        seconds=duration,
         publish_at=(settle + 0.6 * share if publish_at is None else publish_at) if swaps else None,
         event=event,
         publishes=publishes,
@@ -84,7 +92,7 @@ def measured(
         published_models=published_models,
         warm_seconds=settle,
         slo_ms=1e3 * slo_latency,
-        **load,
+        **{"seconds": duration, **load},
     )
     bench.check_requests(settings)
     for saved_model in saved_models:
@@ -151,6 +159,28 @@ def measured(
     path.parent.mkdir(parents=True, exist_ok=True)
     result.save(path)
     return path, result
+
+
+def _recorded(capture: Path, name: str, speed: float, duration: float) -> dict[str, Any]:
+    """The load of a recording; with --duration, of its first part."""
+    context = click.get_current_context()
+
+    def given(option: str) -> bool:
+        return context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
+
+    for option in ("requests", "rate", "arrivals", "batch_sizes", "load_share"):
+        if given(option):
+            named = next(one.opts[0] for one in context.command.params if one.name == option)
+            raise click.UsageError(f"--replay has its own requests and times: leave {named} out")
+    recording = bench.read_recording(capture, name)
+    seconds = recording.seconds / speed
+    if given("duration"):
+        if duration > seconds:
+            raise click.UsageError(f"the recording lasts {seconds:.1f} s at this speed: --duration is longer")
+        seconds = duration
+    if recording.others:
+        click.echo(f"{recording.others:,} records of other models are left out", err=True)
+    return {"arrivals": RECORDED, "speed": speed, "rate": recording.rate * speed, "seconds": seconds}
 
 
 def checked_settings(**fields: Any) -> bench.Settings:

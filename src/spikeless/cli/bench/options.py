@@ -82,6 +82,18 @@ def duration_option(default: str) -> Any:
     )
 
 
+class Speed(click.ParamType[Any]):
+    """``2x``: so many times as fast."""
+
+    name = "factor"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*x?", str(value).strip())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no speed: say 2x", param, ctx)
+        return float(match[1])
+
+
 def run_options(*, publishes: int, duration: str) -> Any:
     """The options of a run beside those of its load, with these defaults."""
     options = [
@@ -103,6 +115,12 @@ def run_options(*, publishes: int, duration: str) -> Any:
             type=Share(),
             help="Share of what the server can do, such as 70%, instead of --rate: it is found first.",
         ),
+        click.option(
+            "--replay",
+            type=PATH,
+            help="Send the requests of this capture at the times at which they arrived, until its end.",
+        ),
+        click.option("--speed", type=Speed(), default="1x", show_default=True, help="How much faster."),
         click.option(
             "--scenario", default="load", show_default=True, help="Name that the report groups runs by."
         ),
