@@ -186,7 +186,7 @@ def test_locust_says_what_is_wrong(requests: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((), "no server to load: give --host HOST:PORT"),
         (("--host", "127.0.0.1:1"), "no requests to send: give --requests FILE"),
-        (("--host", "http://127.0.0.1:1", "--requests", requests), "is no gRPC address"),
+        (("--host", "http://127.0.0.1:1", "--requests", requests), "is no address"),
         (("--host", "127.0.0.1:1", "--requests", tmp_path / "nowhere"), "cannot be read"),
         (("--host", "127.0.0.1:1", "--requests", requests, "--rate", 0), "must be positive"),
     ):

@@ -5,6 +5,7 @@ In: a running server and the model's warmup requests. Out: a raw result for each
 (`report`).
 
 load       the load: requests of models (`replayed`) sent by `spikeless.openloop`
+protocols  how they are sent: gRPC, or JSON over HTTP
 servers    the server that is measured
 events     what happens to versions meanwhile, and changes what makes it happen
 scenario   one run: load, changes, and what `watch` sees of the server

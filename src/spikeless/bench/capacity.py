@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spikeless.bench.analysis import percentile
 from spikeless.bench.run_file import Run, ServerFacts, Settings
 from spikeless.bench.scenario import run
 from spikeless.errors import Code, FailedPrecondition
@@ -51,6 +52,18 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class SloProbe(Probe):
+    """A rate that was tried, judged by the 99th percentile of its latency."""
+
+    p99_ms: float
+    slo_ms: float
+
+    @property
+    def kept_up(self) -> bool:
+        return not self.failed and self.p99_ms <= self.slo_ms
+
+
+@dataclass(frozen=True)
 class Capacity:
     """The result of a search."""
 
@@ -64,11 +77,16 @@ class Capacity:
 
 
 def find_capacity(
-    settings: Settings, server: ServerFacts, tell: Callable[[Probe], object] = lambda probe: None
+    settings: Settings,
+    server: ServerFacts,
+    tell: Callable[[Probe], object] = lambda probe: None,
+    judge: Callable[[Run], Probe] | None = None,
+    narrow: float = NARROW,
 ) -> Capacity:
     """Search the highest rate with the requests and arrivals of `settings`.
 
-    `tell` gets each probe when it is over.
+    `tell` gets each probe when it is over. `judge` decides what keeping up is, by
+    default `judge_probe`. The bracket is `narrow` when its ends differ by this share.
 
     Raises:
         FailedPrecondition: the server does not keep up even with `FIRST_RATE`, or the
@@ -80,14 +98,14 @@ def find_capacity(
         load = dataclasses.replace(
             settings, rate=rate, seconds=PROBE_SECONDS, warm_seconds=0.0, publish_at=None
         )
-        found = judge_probe(run("capacity", load, server))
+        found = (judge or judge_probe)(run("capacity", load, server))
         tell(found)
         return found
 
-    return bracket(probe, HIGHEST_RATE * settings.processes)
+    return bracket(probe, HIGHEST_RATE * settings.processes, narrow)
 
 
-def bracket(probe: Callable[[float], Probe], highest: float) -> Capacity:
+def bracket(probe: Callable[[float], Probe], highest: float, narrow: float = NARROW) -> Capacity:
     """The highest rate up to `highest` at which `probe` keeps up.
 
     Raises:
@@ -111,7 +129,7 @@ def bracket(probe: Callable[[float], Probe], highest: float) -> Capacity:
             low = probes[-1].rate
         else:
             high = probes[-1].rate
-    while high > low * (1 + NARROW):
+    while high > low * (1 + narrow):
         probes.append(probe((low + high) / 2))
         if probes[-1].kept_up:
             low = probes[-1].rate
@@ -127,3 +145,14 @@ def judge_probe(result: Run) -> Probe:
     last = result.requests["latency"][intended >= settings.seconds * 2 / 3]
     backlog = float(np.median(last)) * 1e3 if len(last) else 0.0
     return Probe(settings.rate, backlog, int(np.count_nonzero(codes != Code.OK)))
+
+
+def within_slo(slo_ms: float) -> Callable[[Run], SloProbe]:
+    """A judge for which a server keeps up while p99 is at most `slo_ms`."""
+
+    def judge(result: Run) -> SloProbe:
+        seen = judge_probe(result)
+        p99 = percentile(result.requests["latency"] * 1e3, 0.99)
+        return SloProbe(seen.rate, seen.backlog_ms, seen.failed, p99, slo_ms)
+
+    return judge

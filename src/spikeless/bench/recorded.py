@@ -123,7 +123,7 @@ def planned(settings: Settings) -> Planned:
     Raises:
         SpikelessError: the requests, or their arrivals, cannot be read.
     """
-    requests = read_requests(settings.requests, settings.model_name)
+    requests = read_requests(settings.requests, settings.model_name, settings.protocol, settings.url_path)
     if settings.arrivals != RECORDED:
         offsets = settings.schedule.offsets()
         return Planned(requests, offsets, choose(requests, len(offsets), settings.batch_sizes, settings.seed))

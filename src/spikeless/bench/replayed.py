@@ -1,7 +1,8 @@
 """The requests that are replayed: a model's own warmup records, as bytes ready to send.
 
 In: ``assets.extra/tf_serving_warmup_requests``, or any TFRecord file of
-``PredictionLog``. Out: gRPC messages. TensorFlow is not imported.
+``PredictionLog``. Out: messages of gRPC, or bodies of another of the `PROTOCOLS`.
+TensorFlow is not imported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from spikeless.errors import InvalidArgument
+from spikeless.bench.protocols import PROTOCOLS, Protocol
+from spikeless.errors import InvalidArgument, SpikelessError
 from spikeless.formats import captures, kinds, tfrecord
 from spikeless.formats.kinds import BY_LOG_FIELD, Kind
 from spikeless.formats.protos import prediction_log_pb2
@@ -27,8 +29,10 @@ class ReplayedRequest:
     """One request, as it is sent."""
 
     kind: Kind
-    #: The serialised request.
+    #: The serialised request, or the body.
     message: bytes
+    protocol: Protocol
+    path: str
     #: Its batch size.
     rows: int = 1
 
@@ -36,27 +40,27 @@ class ReplayedRequest:
     def name(self) -> str:
         return self.kind.name
 
-    @property
-    def path(self) -> str:
-        return self.kind.path
-
     def served_version(self, response: bytes) -> int:
-        return self.kind.served_version(response)
+        return self.protocol.served_version(self.kind, response)
 
 
-def read_requests(path: str | os.PathLike[str], model_name: str) -> list[ReplayedRequest]:
+def read_requests(
+    path: str | os.PathLike[str], model_name: str, protocol: str = "grpc", url_path: str = ""
+) -> list[ReplayedRequest]:
     """The requests of a file or a folder of captures, addressed to `model_name`.
 
-    They name no version, so they follow a swap.
+    They name no version, so they follow a swap. Those of HTTP go to `url_path`, or
+    where it is empty to that of the `protocol`.
 
     Raises:
         NotFound: there is no such file.
         DataLoss: the file is truncated or damaged.
         InvalidArgument: a record is no PredictionLog, is of a kind that cannot be
-            replayed, or there is none.
+            replayed, or that the protocol does not have, or there is none.
     """
+    spoken = PROTOCOLS[protocol]
     requests = [
-        _request(record, model_name, f"{os.fspath(path)}: record {number}")
+        _request(record, model_name, spoken, url_path, f"{os.fspath(path)}: record {number}")
         for number, record in enumerate(records(path), start=1)
     ]
     if not requests:
@@ -70,7 +74,9 @@ def records(path: str | os.PathLike[str]) -> Iterator[bytes]:
         yield from tfrecord.read(file)
 
 
-def _request(record: bytes, model_name: str, where: str) -> ReplayedRequest:
+def _request(
+    record: bytes, model_name: str, protocol: Protocol, url_path: str, where: str
+) -> ReplayedRequest:
     try:
         log = prediction_log_pb2.PredictionLog.FromString(record)
     except DecodeError:
@@ -85,7 +91,11 @@ def _request(record: bytes, model_name: str, where: str) -> ReplayedRequest:
     for spec in kind.request_specs(request):
         spec.name = model_name
         spec.ClearField("version_choice")
-    return ReplayedRequest(kind, request.SerializeToString(), _rows(kind, request))
+    try:
+        path, message = protocol.encode(kind, request, model_name)
+    except SpikelessError as error:
+        raise InvalidArgument(f"{where}: {error}") from None
+    return ReplayedRequest(kind, message, protocol, url_path or path, _rows(kind, request))
 
 
 def _rows(kind: Kind, request: Any) -> int:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from spikeless.bench import events
 from spikeless.bench.machine import UNKNOWN, Machine
+from spikeless.bench.protocols import GRPC, PROTOCOLS
 from spikeless.bench.replayed import parse_batch_sizes
 from spikeless.bench.watch import SAMPLES, StateChange
 from spikeless.disk.atomic import atomic_writer
@@ -54,6 +55,10 @@ class Settings:
     #: How requests are drawn by their batch size, as in
     #: `spikeless.bench.replayed.parse_batch_sizes`; empty: they take turns.
     batch_sizes: str = ""
+    #: One of `spikeless.bench.protocols.PROTOCOLS`.
+    protocol: str = GRPC
+    #: Where requests over HTTP go; empty: to the path of the protocol.
+    url_path: str = ""
     #: Deadline of each request, in seconds.
     timeout: float = 10.0
     #: Processes of the load generator.
@@ -83,6 +88,12 @@ class Settings:
             raise InvalidArgument("a recording has its own batch sizes")
         if self.batch_sizes:
             parse_batch_sizes(self.batch_sizes)
+        if self.protocol not in PROTOCOLS:
+            raise InvalidArgument(f"unknown protocol {self.protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+        if self.url_path and (self.protocol == GRPC or not self.url_path.startswith("/")):
+            raise InvalidArgument(
+                f"{self.url_path!r} is no path to send requests over HTTP to: say /predict, and --protocol"
+            )
         if self.processes < 1:
             raise InvalidArgument(f"a load needs 1 process or more, not {self.processes}")
         if not (self.timeout > 0 and self.slo_ms > 0 and self.warm_seconds >= 0):
@@ -134,6 +145,7 @@ class Settings:
 class ServerFacts:
     """The server that was measured."""
 
+    #: The gRPC address, at which its states are asked for; empty: it has none.
     target: str
     engine: str = UNKNOWN
     engine_version: str = UNKNOWN
@@ -144,6 +156,19 @@ class ServerFacts:
     pid: int | None = None
     #: What else is to be said of the engine, such as how it was built.
     engine_note: str = ""
+    #: The address of requests over HTTP.
+    rest_target: str = ""
+
+    def address(self, protocol: str) -> str:
+        """Where requests of a protocol go.
+
+        Raises:
+            InvalidArgument: it has no such address.
+        """
+        address = self.target if protocol == GRPC else self.rest_target
+        if not address:
+            raise InvalidArgument(f"no address for {protocol}: the server was given without one")
+        return address
 
 
 @dataclass(frozen=True)

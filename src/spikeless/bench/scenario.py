@@ -38,6 +38,19 @@ from spikeless.errors import FailedPrecondition, Internal
 #: Beyond the schedule and the last deadline: to start Locust and to write the file.
 _OVERHEAD_SECONDS = 60.0
 _OUTPUT_TAIL_LINES = 30
+#: The settings that are options of the locustfile, too.
+_LOCUST_SETTINGS = (
+    "requests",
+    "rate",
+    "seconds",
+    "arrivals",
+    "speed",
+    "seed",
+    "batch_sizes",
+    "protocol",
+    "url_path",
+    "timeout",
+)
 #: How often the loop checks whether publishing has failed.
 _POLL_SECONDS = 0.1
 
@@ -109,7 +122,7 @@ def run(
         raise FailedPrecondition("publish and settings.publish_at belong together: give both or neither")
     check_requests(settings)  # Fails here rather than in the child.
     with tempfile.TemporaryDirectory(prefix="spikeless-bench-") as directory:
-        command = _command(scenario, settings, server.target, Path(directory))
+        command = _command(scenario, settings, server.address(settings.protocol), Path(directory))
         with Watcher(server.target, settings.model_name, server.pid, settings.published_models) as watcher:
             start, published = _drive(command, settings, publish, watcher, progress)
         parts = [run_file.read_run(path) for path in sorted(Path(directory).glob("*.npz"))]
@@ -134,7 +147,7 @@ def _command(scenario: str, settings: Settings, target: str, directory: Path) ->
     command += ["--headless", "--only-summary", "--exit-code-on-error", "0", "--host", target]
     command += ["--scenario", scenario, "--record", str(directory / "load.npz")]
     command += ["--name", settings.model_name]
-    for name in ("requests", "rate", "seconds", "arrivals", "speed", "seed", "batch_sizes", "timeout"):
+    for name in _LOCUST_SETTINGS:
         command += ["--" + name.replace("_", "-"), str(getattr(settings, name))]
     if settings.processes > 1:
         port = str(launch.free_port())

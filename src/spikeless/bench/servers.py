@@ -48,6 +48,7 @@ def server_facts(server: launch.ServerProcess, note: str = "") -> ServerFacts:
         allocator_proof=allocator.proof,
         command=portable(server.command),
         pid=server.pid,
+        rest_target=f"{launch.LOOPBACK}:{server.rest_port}" if server.rest_port else "",
     )
 
 

@@ -60,8 +60,9 @@ def label(model: str, version: int) -> str:
 class Watcher:
     """Polls in threads while the block runs; a context manager.
 
-    `others` are models beside `model_name` whose states are recorded, too. Without the
-    `pid` of a process on this machine there are no samples.
+    `others` are models beside `model_name` whose states are recorded, too. Without a
+    `target` there are no states, and without the `pid` of a process on this machine no
+    samples.
     """
 
     def __init__(self, target: str, model_name: str, pid: int | None, others: Sequence[str] = ()) -> None:
@@ -73,14 +74,17 @@ class Watcher:
             self._requests[recorded] = get_model_status_pb2.GetModelStatusRequest()
             self._requests[recorded].model_spec.name = name
         self._known: dict[tuple[str, int], str] = {}
-        # With a local pool no other channel of this process shares the connection.
-        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-        self._channel = grpc.insecure_channel(target, options=options)
-        self._status = model_service_pb2_grpc.ModelServiceStub(self._channel).GetModelStatus
         self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._every, args=(STATE_POLL_SECONDS, self._poll), daemon=True)
-        ]
+        self._threads: list[threading.Thread] = []
+        self._channel: grpc.Channel | None = None
+        if target:
+            # With a local pool no other channel of this process shares the connection.
+            options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+            self._channel = grpc.insecure_channel(target, options=options)
+            self._status = model_service_pb2_grpc.ModelServiceStub(self._channel).GetModelStatus
+            self._threads.append(
+                threading.Thread(target=self._every, args=(STATE_POLL_SECONDS, self._poll), daemon=True)
+            )
         if pid is not None:
             sample = functools.partial(self._sample, pid)
             self._threads.append(
@@ -96,7 +100,8 @@ class Watcher:
         self._stop.set()
         for thread in self._threads:
             thread.join()
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
 
     @property
     def states(self) -> dict[str, str]:

@@ -144,10 +144,10 @@ def _strings(values: Sequence[bytes]) -> _Array:
     return strings
 
 
-def _datatype(array: _Array, alias: str) -> str:
+def _datatype(array: _Array, what: str) -> str:
     number = data_type(array.dtype)
     if number not in _NAMES:
-        raise Unimplemented(f"output {alias}: the protocol has no datatype for {dtype_name(number)}")
+        raise Unimplemented(f"{what}: the protocol has no datatype for {dtype_name(number)}")
     return _NAMES[number]
 
 
@@ -267,6 +267,38 @@ def _text(entry: Mapping[str, Any], key: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def request_body(signature: str, inputs: Mapping[str, _Array], outputs: Sequence[str]) -> bytes:
+    """The JSON body of a request; the reverse of `read_json`.
+
+    Args:
+        signature: empty for the default.
+        inputs: by alias; strings are object arrays of ``bytes``.
+        outputs: aliases of those to ask for; none stands for all.
+
+    Raises:
+        InvalidArgument: a string that is no text, which JSON cannot hold.
+        Unimplemented: an input of a type that the protocol does not know.
+    """
+    document: dict[str, Any] = {}
+    if signature:
+        document["parameters"] = {SIGNATURE_PARAMETER: signature}
+    if outputs:
+        document["outputs"] = [{"name": name} for name in outputs]
+    entries = [_json_tensor(array, alias, "input") for alias, array in inputs.items()]
+    return (
+        orjson.dumps(document)[:-1] + (b"," if document else b"") + b'"inputs":[' + b",".join(entries) + b"]}"
+    )
+
+
+def _head(array: _Array, alias: str, what: str) -> dict[str, Any]:
+    return {"name": alias, "datatype": _datatype(array, f"{what} {alias}"), "shape": list(array.shape)}
+
+
+def _json_tensor(array: _Array, alias: str, what: str) -> bytes:
+    values = _json_values(array, f"{what} {alias}")
+    return orjson.dumps(_head(array, alias, what))[:-1] + b',"data":' + values + b"}"
+
+
 def write_json(
     model: str, version: int | None, request: InferRequest, outputs: Mapping[str, _Array]
 ) -> tuple[bytes, int | None]:
@@ -279,17 +311,12 @@ def write_json(
     heads: list[bytes] = []
     tail: list[bytes] = []
     for alias, array in outputs.items():
-        head: dict[str, Any] = {
-            "name": alias,
-            "datatype": _datatype(array, alias),
-            "shape": list(array.shape),
-        }
         if request.raw or alias in request.raw_outputs:
             tail.append(_to_raw(array))
-            head["parameters"] = {"binary_data_size": len(tail[-1])}
-            heads.append(orjson.dumps(head))
+            parameters = {"binary_data_size": len(tail[-1])}
+            heads.append(orjson.dumps({**_head(array, alias, "output"), "parameters": parameters}))
         else:
-            heads.append(orjson.dumps(head)[:-1] + b',"data":' + _json_values(array, alias) + b"}")
+            heads.append(_json_tensor(array, alias, "output"))
     answer = {"model_name": model}
     if version is not None:
         answer["model_version"] = str(version)
@@ -299,16 +326,16 @@ def write_json(
     return b"".join([text, *tail]), len(text) if tail else None
 
 
-def _json_values(array: _Array, alias: str) -> bytes:
+def _json_values(array: _Array, what: str) -> bytes:
     flat = array.reshape(-1)
     if not array.dtype.hasobject:
         wide = _WIDER.get(data_type(array.dtype), data_type(array.dtype))
-        return rest_json.array_json(flat.astype(numpy_dtype(wide), copy=False), alias)
+        return rest_json.array_json(flat.astype(numpy_dtype(wide), copy=False), what)
     try:
         return orjson.dumps([string.decode() for string in flat.tolist()])
     except UnicodeDecodeError:
         raise InvalidArgument(
-            f"output {alias} holds bytes that are no text: ask for it with the parameter binary_data"
+            f"{what} holds bytes that are no text: ask for it with the parameter binary_data"
         ) from None
 
 
@@ -376,7 +403,7 @@ def write_message(
     response = _Response(
         model_name=model, model_version="" if version is None else str(version), id=request.id
     )
-    datatypes = {alias: _datatype(array, alias) for alias, array in outputs.items()}
+    datatypes = {alias: _datatype(array, f"output {alias}") for alias, array in outputs.items()}
     raw = request.raw or any(_DATATYPES[datatype][1] is None for datatype in datatypes.values())
     for alias, array in outputs.items():
         entry = response.outputs.add(name=alias, datatype=datatypes[alias], shape=array.shape)

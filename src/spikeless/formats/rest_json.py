@@ -585,6 +585,48 @@ def _text(value: Any, limit: int = 200) -> str:
     return text
 
 
+# --- requests that others answer ------------------------------------------------------
+
+
+def predict_request_body(signature: str, inputs: Mapping[str, _Array]) -> bytes:
+    """The body of a ``:predict`` call with ``inputs``, whose strings are all ``b64``.
+
+    Args:
+        signature: empty for the default.
+        inputs: by alias; strings are object arrays of ``bytes``.
+
+    Raises:
+        InvalidArgument: an input of a type that JSON cannot hold.
+    """
+    for alias, array in inputs.items():
+        if (number := data_type(array.dtype)) not in _WRITABLE:
+            raise InvalidArgument(f"input {alias}: REST has no JSON for {_type_text(number)}")
+    columns = _object({alias: array_json(array, BYTES_SUFFIX) for alias, array in inputs.items()})
+    members = {SIGNATURE_KEY: _text_json(signature)} if signature else {}
+    return _object({**members, INPUTS_KEY: columns})
+
+
+def examples_request_body(signature: str, given: input_pb2.Input) -> bytes:
+    """The body of a ``:classify`` or ``:regress`` call; see `examples_input`."""
+    kind = given.WhichOneof("kind") or "example_list"
+    document: dict[str, Any] = {SIGNATURE_KEY: signature} if signature else {}
+    if kind == "example_list_with_context":
+        document[CONTEXT_KEY] = _features(given.example_list_with_context.context)
+    document[EXAMPLES_KEY] = [_features(example) for example in getattr(given, kind).examples]
+    return json.dumps(document).encode()
+
+
+def _features(example: example_pb2.Example) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for name, feature in example.features.feature.items():
+        kind = feature.WhichOneof("kind")
+        values = list(getattr(feature, kind).value) if kind else []
+        if kind == "bytes_list":
+            values = [{BASE64_KEY: base64.b64encode(value).decode()} for value in values]
+        found[name] = values
+    return found
+
+
 # --- answers --------------------------------------------------------------------------
 
 #: The types that an answer can hold; TensorFlow Serving has no JSON for half, bfloat16,

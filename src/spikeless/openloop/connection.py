@@ -249,5 +249,5 @@ def parse_target(target: str) -> tuple[str, int]:
     """
     host, _, port = target.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
-        raise InvalidArgument(f"{target!r} is no gRPC address: give host:port, for example 127.0.0.1:8500")
+        raise InvalidArgument(f"{target!r} is no address: give host:port, for example 127.0.0.1:8500")
     return host.strip("[]"), int(port)

@@ -9,29 +9,22 @@ the latency to measure.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from gevent.monkey import get_original
 from numpy.typing import NDArray
 
-from spikeless.errors import Code, Unavailable
+from spikeless.errors import Code
 from spikeless.openloop.columns import RequestColumns
-from spikeless.openloop.connection import Connection, Reply
-
-_select = get_original("select", "select")
+from spikeless.openloop.connection import Reply
+from spikeless.openloop.link import Ended, GrpcLink, Link
 
 #: How long the loop waits at most before it checks whether to stop.
 _LONGEST_WAIT = 0.05
-_RECONNECT_SECONDS = 0.1
-#: The server ends a call at its deadline. If it does not, the call is given up this
-#: much later.
-_DEADLINE_GRACE = 1.0
 
 
 class Request(Protocol):
@@ -43,11 +36,11 @@ class Request(Protocol):
 
     @property
     def path(self) -> str:
-        """The path of its gRPC method, ``/package.Service/Method``."""
+        """The path that it is sent to: of gRPC ``/package.Service/Method``."""
 
     @property
     def message(self) -> bytes:
-        """The serialized request."""
+        """The serialized request; over HTTP, the body."""
 
     def served_version(self, response: bytes) -> int:
         """What answered, as the serialized response says; 0 where it says nothing."""
@@ -55,7 +48,7 @@ class Request(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """A `Request` of any gRPC service."""
+    """A `Request` of any gRPC service, or a POST to any HTTP server."""
 
     path: str
     message: bytes
@@ -78,6 +71,7 @@ class OpenLoop:
         target: ``host:port``.
         timeout: the deadline of each request, in seconds.
         numbers: the request of each start, of shape ``[requests]``; in turn by default.
+        link: `GrpcLink`, or `spikeless.openloop.http1.HttpLink` for POST over HTTP/1.1.
     """
 
     def __init__(
@@ -87,6 +81,7 @@ class OpenLoop:
         target: str,
         timeout: float,
         numbers: NDArray[Any] | None = None,
+        link: type[Link] = GrpcLink,
     ) -> None:
         if numbers is None:
             numbers = np.arange(len(offsets)) % len(requests)
@@ -97,9 +92,8 @@ class OpenLoop:
         self._offsets = offsets.tolist()
         self.requests = requests
         self._timeout = timeout
-        self._connection = Connection(target)
+        self._link = link(target, timeout)
         self._in_flight: dict[int, None] = {}  # In the order of sending.
-        self._next_connect = 0.0
         self._stopping = False
 
     def stop(self) -> None:
@@ -119,69 +113,30 @@ class OpenLoop:
             if self.sent == count and not self._in_flight:
                 break
             wait = min(self._offsets[self.sent] - now, _LONGEST_WAIT) if self.sent < count else _LONGEST_WAIT
-            self._exchange(wait)
+            self._record(self._link.exchange(wait))
         for index in list(self._in_flight):
             self._end(Reply(index, Code.CANCELLED), time.monotonic())
-        self._connection.close()
+        self._link.close()
 
     def _send(self, index: int) -> None:
-        connection = self._connection
-        if not connection.is_open and time.monotonic() >= self._next_connect:
-            self._next_connect = time.monotonic() + _RECONNECT_SECONDS
-            with contextlib.suppress(Unavailable):
-                connection.open(self._timeout)
+        request = self.requests[self.columns.request[index]]
         self._in_flight[index] = None
-        if connection.is_open:
-            request = self.requests[self.columns.request[index]]
-            connection.send(index, request.path, request.message)
-            self._flush()
+        ended = self._link.send(index, request.path, request.message)
         self.columns.sent(index, time.monotonic() - self._start)
-        if not connection.is_open and index in self._in_flight:
-            self._end(Reply(index, Code.UNAVAILABLE), time.monotonic())
+        self._record(ended)
 
-    def _exchange(self, wait: float) -> None:
-        """Wait for `wait` seconds, or until answers arrive or the socket takes more."""
-        connection = self._connection
-        if not connection.is_open:
-            _select([], [], [], wait)
-            return
-        readable, writable, _ = _select(
-            [connection], [connection] if connection.wants_write else [], [], wait
-        )
-        if readable:
-            try:
-                content = connection.read()
-                arrival = time.monotonic()
-                if not content:
-                    raise Unavailable("the server closed the connection")
-                for reply in connection.parse(content):
-                    self._end(reply, arrival)
-                if connection.ended:
-                    raise Unavailable("the server ends the connection")
-            except (OSError, Unavailable):
-                self._disconnect()
-                return
-        if readable or writable:
-            self._flush()
-
-    def _flush(self) -> None:
-        try:
-            self._connection.flush()
-        except OSError:
-            self._disconnect()
-
-    def _disconnect(self) -> None:
-        now = time.monotonic()
-        for reply in self._connection.close():
-            self._end(reply, now)
+    def _record(self, ended: Iterable[Ended]) -> None:
+        for reply, moment in ended:
+            self._end(reply, moment)
 
     def _expire(self, now: float) -> None:
-        """Give up on requests that the server did not end at their deadline."""
+        """Give up on requests that did not end at their deadline."""
         while self._in_flight:
             oldest = next(iter(self._in_flight))
             sent = self._offsets[oldest] + self.columns.lag[oldest]
-            if now < sent + self._timeout + _DEADLINE_GRACE:
+            if now < sent + self._timeout + self._link.grace:
                 return
+            self._link.abandon(oldest)
             self._end(Reply(oldest, Code.DEADLINE_EXCEEDED), now + self._start)
 
     def _end(self, reply: Reply, moment: float) -> None:

@@ -31,10 +31,21 @@ from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 
 from spikeless.errors import Code, InvalidArgument
+from spikeless.openloop.http1 import HttpLink
+from spikeless.openloop.link import GrpcLink, Link
 from spikeless.openloop.loop import Call, OpenLoop, Request
 from spikeless.openloop.schedule import Schedule
 
-__all__ = ["Call", "OneUserPerProcess", "OpenLoopUser", "Schedule", "Share", "progressed", "start_chosen"]
+__all__ = [
+    "Call",
+    "HttpLink",
+    "OneUserPerProcess",
+    "OpenLoopUser",
+    "Schedule",
+    "Share",
+    "progressed",
+    "start_chosen",
+]
 
 #: From the decision to start until the first request: the workers' time to get ready.
 _LEAD_SECONDS = 1.0
@@ -127,6 +138,8 @@ class OpenLoopUser(User):
     schedule = Schedule(rate=100.0, seconds=10.0)
     #: Sent in turn.
     calls: Sequence[Request] = ()
+    #: `HttpLink` makes it POST over HTTP/1.1 instead of gRPC.
+    link: type[Link] = GrpcLink
     #: The deadline of each call, in seconds.
     timeout = 10.0
 
@@ -141,7 +154,8 @@ class OpenLoopUser(User):
         offsets = self.schedule.offsets()
         numbers = np.arange(len(offsets)) % len(self.calls)
         mine = share.calls
-        return OpenLoop(offsets[mine], self.calls, self.environment.host or "", self.timeout, numbers[mine])
+        target = self.environment.host or ""
+        return OpenLoop(offsets[mine], self.calls, target, self.timeout, numbers[mine], self.link)
 
     def ended(self, load: OpenLoop, share: Share) -> None:
         """The run is over, or was stopped; ``load.columns.ended()`` has its calls."""
@@ -185,7 +199,7 @@ class OpenLoopUser(User):
                 failed += code != Code.OK
                 recent.append(latency)
                 fire(
-                    request_type="gRPC",
+                    request_type=self.link.kind,
                     name=names[columns.request[index]],
                     start_time=share.start + float(columns.intended[index]),
                     response_time=latency,

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from spikeless.bench import analysis
+from spikeless.bench.protocols import GRPC
 from spikeless.bench.run_file import Floor, ServerFacts, Settings
 from spikeless.bench.scenario import Progress, run
 from spikeless.disk import children
@@ -28,9 +29,10 @@ FLOOR_SECONDS = 5.0
 
 
 @contextmanager
-def instant_server() -> Iterator[str]:
+def instant_server(protocol: str = GRPC) -> Iterator[str]:
     """Run `spikeless.bench.load.instant_server`; gives its address."""
-    with children.serving([sys.executable, "-m", "spikeless.bench.load.instant_server"]) as (port, _):
+    command = [sys.executable, "-m", "spikeless.bench.load.instant_server", protocol]
+    with children.serving(command) as (port, _):
         yield f"127.0.0.1:{port}"
 
 
@@ -57,7 +59,10 @@ def measure_floor(
     short = dataclasses.replace(settings, seconds=seconds, warm_seconds=warm, publish_at=None)
     if short.arrivals == RECORDED:  # Its first seconds may be any.
         short = dataclasses.replace(short, arrivals="poisson", speed=1.0)
-    with instant_server() as target:
-        result = run("floor", short, ServerFacts(target, engine="trivial"), progress=progress)
+    with instant_server(settings.protocol) as target:
+        server = ServerFacts(
+            target if settings.protocol == GRPC else "", engine="trivial", rest_target=target
+        )
+        result = run("floor", short, server, progress=progress)
     steady = analysis.analyse(result).steady
     return Floor(settings.rate, steady.requests, steady.p50, steady.p99, steady.p99_9, steady.max)

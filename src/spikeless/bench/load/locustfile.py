@@ -28,11 +28,14 @@ from locust.env import Environment
 from spikeless.bench.analysis import percentile
 from spikeless.bench.load import LINE_PREFIX
 from spikeless.bench.machine import describe_machine, source_commit
+from spikeless.bench.protocols import GRPC, PROTOCOLS
 from spikeless.bench.recorded import planned
 from spikeless.bench.run_file import Facts, Run, ServerFacts, Settings
 from spikeless.errors import InvalidArgument, SpikelessError
 from spikeless.launch import LOOPBACK
 from spikeless.openloop.connection import parse_target
+from spikeless.openloop.http1 import HttpLink
+from spikeless.openloop.link import GrpcLink
 from spikeless.openloop.loop import OpenLoop
 from spikeless.openloop.schedule import ARRIVALS, RECORDED
 from spikeless.openloop.user import (
@@ -71,6 +74,8 @@ def _options(parser: LocustArgumentParser) -> None:
     add("--speed", type=float, default=1.0, help="How much faster than they were recorded")
     add("--seed", type=int, default=1, help="Seed of random arrivals and batch sizes")
     add("--batch-sizes", default="", help="Share of each batch size, such as 1:70,8:30")
+    add("--protocol", choices=PROTOCOLS, default=GRPC, help="gRPC, or a protocol over HTTP")
+    add("--url-path", default="", help="Where requests over HTTP go instead of the protocol's own path")
     add("--timeout", type=float, default=10.0, help="Deadline of each request in seconds")
     add("--scenario", default="load", help="Name of the run in its record")
     add("--record", default="", metavar="FILE", help="Write every request to this .npz file")
@@ -109,6 +114,8 @@ def _settings(environment: Environment) -> Settings:
         speed=options.speed,
         seed=options.seed,
         batch_sizes=options.batch_sizes,
+        protocol=options.protocol,
+        url_path=options.url_path,
         timeout=options.timeout,
         processes=max(1, abs(options.processes or 1)),
         warm_seconds=0.0,
@@ -146,6 +153,12 @@ def _file_of(file: str, share: Share) -> Path:
     return path
 
 
+def _server(environment: Environment) -> ServerFacts:
+    host = environment.host or ""
+    is_http = PROTOCOLS[environment.parsed_options.protocol].is_http
+    return ServerFacts("", rest_target=host) if is_http else ServerFacts(host)
+
+
 class ReplayingUser(OpenLoopUser):
     """Replays the requests of a model, and records them."""
 
@@ -159,12 +172,14 @@ class ReplayingUser(OpenLoopUser):
             self._log = CsvRequestLogger(str(file), flush_interval=1000)
             self._log.register(self.environment)
         mine = share.calls
+        self.link = HttpLink if PROTOCOLS[settings.protocol].is_http else GrpcLink
         return OpenLoop(
             plan.offsets[mine],
             plan.requests,
             self.environment.host,
             settings.timeout,
             plan.numbers[mine],
+            self.link,
         )
 
     def ended(self, load: OpenLoop, share: Share) -> None:
@@ -186,7 +201,7 @@ class ReplayingUser(OpenLoopUser):
             commit=source_commit(),
             settings=_settings(self.environment),
             machine=describe_machine(),
-            server=ServerFacts(self.environment.host),
+            server=_server(self.environment),
             generator=tuple(sys.argv),
         )
         Run(facts, load.columns.ended()).save(path)

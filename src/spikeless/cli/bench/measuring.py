@@ -18,6 +18,7 @@ from rich.markup import escape
 from spikeless import bench, launch
 from spikeless.bench import events
 from spikeless.bench.capacity import find_capacity
+from spikeless.bench.protocols import PROTOCOLS
 from spikeless.disk.atomic import DIRECTORY_MODE
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
@@ -31,6 +32,7 @@ def measured(
     name: str,
     requests: Path | None,
     target: str | None,
+    rest_server: str | None,
     pid: int | None,
     models: Path,
     load_share: float | None,
@@ -73,6 +75,9 @@ def measured(
         raise click.UsageError("--pid is for --server: give that, too")
     if target is not None and (allocator is not None or server_flag):
         raise click.UsageError("--allocator and --server-flag are for a server that is started, not --server")
+    is_http = PROTOCOLS[load["protocol"]].is_http
+    if (target is not None and is_http) != (rest_server is not None):
+        raise click.UsageError("--rest-server is for --server with a protocol over HTTP, which needs it")
     if replay is not None:
         recorded = _recorded(replay, name, speed, duration)
         load, duration = {**load, **recorded}, recorded["seconds"]
@@ -98,7 +103,9 @@ def measured(
     for saved_model in saved_models:
         checks.check_files(saved_model)
     flags = (*bench.SERVER_FLAGS, *server_flag)
-    launched = launch.LaunchSettings(name, models / name, flags=flags, allocator=allocator or "glibc")
+    launched = launch.LaunchSettings(
+        name, models / name, rest=is_http, flags=flags, allocator=allocator or "glibc"
+    )
     if target is None:
         _check_server(launched, models, (name, *published_models))
     publish = None if publish_command is None else bench.publisher(publish_command)
@@ -107,10 +114,13 @@ def measured(
         for other in published_models:
             bench.running_server(target, other, pid)
         facts = bench.running_server(target, name, pid)
+        facts = dataclasses.replace(facts, rest_target=rest_server or "")
     if out.exists() and not out.is_dir():
         raise InvalidArgument(f"{out} is no directory: give one with --out")
     console = Console(stderr=True)
-    if facts is not None and load_share is None and (warning := bench.refusal(facts, settings.rate)):
+    # Servers queue what comes over HTTP.
+    may_refuse = facts is not None and load_share is None and not is_http
+    if facts is not None and may_refuse and (warning := bench.refusal(facts, settings.rate)):
         console.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
     pinned = [one for one in published_models or (name,) if _pinned(models, one)]
     if target is not None and saved_models and pinned:

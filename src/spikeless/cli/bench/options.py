@@ -10,6 +10,7 @@ import click
 
 from spikeless import launch
 from spikeless.bench.events import CHANGES, EVENTS, PUBLISH
+from spikeless.bench.protocols import GRPC, PROTOCOLS
 from spikeless.cli.options import SERVER, Duration, models_option
 from spikeless.openloop.schedule import ARRIVALS
 
@@ -61,6 +62,14 @@ def load_options(function: Any) -> Any:
             help="Share of each batch size among the requests, such as 1:70,8:30.",
         ),
         click.option(
+            "--protocol",
+            type=click.Choice(list(PROTOCOLS)),
+            default=GRPC,
+            show_default=True,
+            help="How they are sent: gRPC, TensorFlow Serving's REST API, or the Open Inference Protocol's.",
+        ),
+        click.option("--url-path", default="", help="Where HTTP requests go.  [default: the protocol's]"),
+        click.option(
             "--timeout",
             type=TIME,
             default="10s",
@@ -103,6 +112,7 @@ def run_options(*, publishes: int, duration: str) -> Any:
             type=SERVER,
             help="gRPC address of a running server.  [default: start one]",
         ),
+        click.option("--rest-server", type=SERVER, help="Its HTTP address, for protocols over HTTP."),
         click.option(
             "--pid",
             type=int,
