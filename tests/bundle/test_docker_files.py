@@ -26,6 +26,8 @@ import spikeless
 from spikeless.disk import proc
 from spikeless.engine.server import read_model_config
 from spikeless.formats.protos import config_pb2
+from spikeless.repository import models_config
+from spikeless.repository.models_config import new_block, with_versions
 
 DOCKER = ROOT / "docker"
 KUBERNETES = DOCKER / "kubernetes"
@@ -288,6 +290,35 @@ def test_the_servers_status_is_copied_to_where_an_exporter_reads_it(start: Start
     assert memory["RssAnon"] > memory["MappedParameters"]
     done = start(STATUS_FILE=str(tmp_path / "nowhere" / "status"))
     assert "cannot be written: the server's memory is not exported" in done.stderr
+
+
+def test_a_label_on_a_version_that_failed_starts_the_server_again(start: Start, tmp_path: Path) -> None:
+    """TensorFlow Serving may listen already when a version of a model fails."""
+    models = tmp_path / "models"
+    for version in ("1", "2"):
+        (models / "m" / version).mkdir(parents=True)
+    block = with_versions(new_block("m", str(models / "m")), [1, 2], {"stable": 2})
+    models_config.edit(models, {"m": block})
+    server = tmp_path / "bin" / "tensorflow_model_server"
+    server.write_text(
+        "#!/bin/bash\n"
+        "[[ $1 != --help ]] || exit\n"
+        'echo "Successfully loaded servable version {name: m version: 1}" >&2\n'
+        "echo 'Running gRPC ModelServer at 0.0.0.0:8500 ...' >&2\n"
+        f"if [[ $* == *{models}/models.config* ]]; then\n"
+        "    echo 'Servable {name: m version: 2} cannot be loaded: NOT_FOUND: its file' >&2\n"
+        "    trap 'exit 143' TERM\n"
+        "    for _ in {1..600}; do sleep 0.1; done\n"
+        "fi\n"
+        'printf "%s\\n" "$@"\n'
+    )
+    done = start()
+    assert "the server is started again: the version that a label is on failed" in done.stderr
+    assert "version 2 of m cannot be loaded: NOT_FOUND: its file" in done.stderr
+    assert "of m, wanted are versions 1 2: it starts with 1" in done.stderr
+    (model,) = read_model_config(flags_of(done)["model_config_file"]).model_config_list.config
+    assert list(model.model_version_policy.specific.versions) == [1]
+    assert dict(model.version_labels) == {"stable": 1}
 
 
 def test_without_a_model_it_does_not_start(start: Start) -> None:

@@ -129,6 +129,21 @@ def test_nothing_but_a_version_without_its_variables_is_nothing(scales: Path, tm
         assert "variables.index is missing" in running.log.read_text()
 
 
+def test_a_label_is_on_what_answers_when_its_version_fails_late(scales: Path, tmp_path: Path) -> None:
+    """TensorFlow Serving listens as soon as one version of each model is available."""
+    models = tmp_path / "models"
+    put_version(scales / "1", models / "late", 1)
+    extra = put_version(scales / "2", models / "late", 2) / "assets.extra"
+    extra.mkdir()
+    (extra / "tf_serving_warmup_requests").write_bytes(b"no record " * 9)
+    block = with_versions(new_block("late", str(models / "late")), [1, 2], {"stable": 2})
+    models_config.edit(models, {"late": block})
+    with container(models) as running:
+        running.wait_for(lambda: running.answers("late", label="stable") == 1, "the version that loads")
+        running.wait_states("late", v1=State.AVAILABLE, v2=State.END)
+        assert running.answers("late", label="stable") == 1
+
+
 def test_what_is_broken_keeps_no_model_from_being_promoted(repository: Path, scales: Path) -> None:
     """Not the others, and not itself; until then its states say what is missing."""
     with container(repository) as running:

@@ -138,3 +138,12 @@ def test_one_way_to_see_the_process() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--pid and --status-file" in done.stderr
+
+
+def test_a_repository_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spikeless", "exporter", "--models", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"spikeless: error: {tmp_path / 'nowhere'} is no directory: give the repository with --models\n"
+    )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import os
 import queue
+import resource
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -126,6 +129,37 @@ def test_urgent_data_is_worth_no_line_in_the_log(caplog: pytest.LogCaptureFixtur
         urgent.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert urgent.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
     assert not caplog.messages
+
+
+def test_without_a_descriptor_connections_wait_and_nothing_spins(caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with running(Application()) as (_, port), ExitStack() as stack:
+        clients = [stack.enter_context(socket.socket()) for _ in range(3)]
+        probe = os.dup(0)
+        os.close(probe)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(probe, *(one.fileno() for one in clients)) + 1, hard))
+        try:
+            with suppress(OSError):
+                while True:
+                    stack.callback(os.close, os.dup(0))
+            for client in clients:
+                client.settimeout(60)
+                client.connect(("127.0.0.1", port))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            # Nobody answers: that is a wait of two looks at the full process.
+            clients[0].settimeout(2.5)
+            began, used = time.monotonic(), time.process_time()
+            with pytest.raises(TimeoutError):
+                clients[0].recv(1)
+            assert time.process_time() - used < (time.monotonic() - began) / 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for client in clients:
+            client.settimeout(60)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    assert [record.message for record in caplog.records if "connections wait" in record.message] == [
+        "REST connections wait: Too many open files; raise the limit of open files (ulimit -n)"
+    ]
 
 
 def test_stopping_lets_a_request_end_and_takes_no_other() -> None:

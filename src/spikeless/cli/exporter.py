@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from spikeless.cli.options import PORT, interruptible, models_option, server_option
 from spikeless.errors import Unavailable
+from spikeless.repository import layout
 from spikeless.sidecars.exporter import Exporter, ExporterSettings
 
 
@@ -34,6 +35,7 @@ def command(
     """
     if pid is not None and status_file is not None:
         raise click.UsageError("--pid and --status-file are two ways to see the same process: give one")
+    layout.require_repository(models)
     exporter = Exporter(ExporterSettings(server, models, pid, status_file))
     registry = CollectorRegistry()
     with interruptible() as ended:

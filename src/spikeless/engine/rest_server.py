@@ -8,6 +8,7 @@ a bounded number of workers answer complete requests.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import select
 import socket
@@ -32,6 +33,8 @@ from spikeless.formats import rest_json
 _log = logging.getLogger(__name__)
 #: Answers up to this many bytes are copied behind their head and sent with it.
 _SMALL = 1 << 16
+#: What accepting a connection fails with while the process or the machine is full.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 #: Seconds after which the loop looks around although nothing has happened.
 _LOOP_SECONDS = 1.0
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -145,6 +148,9 @@ class _Listener(TcpWSGIServer):
 
     channel_class = _Channel
     draining = False
+    #: Until when no connection is accepted, since there is no descriptor for it.
+    _pause_end = 0.0
+    _full = False
 
     def __init__(self, application: _Application, map: dict[int, Any], adj: Adjustments) -> None:
         self._waker, self._woken = socket.socketpair()
@@ -168,6 +174,30 @@ class _Listener(TcpWSGIServer):
             while self._woken.recv(1 << 12):
                 pass
         return events
+
+    def readable(self) -> bool:
+        return bool(super().readable()) and time.monotonic() >= self._pause_end
+
+    def accept(self) -> Any:
+        """A connection; None where there is none, or no descriptor for one.
+
+        It stays in the queue then, and with it the event that it is there: looking
+        again at once would take a processor.
+        """
+        try:
+            accepted = super().accept()
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            self._pause_end = time.monotonic() + _LOOP_SECONDS
+            if not self._full:
+                self._full = True
+                _log.warning(
+                    "REST connections wait: %s; raise the limit of open files (ulimit -n)", error.strerror
+                )
+            return None
+        self._full = False
+        return accepted
 
     def handle_close(self) -> None:
         self.close()

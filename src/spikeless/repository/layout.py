@@ -10,12 +10,18 @@ import os
 import re
 from pathlib import Path
 
-from spikeless.errors import InvalidArgument, nearest
+from spikeless.errors import InvalidArgument, NotFound, nearest
 from spikeless.formats.versions import list_versions
 from spikeless.repository import models_config
 
 _STATE_DIRECTORY = ".spikeless"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", re.ASCII)
+
+
+def require_repository(models: Path) -> None:
+    """Raises NotFound where ``models`` is no directory."""
+    if not models.is_dir():
+        raise NotFound(f"{models} is no directory: give the repository with --models")
 
 
 def model_names(models: Path) -> list[str]:

@@ -76,8 +76,7 @@ def status(models: str | os.PathLike[str], name: str | None, targets: tuple[str,
         NotFound: neither the repository nor ``models.config`` knows the model.
     """
     models = Path(models)
-    if not models.is_dir():
-        raise NotFound(f"{models} is no directory: give the repository with --models")
+    layout.require_repository(models)
     config = models_config.read(models)
     known = _known(models, config)
     if name is not None and name not in known:

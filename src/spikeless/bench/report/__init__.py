@@ -1,6 +1,6 @@
 """Raw results become a page that a person reads, and the same table in Markdown."""
 
-from spikeless.bench.report.comparison import Comparison, compare
+from spikeless.bench.report.comparison import ResultComparison, compare
 from spikeless.bench.report.goal import GOAL, met, render_goal
 from spikeless.bench.report.notes import Note, notes
 from spikeless.bench.report.page import (
@@ -17,9 +17,9 @@ from spikeless.bench.report.verdict import Verdict, judge
 
 __all__ = [
     "GOAL",
-    "Comparison",
     "Note",
     "Panel",
+    "ResultComparison",
     "Row",
     "Scenario",
     "Verdict",

@@ -17,7 +17,7 @@ from spikeless.errors import FailedPrecondition, InvalidArgument
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ResultComparison:
     """Two results and their difference."""
 
     #: Names of the two sides.
@@ -36,7 +36,7 @@ class Comparison:
 
 def compare(
     before: tuple[str, Sequence[Run]], after: tuple[str, Sequence[Run]], force: bool = False
-) -> Comparison:
+) -> ResultComparison:
     """Compare two results, each a name and its runs.
 
     Scenarios of the same name are compared; where each side has just one, these two.
@@ -66,7 +66,7 @@ def compare(
         label = f"{name}, " if name else ""
         scenarios += [_renamed(first, label + old_name), _renamed(second, label + new_name)]
         rows += [dataclasses.replace(row, group=name or row.group) for row in changed(first, second)]
-    return Comparison(old_name, new_name, scenarios, rows)
+    return ResultComparison(old_name, new_name, scenarios, rows)
 
 
 def _renamed(scenario: Scenario, name: str) -> Scenario:

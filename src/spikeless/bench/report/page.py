@@ -19,7 +19,7 @@ from spikeless.bench import run_file
 from spikeless.bench.analysis import RULES
 from spikeless.bench.events import EVENTS, PUBLISH
 from spikeless.bench.folding import FOLD_RULES, INTERVAL_RULE
-from spikeless.bench.report.comparison import Comparison
+from spikeless.bench.report.comparison import ResultComparison
 from spikeless.bench.report.notes import notes
 from spikeless.bench.report.pictures import Panel, draw, draw_ladder
 from spikeless.bench.report.table import Row, Scenario, estimate, group, table
@@ -30,7 +30,7 @@ from spikeless.disk.atomic import write_atomically
 def write(
     results: Sequence[str | os.PathLike[str]],
     directory: str | os.PathLike[str],
-    comparison: Comparison | None = None,
+    comparison: ResultComparison | None = None,
 ) -> Path:
     """Write the report on these raw results; returns the path of the page.
 
@@ -50,7 +50,7 @@ def write(
     return out / "index.html"
 
 
-def render_markdown(scenarios: Sequence[Scenario], comparison: Comparison | None = None) -> str:
+def render_markdown(scenarios: Sequence[Scenario], comparison: ResultComparison | None = None) -> str:
     """Verdict and table, with every other figure and fact folded below.
 
     It can be the comment of a pull request as it is.
@@ -79,7 +79,7 @@ def _markdown_table(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
 
 
 def render_html(
-    scenarios: Sequence[Scenario], comparison: Comparison | None = None, sources: Sequence[str] = ()
+    scenarios: Sequence[Scenario], comparison: ResultComparison | None = None, sources: Sequence[str] = ()
 ) -> str:
     """The page, with all scripts and styles inside.
 

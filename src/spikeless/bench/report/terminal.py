@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spikeless.bench.report.comparison import Comparison
+from spikeless.bench.report.comparison import ResultComparison
 from spikeless.bench.report.notes import notes
 from spikeless.bench.report.table import Row, Scenario, table
 from spikeless.bench.report.verdict import judge
@@ -22,7 +22,7 @@ _COLOURS = {"held": "green", "mixed": "yellow", "broken": "red"}
 
 
 def show(
-    scenarios: Sequence[Scenario], console: Console | None = None, comparison: Comparison | None = None
+    scenarios: Sequence[Scenario], console: Console | None = None, comparison: ResultComparison | None = None
 ) -> None:
     """Print table, notes and verdict; on standard output where no console is given."""
     # Only a terminal has a width that lines must fit.

@@ -21,7 +21,7 @@ TIME = Duration(positive=True)
 COUNT = click.IntRange(min=1)
 
 
-class Share(click.ParamType[Any]):
+class Percentage(click.ParamType[Any]):
     """``70%``."""
 
     name = "percentage"
@@ -122,7 +122,7 @@ def run_options(*, publishes: int, duration: str) -> Any:
         click.option(
             "--load",
             "load_share",
-            type=Share(),
+            type=Percentage(),
             help="Share of what the server can do, such as 70%, instead of --rate: it is found first.",
         ),
         click.option(
