@@ -24,7 +24,7 @@ from places import ROOT
 
 import spikeless
 from spikeless.disk import proc
-from spikeless.engine.server import read_model_config
+from spikeless.engine.configuration import read_model_config
 from spikeless.formats.protos import config_pb2
 from spikeless.repository import models_config
 from spikeless.repository.models_config import new_block, with_versions

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -190,15 +190,15 @@ def served(client: Client, name: str = NAME, **spec: Any) -> int:
 
 
 class Load:
-    """Callers that never stop, with label ``stable`` and without; counts answers."""
+    """Callers that never stop, with these labels in turn; counts answers."""
 
-    def __init__(self, target: str, threads: int = 2) -> None:
+    def __init__(self, target: str, threads: int = 2, labels: Sequence[str] = ("", "stable")) -> None:
         self.answers: Counter[tuple[str, float]] = Counter()
         self.failures: list[str] = []
         self._target = target
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._call, args=("stable" if number % 2 else "",))
+            threading.Thread(target=self._call, args=(labels[number % len(labels)],))
             for number in range(threads)
         ]
 
@@ -228,9 +228,9 @@ class Load:
 
 
 @contextmanager
-def flawless(target: str) -> Iterator[Load]:
+def flawless(target: str, labels: Sequence[str] = ("", "stable")) -> Iterator[Load]:
     """Load that must not see a single failure."""
-    with Load(target) as load:
+    with Load(target, labels=labels) as load:
         yield load
     assert not load.failures, load.failures[:5]
     assert load.answers, "no request was answered"

@@ -143,7 +143,7 @@ class Watcher:
 
     def _sample(self, pid: int) -> None:
         try:
-            memory, (ticks, stolen) = proc.memory(pid), proc.processor_ticks()
+            memory, (ticks, stolen) = proc.server_memory(pid), proc.processor_ticks()
         except OSError:
             return  # The server is gone.
         file_backed = memory.get("RssFile", 0) + memory.get("RssShmem", 0)

@@ -8,9 +8,10 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -18,6 +19,8 @@ import click
 from spikeless import __version__, runtime
 from spikeless.engine.flags import FLAGS, Flag, ServerFlags
 from spikeless.engine.server import Server
+from spikeless.engine.workers.pool import WORKER_MARK
+from spikeless.engine.workers.supervisor import Supervisor
 from spikeless.errors import InvalidArgument
 
 _log = logging.getLogger(__name__)
@@ -95,16 +98,25 @@ def command(context: click.Context, /, **values: Any) -> None:
     _name_unknown(context.args)
     for flag in flags.ignored():
         print(f"--{flag.name} is ignored: {flag.ignored}", file=sys.stderr)
+    worker, is_worker, descriptor = os.environ.pop(WORKER_MARK, "").partition(":")
+    tag = f"worker {worker} " if is_worker else ""
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,
-        format="%(asctime)s.%(msecs)03d %(levelname).1s %(name)s: %(message)s",
+        format=f"%(asctime)s.%(msecs)03d {tag}%(levelname).1s %(name)s: %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
-    server = Server(flags)
-    with _stopping_on_signals(server, flags.drain, flags.grace):
+    server: Server | Supervisor
+    if is_worker:
+        server = Server(flags, socket.socket(fileno=int(descriptor)))
+    else:
+        server = Supervisor(flags) if flags.workers > 1 else Server(flags)
+    if is_worker:
+        # Ctrl-C goes to all processes; the one that leads tells the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _stopping_on_signals(server, flags.drain, flags.grace, _STOP_SIGNALS[: 1 if is_worker else 2]):
         ports = server.start()
-        if ports is not None:
+        if ports is not None and not is_worker:
             print(f"serving gRPC on {flags.host}:{ports.grpc}", flush=True)
             if ports.rest is not None:
                 print(f"serving REST on http://{flags.host}:{ports.rest}", flush=True)
@@ -112,8 +124,10 @@ def command(context: click.Context, /, **values: Any) -> None:
 
 
 @contextlib.contextmanager
-def _stopping_on_signals(server: Server, drain: float, grace: float) -> Iterator[None]:
-    """Stop the server at SIGTERM or SIGINT.
+def _stopping_on_signals(
+    server: Server | Supervisor, drain: float, grace: float, signals: Sequence[signal.Signals]
+) -> Iterator[None]:
+    """Stop the server at these signals.
 
     Whatever that gets stuck in, the process ends with code 1 when the grace is over,
     or of SIGALRM a second later, and at once at a second signal.
@@ -145,7 +159,7 @@ def _stopping_on_signals(server: Server, drain: float, grace: float) -> Iterator
 
     # Handlers in Python run on the main thread, which may miss that there is one to
     # run, when it is about to wait. The pipe is written by the signal itself.
-    handlers = {number: signal.signal(number, lambda *_: None) for number in _STOP_SIGNALS}
+    handlers = {number: signal.signal(number, lambda *_: None) for number in signals}
     old_writer = signal.set_wakeup_fd(writer)
     threading.Thread(target=obey, name="signals", daemon=True).start()
     try:

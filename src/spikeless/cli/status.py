@@ -123,7 +123,7 @@ class _Load:
             self._pid = server.pid
         try:
             if self._pid is not None:
-                yield f"{proc.private_memory(self._pid) / 2**20:,.0f} MiB private"
+                yield f"{proc.server_memory(self._pid)['RssAnon'] / 2**20:,.0f} MiB private"
         except OSError:
             self._pid = None
 

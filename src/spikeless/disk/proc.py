@@ -9,6 +9,7 @@ the process is gone, belongs to another user, or when there is no ``/proc``.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,14 +61,57 @@ def private_memory(pid: int | str = "self") -> int:
 def server_of(pid: int) -> int:
     """The process that serves, for a ``pid`` that may be its container's first process.
 
-    That is the largest of the process and its children: an entrypoint or an init that
-    waits for the server is small.
+    That is the largest of the process and its descendants, for an entrypoint or an init
+    is small; of several ``--workers`` the process that leads them.
     """
+    members = family(pid)
+    largest = max(members, key=_resident)
     try:
-        children = (_PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
-    except OSError:  # It is gone, or the kernel was built without this file.
-        children = []
-    return max([pid, *map(int, children)], key=_resident)
+        if any(word.startswith("--workers=") for word in _command(largest)):
+            parent = int((_PROC / str(largest) / "stat").read_text().rpartition(")")[2].split()[1])
+            return parent if parent in members else largest
+    except OSError:  # It has ended meanwhile.
+        pass
+    return largest
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for parent in found:
+        # It is gone, or the kernel was built without this file.
+        with suppress(OSError):
+            children = Path(_PROC, str(parent), "task", str(parent), "children").read_text()
+            found.extend(map(int, children.split()))
+    return found
+
+
+def server_memory(pid: int) -> dict[str, int]:
+    """The memory of a server, as `memory` has it, with that of its workers.
+
+    What is private adds up (``RssAnon``). Files are in memory once, whoever maps them:
+    all other values are those of the process with the most.
+    """
+    total = memory(pid)
+    for worker in family(pid)[1:]:
+        with suppress(OSError):  # It has ended meanwhile.
+            for name, size in memory(worker).items():
+                before = total.get(name, 0)
+                total[name] = before + size if name == "RssAnon" else max(before, size)
+    return total
+
+
+def server_mapped_parameters(pid: int) -> int:
+    """What `mapped_parameters` says of the worker of a server that has the most."""
+    most = mapped_parameters(pid)
+    for worker in family(pid)[1:]:
+        with suppress(OSError):
+            most = max(most, mapped_parameters(worker))
+    return most
+
+
+def _command(pid: int) -> list[str]:
+    return (_PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0")
 
 
 def _resident(pid: int) -> int:

@@ -18,28 +18,29 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 from spikeless.engine.flags import DEFAULTS, ServerFlags
 from spikeless.engine.manager import Manager
-from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, SpikelessError
-from spikeless.formats.protos import model_pb2, model_server_config_pb2
+from spikeless.engine.served_models import Labels, ServedModels
+from spikeless.errors import FailedPrecondition, InvalidArgument, SpikelessError
+from spikeless.formats.protos import model_server_config_pb2
 from spikeless.formats.states import VersionStatus
 from spikeless.formats.versions import aspired_versions, list_versions
 from spikeless.runtime.model import Model
 
 _log = logging.getLogger(__name__)
 _PLATFORM = "tensorflow"
-_Labels = dict[str, dict[str, int]]
 
 
-class ServerCore:
+class ServerCore(ServedModels):
     """Keeps the models of a configuration loaded and lends them out: start, stop."""
 
-    def __init__(self, loader: Callable[[str, int, Path], Model], flags: ServerFlags = DEFAULTS) -> None:
+    def __init__(self, loader: Callable[[str, int, Path], Any], flags: ServerFlags = DEFAULTS) -> None:
+        """``loader`` makes a `Model` of a version, or else what is never lent."""
+        super().__init__()
         self._flags = flags
-        self.manager: Manager[Model] = Manager(loader, flags)
-        self._config = model_server_config_pb2.ModelServerConfig()
-        self._labels: _Labels = {}
+        self.manager: Manager[Any] = Manager(loader, flags)
         # What is served of models whose wanted versions could not be loaded at start.
         self._instead: dict[str, Mapping[int, Path]] = {}
         self._reloading = threading.Lock()
@@ -73,33 +74,9 @@ class ServerCore:
                 self._require_one(names)
             self._move_labels()
 
-    @property
-    def config(self) -> model_server_config_pb2.ModelServerConfig:
-        """A copy of the configuration that is in force."""
-        copy = model_server_config_pb2.ModelServerConfig()
-        copy.CopyFrom(self._config)
-        return copy
-
-    def model_names(self) -> list[str]:
-        """The names of the configured models."""
-        return [config.name for config in self._config.model_config_list.config]
-
-    def is_configured(self, name: str) -> bool:
-        """Whether the configuration has a model of this name."""
-        return name in self._labels
-
     # --- configuration ----------------------------------------------------------------
 
     def reload_config(self, config: model_server_config_pb2.ModelServerConfig) -> None:
-        """Replace the configuration; return when every new model is available.
-
-        Raises:
-            InvalidArgument: the configuration is wrong; the old one stays.
-            FailedPrecondition: a label points at a version that is not available; the
-                old one stays.
-            SpikelessError: a new model could not be loaded (UNKNOWN); the new
-                configuration is in force.
-        """
         with self._reloading:
             self._wait_for(sorted(self._put_in_force(config)))
 
@@ -152,8 +129,8 @@ class ServerCore:
             reasons = ", ".join(f"{{{reason}}}" for reason in failed.values())
             raise SpikelessError(f"{len(failed)} servable(s) did not become available: {reasons}")
 
-    def _checked_labels(self, config: model_server_config_pb2.ModelServerConfig) -> _Labels:
-        labels: _Labels = {}
+    def _checked_labels(self, config: model_server_config_pb2.ModelServerConfig) -> Labels:
+        labels: Labels = {}
         asked_before = {
             model.name: dict(model.version_labels) for model in self._config.model_config_list.config
         }
@@ -207,58 +184,19 @@ class ServerCore:
             except Exception:
                 _log.exception("looking for versions")
 
-    # --- requests ---------------------------------------------------------------------
+    # --- what there is ----------------------------------------------------------------
 
-    def use(self, spec: model_pb2.ModelSpec) -> AbstractContextManager[Model]:
-        """Lend the model of a ``ModelSpec``: by version or label, or the latest.
+    def available(self, name: str) -> list[int]:
+        return self.manager.available(name)
 
-        Like ``Manager.use``, to the ``with`` statement that asks for it.
+    def version_statuses(self, name: str) -> list[VersionStatus]:
+        return self.manager.statuses(name)
 
-        Raises:
-            InvalidArgument: no name, or a label that is not assigned.
-            NotFound: no such model or version is available.
-        """
-        if not spec.name:
-            raise InvalidArgument("ModelSpec has no name specified.")
-        version = self.version_of(spec)
-        while True:
-            try:
-                return self.manager.use(spec.name, version)
-            except NotFound:
-                # The label may have moved meanwhile, and its old version be gone.
-                asked, version = version, self.version_of(spec)
-                if asked == version:
-                    raise
+    def add_listener(self, listener: Callable[[str, VersionStatus], None]) -> None:
+        self.manager.add_listener(listener)
 
-    def version_of(self, spec: model_pb2.ModelSpec) -> int | None:
-        """The version that a ``ModelSpec`` asks for; None for the latest."""
-        choice = spec.WhichOneof("version_choice")
-        if choice == "version":
-            return int(spec.version.value)
-        if choice == "version_label":
-            version = self._labels.get(spec.name, {}).get(spec.version_label)
-            if version is None:
-                raise InvalidArgument(f"Unrecognized servable version label: {spec.version_label}")
-            return version
-        return None
-
-    def statuses(self, spec: model_pb2.ModelSpec) -> list[VersionStatus]:
-        """The state of one version, or of all versions, of a model.
-
-        A label says nothing here, as in TensorFlow Serving: all versions are listed.
-
-        Raises:
-            NotFound: the model or the version was never seen.
-        """
-        version = int(spec.version.value) if spec.HasField("version") else None
-        statuses = self.manager.statuses(spec.name)
-        if version is not None:
-            statuses = [status for status in statuses if status.version == version]
-            if not statuses:
-                raise NotFound(f"Could not find version {version} of model {spec.name}")
-        elif not statuses:
-            raise NotFound(f"Could not find any versions of model {spec.name}")
-        return statuses
+    def _lend(self, name: str, version: int | None) -> AbstractContextManager[Model]:
+        return self.manager.use(name, version)
 
     def stop(self) -> None:
         """Stop looking for versions, wait for running requests, unload everything."""

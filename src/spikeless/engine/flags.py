@@ -177,6 +177,13 @@ class ServerFlags:
     grpc_channel_arguments: str = _flag(
         "", "Comma-separated name=value arguments of the gRPC server.", check=channel_arguments
     )
+    workers: int = _flag(
+        1,
+        "Processes that answer on the same ports and change versions together; each takes what flags allow.",
+        minimum=1,
+        maximum=256,
+        own=True,
+    )
     drain: float = _flag(
         0.0, "Seconds to go on answering after SIGTERM, while the health service says NOT_SERVING.", own=True
     )
@@ -217,6 +224,13 @@ class ServerFlags:
             flag.validate(getattr(self, flag.name))
         if self.batching_parameters_file and not self.enable_batching:
             raise InvalidArgument("--batching_parameters_file is of no use without --enable_batching")
+        if self.grpc_socket_path and self.workers > 1:
+            raise InvalidArgument("--grpc_socket_path cannot be shared by several --workers")
+
+    def command_line(self) -> list[str]:
+        """The arguments that give these values."""
+        values = ((flag.name, getattr(self, flag.name), flag.default) for flag in FLAGS)
+        return [f"--{name}={value}" for name, value, default in values if value != default]
 
     def ignored(self) -> Iterable[Flag]:
         """The flags that were given although they change nothing."""

@@ -11,7 +11,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from spikeless.engine.core import ServerCore
+from spikeless.engine.served_models import ServedModels
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.formats import kinds
 from spikeless.formats.kinds import Kind
@@ -42,7 +42,7 @@ class CountedCall:
         self._examples: int | None = None
 
     def model(self) -> Model:
-        """The model of the call, lent until it ends; raises as `ServerCore.use`."""
+        """The model of the call, lent until it ends; raises as `ServedModels.use`."""
         self._lent = self._calls.core.use(self._spec)
         model = self._lent.__enter__()
         self._version = model.version
@@ -80,7 +80,7 @@ class CountedCall:
 class Calls:
     """The calls of one transport: of the ``entrypoint`` ``GRPC`` or ``REST``."""
 
-    def __init__(self, core: ServerCore, entrypoint: str, metrics: Metrics | None = None) -> None:
+    def __init__(self, core: ServedModels, entrypoint: str, metrics: Metrics | None = None) -> None:
         self.core = core
         self.entrypoint = entrypoint
         self.metrics = metrics

@@ -23,10 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from spikeless.engine.flags import DEFAULTS, ServerFlags
-from spikeless.errors import Internal, NotFound, SpikelessError, Unavailable
+from spikeless.engine.lending import Closable, Loaded, Shelf
+from spikeless.errors import Internal, SpikelessError, Unavailable
 from spikeless.formats.states import State, VersionStatus
 
 _log = logging.getLogger(__name__)
@@ -37,53 +38,8 @@ MAX_ENDED = 1000
 _NO_VERSION = "it has no version to load"
 
 
-class Closable(Protocol):
-    def close(self) -> None: ...
-
-
 T = TypeVar("T", bound=Closable)
 Loader = Callable[[str, int, Path], T]
-
-
-class _Loaded(Generic[T]):
-    """A loaded version and the number of requests that are using it.
-
-    Once acquired, it can be the context of one ``with`` statement, at whose end it is
-    released.
-    """
-
-    def __init__(self, version: int, model: T) -> None:
-        self.version = version
-        self.model = model
-        self._users = 0
-        self._retired = False
-        self._idle = threading.Condition()
-
-    def acquire(self) -> bool:
-        """Count one more user; False when the version is on its way out."""
-        with self._idle:
-            if self._retired:
-                return False
-            self._users += 1
-            return True
-
-    def release(self) -> None:
-        with self._idle:
-            self._users -= 1
-            if self._retired and not self._users:
-                self._idle.notify_all()
-
-    def __enter__(self) -> T:
-        return self.model
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def retire(self) -> None:
-        """Admit no new users and wait until the last one is gone."""
-        with self._idle:
-            self._retired = True
-            self._idle.wait_for(lambda: not self._users)
 
 
 class _Version(Generic[T]):
@@ -98,7 +54,7 @@ class _Version(Generic[T]):
         self.aspired = True
         self.attempts = 0
         self.retry_at = 0.0
-        self.loaded: _Loaded[T] | None = None
+        self.loaded: Loaded[T] | None = None
 
     def __str__(self) -> str:
         return f"{{name: {self.name} version: {self.version}}}"
@@ -111,8 +67,7 @@ class Manager(Generic[T]):
         self._loader = loader
         self._flags = flags
         self._versions: dict[str, dict[int, _Version[T]]] = defaultdict(dict)
-        # Replaced as a whole, never changed, so that a look-up needs no lock.
-        self._available: Mapping[str, Mapping[int, _Loaded[T]]] = {}
+        self._shelf: Shelf[T] = Shelf()
         self._changed = threading.Condition()
         self._stopping = False
         self._listeners: list[Callable[[str, VersionStatus], None]] = []
@@ -159,21 +114,16 @@ class Manager(Generic[T]):
         Raises:
             NotFound: no such version is available.
         """
-        while True:
-            versions = self._available.get(name) or {}
-            if version is not None:
-                loaded = versions.get(version)
-            else:
-                loaded = versions[max(versions)] if versions else None
-            if loaded is None:
-                request = f"Latest({name})" if version is None else f"Specific({name}, {version})"
-                raise NotFound(f"Servable not found for request: {request}")
-            if loaded.acquire():
-                return loaded
+        return self._shelf.use(name, version)
 
     def available(self, name: str) -> list[int]:
         """The versions of ``name`` that can be used now, lowest first."""
-        return sorted(self._available.get(name) or ())
+        return self._shelf.versions(name)
+
+    def names(self) -> list[str]:
+        """The models of which a version was ever wanted."""
+        with self._changed:
+            return list(self._versions)
 
     def statuses(self, name: str) -> list[VersionStatus]:
         """Every version of ``name`` that was ever wanted, lowest first."""
@@ -196,7 +146,7 @@ class Manager(Generic[T]):
 
         def failure(name: str) -> str | None:
             """Why the model failed; empty when available, None while undecided."""
-            if self._available.get(name):
+            if self._shelf.versions(name):
                 return ""
             wanted = self._wanted(name)
             if not wanted and not all_have_versions and any(map(self._wanted, names)):
@@ -296,15 +246,15 @@ class Manager(Generic[T]):
             if served or not any(entry.aspired for entry in entries):
                 for entry in entries:
                     if entry.state is State.AVAILABLE and not entry.aspired:
-                        self._withdraw(entry)
+                        self._shelf.withdraw(entry.name, entry.version)
                         self._enter(entry, State.UNLOADING)
                         unloads.append(entry)
             self._forget_oldest(versions)
         return loads, unloads
 
     def _load(self, entry: _Version[T]) -> None:
-        if self._flags.load_threads_yield and self._load_pool and any(self._available.values()):
-            _give_way()
+        if self._flags.load_threads_yield and self._load_pool and not self._shelf.is_empty():
+            give_way()
         try:
             model = self._loader(entry.name, entry.version, entry.path)
         except SpikelessError as error:
@@ -313,11 +263,10 @@ class Manager(Generic[T]):
             _log.exception("loading %s", entry)
             self._load_failed(entry, Internal(f"{type(error).__name__}: {error}"))
         else:
-            loaded = _Loaded(entry.version, model)
+            loaded = Loaded(entry.version, model)
             with self._changed:
                 entry.loaded = loaded
-                by_version = {**self._available.get(entry.name, {}), entry.version: loaded}
-                self._available = {**self._available, entry.name: by_version}
+                self._shelf.put(entry.name, loaded)
                 self._enter(entry, State.AVAILABLE)
 
     def _load_failed(self, entry: _Version[T], error: SpikelessError) -> None:
@@ -337,15 +286,9 @@ class Manager(Generic[T]):
             entry.retry_at = time.monotonic() + self._flags.load_retry_interval_micros / 1e6
             self._changed.notify_all()
 
-    def _withdraw(self, entry: _Version[T]) -> None:
-        """Take a version out of what requests see."""
-        rest = dict(self._available[entry.name])
-        del rest[entry.version]
-        self._available = {**self._available, entry.name: rest}
-
     def _unload(self, entry: _Version[T]) -> None:
         if self._flags.load_threads_yield and self._unload_pool:
-            _give_way()
+            give_way()
         loaded = entry.loaded
         assert loaded is not None
         loaded.retire()
@@ -386,7 +329,7 @@ def _pool(threads: int, name: str) -> ThreadPoolExecutor | None:
     return ThreadPoolExecutor(threads, thread_name_prefix=name) if threads > 0 else None
 
 
-def _give_way() -> None:
+def give_way() -> None:
     """Run this thread only while no other wants its processor (``SCHED_IDLE``).
 
     A request's thread that wakes up then never waits for a loading one to use up its

@@ -71,7 +71,7 @@ import bisect
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -213,10 +213,16 @@ class Metrics:
             "spikeless_load_failures", "Loads that failed.", ["model_name", "status"], registry=registry
         )
         registry.register(_Memory())
+        #: The text for all workers, where there are several.
+        self.gather: Callable[[], bytes] = self.own_page
         self._paths: dict[tuple[str, int], str] = {}
 
     def page(self) -> bytes:
         """The text for Prometheus."""
+        return self.gather()
+
+    def own_page(self) -> bytes:
+        """The text of this process."""
         # The client library knows counters only by names that end in _total.
         return generate_latest(self._registry).replace(b" untyped\n", b" counter\n")
 

@@ -64,13 +64,13 @@ class OpenInference:
             return False
 
     def model_metadata(self, spec: model_pb2.ModelSpec) -> dict[str, Any]:
-        """The fields of ``ModelMetadataResponse``; raises as `ServerCore.use` does."""
+        """The fields of ``ModelMetadataResponse``; raises as `ServedModels.use`."""
         with self._calls.core.use(spec) as model:
             if DEFAULT_SIGNATURE not in model.signatures:
                 raise NotFound(f"model {spec.name} has no signature {DEFAULT_SIGNATURE}")
             return {
                 "name": spec.name,
-                "versions": [str(version) for version in self._calls.core.manager.available(spec.name)],
+                "versions": [str(version) for version in self._calls.core.available(spec.name)],
                 "platform": _PLATFORM,
                 **open_inference.signature_metadata(model.signatures[DEFAULT_SIGNATURE]),
             }

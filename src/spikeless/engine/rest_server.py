@@ -152,12 +152,26 @@ class _Listener(TcpWSGIServer):
     _pause_end = 0.0
     _full = False
 
-    def __init__(self, application: _Application, map: dict[int, Any], adj: Adjustments) -> None:
+    def __init__(
+        self,
+        application: _Application,
+        map: dict[int, Any],
+        adj: Adjustments,
+        shared: socket.socket | None = None,
+    ) -> None:
+        """``shared`` is a bound socket, whose port other processes listen on."""
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
         # Its threads are started when there is a socket.
-        super().__init__(application, map=map, dispatcher=ThreadedTaskDispatcher(), adj=adj)
+        super().__init__(
+            application,
+            map=map,
+            _sock=shared,
+            dispatcher=ThreadedTaskDispatcher(),
+            adj=adj,
+            bind_socket=shared is None,
+        )
         self.task_dispatcher.set_thread_count(adj.threads)
         self.trigger.close()
 
@@ -210,6 +224,18 @@ class _Listener(TcpWSGIServer):
         self._woken.close()
 
 
+def _shared_socket(settings: Adjustments) -> socket.socket:
+    family, kind, protocol, address = settings.listen[0]
+    shared = socket.socket(family, kind, protocol)
+    try:
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        shared.bind(address)
+    except OSError:
+        shared.close()
+        raise
+    return shared
+
+
 class RestServer:
     """Runs an application: start (returns the bound port), stop with a grace.
 
@@ -260,7 +286,8 @@ class RestServer:
                 # Answers are buffered, so that no worker waits for a slow reader.
                 outbuf_high_watermark=1 << 62,
             )
-            self._listener = _Listener(self._application, self._dispatchers, settings)
+            shared = _shared_socket(settings) if flags.workers > 1 else None
+            self._listener = _Listener(self._application, self._dispatchers, settings, shared)
         except (OSError, ValueError) as error:
             wasyncore.close_all(self._dispatchers)
             address = f"{flags.host}:{flags.rest_api_port}"

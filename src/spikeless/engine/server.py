@@ -9,17 +9,18 @@ import gc
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from spikeless import runtime
-from spikeless.engine import reflection
+from spikeless.engine import configuration, reflection
+from spikeless.engine.configuration import ConfigFile
 from spikeless.engine.core import ServerCore
 from spikeless.engine.flags import ServerFlags, channel_arguments
 from spikeless.engine.grpc_api import (
@@ -32,36 +33,20 @@ from spikeless.engine.grpc_api import (
 from spikeless.engine.handlers import MAX_REQUEST_BYTES, Calls
 from spikeless.engine.loader import ModelLoader
 from spikeless.engine.open_inference import OpenInference
-from spikeless.errors import Internal, InvalidArgument, Unavailable
+from spikeless.errors import Internal, Unavailable
 from spikeless.formats import open_inference_messages
 from spikeless.formats.kinds import SERVICE
-from spikeless.formats.protos import (
-    model_server_config_pb2,
-    model_service_pb2_grpc,
-    read_text_proto,
-)
+from spikeless.formats.protos import model_service_pb2_grpc
 from spikeless.formats.states import State, VersionStatus
 
 if TYPE_CHECKING:  # imported where they are used: a server without them saves the memory of their libraries
     from spikeless.engine.metrics import Metrics
     from spikeless.engine.rest_server import RestServer
+    from spikeless.engine.workers.replica import Replica
 
 _log = logging.getLogger(__name__)
 #: Services whose health is the server's: the first two are TensorFlow Serving's names.
 _SERVICES = ("ModelService", "PredictionService", SERVICE, open_inference_messages.SERVICE)
-
-
-def read_model_config(path: str | os.PathLike[str]) -> model_server_config_pb2.ModelServerConfig:
-    """Read a ``ModelServerConfig`` in text format; raises as `read_text_proto` does."""
-    return read_text_proto(path, model_server_config_pb2.ModelServerConfig())
-
-
-def _single_model_config(name: str, base_path: str) -> model_server_config_pb2.ModelServerConfig:
-    config = model_server_config_pb2.ModelServerConfig()
-    config.model_config_list.config.add(
-        name=name, base_path=os.path.abspath(base_path), model_platform="tensorflow"
-    )
-    return config
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
@@ -84,11 +69,9 @@ class Ports(NamedTuple):
 class Server:
     """The core and its transports: start (returns the bound ports), wait, stop."""
 
-    def __init__(self, flags: ServerFlags) -> None:
-        if not flags.model_config_file and not flags.model_base_path:
-            raise InvalidArgument(
-                "--model_base_path is needed, or --model_config_file: what should be served?"
-            )
+    def __init__(self, flags: ServerFlags, supervisor: socket.socket | None = None) -> None:
+        """One of several workers is told by ``supervisor`` what to serve."""
+        configuration.check_named(flags)
         self._flags = flags
         self._credentials: grpc.ServerCredentials | None = None
         if flags.ssl_config_file:
@@ -101,9 +84,16 @@ class Server:
 
             if path := read_monitoring_path(flags.monitoring_config_file):
                 self._metrics = Metrics(path)
-        self.core = ServerCore(ModelLoader(flags, self._metrics), flags)
+        loader = ModelLoader(flags, self._metrics)
+        self.core: ServerCore | Replica
+        if supervisor is None:
+            self.core = ServerCore(loader, flags)
+        else:
+            from spikeless.engine.workers.replica import Replica
+
+            self.core = Replica(loader, flags, supervisor, self._metrics)
         if self._metrics is not None:
-            self.core.manager.add_listener(self._metrics.version_changed)
+            self.core.add_listener(self._metrics.version_changed)
         self._rest: RestServer | None = None
         self._health = health.HealthServicer()
         self._grpc: grpc.Server | None = None
@@ -121,8 +111,11 @@ class Server:
                 port that is taken.
         """
         try:
-            self.core.manager.add_listener(self._version_changed)
-            self.core.start(self._read_config())
+            self.core.add_listener(self._version_changed)
+            if isinstance(self.core, ServerCore):
+                self.core.start(configuration.initial(self._flags))
+            else:
+                self.core.start()
             # Whatever lives now lives on; the collector need not visit it again.
             gc.collect()
             gc.freeze()
@@ -132,21 +125,12 @@ class Server:
             self.stop(0.0)
             raise
 
-    def _read_config(self) -> model_server_config_pb2.ModelServerConfig:
-        if self._flags.model_config_file:
-            file = Path(self._flags.model_config_file)
-            if not file.exists() and file.parent.is_dir():
-                _log.warning("%s is not there yet: no model is served until one is promoted", file)
-                return model_server_config_pb2.ModelServerConfig()
-            return read_model_config(file)
-        return _single_model_config(self._flags.model_name, self._flags.model_base_path)
-
     def _listen(self) -> Ports:
         # REST first: who finds the gRPC port open finds both.
         rest = self._listen_rest() if self._flags.rest_api_port else None
         threads = self._flags.grpc_max_threads
         options: dict[str, int | str] = {
-            "grpc.so_reuseport": 0,
+            "grpc.so_reuseport": int(self._flags.workers > 1),
             "grpc.max_receive_message_length": MAX_REQUEST_BYTES,
             "grpc.max_send_message_length": -1,
             **dict(channel_arguments(self._flags.grpc_channel_arguments)),
@@ -168,8 +152,10 @@ class Server:
         self._update_health()
         server.start()
         self._grpc = server
-        if self._flags.model_config_file and self._flags.model_config_file_poll_wait_seconds > 0:
-            threading.Thread(target=self._watch_config_file, name="config", daemon=True).start()
+        if isinstance(self.core, ServerCore):
+            ConfigFile(self._flags, self.core, self._stopping, self._update_health).start()
+        else:
+            self.core.listens()
         _log.info("Running gRPC ModelServer at %s:%d ...", self._flags.host, port)
         return Ports(port, rest)
 
@@ -185,7 +171,7 @@ class Server:
 
     def _version_changed(self, name: str, status: VersionStatus) -> None:
         self._set_health(f"{name}/{status.version}", status.state is State.AVAILABLE)
-        self._set_health(name, bool(self.core.manager.available(name)))
+        self._set_health(name, bool(self.core.available(name)))
         self._update_health()
 
     def _set_health(self, service: str, serving: bool) -> None:
@@ -195,12 +181,11 @@ class Server:
     def _is_ready(self) -> bool:
         """Whether every model that can be loaded has an available version."""
         names = self.core.model_names()
-        manager = self.core.manager
-        available = [name for name in names if manager.available(name)]
+        available = [name for name in names if self.core.available(name)]
         coming = any(
             status.state in (State.START, State.LOADING)
             for name in set(names) - set(available)
-            for status in manager.statuses(name)
+            for status in self.core.version_statuses(name)
         )
         leaving = self._draining or self._stopping.is_set()
         return (bool(available) or not names) and not coming and not leaving
@@ -209,26 +194,6 @@ class Server:
         serving = self._is_ready()
         for service in ("", *_SERVICES):
             self._set_health(service, serving)
-
-    def _watch_config_file(self) -> None:
-        path = self._flags.model_config_file
-        complaint = ""
-        refused: model_server_config_pb2.ModelServerConfig | None = None
-        while not self._stopping.wait(self._flags.model_config_file_poll_wait_seconds):
-            config = None
-            try:
-                config = read_model_config(path)
-                if config in (self.core.config, refused):
-                    continue
-                _log.info("%s has changed: reloading", path)
-                self.core.reload_config(config)
-                complaint, refused = "", None
-                self._update_health()
-            except Exception as error:
-                # Logged once for each cause, not at every poll.
-                if str(error) != complaint:
-                    _log.error("%s is not in force, the models stay as they are: %s", path, error)
-                complaint, refused = str(error), config
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server has stopped; False after ``timeout`` seconds.

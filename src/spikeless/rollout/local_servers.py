@@ -90,9 +90,13 @@ def find(target: str) -> LocalServer | None:
             and connection.laddr.port == int(port)
             and connection.pid is not None
         }
-        if len(pids) != 1:
+        processes = [psutil.Process(pid) for pid in pids]
+        if len(processes) > 1:
+            # Workers that share the port belong to the one that leads them.
+            processes = [process for process in {one.parent() for one in processes} if process is not None]
+        if len(processes) != 1:
             return None
-        process = psutil.Process(pids.pop())
+        (process,) = processes
         root = Path("/proc", str(process.pid), "root")
         root.stat()
         command = process.cmdline()

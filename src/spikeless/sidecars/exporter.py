@@ -184,14 +184,14 @@ class Exporter:
             )
 
     def _memory(self) -> dict[str, int]:
-        """Resident bytes of the server's process by kind; none when it is gone."""
+        """Resident bytes of the server's processes by kind; none when it is gone."""
         pid, copy = self.settings.pid, self.settings.status_file
         memory: dict[str, int] = {}
         with suppress(OSError):
             if pid is not None:
                 server = proc.server_of(pid)
-                memory = proc.memory(server)
-                memory["MappedParameters"] = proc.mapped_parameters(server)
+                memory = proc.server_memory(server)
+                memory["MappedParameters"] = proc.server_mapped_parameters(server)
             elif copy is not None and time.time() - copy.stat().st_mtime <= MAX_STATUS_AGE:
                 memory = proc.memory_in(copy)
         return {kind: memory[field] for field, kind in _MEMORY.items() if field in memory}
