@@ -7,7 +7,8 @@ READY  := $(VENV)/.ready
 OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest test-containers chaos images sbom docs lint env system-packages update-pins fuzz \
-        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument bench-soak bench-fleet
+        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument bench-soak bench-fleet \
+        peers-env bench-peers
 .DEFAULT_GOAL := demo
 
 env: $(READY)
@@ -116,6 +117,22 @@ bench-fleet: $(READY)
 bench-instrument: $(READY)
 	$(BIN)/python benchmarks/instrument.py
 
+# What a new version costs on other servers, each in an environment of its own: about a quarter of an hour, twice that
+# with PEER_ROUNDS=2. With SPIKELESS_SERVER, TensorFlow Serving takes part.
+PEERS       := $(patsubst benchmarks/peers/%/requirements.txt,%,$(wildcard benchmarks/peers/*/requirements.txt))
+PEER_ROUNDS ?= 1
+bench-peers: $(READY)
+	$(BIN)/python benchmarks/bench_peers.py --rounds $(PEER_ROUNDS)
+
+# 14 GB of packages, of which 4 remain where hardlink(1) is installed: most are TensorFlow, and the same.
+peers-env: $(PEERS:%=.venv-peers/%/.ready)
+	! command -v hardlink >/dev/null || hardlink --quiet --ignore-time .venv-peers
+
+.venv-peers/%/.ready: benchmarks/peers/%/requirements.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 # Reloads, faults and kills under load for SOAK: does anything fail or grow?
 SOAK ?= 1h
 bench-soak: $(READY)
@@ -139,7 +156,7 @@ clean:
 
 # The environments.
 clean-env:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) .venv-peers
 
 # What training and measuring have written, with the data that scripts have downloaded or made.
 clean-runs:

@@ -200,6 +200,19 @@ def _ladder(result: str, header: Sequence[str], names: dict[str, str]) -> str:
 
 
 #: Name -> what makes the table from the argument.
+def _peers() -> str:
+    """The newest comparison of peers: its table, and where it comes from."""
+    for summary in sorted(_RESULTS.glob("*-peers/summary.md"), reverse=True):
+        text = summary.read_text()
+        table = re.search(r"^\| \| steady p50 \|.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
+        assert table is not None, f"{summary} has no table"
+        about = next(line for line in text.splitlines()[1:] if line)
+        folder = f"../../{summary.parent.relative_to(_ROOT)}"
+        picture = f"![p99.9 of each peer, without and with new versions]({folder}/peers.svg)"
+        return f"{about}\n\n{table[0]}\n\n{picture}\n\n[All of it]({folder}/summary.md).\n"
+    return "No result is checked in yet.\n"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "compatibility": lambda _: _differences_table(),
     "server flags": lambda _: flags.reference(),
@@ -210,6 +223,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     ),
     "stack variables": lambda _: _stack_table(),
     "results": lambda _: _results(),
+    "peers": lambda _: _peers(),
     "ladder": lambda result: _ladder(result, _ENGLISH, {}),
     "ladder in chinese": lambda result: _ladder(result, _CHINESE, _CHINESE_RUNGS),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bench_runs import made_up_run, with_failures
 
-from spikeless.bench.capacity import FIRST_RATE, NARROW, Probe, bracket, judge_probe
+from spikeless.bench.capacity import FIRST_RATE, NARROW, Probe, bracket, judge_probe, within_slo
 from spikeless.errors import FailedPrecondition
 
 
@@ -53,3 +53,24 @@ def test_a_backlog_or_a_failure_is_not_kept_up_with() -> None:
     failing = judge_probe(with_failures(run, 2))
     assert not failing.kept_up
     assert "2 failed" in str(failing)
+
+
+def test_an_slo_is_a_limit_of_p99() -> None:
+    run = made_up_run("peer", 60.0)  # The spike hits 12 of 4,000 requests, 20 begin slowly.
+    assert within_slo(151.0)(run).kept_up
+    latency = run.requests["latency"].copy()
+    latency[2000:2041] = 0.2
+    slow = dataclasses.replace(run, requests={**run.requests, "latency": latency})
+    assert within_slo(200.0)(slow).kept_up
+    assert not within_slo(199.0)(slow).kept_up
+    assert within_slo(199.0)(slow).p99_ms == pytest.approx(200)
+    assert not within_slo(1e6)(with_failures(run, 1)).kept_up
+
+
+def test_a_wider_bracket_takes_fewer_probes() -> None:
+    def probe(rate: float) -> Probe:
+        return Probe(rate, 1.0 if rate <= 390 else 500.0, 0)
+
+    rough, fine = bracket(probe, 10_000, narrow=0.5), bracket(probe, 10_000)
+    assert len(rough.probes) < len(fine.probes)
+    assert rough.rate <= 390 <= rough.rate * 1.5

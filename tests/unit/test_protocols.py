@@ -117,6 +117,7 @@ def test_a_record_that_cannot_be_sent_is_named(tmp_path: Path) -> None:
         (REST, b'{"outputs": [0.5]}', 0),
         (OPEN_INFERENCE, b'{"model_name":"m","model_version":"3","outputs":[]}', 3),
         (OPEN_INFERENCE, b'{"model_name":"m","model_version":"stable"}', 0),
+        (OPEN_INFERENCE, b'{"outputs": [{"name": "version", "parameters": {}, "data": [6]}]}', 6),
     ],
 )
 def test_what_an_answer_says_of_its_version(protocol: Any, answer: bytes, version: int) -> None:

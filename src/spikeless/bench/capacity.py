@@ -82,11 +82,13 @@ def find_capacity(
     tell: Callable[[Probe], object] = lambda probe: None,
     judge: Callable[[Run], Probe] | None = None,
     narrow: float = NARROW,
+    seconds: float = PROBE_SECONDS,
 ) -> Capacity:
     """Search the highest rate with the requests and arrivals of `settings`.
 
     `tell` gets each probe when it is over. `judge` decides what keeping up is, by
-    default `judge_probe`. The bracket is `narrow` when its ends differ by this share.
+    default `judge_probe`. The bracket is `narrow` when its ends differ by this share. A
+    rate is tried for so many `seconds`.
 
     Raises:
         FailedPrecondition: the server does not keep up even with `FIRST_RATE`, or the
@@ -95,9 +97,7 @@ def find_capacity(
     """
 
     def probe(rate: float) -> Probe:
-        load = dataclasses.replace(
-            settings, rate=rate, seconds=PROBE_SECONDS, warm_seconds=0.0, publish_at=None
-        )
+        load = dataclasses.replace(settings, rate=rate, seconds=seconds, warm_seconds=0.0, publish_at=None)
         found = (judge or judge_probe)(run("capacity", load, server))
         tell(found)
         return found

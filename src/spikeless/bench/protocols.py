@@ -20,7 +20,10 @@ from spikeless.formats.tensors import to_numpy
 #: TensorFlow Serving's answers do not say which version made them. A model may, by an
 #: output of this name.
 _VERSION_OUTPUT = re.compile(rb'"version"\s*:[\s\[]*(\d+)')
-_MODEL_VERSION = re.compile(rb'"model_version"\s*:\s*"(\d+)"')
+#: Open Inference has a field for it, which servers may leave out.
+_MODEL_VERSION = re.compile(
+    rb'"model_version"\s*:\s*"(\d+)"|"name"\s*:\s*"version".*?"data"\s*:[\s\[]*(\d+)', re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def _inputs(request: Any) -> dict[str, Any]:
 def _found(pattern: re.Pattern[bytes]) -> Callable[[Kind, bytes], int]:
     def served_version(kind: Kind, response: bytes) -> int:
         found = pattern.search(response)
-        return int(found[1]) if found else 0
+        return int(found[found.lastindex or 0]) if found else 0
 
     return served_version
 

@@ -1,0 +1,31 @@
+"""FastAPI with ``tf.saved_model.load``, behind uvicorn.
+
+FastAPI's documentation ("Server Workers") runs several worker processes with
+``--workers``, here one for each processor; "Concurrency" has functions that compute
+without ``async``, so that they run in threads.
+
+A version is changed as uvicorn's documentation says ("Deployment", "Built-in"): HUP to
+the parent restarts the workers one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import versions
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+app = FastAPI()
+predict = versions.load(versions.newest())
+
+
+class Question(BaseModel):
+    """The body of a request."""
+
+    inputs: dict[str, Any]
+
+
+@app.post("/predict")
+def answer(question: Question) -> dict[str, Any]:
+    return {"outputs": predict(question.inputs["ids"])}
