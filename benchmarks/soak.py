@@ -7,6 +7,8 @@ A server (``SPIKELESS_SERVER`` chooses which) answers an open-loop load, and eve
 seconds a step changes what it serves: a version is published and promoted, every third
 one is broken and must be refused, some are rolled back, and some promotions are killed
 in the middle and repeated. A client that is killed in each step asks beside the load.
+The server itself is not killed: whoever asks one server alone cannot but notice.
+Several soaks may run at once, on different engines: they share no file and no port.
 
 In: nothing. Out: a directory with ``load.npz`` (every request), ``soak.json`` (every
 step and sample), ``index.html`` (all of it over time) and ``summary.md`` (each bound,
@@ -235,6 +237,8 @@ class Operator:
     sampler: Sampler
     steps: list[Step] = field(default_factory=list)
     stable: int = 0
+    #: What must be on disk.
+    versions: set[int] = field(default_factory=set)
     _faults: int = 0
     _client: subprocess.Popen[bytes] | None = None
     _random: random.Random = field(default_factory=lambda: random.Random(1))
@@ -251,8 +255,13 @@ class Operator:
 
     def first(self) -> None:
         """Publish and promote the first version."""
-        self.stable = int(publish(self.saved_model, self.models, MODEL, gates=()).name)
+        self.stable = self._publish()
         spikeless.promote(self.models, MODEL, self.stable, self.fleet, self.settings)
+
+    def _publish(self) -> int:
+        version = int(publish(self.saved_model, self.models, MODEL, gates=()).name)
+        self.versions.add(version)
+        return version
 
     def step(self) -> str:
         """One change; never raises, but tells what went wrong."""
@@ -273,7 +282,8 @@ class Operator:
                 version = self._promote(killed)
             self._check()
             if len(layout.versions(self.models, MODEL)) > KEPT:
-                spikeless.prune(self.models, MODEL, KEPT, self.fleet, force=True)
+                pruned = spikeless.prune(self.models, MODEL, KEPT, self.fleet, force=True)
+                self.versions -= set(pruned.removed)
         except (SpikelessError, AssertionError, OSError) as error:
             wrong = f"{type(error).__name__}: {error}"
         self.steps.append(Step(begin, time.monotonic(), action, version, wrong, message))
@@ -281,7 +291,7 @@ class Operator:
         return f"{action} {version}" + (f": {wrong}" if wrong else "")
 
     def _promote(self, killed: bool) -> int:
-        version = int(publish(self.saved_model, self.models, MODEL, gates=()).name)
+        version = self._publish()
         if killed:
             command = [sys.executable, "-m", "spikeless", "promote", MODEL, str(version)]
             command += ["--models", str(self.models), "--servers", self.target, "--takes-unlabelled"]
@@ -306,9 +316,9 @@ class Operator:
     def _broken(self) -> tuple[str, int, str]:
         fault, damage = list(FAULTS.items())[self._faults % len(FAULTS)]
         self._faults += 1
-        directory = publish(self.saved_model, self.models, MODEL, gates=())
+        version = self._publish()
+        directory = layout.versions(self.models, MODEL)[version]
         damage(directory)
-        version = int(directory.name)
         refusal = ""
         try:
             spikeless.promote(self.models, MODEL, version, self.fleet, self.settings)
@@ -319,11 +329,13 @@ class Operator:
         # Who reads it must know what was refused.
         assert re.search(rf"\b{version}\b", refusal), f"the refusal does not name {version}: {refusal}"
         shutil.rmtree(directory)  # As an operator would do.
-        return fault, version, refusal
+        self.versions.discard(version)
+        return fault, version, refusal.replace(f"{self.models}/", "")
 
     def _check(self) -> None:
-        """The stable version is on disk, served, and answers."""
-        assert self.stable in layout.versions(self.models, MODEL), f"version {self.stable} is lost"
+        """No version is lost; the stable one is on disk, served, and answers."""
+        lost = (self.versions | {self.stable}) - set(layout.versions(self.models, MODEL))
+        assert not lost, f"versions {sorted(lost)} are lost"
         with Client(self.target) as client:
             states = {status.version: status.state for status in client.statuses(MODEL)}
             assert states.get(self.stable) == State.AVAILABLE, f"version {self.stable} is {states}"
@@ -464,14 +476,15 @@ def page(run: bench.Run, steps: Sequence[Step], samples: Sequence[Sample], start
     from plotly.graph_objects import Figure, Scattergl
     from plotly.subplots import make_subplots
 
-    titles = ["latency of each request, ms", *FIGURES]
+    titles = ["latency of each second's requests, ms: median, p99 and slowest", "failed requests", *FIGURES]
     chart: Figure = make_subplots(len(titles), 1, shared_xaxes=True, subplot_titles=titles)
-    latency = run.requests["latency"] * 1e3
-    chart.add_trace(
-        Scattergl(x=run.requests["intended"], y=latency, mode="markers", marker={"size": 3}), row=1, col=1
-    )
+    seconds, quantiles, failed = _by_second(run)
+    for values, colour in zip(quantiles, ("steelblue", "darkorange", "firebrick"), strict=True):
+        chart.add_trace(Scattergl(x=seconds, y=values, mode="lines", line_color=colour), row=1, col=1)
+    chart.add_trace(Scattergl(x=seconds, y=failed, mode="lines"), row=2, col=1)
+    chart.update_yaxes(type="log", row=1, col=1)
     times = [sample.t - start for sample in samples]
-    for row, figure in enumerate(FIGURES, start=2):
+    for row, figure in enumerate(FIGURES, start=3):
         values = [getattr(sample, figure) for sample in samples]
         chart.add_trace(Scattergl(x=times, y=values, mode="lines"), row=row, col=1)
     colours = {"promote": "green", "rollback": "orange", "killed promote": "purple"}
@@ -481,6 +494,18 @@ def page(run: bench.Run, steps: Sequence[Step], samples: Sequence[Sample], start
     chart.update_layout(height=260 * len(titles), showlegend=False, title="Soak")
     chart.update_xaxes(title_text="seconds", row=len(titles), col=1)
     return str(chart.to_html(include_plotlyjs=True, full_html=True))
+
+
+def _by_second(run: bench.Run) -> tuple[list[int], list[list[float]], list[int]]:
+    """Of each second p50, p99 and maximum in milliseconds, and its failed requests."""
+    second = run.requests["intended"].astype(int)
+    latency, wrong = run.requests["latency"] * 1e3, run.requests["code"] != 0
+    seconds = np.unique(second).tolist()
+    mine = [second == one for one in seconds]
+    quantiles = [
+        [round(percentile(latency[inside], share), 3) for inside in mine] for share in (0.5, 0.99, 1.0)
+    ]
+    return seconds, quantiles, [int(np.count_nonzero(wrong[inside])) for inside in mine]
 
 
 def summary(run: bench.Run, steps: Sequence[Step], found: Sequence[Finding]) -> str:

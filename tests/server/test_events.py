@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from bench_runs import publish_boston
+from places import ROOT
 from trained_models import spikeless
 
 from spikeless import bench
@@ -59,6 +62,40 @@ def test_a_storm_of_versions(saved_models: Path, tmp_path: Path) -> None:
     assert 7 in summary.served
     assert summary.memory_peak
     assert sorted(layout.versions(models, "boston")) == list(range(1, 8))
+
+
+def test_how_soon_servers_answer(tmp_path: Path) -> None:
+    """Each round of the ladder is one start of each rung, with and without warmup."""
+    models, out = tmp_path / "embedding", tmp_path / "results"
+    script = [sys.executable, str(ROOT / "benchmarks" / "make_embedding_model.py"), str(models)]
+    made = subprocess.run(
+        [*script, "--size", "1MiB", "--kind", "module"], capture_output=True, text=True, timeout=200
+    )
+    assert made.returncode == 0, made.stderr
+    ladder = ("bench", "ladder", models / "1", "--requests", models / "requests", "--title", "starts")
+    options: tuple[object, ...] = ("--event", "start", "--rounds", 2, "--rate", 50, "--out", out)
+    options += ("--rung", "stock", "--rung", "warmup")
+    done = spikeless(*ladder, *options)
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.stem for file in out.glob("*.npz")) == ["stock-1", "stock-2", "warmup-1", "warmup-2"]
+    for file in out.glob("*.npz"):
+        run = bench.read_run(file)
+        summary = bench.analyse(run)
+        assert summary.startup is not None
+        assert 0 < summary.startup.answered <= summary.startup.within_slo
+        assert run.requests["code"][0] == Code.UNAVAILABLE, "nobody listens at the moment of the exec"
+        assert not summary.failed, "what came before the first answer is no failure"
+        assert summary.steady.requests > 50
+        assert run.samples["rss_anon"].max() > 0
+    text = (out / "summary.md").read_text()
+    assert text.startswith("# results\n\n2 starts on each rung")
+    assert "**Started.** With" in text
+    assert "| to the first answer within the SLO |" in text
+    assert "Goal" not in text
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*.npz")}
+    again = spikeless(*ladder, *options, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert {file: file.stat().st_mtime_ns for file in out.glob("*.npz")} == before
 
 
 def test_versions_of_many_models_at_once(saved_models: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from bench_runs import SETTINGS, made_up_run
 
@@ -14,7 +15,7 @@ from spikeless.bench.events import CHANGES, EVENTS
 from spikeless.bench.gate import GateOutcome, Limits, judge
 from spikeless.bench.run_file import Publish, Run
 from spikeless.bench.watch import StateChange
-from spikeless.errors import FailedPrecondition, InvalidArgument
+from spikeless.errors import Code, FailedPrecondition, InvalidArgument
 
 
 def changed(run: Run, event: str, **facts: Any) -> Run:
@@ -112,6 +113,37 @@ def test_an_unload_alone_has_no_new_version() -> None:
     (reload,) = bench.analyse(unload(ended=False)).reloads
     assert not reload.happened
     assert "was not seen to end" in reload.incomplete[0]
+
+
+def start() -> Run:
+    """Nobody listens until 2 s; then answers take 50 ms until 3 s, and 1 ms after."""
+    run = made_up_run("start")
+    intended = run.requests["intended"]
+    latency = np.select([intended < 2, intended < 3], [1e-4, 0.05], 0.001)
+    code = np.where(intended < 2, Code.UNAVAILABLE, Code.OK).astype(np.uint8)
+    code[-3:] = Code.INTERNAL
+    run = dataclasses.replace(run, requests={**run.requests, "latency": latency, "code": code})
+    settings = {"publish_at": None, "warm_seconds": 0.0}
+    return changed(run, "start", settings=settings, publishes=(), states=())
+
+
+def test_a_start_counts_from_the_exec_to_the_first_answers() -> None:
+    summary = bench.analyse(start())
+    assert summary.startup is not None
+    assert summary.startup.answered == pytest.approx(2.05)
+    assert summary.startup.within_slo == pytest.approx(3.001)
+    assert summary.codes == {"OK": 3590 - 3, "INTERNAL": 3}, "what came before the first answer is no failure"
+    assert summary.steady.begin == pytest.approx(3.001)
+    rows = {row.label: row.cells for row in report.table(report.group([start()]))}
+    assert rows["to the first answer"] == ["2.05 s"]
+    assert rows["to the first answer within the SLO"] == ["3.00 s"]
+    verdict = report.judge(report.group([start()]))
+    assert (verdict.held, verdict.title) == ([None], "Started")
+    assert "the first answer came after 2.05 s, and the first within 10 ms after 3.00 s" in verdict.sentence
+    slow = start()
+    slow.requests["latency"][:] = 1.0
+    with pytest.raises(InvalidArgument, match="no answer within 10 ms"):
+        bench.analyse(slow)
 
 
 def test_every_event_is_told_in_its_own_words() -> None:

@@ -15,7 +15,7 @@ hdr        a run as an HdrHistogram log
 ladder     a run for each of the `rungs`
 """
 
-from spikeless.bench.analysis import RULES, Reload, Summary, Window, analyse
+from spikeless.bench.analysis import RULES, Reload, Startup, Summary, Window, analyse
 from spikeless.bench.changes import publisher, staged, staged_in_turn, unloadable
 from spikeless.bench.folding import FOLD_RULES, Estimate, Fold, fold
 from spikeless.bench.load.generator_floor import FLOOR_SECONDS, measure_floor
@@ -35,6 +35,7 @@ from spikeless.bench.run_file import (
 )
 from spikeless.bench.scenario import Moment, Progress, check_requests, result_path, run
 from spikeless.bench.servers import SERVER_FLAGS, refusal, running_server, server_facts
+from spikeless.bench.starting import start_under_load
 
 __all__ = [
     "FLOOR_SECONDS",
@@ -52,6 +53,7 @@ __all__ = [
     "Run",
     "ServerFacts",
     "Settings",
+    "Startup",
     "Summary",
     "Window",
     "analyse",
@@ -72,5 +74,6 @@ __all__ = [
     "server_facts",
     "staged",
     "staged_in_turn",
+    "start_under_load",
     "unloadable",
 ]

@@ -5,7 +5,8 @@ smallest that at least that share of the requests do not exceed. Failed requests
 
 Windows, by the intended start of a request:
 
-steady   after the warm seconds, until publishing began (or to the end without any)
+steady   after the warm seconds, until publishing began (or to the end without any);
+         of a start, from the first answer within the SLO on
 reload   from the beginning of publishing until one second after the old version
          was seen to have ended; of several versions (`spikeless.bench.events`) from the
          first beginning until a second after the last end
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spikeless.bench.events import PUBLISH_ALL, STORM, UNLOAD
+from spikeless.bench.events import PUBLISH_ALL, START, STORM, UNLOAD
 from spikeless.bench.run_file import Publish, Run
 from spikeless.bench.watch import GONE, StateChange
 from spikeless.errors import Code, InvalidArgument
@@ -110,6 +111,16 @@ class Reload:
 
 
 @dataclass(frozen=True)
+class Startup:
+    """How soon a server answers, in seconds after its exec."""
+
+    #: The first successful answer,
+    answered: float
+    #: and the first whose latency was within the SLO.
+    within_slo: float
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a run shows."""
 
@@ -133,8 +144,10 @@ class Summary:
     new_version: int | None
     #: Version -> requests of the whole run.
     served: dict[int, int]
-    #: gRPC status -> requests of the whole run.
+    #: gRPC status -> requests of the whole run; of a start, since its first answer.
     codes: dict[str, int]
+    #: Of a run that is a start.
+    startup: Startup | None
     #: How many versions were published, or unloaded, and
     published: int
     #: how many became AVAILABLE since the first was.
@@ -181,7 +194,9 @@ def analyse(run: Run) -> Summary:
     intended, versions = run.requests["intended"], run.requests["version"]
     # On a machine that stalls, publishing can begin after the end of the load.
     end = max(settings.seconds, *intended[-1:].tolist(), *(publish.begin for publish in published))
-    steady = _window(run, [(settings.warm_seconds, published[0].begin if published else end)])
+    startup = _startup(run) if settings.event == START else None
+    begin = settings.warm_seconds if startup is None else startup.within_slo
+    steady = _window(run, [(begin, published[0].begin if published else end)])
     if not steady.requests:
         raise InvalidArgument(
             f"run {run.facts.scenario!r} of {run.facts.started} has no request in its steady window "
@@ -209,7 +224,8 @@ def analyse(run: Run) -> Summary:
             int(version): int(count)
             for version, count in zip(*np.unique(versions[versions > 0], return_counts=True), strict=True)
         },
-        codes=_codes(run.requests["code"]),
+        codes=_codes(run.requests["code"][intended >= (startup.answered if startup else 0.0)]),
+        startup=startup,
         published=len(published),
         loaded=sum(
             change.state == "AVAILABLE" and change.t >= published[0].begin for change in run.facts.states
@@ -231,6 +247,18 @@ def analyse(run: Run) -> Summary:
     )
 
 
+def _startup(run: Run) -> Startup:
+    latency, good = run.requests["latency"], run.requests["code"] == Code.OK
+    ends = run.requests["intended"] + latency
+    soon = good & (latency * 1e3 <= run.facts.settings.slo_ms)
+    if not soon.any():
+        raise InvalidArgument(
+            f"run {run.facts.scenario!r} of {run.facts.started} has no answer within "
+            f"{run.facts.settings.slo_ms:g} ms"
+        )
+    return Startup(float(ends[good].min()), float(ends[soon].min()))
+
+
 def latencies(run: Run, window: Window) -> NDArray[np.float64]:
     """The latencies of a window's requests, in milliseconds."""
     inside = _inside(run.requests["intended"], [(window.begin, window.end)])
@@ -241,7 +269,8 @@ def latencies(run: Run, window: Window) -> NDArray[np.float64]:
 def _reloads(run: Run, end: float) -> list[Reload]:
     """Every event of the run; `end` is that of the load."""
     settings, publishes = run.facts.settings, run.facts.publishes
-    together = {PUBLISH_ALL: len(settings.published_models), STORM: len(publishes)}.get(settings.event, 1)
+    counts = {PUBLISH_ALL: len(settings.published_models), STORM: len(publishes)}
+    together = max(1, counts.get(settings.event, 1))
     groups = [publishes[first : first + together] for first in range(0, len(publishes), together)]
     quiet = settings.warm_seconds
     reloads = []

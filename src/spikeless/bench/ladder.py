@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from spikeless import bench, launch
 from spikeless.bench import report
+from spikeless.bench.events import PUBLISH, START
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.rungs import LADDER, Rung
 from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
@@ -45,6 +46,8 @@ class LadderSettings:
     command: str
     #: From the lowest.
     rungs: Sequence[Rung] = LADDER
+    #: What is measured: `PUBLISH`, or `START` with one start in each round.
+    event: str = PUBLISH
     #: How often all rungs are run.
     rounds: int = 2
     #: Versions published in each run.
@@ -68,6 +71,16 @@ class LadderSettings:
 
     def load(self, round: int) -> bench.Settings:
         """The load of a round, the same for all rungs; the seed is its number."""
+        if self.event == START:
+            return bench.Settings(
+                model_name=_MODEL,
+                requests=str(self.requests),
+                rate=self.rate,
+                seconds=_READY_SECONDS,
+                seed=round,
+                event=START,
+                warm_seconds=0.0,
+            )
         share = self.publish_every
         return bench.Settings(
             model_name=_MODEL,
@@ -131,22 +144,37 @@ def _run(settings: LadderSettings, turns: Sequence[tuple[int, Rung]], console: C
             for mapping in dict.fromkeys(rung.mapping for _, rung in turns)
         }
         for round, rung in turns:
-            load = settings.load(round)
+            published = len(settings.load(round).publish_moments)
             with (
                 _repository(work) as models,
-                bench.staged(
-                    prepared[rung.mapping], models, _MODEL, 1 + load.publishes, link=True
-                ) as publish,
+                bench.staged(prepared[rung.mapping], models, _MODEL, 1 + published, link=True) as publish,
             ):
                 publish()
-                with (
-                    launch.start(_server(rung, models)) as server,
-                    bench.progress_bar(f"{rung.title} ({round})", load.seconds, console) as progress,
-                ):
-                    facts = bench.server_facts(server, settings.engine_note)
-                    result = bench.run(rung.title, load, facts, publish, floor, progress)
+                server = _server(rung, models)
+                result = _measured(settings, round, rung, server, publish, floor, console)
             settings.out.mkdir(parents=True, exist_ok=True)
             result.save(_result(settings, round, rung))
+
+
+def _measured(
+    settings: LadderSettings,
+    round: int,
+    rung: Rung,
+    launched: launch.LaunchSettings,
+    publish: Callable[[], object],
+    floor: bench.Floor,
+    console: Console,
+) -> bench.Run:
+    load, title = settings.load(round), f"{rung.title} ({round})"
+    if settings.event == START:
+        with console.status(f"starting {title}"):
+            return bench.start_under_load(rung.title, load, launched, floor, settings.engine_note)
+    with (
+        launch.start(launched) as server,
+        bench.progress_bar(title, load.seconds, console) as progress,
+    ):
+        facts = bench.server_facts(server, settings.engine_note)
+        return bench.run(rung.title, load, facts, publish, floor, progress)
 
 
 def _result(settings: LadderSettings, round: int, rung: Rung) -> Path:
@@ -159,6 +187,8 @@ def _is_there(settings: LadderSettings, round: int, rung: Rung) -> bool:
     if not path.exists():
         return False
     load = dataclasses.replace(bench.read_run(path).facts.settings, requests=str(settings.requests))
+    if settings.event == START:  # It ended when the server answered.
+        load = dataclasses.replace(load, seconds=settings.load(round).seconds)
     if load != settings.load(round):
         raise InvalidArgument(f"{path} is the result of another load; give another --out")
     return True
@@ -210,8 +240,7 @@ def _summary(settings: LadderSettings, results: Sequence[Path], notes: Sequence[
     lines = [
         f"# {settings.out.name}",
         "",
-        f"{settings.rounds} x {settings.publishes} reloads on each rung, which adds one remedy to the one "
-        "before. Made by",
+        f"{_measurements(settings)} on each rung, which adds one remedy to the one before. Made by",
         "",
         "```sh",
         settings.command,
@@ -219,8 +248,13 @@ def _summary(settings: LadderSettings, results: Sequence[Path], notes: Sequence[
         "",
         *notes,
         *([""] if notes else []),
-        report.render_goal(scenarios, _parameters(settings.saved_models[0])),
-        "",
-        report.render_markdown(scenarios),
     ]
-    return "\n".join(lines)
+    if settings.event != START:
+        lines += [report.render_goal(scenarios, _parameters(settings.saved_models[0])), ""]
+    return "\n".join([*lines, report.render_markdown(scenarios)])
+
+
+def _measurements(settings: LadderSettings) -> str:
+    if settings.event == START:
+        return f"{settings.rounds} starts"
+    return f"{settings.rounds} x {settings.publishes} reloads"

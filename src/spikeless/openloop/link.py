@@ -18,7 +18,7 @@ from spikeless.openloop.connection import Connection, Reply
 
 #: select(2), also where gevent has patched it.
 select: Any = get_original("select", "select")
-_RECONNECT_SECONDS = 0.1
+_RECONNECT_SECONDS = 0.02
 
 
 class Ended(NamedTuple):

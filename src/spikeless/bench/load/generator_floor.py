@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from spikeless.bench import analysis
+from spikeless.bench.events import PUBLISH
 from spikeless.bench.protocols import GRPC
 from spikeless.bench.run_file import Floor, ServerFacts, Settings
 from spikeless.bench.scenario import Progress, run
@@ -56,7 +57,7 @@ def measure_floor(
     Raises what `spikeless.bench.scenario.run` raises.
     """
     warm = min(1.0, seconds / 4)
-    short = dataclasses.replace(settings, seconds=seconds, warm_seconds=warm, publish_at=None)
+    short = dataclasses.replace(settings, seconds=seconds, warm_seconds=warm, event=PUBLISH, publish_at=None)
     if short.arrivals == RECORDED:  # Its first seconds may be any.
         short = dataclasses.replace(short, arrivals="poisson", speed=1.0)
     with instant_server(settings.protocol) as target:

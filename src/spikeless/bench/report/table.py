@@ -126,6 +126,11 @@ def table(scenarios: Sequence[Scenario]) -> list[Row]:
             Row(_VERSIONS, figure.label, figure.hint, [_cell(one, figure) for one in scenarios])
             for figure in _STORM_FIGURES
         ]
+    if any(summary.startup for scenario in scenarios for summary in scenario.summaries):
+        rows[:0] = [
+            Row(_START, figure.label, figure.hint, [_cell(one, figure) for one in scenarios])
+            for figure in _START_FIGURES
+        ]
     if any(scenario.fold.enough for scenario in scenarios):
         rows += _folded_rows(scenarios)
     return rows
@@ -184,6 +189,10 @@ def _steady(name: str) -> Callable[[Summary], float | None]:
 
 def _reload(name: str) -> Callable[[Summary], float | None]:
     return lambda summary: getattr(summary.reload, name) if summary.reload else None
+
+
+def _startup(name: str) -> Callable[[Summary], float | None]:
+    return lambda summary: getattr(summary.startup, name) if summary.startup else None
 
 
 def changed(before: Scenario, after: Scenario) -> list[Row]:
@@ -255,6 +264,16 @@ _FIGURES: dict[str, Sequence[_Figure]] = {
         _Figure("requests in the steady window", "", _steady("requests"), _whole),
     ),
 }
+_START = "From the exec of the server"
+_START_FIGURES = (
+    _Figure("to the first answer", "", _startup("answered"), _seconds),
+    _Figure(
+        "to the first answer within the SLO",
+        "",
+        _startup("within_slo"),
+        _seconds,
+    ),
+)
 _VERSIONS = "Versions of a storm"
 _STORM_FIGURES = (
     _Figure("versions published", "", lambda s: s.published, _whole),
@@ -265,6 +284,13 @@ _STORM_FIGURES = (
 )
 _FOLDED = "All reloads together"
 _ADVANCED = ("Other percentiles and counts", _FOLDED)
+
+
+def start_seconds(scenario: Scenario) -> tuple[str, str] | None:
+    """Medians of the times to the first answer and to the first within the SLO."""
+    found = [_spread(scenario, figure.get) for figure in _START_FIGURES]
+    one, two = (None if spread is None else _seconds(spread.middle) for spread in found)
+    return None if one is None or two is None else (one, two)
 
 
 def _spread(scenario: Scenario, get: Callable[[Summary], float | None]) -> Spread | None:

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spikeless.bench.events import EVENTS
-from spikeless.bench.report.table import Scenario, headline, milliseconds
+from spikeless.bench.report.table import Scenario, headline, milliseconds, start_seconds
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What the report says first."""
 
-    #: Of every scenario; None where versions were published and none was swapped.
+    #: Of every scenario; None where versions were published and none was swapped, and
+    #: of starts.
     held: Sequence[bool | None]
     #: ``SLO held`` or ``SLO broken``, and for which scenarios.
     title: str
@@ -47,6 +48,8 @@ def unswapped(scenario: Scenario) -> bool:
 
 def judge(scenarios: Sequence[Scenario]) -> Verdict:
     """The verdict on these scenarios; on those without a swap there is none."""
+    if all(start_seconds(one) for one in scenarios):
+        return _started(scenarios)
     swapped = [one for one in scenarios if not unswapped(one)]
     if len(swapped) == len(scenarios):
         return _judge(scenarios)
@@ -65,6 +68,20 @@ def judge(scenarios: Sequence[Scenario]) -> Verdict:
         verdict.title,
         f"{verdict.sentence} {nothing}.",
     )
+
+
+def _started(scenarios: Sequence[Scenario]) -> Verdict:
+    """How soon servers answered, for which there is no limit."""
+    told = []
+    for one in scenarios:
+        seconds = start_seconds(one)
+        assert seconds is not None
+        told.append(
+            f"with {_names([one])} the first answer came after {seconds[0]}, and the first within "
+            f"{slo_ms(one):g} ms after {seconds[1]}"
+        )
+    sentence = "; ".join(told)
+    return Verdict([None] * len(scenarios), "Started", f"{sentence[:1].upper()}{sentence[1:]}.")
 
 
 def _judge(scenarios: Sequence[Scenario]) -> Verdict:

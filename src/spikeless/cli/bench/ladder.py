@@ -12,6 +12,7 @@ from rich.console import Console
 
 from spikeless import launch
 from spikeless.bench import ladder
+from spikeless.bench.events import PUBLISH, START
 from spikeless.bench.rungs import LADDER
 from spikeless.cli.bench.options import COUNT, MODEL_PATH, PATH, POSITIVE, TIME
 from spikeless.repository import checks
@@ -30,6 +31,13 @@ _ENGINE_NOTE_VARIABLE = "SPIKELESS_ENGINE_NOTE"
     type=click.Choice([rung.key for rung in LADDER]),
     multiple=True,
     help="Only this rung; repeatable.  [default: all]",
+)
+@click.option(
+    "--event",
+    type=click.Choice((PUBLISH, START)),
+    default=PUBLISH,
+    show_default=True,
+    help=f"What is measured: swaps ({PUBLISH}), or from exec to the first answers ({START}).",
 )
 @click.option("--rounds", type=COUNT, default=2, show_default=True, help="How often all rungs take turns.")
 @click.option("--publishes", type=COUNT, default=5, show_default=True, help="Versions published in each run.")
@@ -50,6 +58,7 @@ def ladder_command(
     title: str,
     requests: Path | None,
     rungs: tuple[str, ...],
+    event: str,
     rounds: int,
     publishes: int,
     publish_every: float,
@@ -63,7 +72,8 @@ def ladder_command(
     SPIKELESS_SERVER names the engine. Each rung adds one remedy to the rung before. The
     SAVED_MODELS must have warmup files; they are published in turn while the load runs.
     A reload must take less than half of --publish-every, or there is no quiet time to
-    compare it with.
+    compare it with. With --event start each round starts the server once, with requests
+    from its exec on.
     """
     for saved_model in saved_models:
         checks.check_files(saved_model)
@@ -74,6 +84,7 @@ def ladder_command(
         out=out or Path("benchmarks/results") / f"{now:%Y-%m-%d}-{Path(launch.chosen_engine()).name}-{title}",
         command=shlex.join(["spikeless", *sys.argv[1:]]),
         rungs=tuple(rung for rung in LADDER if not rungs or rung.key in rungs),
+        event=event,
         rounds=rounds,
         publishes=publishes,
         publish_every=publish_every,
