@@ -317,7 +317,7 @@ def test_the_configuration_file_is_watched(times: Path, tmp_path: Path, serve: S
         write("this is { no configuration")
         running.server.wait_for(
             lambda: (
-                "Invalid protobuf file" in running.server.log_tail() or "parsing" in running.server.log_tail()
+                "Error parsing text-format tensorflow.serving.ModelServerConfig" in running.server.log_tail()
             ),
             "the broken file to be noticed",
         )

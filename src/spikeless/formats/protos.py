@@ -73,7 +73,9 @@ def read_text_proto(file: str | os.PathLike[str], message: _M) -> _M:
     except OSError as error:
         raise NotFound(f"cannot read {os.fspath(file)}: {error.strerror}") from None
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"Invalid protobuf file: '{os.fspath(file)}': {error}") from None
+        # Both as TensorFlow Serving says it.
+        what = f"Error parsing text-format {message.DESCRIPTOR.full_name}: {error}"
+        raise InvalidArgument(f"Invalid protobuf file: '{os.fspath(file)}': {what}") from None
     return message
 
 
