@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+#: The model.
+NAME = "ctr"
 WIDTH = 64
 ROWS = 1 << 18
 CHANGED = 0.01
@@ -46,6 +48,20 @@ def build(directory: Path, rows: int) -> None:
     table[changed] += 0.01 * random.standard_normal((len(changed), WIDTH), np.float32)
     save("rows", table, 2)
     save("dense", table, 3)
+
+
+def small_version(models: Path, number: int, table: bytes, **files: bytes) -> Path:
+    """A version that no server would load, but that is a version for push and pull."""
+    from spikeless.repository.journal import Journal, Published
+
+    version = models / NAME / str(number)
+    (version / "variables").mkdir(parents=True)
+    (version / "saved_model.pb").write_bytes(b"graph %d" % number)
+    (version / "variables" / "table").write_bytes(table)
+    for name, content in files.items():
+        (version / name).write_bytes(content)
+    Journal(models, NAME).append(Published(number, len(table)))
+    return version
 
 
 @pytest.fixture(scope="session")

@@ -156,11 +156,14 @@ def models(scales: Path, tmp_path: Path) -> Path:
     return models
 
 
-def start_server(models: Path, *flags: str, port: int | None = None) -> launch.ServerProcess:
+def start_server(
+    models: Path, *flags: str, port: int | None = None, rest: bool = False
+) -> launch.ServerProcess:
     """A server of what ``models.config`` says, which outlives nothing: stop it."""
     return launch.start(
         launch.LaunchSettings(
             port=port,
+            rest=rest,
             flags=(f"--model_config_file={models / 'models.config'}", *SERVER_FLAGS, *flags),
             wait_for=[NAME],
             log=models.parent / f"server-{port or 'any'}.log",

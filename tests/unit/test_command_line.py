@@ -94,6 +94,7 @@ def test_one_thing_has_one_name_and_one_form_everywhere() -> None:
             "--file-time",
         ),
         *("--soak", "--stagger", "--load-timeout", "--patience", "--max-first-request"),
+        *("--report", "--max-p99"),
     }
     assert all("--json" in options(found[name]) for name in ANSWERING)
     assert all("--dry-run" in options(found[name]) for name in CHANGING)

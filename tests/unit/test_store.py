@@ -17,6 +17,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fleet_models import NAME, small_version
 from places import SUPPORT
 from trained_models import spikeless
 
@@ -33,7 +34,7 @@ from spikeless.formats import savedmodel
 from spikeless.launch import free_port
 from spikeless.mapping import check, read_manifest
 from spikeless.repository import models_config
-from spikeless.repository.journal import CameFromStore, ChangeBegun, Journal, Published, SentToStore
+from spikeless.repository.journal import CameFromStore, ChangeBegun, Journal, SentToStore
 from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.prune import prune
 from spikeless.store import promotions
@@ -45,7 +46,6 @@ from spikeless.store.pull import PullSettings, pull
 from spikeless.store.push import push
 from spikeless.store.settings import StoreSettings
 
-NAME = "ctr"
 PIECE = 1 << 16
 #: Where everything fails at once.
 QUICK = StoreSettings(attempts=2)
@@ -61,18 +61,6 @@ def tree(version: Path) -> dict[str, tuple[int, bytes]]:
                 content = b"graph"
             found[path.relative_to(version).as_posix()] = (path.stat().st_mode & 0o777, content)
     return found
-
-
-def small_version(models: Path, number: int, table: bytes, **files: bytes) -> Path:
-    """A version that no server would load, but that is a version for push and pull."""
-    version = models / NAME / str(number)
-    (version / "variables").mkdir(parents=True)
-    (version / "saved_model.pb").write_bytes(b"graph %d" % number)
-    (version / "variables" / "table").write_bytes(table)
-    for name, content in files.items():
-        (version / name).write_bytes(content)
-    Journal(models, NAME).append(Published(number, len(table)))
-    return version
 
 
 @pytest.fixture
@@ -670,7 +658,7 @@ def test_changes_of_a_fleet_at_once_are_all_recorded(small: Path, tmp_path: Path
         thread.start()
     for thread in threads:
         thread.join()
-    config = promotions.read(Store(store))
+    config = promotions.read(Store(store)).config
     assert sorted(promotions.labels(config, NAME)) == names
     assert len(list(Path(store, ".promotions").glob("*.json"))) == len(names)
 

@@ -49,6 +49,22 @@ class Duration(click.ParamType[Any]):
         return seconds
 
 
+class Percentage(click.ParamType[Any]):
+    """``0.1%``, or ``0.001``."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r} is no share: say 0.1%", param, ctx)
+        return share
+
+
 class Size(click.ParamType[Any]):
     """``512MiB``, ``4GB``; a bare number is bytes."""
 
@@ -188,15 +204,29 @@ store_option = click.option("--store", help="A whole fleet's: the URL of the sto
 _OF_A_STORE = ("name", "version", "store", "label", "reason", "as_json", "dry_run")
 
 
-def check_only_of_a_store() -> None:
-    """Refuse options for servers, of which a store has none."""
+def _given() -> dict[str, str]:
+    """The parameters on the command line, and the options that they are."""
     context = click.get_current_context()
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if given and name not in _OF_A_STORE:
+    return {
+        parameter.name or "": parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+    }
+
+
+def check_needs_store(*names: str) -> None:
+    """Refuse parameters that have a meaning with ``--store`` alone."""
+    for name, option in _given().items():
+        if name in names:
+            raise click.UsageError(f"{option} is for machines that follow a store: give --store, too")
+
+
+def check_only_of_a_store(*more: str) -> None:
+    """Refuse options for servers, of which a store has none, but ``more`` of them."""
+    for name, option in _given().items():
+        if name not in (*_OF_A_STORE, *more):
             raise click.UsageError(
-                f"{parameter.opts[0]} has no meaning with --store: machines that follow the store promote"
+                f"{option} has no meaning with --store: machines that follow the store promote"
             )
 
 

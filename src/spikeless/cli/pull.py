@@ -22,8 +22,10 @@ from spikeless.cli.options import (
 )
 from spikeless.errors import Unavailable
 from spikeless.rollout.fleet import FleetSettings
+from spikeless.store.changes import this_node
 from spikeless.store.follow import FollowSettings, StoreFollower
 from spikeless.store.pull import PullSettings, pull
+from spikeless.store.reporting import ReportSettings
 
 
 @click.command()
@@ -53,6 +55,17 @@ from spikeless.store.pull import PullSettings, pull
     show_default=True,
     help="With --follow: wait a random part of this first.",
 )
+@click.option("--node", help="What this machine is called in a promotion by waves.  [default: its host name]")
+@click.option(
+    "--report",
+    type=Duration(positive=True),
+    help="With --follow: say in STORE how things are here, at least so often, as in 1m.",
+)
+@click.option(
+    "--metrics",
+    default="",
+    help="With --report: the servers', as in http://{host}:8501/monitoring/prometheus/metrics.",
+)
 @click.option("--metrics-port", type=PORT, help="With --follow: serve metrics here; 0 picks a free port.")
 @click.option(
     "--metrics-host",
@@ -72,6 +85,9 @@ def command(
     follow: bool,
     interval: float,
     spread: float,
+    node: str | None,
+    report: float | None,
+    metrics: str,
     metrics_port: int | None,
     metrics_host: str,
     as_json: bool,
@@ -85,13 +101,20 @@ def command(
 
     Where versions are promoted in STORE (`spikeless promote --store`), these are
     brought, too. With --servers they are promoted there as by `spikeless promote`;
-    without, models.config says so to servers that start afterwards.
+    without, models.config says so to servers that start afterwards. With --report,
+    `spikeless promote --waves` and `spikeless status --store` know how things are here.
     """
     settings = PullSettings(
-        serving_root, keep, FleetSettings(servers) if servers else None, store_settings(options)
+        serving_root,
+        keep,
+        FleetSettings(servers) if servers else None,
+        store_settings(options),
+        this_node() if node is None else node,
     )
-    if not follow and (spread or metrics_port is not None):
-        raise click.UsageError("--spread and --metrics-port are for --follow: give that, too")
+    if not follow and (spread or metrics_port is not None or report is not None):
+        raise click.UsageError("--spread, --report and --metrics-port are for --follow: give that, too")
+    if metrics and report is None:
+        raise click.UsageError("--metrics is for --report: give that, too")
     if follow and version is not None:
         raise click.UsageError("--follow pulls the newest version: leave out --version")
     with interruptible() as interrupted:
@@ -106,7 +129,7 @@ def command(
             store,
             models,
             name,
-            FollowSettings(interval, spread, settings),
+            FollowSettings(interval, spread, settings, ReportSettings(report, metrics)),
             pulled=lambda result: print_result(result, as_json),
             progress=tell,
             interrupted=interrupted,

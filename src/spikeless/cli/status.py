@@ -22,7 +22,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from spikeless.cli.options import json_option, models_option, servers_option
+from spikeless.cli.options import (
+    check_only_of_a_store,
+    json_option,
+    models_option,
+    servers_option,
+    store_option,
+)
 from spikeless.disk import proc
 from spikeless.errors import SpikelessError
 from spikeless.rollout import local_servers, server_metrics
@@ -47,12 +53,28 @@ _SHOWN_EVENTS = 12
 )
 @models_option
 @servers_option
-def command(name: str | None, as_json: bool, watch: bool, metrics: str, models: Path, servers: Any) -> None:
+@store_option
+def command(
+    name: str | None,
+    as_json: bool,
+    watch: bool,
+    metrics: str,
+    models: Path,
+    servers: Any,
+    store: str | None,
+) -> None:
     """Show the versions of NAME, or of all models: on disk, configured, on each server.
 
     Where these disagree, or a server does not answer, it says so below the table and
     exits with 1; so it does where there is no model.
+
+    With --store, show what is promoted there, and what each machine that follows it
+    with --report serves.
     """
+    if store is not None:
+        check_only_of_a_store()
+        _fleet(store, name, as_json)
+        return
     if watch and as_json:
         raise click.UsageError("--watch and --json exclude each other")
     if metrics and not watch:
@@ -74,6 +96,20 @@ def command(name: str | None, as_json: bool, watch: bool, metrics: str, models: 
         for part in _reports(reports, servers, console):
             console.print(part)
     if not reports or any(report.disagreements for report in reports):
+        sys.exit(1)
+
+
+def _fleet(store: str, name: str | None, as_json: bool) -> None:
+    import msgspec
+
+    from spikeless.store.fleet_status import fleet_status
+
+    found = fleet_status(store, name)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+    else:
+        click.echo("\n".join(map(str, found)) if found else "nothing is promoted")
+    if not found or not all(one.agrees for one in found):
         sys.exit(1)
 
 

@@ -6,6 +6,7 @@ in a model repository on another machine's disk (`pull`), whole or not at all.
 
     <store>/models.config                    which versions a fleet serves
     <store>/.promotions/<number>.json        one record for each change of that
+    <store>/.fleet/<node>.json               what a machine says of itself
     <store>/<model>/index.json               what a puller polls
     <store>/<model>/versions/<number>.json   one manifest for each version
     <store>/<model>/pieces/<digest>          content, named by its own SHA-256

@@ -25,7 +25,7 @@ from spikeless.repository.models_config import Blocks, ModelsConfig, new_block, 
 from spikeless.rollout import plans
 from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.promotion import PromotionSettings, promote, rollback
-from spikeless.store.promotions import labels, pinned
+from spikeless.store.changes import labels, pinned
 
 
 def pending(models: Path, name: str, fleet: ModelsConfig) -> dict[str, int]:

@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -52,6 +53,11 @@ LIBRARIES = {
     "https": "aiohttp",
 }
 _READ_ONLY = ("http", "https")
+#: What libraries say of an object that changes when it does.
+_STAMPS = (
+    *("ETag", "etag", "mtime", "LastModified", "last_modified"),
+    *("updated", "created", "ino", "size"),
+)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
 
 
@@ -168,6 +174,11 @@ class Store:
         """
         self._tried("write", path, lambda: self._create(path, data))
 
+    def remove(self, path: str) -> None:
+        """Remove an object, or find that there is none."""
+        with suppress(NotFound):
+            self._tried("remove", path, lambda: self._call("rm_file", self._path(path)))
+
     def has(self, path: str, size: int) -> bool:
         """Whether there is an object of this size."""
 
@@ -199,7 +210,7 @@ class Store:
             NotFound: there is no such object.
         """
         info = self._tried("look at", path, lambda: self._info(path))
-        known = (
+        known = [
             "ETag",
             "etag",
             "mtime",
@@ -209,7 +220,7 @@ class Store:
             "created",
             "ino",
             "size",
-        )
+        ]
         return "|".join(f"{key}={info[key]}" for key in known if info.get(key) is not None)
 
     # What differs between kinds of stores ---------------------------------------------

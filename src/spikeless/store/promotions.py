@@ -1,77 +1,52 @@
 """Promotion through a store: which versions a fleet serves, for every puller to find.
 
-In: a store, a model, and the version that callers are to get. Out: the fleet's
-``models.config`` in the store, and a record of the change:
-
-    <store>/models.config        what pullers poll: versions and labels of the models
-    <store>/.promotions/<n>.json one record for each change, with the whole of it
-
-A record is written where none is, so of two changes at once the second begins again
-from what the first made of it. The last record counts, and ``models.config`` is its
-copy: a change that was cut short between the two is completed by the next one.
+In: a store, a model, and the version that callers are to get. Out: a change of the
+fleet's ``models.config`` in the store (`spikeless.store.changes`), for all machines at
+once. `spikeless.store.waves` goes through them one part after the other.
 """
 
 from __future__ import annotations
 
-import socket
+import datetime
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import suppress
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-import msgspec
-
-from spikeless.errors import (
-    AlreadyExists,
-    DataLoss,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    SpikelessError,
-    Unavailable,
-)
-from spikeless.formats.versions import MAX_VERSION
-from spikeless.repository import journal, models_config
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.repository import models_config
 from spikeless.repository.models_config import STABLE, ModelsConfig, new_block, with_versions
 from spikeless.rollout import plans
 from spikeless.rollout.promotion import Outcome
 from spikeless.store.catalog import Catalog, of_version
+from spikeless.store.changes import ROUNDS, Change, Changes, Waves, after, labels, pinned
 from spikeless.store.objects import Store
 from spikeless.store.push import SERVING_ROOT
 
-_FOLDER = ".promotions"
-_SUFFIX = ".json"
-_FORMAT = 1
-_MAX_CONFIG_BYTES = 1 << 20
-#: A record holds the configuration, escaped.
-_MAX_RECORD_BYTES = 4 << 20
-#: Times that a change begins again before others are said to be in the way.
-_ROUNDS = 20
-
-_Version = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
-_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+__all__ = ["Promoted", "labels", "moved", "pinned", "promote", "read", "rollback", "token"]
 
 
-class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One change of what a fleet serves."""
+@dataclass(frozen=True)
+class Promoted:
+    """What is promoted in a store."""
 
-    format: int
-    #: From 1, without gaps.
-    number: int
-    action: Literal["promote", "rollback"]
-    model: _Text
-    label: _Text
-    version: _Version
-    #: The version that the label pointed at before.
-    previous: _Version | None
-    reason: _Text
-    #: Who made it, where, and when, in seconds since 1970.
-    user: _Text
-    host: _Text
-    time: float
-    #: The text of ``models.config`` after it.
-    config: str
+    #: For machines that no wave has reached.
+    config: ModelsConfig = field(default_factory=ModelsConfig)
+    #: The number of the last change; 0 where it is not known.
+    change: int = 0
+    #: The promotions that go on in waves.
+    waves: tuple[Waves, ...] = ()
+
+    def of(self, node: str) -> ModelsConfig:
+        """The ``models.config`` of one machine."""
+        config = self.config
+        for each in self.waves:
+            if each.wave_of(node):
+                config = config.with_block(each.model, each.block)
+        return config
+
+    def wave_of(self, node: str, model: str) -> int:
+        """The wave of a promotion of a model that a machine is in; 0 for none."""
+        return next((each.wave_of(node) for each in self.waves if each.model == model), 0)
 
 
 def promote(
@@ -96,11 +71,12 @@ def promote(
     Raises:
         NotFound: the store has no such version.
         FailedPrecondition: requests that name no label would reach another version than
-            the stable one; nothing was changed.
+            the stable one, or a promotion of the model goes on in waves; nothing was
+            changed.
         Unavailable: the store fails, or others change it all the time.
     """
-    changes = _Changes(Store(store, None, interrupted), name, label, reason, dry_run)
-    return changes.change("promote", version)
+    move = _Move(Store(store, None, interrupted), name, label, reason, dry_run)
+    return move.make("promote", version)
 
 
 def rollback(
@@ -115,16 +91,16 @@ def rollback(
 ) -> Outcome:
     """Let a whole fleet give callers the version from before the last promotion.
 
-    Repeated, it changes nothing more; ``version`` goes further back. Other arguments
-    are those of `promote`.
+    A promotion that goes on in waves ends: its machines return. Repeated, it changes
+    nothing more; ``version`` goes further back. Other arguments are those of `promote`.
 
     Raises:
         NotFound: the label is nowhere, or there is no version to go back to.
         InvalidArgument: the version is a later one.
         FailedPrecondition, Unavailable: as for `promote`.
     """
-    changes = _Changes(Store(store, None, interrupted), name, label, reason, dry_run)
-    return changes.change("rollback", version)
+    move = _Move(Store(store, None, interrupted), name, label, reason, dry_run)
+    return move.make("rollback", version)
 
 
 def token(store: Store) -> str:
@@ -135,68 +111,71 @@ def token(store: Store) -> str:
         return ""
 
 
-def read(store: Store) -> ModelsConfig:
-    """The fleet's ``models.config``; an empty one where nothing was promoted.
-
-    Every model in it has versions, and labels that point at them.
+def read(store: Store) -> Promoted:
+    """What is promoted; nothing where nothing ever was.
 
     Raises:
         DataLoss: it cannot be used. Unavailable: the store does not answer.
     """
     try:
-        data = store.read(models_config.FILE_NAME, _MAX_CONFIG_BYTES)
+        config, change = Changes(store).published()
     except NotFound:
-        return ModelsConfig()
-    return _parse(data, store.show(models_config.FILE_NAME))
+        return Promoted()
+    return Promoted(config) if change is None else Promoted(config, change.number, change.waves)
 
 
-def pinned(config: ModelsConfig, name: str) -> list[int]:
-    """The versions of a model that a fleet serves."""
-    model = config.model(name)
-    return [] if model is None else sorted(model.model_version_policy.specific.versions)
+def moved(config: ModelsConfig, name: str, label: str, version: int) -> ModelsConfig:
+    """A fleet's ``models.config`` with a label of a model at another version.
+
+    Raises:
+        FailedPrecondition: requests that name no label would reach another version than
+            the stable one.
+    """
+    wanted = labels(config, name) | {label: version}
+    plans.check_none_above(name, wanted, wanted.get(STABLE, max(wanted.values())))
+    block = config.block(name) or new_block(name, f"{SERVING_ROOT}/{name}")
+    return config.with_block(name, with_versions(block, set(wanted.values()), wanted))
 
 
-def labels(config: ModelsConfig, name: str) -> dict[str, int]:
-    """The labels of a model, and the versions at which they point."""
-    model = config.model(name)
-    return {} if model is None else dict(model.version_labels)
+def in_waves(waves: Waves) -> FailedPrecondition:
+    """The error where a model is in waves: by whom, since when, and what to do."""
+    began = datetime.datetime.fromtimestamp(waves.time, datetime.timezone.utc)
+    return FailedPrecondition(
+        f"{waves.label} of {waves.model} goes to version {waves.version} in waves, begun by {waves.user} on "
+        f"{waves.host} at {began:%Y-%m-%d %H:%M} UTC, wave {len(waves.nodes)} so far: wait for it, "
+        f"resume it by the same command, or end it with `spikeless rollback {waves.model} --store`"
+    )
 
 
-def _parse(data: bytes, where: str) -> ModelsConfig:
-    try:
-        config = models_config.parse(data.decode())
-        for name in config.names:
-            versions = pinned(config, name)
-            if not versions or not set(labels(config, name).values()) <= set(versions):
-                raise InvalidArgument(f"{name} has no versions, or labels of others")
-    except (SpikelessError, ValueError, RecursionError) as error:
-        raise DataLoss(f"{where} cannot be used: {error}; promote a version again") from None
-    return config
-
-
-class _Changes:
-    """The changes of a fleet, and the next one of a label of a model."""
+class _Move:
+    """The next change of a label of a model, on all machines."""
 
     def __init__(self, store: Store, name: str, label: str, reason: str, dry_run: bool) -> None:
         self._store = store
+        self._changes = Changes(store)
         self._catalog = Catalog(store, name)
         self._name = name
         self._label = label
         self._reason = reason
         self._dry_run = dry_run
 
-    def change(self, action: Literal["promote", "rollback"], version: int | None) -> Outcome:
+    def make(self, action: Literal["promote", "rollback"], version: int | None) -> Outcome:
         """Move the label, and record it."""
-        for _ in range(_ROUNDS):
-            last = self._last()
-            config = ModelsConfig() if last is None else self._config_of(last)
-            known = labels(config, self._name)
-            previous = known.get(self._label)
-            target = self._before(last, previous) if version is None else version
+        for _ in range(ROUNDS):
+            last = self._changes.last()
+            config = self._changes.config_of(last)
+            waves = last.waves_of(self._name) if last is not None else None
+            if waves is not None and (action == "promote" or waves.label != self._label):
+                raise in_waves(waves)
+            previous = labels(config, self._name).get(self._label) if waves is None else waves.version
+            if version is not None:
+                target = version
+            else:
+                target = self._before(last, previous) if waves is None else waves.previous
             if action == "rollback":
                 if previous is None:
                     raise NotFound(f"{self._store.shown} has no label {self._label} of {self._name}")
-                if target > previous:
+                if target > previous or (waves is not None and target == previous):
                     raise InvalidArgument(
                         f"{self._label} of {self._name} is version {previous}; to go on to {target}, "
                         "promote it"
@@ -207,37 +186,29 @@ class _Changes:
                 steps = () if target == previous else (step,)
                 return Outcome(self._name, self._label, target, previous, plans.DRY_RUN, steps=steps)
             if target == previous:
-                self._publish()
+                self._changes.publish()
                 return Outcome(self._name, self._label, target, previous, plans.UNCHANGED)
-            change = Change(
-                format=_FORMAT,
-                number=1 if last is None else last.number + 1,
+            change = after(
+                last,
                 action=action,
                 model=self._name,
                 label=self._label,
                 version=target,
                 previous=previous,
                 reason=self._reason,
-                user=journal.operator(),
-                host=socket.gethostname(),
-                time=time.time(),
-                config=self._with_label(config, known | {self._label: target}).text,
+                config=moved(config, self._name, self._label, target).text,
+                waves=() if last is None else tuple(each for each in last.waves if each != waves),
             )
-            if self._add(change):
-                self._publish()
+            if self._changes.add(change):
                 result = plans.PROMOTED if action == "promote" else plans.ROLLED_BACK
                 return Outcome(self._name, self._label, target, previous, result)
-        raise Unavailable(f"others promote in {self._store.shown} all the time; repeat the command")
-
-    def _with_label(self, config: ModelsConfig, moved: dict[str, int]) -> ModelsConfig:
-        plans.check_none_above(self._name, moved, moved.get(STABLE, max(moved.values())))
-        block = config.block(self._name) or new_block(self._name, f"{SERVING_ROOT}/{self._name}")
-        return config.with_block(self._name, with_versions(block, set(moved.values()), moved))
+        raise self._changes.busy()
 
     def _before(self, last: Change | None, now: int | None) -> int:
         """The version to roll back to: after a rollback, the one that is there."""
-        for change in self._backwards(last):
-            if change.model == self._name and change.label == self._label and change.version == now:
+        for change in self._changes.backwards(last):
+            moves = change.action != "wave" and (change.model, change.label) == (self._name, self._label)
+            if moves and change.version == now:
                 found = change.version if change.action == "rollback" else change.previous
                 if found is not None:
                     return found
@@ -245,69 +216,3 @@ class _Changes:
         raise NotFound(
             f"{self._store.shown} knows no earlier {self._label} of {self._name}: name it with --to"
         )
-
-    def _backwards(self, last: Change | None) -> Iterator[Change]:
-        change = last
-        while change is not None:
-            yield change
-            change = self._find(change.number - 1)
-
-    def _last(self) -> Change | None:
-        """The last change; a store may list late, so it is looked for by name, too."""
-        numbers = [1]
-        for name in self._store.names(_FOLDER):
-            with suppress(ValueError):
-                numbers.append(int(name.removesuffix(_SUFFIX)))
-        last = None
-        number = max(numbers)
-        while (found := self._find(number)) is not None:
-            last, number = found, number + 1
-        return last
-
-    def _find(self, number: int) -> Change | None:
-        if number < 1:
-            return None
-        path = f"{_FOLDER}/{number}{_SUFFIX}"
-        where = self._store.show(path)
-        try:
-            data = self._store.read(path, _MAX_RECORD_BYTES)
-        except NotFound:
-            return None
-        try:
-            change = msgspec.json.decode(data, type=Change)
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise DataLoss(f"{where} cannot be used: {error}") from None
-        if change.format > _FORMAT:
-            raise FailedPrecondition(f"{where} has format {change.format}: update Spikeless")
-        if change.number != number:
-            raise DataLoss(f"{where} cannot be used: it is number {change.number}")
-        return change
-
-    def _config_of(self, change: Change) -> ModelsConfig:
-        return _parse(change.config.encode(), self._store.show(f"{_FOLDER}/{change.number}{_SUFFIX}"))
-
-    def _add(self, change: Change) -> bool:
-        """Record a change; False where another came first."""
-        with suppress(AlreadyExists):
-            self._store.create(f"{_FOLDER}/{change.number}{_SUFFIX}", msgspec.json.encode(change) + b"\n")
-        # Stores without an exclusive write let the last of two win: see who did.
-        return self._find(change.number) == change
-
-    def _publish(self) -> None:
-        """Write ``models.config`` until it is the copy of the last record.
-
-        Whoever changes something at the same time does the same, and the one who writes
-        last has seen both records.
-        """
-        for _ in range(_ROUNDS):
-            last = self._last()
-            if last is None or self._published() == last.config.encode():
-                return
-            self._store.write(models_config.FILE_NAME, last.config.encode())
-        raise Unavailable(f"others promote in {self._store.shown} all the time; repeat the command")
-
-    def _published(self) -> bytes:
-        try:
-            return self._store.read(models_config.FILE_NAME, _MAX_CONFIG_BYTES)
-        except (NotFound, DataLoss):
-            return b""

@@ -43,6 +43,7 @@ from spikeless.rollout.prune import prune
 from spikeless.store import pieces, promotions
 from spikeless.store.applying import apply
 from spikeless.store.catalog import Catalog, latest, models_in, of_version
+from spikeless.store.changes import check_node, this_node
 from spikeless.store.manifest import (
     MAX_MANIFEST_BYTES,
     Entry,
@@ -111,8 +112,11 @@ class PullSettings:
     #: afterwards.
     servers: FleetSettings | None = None
     store: StoreSettings = field(default_factory=StoreSettings)
+    #: What this machine is called, where a promotion goes on in waves.
+    node: str = field(default_factory=this_node)
 
     def __post_init__(self) -> None:
+        check_node(self.node)
         if self.keep is not None and self.keep < 1:
             raise InvalidArgument(f"--keep {self.keep}: the newest version always stays, so 1 or more")
         if self.serving_root is not None:
@@ -156,7 +160,7 @@ def pull(
     names = [name] if name is not None else models_in(opened)
     if not names:
         raise NotFound(f"{opened.shown} has no models: push one first, or give a model's name")
-    fleet = promotions.read(opened)
+    fleet = promotions.read(opened).of(settings.node)
     pulled = []
     for each in names:
         catalog = Catalog(opened, each)
