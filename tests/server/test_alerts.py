@@ -21,6 +21,8 @@ import numpy as np
 import prometheus
 import pytest
 import yaml
+from fleet_models import NAME as FLEET
+from fleet_models import small_version
 from harness import Running, ServerFactory, put_version
 from places import ROOT
 from prometheus import MONITORING, Prometheus
@@ -28,8 +30,12 @@ from prometheus import MONITORING, Prometheus
 from spikeless.client import Client
 from spikeless.errors import SpikelessError
 from spikeless.formats.states import State
+from spikeless.launch import free_port
 from spikeless.repository import models_config
 from spikeless.repository.models_config import new_block
+from spikeless.store import promotions
+from spikeless.store.pull import pull
+from spikeless.store.push import push
 
 NAME = "m"
 FAST = {"x": np.asarray([1.0], np.float32)}
@@ -92,13 +98,27 @@ class Faults:
     """For each alert a fault of a server: a context that ends when it is mended."""
 
     def __init__(
-        self, running: Running, callers: Callers, models: Path, source: Path, monitor: Prometheus
+        self,
+        running: Running,
+        callers: Callers,
+        models: Path,
+        source: Path,
+        monitor: Prometheus,
+        store: str,
     ) -> None:
         self._running = running
         self._callers = callers
         self._models = models
         self._source = source
         self._monitor = monitor
+        self._store = store
+
+    @contextmanager
+    def promotion_that_cannot_be_applied(self) -> Iterator[None]:
+        """The server of a machine that follows a store does not answer."""
+        promotions.promote(self._store, FLEET, 2)
+        yield
+        promotions.rollback(self._store, FLEET)
 
     @contextmanager
     def broken_version(self) -> Iterator[None]:
@@ -159,15 +179,21 @@ def test_every_alert_fires_and_stops(
         )
         running.client.predict(NAME, SLOW, "spin")
         exporter = stack.enter_context(exporting(running, models))
-        targets = {"model-server": running.rest_url.removeprefix("http://"), "exporter": exporter}
+        store = str(tmp_path / "store")
+        follower = stack.enter_context(following(store, tmp_path))
+        targets = {
+            "model-server": running.rest_url.removeprefix("http://"),
+            "exporter": f"{exporter},{follower}",
+        }
         callers = stack.enter_context(Callers(running.server.target).running())
         monitor = stack.enter_context(prometheus.running(programs, tmp_path / "prometheus", targets))
-        faults = Faults(running, callers, models, saved_models / "times_two", monitor)
+        faults = Faults(running, callers, models, saved_models / "times_two", monitor, store)
         shown: set[str] = set()
         for fault, raised in (
             (faults.slow_swap, {"ReloadSpike"}),
             (faults.hung_server, {"ServerDown"}),
             (faults.broken_version, {"ModelLoadFailed", "ModelLoadAttemptsFail", "VersionNotServed"}),
+            (faults.promotion_that_cannot_be_applied, {"PromotionNotApplied"}),
             (faults.model_without_version, {"ModelUnavailable", "VersionNotServed"}),
         ):
             show(monitor, fault, raised)
@@ -209,3 +235,26 @@ def exporting(running: Running, models: Path) -> Iterator[str]:
         process.terminate()
         process.wait(60)
         process.stdout.close()
+
+
+@contextmanager
+def following(store: str, directory: Path) -> Iterator[str]:
+    """A machine that follows a store; its ``host:port`` of metrics."""
+    for number in (1, 2):
+        push(small_version(directory / "trained", number, b"%d" % number), store)
+    promotions.promote(store, FLEET, 1)
+    pull(store, directory / "pulled")
+    command = [sys.executable, "-m", "spikeless", "pull", store, "--models", str(directory / "pulled")]
+    process = subprocess.Popen(
+        [*command, "--follow", "--poll=200ms", f"--servers=127.0.0.1:{free_port()}", "--metrics-port=0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    url = process.stderr.readline().split()[-1]
+    try:
+        yield url.removeprefix("http://").removesuffix("/metrics")
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

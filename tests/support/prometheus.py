@@ -114,13 +114,16 @@ class Prometheus:
 
 @contextmanager
 def running(programs: Path, folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
-    """Prometheus as it is shipped, with these targets for its jobs, and sooner."""
+    """Prometheus as it is shipped, with these targets for its jobs, and sooner.
+
+    A job may have several, with commas between them.
+    """
     settings = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     settings["global"] = dict.fromkeys(("scrape_interval", "evaluation_interval"), f"{INTERVAL * 1000:g}ms")
     jobs = {job["job_name"]: job for job in settings["scrape_configs"]}
     assert jobs.keys() == targets.keys()
     for name, target in targets.items():
-        jobs[name]["static_configs"] = [{"targets": [target]}]
+        jobs[name]["static_configs"] = [{"targets": target.split(",")}]
     folder.mkdir()
     (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
     (folder / "rules.yml").write_text(sooner((MONITORING / "rules.yml").read_text()))
