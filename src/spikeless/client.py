@@ -6,12 +6,10 @@ In: a target such as ``127.0.0.1:8500``. Out: response messages; gRPC errors bec
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,7 +17,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spikeless.errors import Code, InvalidArgument, SpikelessError, Unavailable
+from spikeless.channels import channel
+from spikeless.errors import Code, SpikelessError, Unavailable
 from spikeless.formats import wire
 from spikeless.formats.protos import (
     get_model_metadata_pb2,
@@ -34,53 +33,6 @@ from spikeless.formats.protos import (
 )
 from spikeless.formats.states import State, VersionStatus
 from spikeless.formats.tensors import to_numpy, to_proto
-
-#: Messages of any size. Reconnect soon, to find a server that was restarted at once;
-#: never through a proxy.
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
-]
-#: What a target begins with where the server has TLS (``--ssl_config_file``).
-TLS = "grpcs://"
-#: A file in PEM: the authorities of servers, by default gRPC's own.
-CA_VARIABLE = "SPIKELESS_TLS_CA"
-#: Files in PEM, to show to a server that asks for them.
-CERTIFICATE_VARIABLE = "SPIKELESS_TLS_CERT"
-KEY_VARIABLE = "SPIKELESS_TLS_KEY"
-
-
-def channel(target: str) -> grpc.Channel:
-    """A channel to ``host:port``, or with TLS to ``grpcs://host:port``.
-
-    Raises:
-        InvalidArgument: a file that a variable names cannot be read, or is alone.
-    """
-    if target.startswith(TLS):
-        return grpc.secure_channel(target.removeprefix(TLS), credentials(), options=CHANNEL_OPTIONS)
-    return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-
-
-def credentials() -> grpc.ChannelCredentials:
-    """The credentials that the variables name; raises as `channel` does."""
-    authorities, certificate, key = map(_pem, (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE))
-    if (certificate is None) != (key is None):
-        raise InvalidArgument(
-            f"{CERTIFICATE_VARIABLE} and {KEY_VARIABLE} belong together: set both or neither"
-        )
-    return grpc.ssl_channel_credentials(authorities, key, certificate)
-
-
-def _pem(variable: str) -> bytes | None:
-    file = os.environ.get(variable)
-    if not file:
-        return None
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise InvalidArgument(f"{variable}: cannot read {file}: {error.strerror}") from None
 
 
 class RemoteError(SpikelessError):

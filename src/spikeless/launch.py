@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 import grpc
 import psutil
 
-from spikeless import __version__
+from spikeless import __version__, channels
 from spikeless.disk import children, proc
 from spikeless.errors import (
     DeadlineExceeded,
@@ -203,8 +203,9 @@ class ServerProcess(AbstractContextManager["ServerProcess"]):
         self.settings = settings
         self.port = settings.port or free_port()
         self.rest_port = (settings.rest_port or free_port()) if settings.rest else None
-        #: The gRPC address.
-        self.target = f"{LOOPBACK}:{self.port}"
+        has_tls = any(re.match("--?ssl_config_file=.", flag) for flag in settings.flags)
+        #: The gRPC address, as `spikeless.channels` has it.
+        self.target = f"{channels.TLS if has_tls else ''}{LOOPBACK}:{self.port}"
         #: The base of the REST API, or None.
         self.rest_url = f"http://{LOOPBACK}:{self.rest_port}" if self.rest_port else None
         #: Which engine it is, its version, and the command that starts it.
@@ -265,7 +266,7 @@ class ServerProcess(AbstractContextManager["ServerProcess"]):
     def wait_ready(self) -> None:
         """Wait until every awaited model is AVAILABLE; check the allocator."""
         names = self.settings.wait_for or ([self.settings.model_name] if self.settings.model_name else [])
-        with grpc.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
+        with channels.channel(self.target, _CHANNEL_OPTIONS) as channel:
             if names:
                 stub = model_service_pb2_grpc.ModelServiceStub(channel)
                 for name in names:

@@ -22,7 +22,7 @@ from harness import IS_EMBEDDED, Running, ServerFactory, put_version
 from prometheus_client.parser import text_string_to_metric_families
 
 import spikeless
-from spikeless.client import channel
+from spikeless.channels import channel
 from spikeless.formats.open_inference_messages import METHODS, SERVICE, message_class
 
 pytestmark = pytest.mark.skipif(not IS_EMBEDDED, reason="TensorFlow Serving has no such API")

@@ -16,7 +16,9 @@ import trustme
 from harness import put_version
 
 from spikeless import launch
-from spikeless.client import CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE, Client
+from spikeless.bench.watch import Watcher
+from spikeless.channels import CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS
+from spikeless.client import Client
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.formats.states import State
 from spikeless.rollout.local_servers import on_loopback
@@ -95,14 +97,14 @@ def test_a_server_with_a_certificate(models: Path, authority: trustme.CA, trust:
     trust(authority)
     with (
         serving(models, config(authority.issue_cert("127.0.0.1"))) as server,
-        Client(f"grpcs://{server.target}") as client,
+        Client(server.target) as client,
     ):
         server.wait_for(lambda: is_available(client), "the model over TLS")
         assert client.predict("times", X)["y"] == [1]
-        with Client(server.target, timeout=10) as plain, pytest.raises(SpikelessError):
+        with Client(server.target.removeprefix(TLS), timeout=10) as plain, pytest.raises(SpikelessError):
             plain.predict("times", X)
         trust(trustme.CA())
-        with Client(f"grpcs://{server.target}", timeout=10) as doubtful, pytest.raises(SpikelessError):
+        with Client(server.target, timeout=10) as doubtful, pytest.raises(SpikelessError):
             doubtful.predict("times", X)
 
 
@@ -110,12 +112,12 @@ def test_clients_that_have_to_show_a_certificate(models: Path, authority: trustm
     clients = trustme.CA()
     with serving(models, config(authority.issue_cert("127.0.0.1"), verify=clients)) as server:
         trust(authority, clients.issue_cert("client"))
-        with Client(f"grpcs://{server.target}") as client:
+        with Client(server.target) as client:
             server.wait_for(lambda: is_available(client), "the model over TLS")
             assert client.predict("times", X)["y"] == [1]
         for shown in (None, trustme.CA().issue_cert("stranger")):
             trust(authority, shown)
-            with Client(f"grpcs://{server.target}", timeout=10) as stranger, pytest.raises(SpikelessError):
+            with Client(server.target, timeout=10) as stranger, pytest.raises(SpikelessError):
                 stranger.predict("times", X)
 
 
@@ -135,10 +137,11 @@ def test_the_unix_socket_has_it_too(models: Path, tmp_path: Path, authority: tru
 def test_tools_reach_it(models: Path, authority: trustme.CA, trust: Trust) -> None:
     trust(authority)
     with serving(models, config(authority.issue_cert("127.0.0.1"))) as server:
-        with Client(f"grpcs://{server.target}") as client:
-            server.wait_for(lambda: is_available(client), "the model over TLS")
+        server.wait_ready()
+        with Watcher(server.target, "times", None) as watcher:
+            server.wait_for(lambda: list(watcher.states.values()) == ["AVAILABLE"], "its states over TLS")
         command = [sys.executable, "-m", "spikeless", "status", "times", "--models", str(models.parent)]
-        command += ["--servers", f"grpcs://{server.target}"]
+        command += ["--servers", server.target]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert "AVAILABLE" in shown.stdout, shown.stdout + shown.stderr
 

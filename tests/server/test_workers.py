@@ -21,7 +21,7 @@ import pytest
 from harness import IS_EMBEDDED, Running, model_config, put_version, refused, run_server
 from promotion_models import NAME, Load, flawless, served
 
-from spikeless import client as client_module
+from spikeless import channels, client
 from spikeless.bench.servers import running_server
 from spikeless.client import Client
 from spikeless.disk import proc
@@ -43,8 +43,8 @@ CONNECTIONS = 20
 @pytest.fixture(autouse=True)
 def own_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each client gets a connection of its own, which chance gives to a worker."""
-    options = [*client_module.CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-    monkeypatch.setattr(client_module, "CHANNEL_OPTIONS", options)
+    options = [*channels.CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    monkeypatch.setattr(client, "channel", partial(channels.channel, options=options))
 
 
 @pytest.fixture
@@ -355,15 +355,15 @@ def test_pages_are_added_up() -> None:
 
 def test_what_ends_a_line_too_early_or_too_late(tmp_path: Path) -> None:
     """Who sends no messages is given up; who sends wrong ones is told."""
-    from spikeless.engine.workers.connection import Connection, Disconnected
+    from spikeless.engine.workers.connection import Disconnected, PeerConnection
 
     def fail() -> None:
         raise InvalidArgument("no")
 
     ours, theirs = socket.socketpair()
     closed = threading.Event()
-    here = Connection(ours, {"fail": fail}, closed=closed.set)
-    there = Connection(theirs, {"fail": fail, "wait": closed.wait})
+    here = PeerConnection(ours, {"fail": fail}, closed=closed.set)
+    there = PeerConnection(theirs, {"fail": fail, "wait": closed.wait})
     here.start()
     there.start()
     with pytest.raises(SpikelessError, match="no"):

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from spikeless.engine.workers.connection import Connection
+from spikeless.engine.workers.connection import PeerConnection
 from spikeless.engine.workers.pool import WORKER_MARK
 from spikeless.errors import InvalidArgument
 
@@ -50,7 +50,7 @@ def main() -> None:
         "page": lambda: f"# TYPE calls counter\ncalls {number}1\n",
     }
     end = socket.socket(fileno=int(descriptor))
-    connection = Connection(end, handlers, ("serve", "view"), closed=ended.set)
+    connection = PeerConnection(end, handlers, ("serve", "view"), closed=ended.set)
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     connection.start()
     ended.wait()

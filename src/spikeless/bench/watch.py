@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from spikeless.channels import ChannelOptions, channel
 from spikeless.disk import proc
 from spikeless.formats.protos import get_model_status_pb2, model_service_pb2_grpc
 
@@ -79,8 +80,8 @@ class Watcher:
         self._channel: grpc.Channel | None = None
         if target:
             # With a local pool no other channel of this process shares the connection.
-            options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-            self._channel = grpc.insecure_channel(target, options=options)
+            options: ChannelOptions = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+            self._channel = channel(target, options)
             self._status = model_service_pb2_grpc.ModelServiceStub(self._channel).GetModelStatus
             self._threads.append(
                 threading.Thread(target=self._every, args=(STATE_POLL_SECONDS, self._poll), daemon=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from spikeless import launch
-from spikeless.client import TLS
+from spikeless.channels import TLS
 from spikeless.errors import NotFound, SpikelessError
 from spikeless.formats.protos import model_server_config_pb2, read_text_proto
 from spikeless.repository.target import ServerTarget

@@ -17,7 +17,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from spikeless.client import TLS, Client, model_spec
+from spikeless.channels import TLS
+from spikeless.client import Client, model_spec
 from spikeless.errors import FailedPrecondition, SpikelessError
 from spikeless.formats.kinds import Kind
 from spikeless.formats.states import State

@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from spikeless.client import CHANNEL_OPTIONS, TLS, credentials
+from spikeless.channels import CHANNEL_OPTIONS, TLS, credentials
 from spikeless.errors import InvalidArgument, SpikelessError, Unavailable
 from spikeless.sidecars.recording import Recorder, RecorderSettings, RelayedCall
 

@@ -34,7 +34,7 @@ class Disconnected(Unavailable):
     """The other process has gone."""
 
 
-class Connection:
+class PeerConnection:
     """One end of a socket: start, call, close."""
 
     def __init__(

@@ -26,7 +26,7 @@ from typing import Any
 
 from spikeless.disk import children, proc
 from spikeless.engine.flags import ServerFlags
-from spikeless.engine.workers.connection import Connection, Disconnected, Handlers
+from spikeless.engine.workers.connection import Disconnected, Handlers, PeerConnection
 from spikeless.engine.workers.pages import Pages
 from spikeless.engine.workers.view import View
 from spikeless.errors import SpikelessError, Unavailable
@@ -66,7 +66,7 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, WORKER_MARK: f"{number}:{theirs.fileno()}"},
             )
-        self.connection = Connection(ours, handlers, closed=self._disconnected)
+        self.connection = PeerConnection(ours, handlers, closed=self._disconnected)
         self.connection.start()
 
     def call(self, method: str, **params: Any) -> Future[Any]:

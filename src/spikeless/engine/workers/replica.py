@@ -21,7 +21,7 @@ from spikeless.engine.loader import ModelLoader
 from spikeless.engine.manager import give_way
 from spikeless.engine.served_models import ServedModels
 from spikeless.engine.workers import view
-from spikeless.engine.workers.connection import Connection
+from spikeless.engine.workers.connection import PeerConnection
 from spikeless.engine.workers.view import View
 from spikeless.formats.protos import model_server_config_pb2
 from spikeless.formats.states import State, VersionStatus
@@ -63,7 +63,7 @@ class Replica(ServedModels):
             "page": self._page,
         }
         in_order = ("serve", "view")
-        self._leader = Connection(leader, handlers, in_order, closed=_end)
+        self._leader = PeerConnection(leader, handlers, in_order, closed=_end)
         if metrics is not None:
             metrics.gather = self._gather
 

@@ -1,0 +1,63 @@
+"""How a model server is reached: its address, and TLS where it has it.
+
+In: ``host:port``, or ``grpcs://host:port`` for a server with TLS, whose files variables
+of the environment name. Out: gRPC channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+from spikeless.errors import InvalidArgument
+
+ChannelOptions = Sequence[tuple[str, int | str]]
+#: Messages of any size. Reconnect soon, to find a server that was restarted at once;
+#: never through a proxy.
+CHANNEL_OPTIONS: ChannelOptions = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
+#: What a target begins with where the server has TLS (``--ssl_config_file``).
+TLS = "grpcs://"
+#: A file in PEM: the authorities of servers, by default gRPC's own.
+CA_VARIABLE = "SPIKELESS_TLS_CA"
+#: Files in PEM, to show to a server that asks for them.
+CERTIFICATE_VARIABLE = "SPIKELESS_TLS_CERT"
+KEY_VARIABLE = "SPIKELESS_TLS_KEY"
+
+
+def channel(target: str, options: ChannelOptions = CHANNEL_OPTIONS) -> grpc.Channel:
+    """A channel to ``host:port``, or with TLS to ``grpcs://host:port``.
+
+    Raises:
+        InvalidArgument: a file that a variable names cannot be read, or is alone.
+    """
+    if target.startswith(TLS):
+        return grpc.secure_channel(target.removeprefix(TLS), credentials(), options=options)
+    return grpc.insecure_channel(target, options=options)
+
+
+def credentials() -> grpc.ChannelCredentials:
+    """The credentials that the variables name; raises as `channel` does."""
+    authorities, certificate, key = map(_pem, (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE))
+    if (certificate is None) != (key is None):
+        raise InvalidArgument(
+            f"{CERTIFICATE_VARIABLE} and {KEY_VARIABLE} belong together: set both or neither"
+        )
+    return grpc.ssl_channel_credentials(authorities, key, certificate)
+
+
+def _pem(variable: str) -> bytes | None:
+    file = os.environ.get(variable)
+    if not file:
+        return None
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise InvalidArgument(f"{variable}: cannot read {file}: {error.strerror}") from None
