@@ -17,7 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from spikeless.client import TLS, Client
+from spikeless.channels import TLS
+from spikeless.client import Client
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.formats.states import State
 from spikeless.repository import layout
