@@ -49,7 +49,7 @@ class Duration(click.ParamType[Any]):
         return seconds
 
 
-class Percentage(click.ParamType[Any]):
+class Ratio(click.ParamType[Any]):
     """``0.1%``, or ``0.001``."""
 
     name = "share"

@@ -9,7 +9,7 @@ import click
 
 from spikeless.cli.options import (
     Duration,
-    Percentage,
+    Ratio,
     change_options,
     check_needs_store,
     check_only_of_a_store,
@@ -45,7 +45,7 @@ _OF_WAVES = ("waves", "first", "max_p99", "max_silent", "interval")
 )
 @click.option(
     "--max-error-rate",
-    type=Percentage(),
+    type=Ratio(),
     default="0.1%",
     show_default=True,
     help="Share of real requests that may fail beyond the share with the version before.",
