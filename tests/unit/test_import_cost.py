@@ -42,3 +42,12 @@ def test_a_server_does_without_libraries_that_it_does_not_use() -> None:
         "assert not {'prometheus_client', 'waitress', 'rich'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_the_plug_in_of_locust_needs_nothing_else_of_the_project() -> None:
+    program = (
+        "import sys, spikeless.openloop.user\n"
+        "ours = {name.split('.')[1] for name in sys.modules if name.startswith('spikeless.')}\n"
+        "assert ours == {'openloop', 'errors'}, ours"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
