@@ -17,6 +17,7 @@ bench``.) Run it on a quiet machine.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import socket
 import struct
@@ -51,6 +52,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 MODEL = "boston"
 BARE, GRPC, GRPCIO, REST, FLASK = "C API", "gRPC", "gRPC, grpcio client", "REST", "Flask"
+#: TensorFlow Serving over gRPC, where one is given.
+SERVING, SERVING_GRPCIO = "TensorFlow Serving", "TensorFlow Serving, grpcio client"
 METHOD = "/tensorflow.serving.PredictionService/Predict"
 # Kinds and flags of HTTP/2 frames.
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -58,6 +61,9 @@ END_STREAM, ACK, END_HEADERS = 1, 1, 4
 #: What the engine is held to: milliseconds over the bare call, and times the throughput
 #: of Flask.
 MOST_MILLISECONDS, LEAST_TIMES = 0.6, 2.0
+#: The same beside TensorFlow Serving: times its p50 with one client, and times its
+#: throughput.
+MOST_OF_P50, LEAST_OF_RATE = 1.5, 0.5
 
 Ask = Callable[[], None]
 
@@ -68,6 +74,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="calls at once")
     parser.add_argument("--rounds", type=int, default=5, help="how often each way has its turn")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one turn")
+    parser.add_argument(
+        "--server", type=Path, help="a tensorflow_model_server that takes turns with the embedded engine"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.npz")
     parser.add_argument("--show", type=Path, help="only show this file")
     parser.add_argument("--bare", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
@@ -297,12 +306,25 @@ def measure(settings: argparse.Namespace) -> None:
                 )
             )
         )
+        servers = {GRPC: server}
+        if settings.server:
+            servers[SERVING] = stack.enter_context(
+                launch.start(
+                    launch.LaunchSettings(
+                        MODEL, models / MODEL, engine=str(settings.server), flags=("--grpc_max_threads=64",)
+                    )
+                )
+            )
         assert server.rest_port is not None
         flask_port = stack.enter_context(flask_server(path))
         rest_port = server.rest_port
-        ways: dict[str, Callable[[], Ask]] = {
-            GRPC: lambda: grpc_client(server.target, path),
-            GRPCIO: lambda: grpcio_client(server.target, path),
+        ways: dict[str, Callable[[], Ask]] = {}
+        for way, with_grpcio in ((GRPC, GRPCIO), (SERVING, SERVING_GRPCIO)):
+            if way in servers:
+                target = servers[way].target
+                ways[way] = functools.partial(grpc_client, target, path)
+                ways[with_grpcio] = functools.partial(grpcio_client, target, path)
+        ways |= {
             REST: lambda: http_client(rest_port, f"/v1/models/{MODEL}:predict", path),
             FLASK: lambda: http_client(flask_port, "/predict", path),
         }
@@ -319,6 +341,7 @@ def measure(settings: argparse.Namespace) -> None:
         "commit": source_commit(),
         "machine": asdict(describe_machine()),
         "versions": {name: version(name) for name in ("tensorflow", "grpcio", "waitress", "flask")},
+        "server": servers[SERVING].engine_version if settings.server else None,
         "model": [str(spec) for spec in signature(path).inputs.values()],
         "seconds": settings.seconds,
         "rounds": settings.rounds,
@@ -338,10 +361,12 @@ def show(file: Path) -> None:
     seconds = facts["seconds"]
     machine = facts["machine"]
     print(f"{facts['date']}, commit {facts['commit']}, {machine['cpu']}, {machine['cpus']} CPUs")
+    if facts.get("server"):
+        print(f"beside TensorFlow Serving {facts['server']}")
     print(f"{facts['rounds']} rounds of {seconds:g} s; medians of the rounds, in brackets the extremes\n")
     print("| Way | Clients | p50 ms | p99 ms | calls/s |\n|---|---|---|---|---|")
     medians: dict[tuple[str, int], tuple[float, float]] = {}
-    for way in (BARE, GRPC, GRPCIO, REST, FLASK):
+    for way in (BARE, GRPC, SERVING, GRPCIO, SERVING_GRPCIO, REST, FLASK):
         for clients in sorted({int(key[2]) for key in taken if key[1] == way}):
             rounds = [values for key, values in taken.items() if key[1:] == (way, str(clients))]
             p50 = [float(np.percentile(values, 50)) / 1e6 for values in rounds]
@@ -352,11 +377,29 @@ def show(file: Path) -> None:
             print(f"| {way} | {clients} | " + " | ".join(cells) + " |")
     added = medians[GRPC, 1][0] - medians[BARE, 1][0]
     print(f"\ngRPC adds {added:.2f} ms to the bare call at p50 (bar: {MOST_MILLISECONDS} ms)")
+    show_beside_serving(medians)
     for clients in sorted({clients for way, clients in medians if way == FLASK}):
         flask = medians[FLASK, clients][1]
         times = {way: medians[way, clients][1] / flask for way in (GRPC, GRPCIO, REST)}
         words = ", ".join(f"{way} {value:.1f} times" for way, value in times.items())
         print(f"{clients} clients: {words} the throughput of Flask (bar: {LEAST_TIMES:g} times)")
+
+
+def show_beside_serving(medians: dict[tuple[str, int], tuple[float, float]]) -> None:
+    """Whether the engine holds its bars beside TensorFlow Serving."""
+    for way, other in ((GRPC, SERVING), (GRPCIO, SERVING_GRPCIO)):
+        for clients in sorted({clients for each, clients in medians if each == other}):
+            (p50, rate), (other_p50, other_rate) = medians[way, clients], medians[other, clients]
+            text = f"{way}, {clients} clients: {rate / other_rate:.2f} times the throughput of {SERVING}"
+            text += f" (bar: {LEAST_OF_RATE:g}: {verdict(rate >= LEAST_OF_RATE * other_rate)})"
+            if clients == 1:
+                text += f", {p50 / other_p50:.2f} times its p50"
+                text += f" (bar: {MOST_OF_P50:g}: {verdict(p50 <= MOST_OF_P50 * other_p50)})"
+            print(text)
+
+
+def verdict(held: bool) -> str:
+    return "met" if held else "not met"
 
 
 def spread(values: list[float], form: str) -> str:
