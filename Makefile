@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # The same with the oldest TensorFlow that is supported.
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest test-containers chaos images sbom docs lint env system-packages update-pins fuzz \
+.PHONY: demo test test-oldest test-containers chaos images sbom scan docs lint env system-packages update-pins fuzz \
         clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument bench-soak bench-fleet \
         peers-env bench-peers
 .DEFAULT_GOAL := demo
@@ -61,8 +61,11 @@ chaos: $(READY)
 	PYTHONPATH=tests/support $(BIN)/python tests/support/chaos.py --seconds $(CHAOS_SECONDS) \
 	    $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
-# The images with labels that say where they come from. ATTESTATIONS="--sbom=true --provenance=mode=max --push" where
-# the builder can; `make sbom` lists what is in an image where it cannot.
+# The images with labels that say where they come from. Builders that can, attach more, and give all files the time in
+# SOURCE_DATE_EPOCH, so that two builds have the same layers:
+#   SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) make images \
+#       ATTESTATIONS="--no-cache --provenance=mode=max --sbom=true --output type=registry,rewrite-timestamp=true"
+# `make sbom` lists what is in an image of any builder.
 TAG          ?= latest
 IMAGES       ?= serving embedded tools
 ATTESTATIONS ?= --load
@@ -70,6 +73,7 @@ images:
 	for image in $(IMAGES); do \
 	    docker buildx build --file docker/Dockerfile --target $$image --tag spikeless/$$image:$(TAG) $(ATTESTATIONS) \
 	        --secret id=pip_ca,src=$${PIP_CA_FILE:-/dev/null} \
+	        --build-arg BASE --build-arg TF_SERVING_IMAGE --build-arg TF_SERVING_VERSION --build-arg TF_SERVING_VARIANT \
 	        --build-arg REVISION="$$(git rev-parse HEAD)$$(git diff --quiet HEAD || echo -modified)" \
 	        --build-arg SOURCE="$$(git config --get remote.origin.url)" \
 	        --build-arg CREATED="$$(git log -1 --format=%cI)" . || exit 1; done
@@ -77,7 +81,13 @@ images:
 # CycloneDX, on standard output: make --silent sbom IMAGE=spikeless/embedded:latest > embedded.cdx.json
 IMAGE ?= spikeless/embedded:$(TAG)
 sbom:
-	docker run --rm --interactive --network none --entrypoint python $(IMAGE) - $(IMAGE) < docker/sbom.py
+	@python3 docker/sbom.py $(IMAGE)
+
+# Known vulnerabilities of an image's Python packages, and Debian packages that its archive has a newer version of. It
+# fails where there is one, and where a package is unknown to the index: no answer is no good news.
+scan: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python docker/scan.py $(IMAGE)
 
 # Fuzz each parser of foreign bytes for FUZZ_SECONDS. Findings go to reports/.
 FUZZ_SECONDS ?= 600

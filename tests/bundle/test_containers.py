@@ -13,6 +13,7 @@ import re
 import shutil
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -30,10 +31,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from container_stack import OWNER, Images, Stack, inside
+from container_stack import OWNER, REVISION, Images, Stack, inside
 from dashboard import dashboard_queries
 from docker.models.containers import Container
 from engine import STAND_IN, Engine, Finished
+from harness import ENGINE
 from places import ROOT
 
 import spikeless
@@ -141,6 +143,7 @@ def test_images_say_what_they_are_and_run_as_nobody_in_particular(containers: En
         assert config["Labels"]["org.opencontainers.image.title"] == f"spikeless/{name}"
         assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
         assert config["Labels"]["org.opencontainers.image.version"] == spikeless.__version__
+        assert config["Labels"]["org.opencontainers.image.revision"] == REVISION
         assert config["Entrypoint"][0] != "/bin/sh", "exec form"
         if name in ("embedded", "serving"):
             assert config["Healthcheck"]["Test"] == ["CMD", "/usr/local/bin/health"]
@@ -186,18 +189,50 @@ def test_nothing_in_the_images_helps_an_intruder(containers: Engine, images: Ima
 
 
 def test_the_bill_of_materials_is_of_the_image(containers: Engine, images: Images) -> None:
-    for image, wanted in ((images.embedded, {"spikeless", "grpcio"}), (images.tools, {"spikeless", "keras"})):
-        script = (ROOT / "docker" / "sbom.py").read_text()
-        done = containers.run(image, "-c", script, image, entrypoint="python", network_mode="none")
-        assert done.code == 0, done.output
-        bom = json.loads(done.output)
+    """Of each image, whether it has Python or not, by what `make sbom` runs."""
+    wanted = {
+        images.embedded: {"spikeless", "grpcio"},
+        images.tools: {"spikeless", "keras"},
+        images.serving: set(),
+    }
+    for image, packages in wanted.items():
+        done = subprocess.run(
+            [sys.executable, ROOT / "docker" / "sbom.py", image],
+            env=dict(containers.environment), capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        bom = json.loads(done.stdout)
         assert bom["metadata"]["component"]["name"] == image
         purls = {component["purl"] for component in bom["components"]}
         assert len(purls) == len(bom["components"])
         names = {purl.partition("@")[0] for purl in purls}
-        assert {f"pkg:pypi/{name}" for name in wanted} <= names
+        assert {f"pkg:pypi/{name}" for name in packages} <= names
         assert "pkg:pypi/pip" not in names
         assert any(name.endswith("/libjemalloc2") for name in names)
+        assert not [purl for purl in purls if purl.endswith("@")]
+
+
+def test_the_package_is_the_same_in_every_build(containers: Engine, images: Images, clone: Path) -> None:
+    """Compiled modules, too, from sources that were checked out at another time."""
+    script = (
+        "cp -r /source /tmp/source && cd /tmp/source && "
+        "{ pip-install --no-deps --prefix /tmp/package . > /tmp/log 2>&1 || { cat /tmp/log; exit 1; }; } && "
+        "cd /tmp/package && find . -type f -exec sha256sum {} +"
+    )
+    volumes = [f"{clone}:/source:ro"]
+    if containers.ca_file:
+        volumes.append(f"{containers.ca_file}:/run/secrets/pip_ca:ro")
+    options: dict[str, Any] = {
+        "entrypoint": "sh",
+        "environment": {"SOURCE_DATE_EPOCH": "315532800"},
+        "volumes": volumes,
+    }
+    built = [containers.run(images.build, "-c", script, **options) for _ in range(2)]
+    for one in built:
+        assert one.code == 0, one.output
+        assert "/spikeless/__pycache__/__init__.cpython-" in one.output
+    first, second = (sorted(one.output.splitlines()) for one in built)
+    assert first == second
 
 
 def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
@@ -385,6 +420,12 @@ def test_the_bench_profile_writes_a_report(up: Stack, client: Client) -> None:
     assert published.result == f"/models/boston/{max(before) + 1}"
     assert set(run.requests["version"].tolist()) == {max(before), max(before) + 1}, "the swap was measured"
     assert not run.requests["code"].any(), "a request failed"
+    # What was measured is said, although nobody but the server may read its memory.
+    facts = run.facts
+    assert (facts.server.engine, facts.server.engine_version) == ("embedded", spikeless.__version__)
+    assert facts.server.allocator == "jemalloc"
+    assert facts.commit == REVISION
+    assert "unknown" not in (facts.server.allocator_proof, facts.machine.cpu, facts.machine.kernel)
     # Measuring leaves nothing behind but the report.
     assert f"version {max(before) + 1}, the copy" in shown
     assert versions_on_disk(up) == before
@@ -490,6 +531,23 @@ def test_monitoring_goes_on_after_the_server_was_restarted(up: Stack, images: Im
             up.wait_for(functools.partial(scraped, series), f"Prometheus to scrape {series} again")
     assert state_of(exporter)["StartedAt"] == exporting_since, "it never depended on the server"
     up.compose("rm", "--stop", "--force", "exporter", "prometheus")
+
+
+def test_a_run_in_which_no_version_was_swapped_says_so(up: Stack, client: Client) -> None:
+    """A server that serves only what is promoted does not load the copy."""
+    (serving,) = available(client, "boston")
+    promote = ("promote", "boston", str(serving), "--servers", "server:8500")
+    up.compose("run", "--rm", "tools", "spikeless", *promote)
+    before = {page.parent for page in (up.folder / "reports").glob("*/index.html")}
+    up.environment.update({"BENCH_SECONDS": "8", "BENCH_RATE": "50"})
+    shown = up.compose("run", "--rm", "bench", timeout=300).stdout
+    (report,) = {page.parent for page in (up.folder / "reports").glob("*/index.html")} - before
+    assert "No version was swapped" in shown
+    for page in ("index.html", "summary.md"):
+        assert "No version was swapped" in (report / page).read_text(), page
+    assert available(client, "boston") == {serving}
+    assert versions_on_disk(up) == {serving}
+    (up.folder / "models" / "models.config").unlink()
 
 
 def test_the_commands_of_the_documentation_run(up: Stack, client: Client) -> None:
@@ -717,6 +775,32 @@ def test_the_serving_image_starts_a_server_as_the_base_would_not(
     container = run(images.serving, models, volumes=(f"{empty}:{library}:ro",))
     assert container.wait()["StatusCode"] == 1
     assert "jemalloc does not load" in logs_of(container)
+
+
+@pytest.mark.skipif(not Path(ENGINE).is_file(), reason="SPIKELESS_SERVER names no TensorFlow Serving")
+def test_tensorflow_serving_loads_versions_apart_in_the_serving_image(
+    images: Images, run: Runner, tmp_path: Path, saved_models: Path
+) -> None:
+    """A real server in the image, as it starts when nothing is said."""
+    models = tmp_path / "models"
+    publishing.publish(saved_models / "times_one", models, "m")
+    server = Path(ENGINE).resolve()
+    # With the libraries that it has beside it, where it looks for them.
+    place = f"{server.parents[1]}:{server.parents[1]}:ro"
+    path = f"{server.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    container = run(images.serving, models, volumes=(place,), environment={"PATH": path})
+    wait_healthy(container)
+    pid = inside(container, "cat", "/tmp/spikeless-pid").strip()
+    maps = inside(container, "cat", f"/proc/{pid}/maps")
+    for library in ("libspikeless-isolate.so", "libjemalloc.so.2"):
+        assert library in maps, logs_of(container)
+    assert "spikeless" not in inside(container, "cat", f"/proc/{pid}/cmdline").split("\0")[0]
+    with Client(port_of(container, 8500)) as client:
+        assert client.predict("m", {"x": np.asarray([2.0], np.float32)})["y"].tolist() == [2.0]
+        publishing.publish(saved_models / "times_two", models, "m")
+        let_read(models)
+        wait_for(container, lambda: client.version_of("m") == 2, "the next version")
+        assert client.predict("m", {"x": np.asarray([2.0], np.float32)})["y"].tolist() == [4.0]
 
 
 def test_a_container_is_launched_like_any_server(

@@ -24,6 +24,8 @@ from places import ROOT, SUPPORT
 from spikeless import launch
 
 TAG = "test"
+#: What the images are told of their source, as `make images` tells them a commit.
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 #: Who owns the clone: not root, and not the user that images run as.
 OWNER = 1234
 
@@ -151,7 +153,8 @@ def images(containers: Engine, clone: Path) -> Images:
         return image
 
     def target(name: str, *arguments: str) -> str:
-        return build(name, clone, f"--file={clone / 'docker' / 'Dockerfile'}", f"--target={name}", *arguments)
+        given = (f"--target={name}", f"--build-arg=REVISION={REVISION}", *arguments)
+        return build(name, clone, f"--file={clone / 'docker' / 'Dockerfile'}", *given)
 
     def pulled(image: str) -> bool:
         return not containers.private and containers.pull(image)
