@@ -140,12 +140,12 @@ def measure(plan: Plan, peer: Peer, model: Path, console: Console) -> tuple[benc
         begin = time.monotonic()
         with started(peer, place, replayed[0].path, replayed[0].message) as server:
             facts: dict[str, Any] = {"peer": peer.name, "title": peer.title, "way": peer.way}
-            facts |= {"version": peer.version(), "start_seconds": time.monotonic() - begin}
+            facts |= {"version": server.version, "start_seconds": time.monotonic() - begin}
             facts["difference"] = _check(server, replayed, model, 1)
             described = bench.ServerFacts(
                 "",
                 engine=peer.title,
-                engine_version=peer.version() or "unknown",
+                engine_version=server.version,
                 command=[str(part) for part in peer.command(Path(), place)],
                 pid=server.pid,
                 rest_target=server.target,

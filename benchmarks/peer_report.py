@@ -138,10 +138,7 @@ def write(directory: Path) -> str:
         "",
         "| | version | how a version is changed |",
         "|---|---|---|",
-        *(
-            f"| {result.title} | {result.version or 'see the raw result'} | {result.way} |"
-            for result in results
-        ),
+        *(f"| {result.title} | {result.version} | {result.way} |" for result in results),
         "",
     ]
     if about["not_measured"]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from spikeless import launch
+from spikeless import __version__, launch
 from spikeless.bench.protocols import PROTOCOLS
 from spikeless.disk import children
 from spikeless.errors import NotFound, SpikelessError, Unavailable
@@ -75,7 +75,7 @@ class Peer:
     tell: Callable[[Place, int, Path], object]
     protocol: str = "rest"
     url_path: str = "/predict"
-    #: What makes up its version: packages of its environment.
+    #: The packages whose versions are told; without any it has no environment.
     packages: Sequence[str] = ()
     #: The file of a version that it reads in place of a SavedModel.
     onnx: bool = False
@@ -93,13 +93,6 @@ class Peer:
             raise NotFound(f"there is no environment of {self.name}: run `make peers-env`")
         return found
 
-    def version(self) -> str:
-        """The versions of its packages."""
-        if not self.packages:
-            return ""
-        command = [str(self.bin / "python"), "-c", _VERSIONS, *self.packages]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
 
 @dataclass(frozen=True)
 class Started:
@@ -112,6 +105,14 @@ class Started:
     @property
     def target(self) -> str:
         return f"{LOOPBACK}:{self.place.port}"
+
+    @property
+    def version(self) -> str:
+        """The versions of its packages, or its own."""
+        if not self.peer.packages:
+            return __version__ if self.peer.name == launch.EMBEDDED else launch.version_of(self.pid)
+        command = [str(self.peer.bin / "python"), "-c", _VERSIONS, *self.peer.packages]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def publish(self, version: Path) -> Path:
         """Make a staged version the newest, and tell the server."""
@@ -246,7 +247,8 @@ def _mlserver_settings(place: Place, version: Path) -> None:
 
 def _uvicorn(bin: Path, place: Place) -> Sequence[str | Path]:
     options = ["--host", LOOPBACK, "--port", str(place.port), "--workers", PROCESSORS]
-    return [bin / "uvicorn", "serve:app", *options, "--log-level", "warning"]
+    options += ["--timeout-worker-healthcheck", "120", "--log-level", "warning"]
+    return [bin / "uvicorn", "serve:app", *options]
 
 
 def _gunicorn(bin: Path, place: Place) -> Sequence[str | Path]:

@@ -5,7 +5,9 @@ FastAPI's documentation ("Server Workers") runs several worker processes with
 without ``async``, so that they run in threads.
 
 A version is changed as uvicorn's documentation says ("Deployment", "Built-in"): HUP to
-the parent restarts the workers one after the other.
+the parent replaces the workers one after the other, each when its successor is ready.
+A worker that needs more than five seconds, as with TensorFlow, ends that, so
+``--timeout-worker-healthcheck`` is longer.
 """
 
 from __future__ import annotations
