@@ -35,7 +35,8 @@ from spikeless.bench.watch import Watcher, label
 from spikeless.disk import children
 from spikeless.errors import FailedPrecondition, Internal
 
-#: Beyond the schedule and the last deadline: to start Locust and to write the file.
+#: The generator tells its progress twice a second. Beyond the last deadline it has so
+#: long to start Locust and to write the file.
 _OVERHEAD_SECONDS = 60.0
 _OUTPUT_TAIL_LINES = 30
 #: The settings that are options of the locustfile, too.
@@ -183,17 +184,19 @@ def _drive(
     start: float | None = None
     series = ChangeSeries(settings, publish)
     workers: dict[int, dict[str, Any]] = {}
-    give_up = time.monotonic() + settings.seconds + settings.timeout + _OVERHEAD_SECONDS
+    # Of our own running time: a machine that was suspended is no generator that hangs.
+    silent = 0.0
     try:
         while True:
-            now = time.monotonic()
-            if now > give_up:
+            if silent > settings.timeout + _OVERHEAD_SECONDS:
                 raise Internal("the load generator hangs; its output ends:\n" + "\n".join(tail))
             series.check()
             try:
                 line = lines.get(timeout=_POLL_SECONDS)
             except queue.Empty:
+                silent += _POLL_SECONDS
                 continue
+            silent = 0.0
             if line is None:
                 break
             if not line.startswith(LINE_PREFIX):
