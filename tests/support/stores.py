@@ -109,7 +109,7 @@ def s3_server(directory: Path, host: str = "127.0.0.1") -> Iterator[S3]:
         "-s3",
         f"-s3.port={port}",
         f"-s3.config={config}",
-        "-volume.max=20",
+        "-volume.max=100",
         "-volume.preStopSeconds=0",
     ]
     for service in ("master", "volume", "filer"):

@@ -158,13 +158,32 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
             reader()
 
 
-@given(st.binary(min_size=1, max_size=3000), st.binary(max_size=4000))
-def test_a_piece_comes_back(content: bytes, base: bytes) -> None:
-    first, data = pieces.whole(content)
-    assert pieces.apply(first, data, len(content), None) == content
+def _applied(stored: Stored, data: bytes, size: int, base: bytes = b"") -> bytes:
+    content = bytearray(base or b"\1" * size)
+    pieces.apply(stored, data, memoryview(content))
+    return bytes(content)
+
+
+@given(st.data(), st.binary(min_size=1, max_size=3000))
+def test_a_piece_comes_back(data: st.DataObject, content: bytes) -> None:
+    first, packed = pieces.whole(content)
+    assert _applied(first, packed, len(content)) == content
+    base = data.draw(st.binary(min_size=len(content), max_size=len(content)))
     made = pieces.difference(content, base, (first,))
     if made is not None:
-        assert pieces.apply(*made, len(content), base) == content
+        assert _applied(*made, len(content), base) == content
+    assert pieces.difference(content, base + b"x", (first,)) is None
+
+
+def test_a_piece_of_several_steps_comes_back() -> None:
+    content = np.random.default_rng(2).integers(0, 4, 3_000_001, np.uint8).tobytes()
+    first, packed = pieces.whole(content)
+    assert first.encoding == "zstd"
+    assert _applied(first, packed, len(content)) == content
+    changed = bytes(1000) + content[1000:]
+    made = pieces.difference(changed, content, (first,))
+    assert made is not None
+    assert _applied(*made, len(content), content) == changed
 
 
 def test_a_piece_is_whole_again_when_differences_would_add_up() -> None:
@@ -187,8 +206,8 @@ def test_an_object_expands_to_its_piece_and_no_further() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 26))
     endless = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 26))
     whole, data = pieces.whole(bytes(1000))
-    for damaged in (bomb, endless, b"no frame", data[:-1], data + b"more"):
+    for damaged in (bomb, endless, b"no frame", data[:-1], data + b"more", data + data):
         with pytest.raises(DataLoss, match=f"object {whole.object} "):
-            pieces.apply(whole, damaged, 1000, None)
+            _applied(whole, damaged, 1000)
     with pytest.raises(DataLoss, match="has 1 bytes instead of 1000"):
-        pieces.apply(Stored(DIGEST, "raw", DIGEST, 1), b"x", 1000, None)
+        _applied(Stored(DIGEST, "raw", DIGEST, 1), b"x", 1000)

@@ -153,7 +153,7 @@ def latest(index: Index, store: Store) -> Entry:
     """
     if not index.versions:
         try:
-            similar = nearest(index.model, models_in(store))
+            similar = nearest(index.model, [name for name in models_in(store) if name != index.model])
         except SpikelessError:  # a store that cannot be listed
             similar = ""
         raise NotFound(f"{store.shown} has no version of {index.model}{similar or ': push one first'}")

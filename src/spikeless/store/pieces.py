@@ -24,6 +24,8 @@ _LEVEL = {"zstd": 1, "xor": 3}
 #: A piece is stored whole again when its differences would take more than this share of
 #: it: whoever has none of its versions fetches all of them.
 _MAX_SHARE = 0.25
+_STEP_BYTES = 1 << 18
+_MAX_WINDOW_BYTES = 1 << 27
 
 
 def digest(content: bytes | memoryview) -> str:
@@ -42,48 +44,58 @@ def whole(content: bytes) -> tuple[Stored, bytes]:
 def difference(content: bytes, base: bytes, chain: tuple[Stored, ...]) -> tuple[Stored, bytes] | None:
     """A piece as the difference to ``base``, which ``chain`` makes.
 
-    None where a whole piece serves better: too much has changed, or too often.
+    None where a whole piece serves better: its length or too much has changed, or it
+    has changed too often.
     """
-    if len(chain) > MAX_DIFFERENCES:
+    if len(chain) > MAX_DIFFERENCES or len(content) != len(base):
         return None
-    packed = zstandard.ZstdCompressor(level=_LEVEL["xor"]).compress(_xor(content, base))
+    changes = np.bitwise_xor(np.frombuffer(content, np.uint8), np.frombuffer(base, np.uint8))
+    packed = zstandard.ZstdCompressor(level=_LEVEL["xor"]).compress(changes.tobytes())
     if sum(stored.bytes for stored in chain[1:]) + len(packed) > _MAX_SHARE * len(content):
         return None
     return Stored(digest(content), "xor", digest(packed), len(packed)), packed
 
 
-def apply(stored: Stored, data: bytes, size: int, base: bytes | None) -> bytes:
-    """The content of ``size`` bytes that an object makes.
+def apply(stored: Stored, data: bytes, content: memoryview) -> None:
+    """Turn what a piece was into what an object makes of it, in place.
 
     Args:
         data: the object. Its digest has been compared.
-        base: the content that a difference is from.
+        content: the whole piece, writable. A difference is to what is in it; other
+            objects replace that.
 
     Raises:
-        DataLoss: it makes something else.
+        DataLoss: the object makes a piece of another length.
     """
     if stored.encoding == "raw":
-        content = data
+        if len(data) != len(content):
+            raise DataLoss(f"object {stored.object} has {len(data)} bytes instead of {len(content)}")
+        content[:] = data
     else:
-        content = _expanded(stored, data, size)
-        if stored.encoding == "xor":
-            content = _xor(content, base or b"")
-    if len(content) != size:
-        raise DataLoss(f"object {stored.object} has {len(content)} bytes instead of {size}")
-    return content
+        _expand(stored, data, content)
 
 
-def _expanded(stored: Stored, data: bytes, size: int) -> bytes:
+def _expand(stored: Stored, data: bytes, content: memoryview) -> None:
+    """Expand an object step by step, whatever it claims to expand to."""
+    step = memoryview(bytearray(_STEP_BYTES))
+    target = np.frombuffer(content, np.uint8)
     try:
-        # What the frame says is what is allocated.
-        if zstandard.frame_content_size(data) != size:
-            raise DataLoss(f"object {stored.object} does not expand to the {size} bytes of its piece")
-        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(data, allow_extra_data=False)
+        if zstandard.frame_content_size(data) != len(content):
+            raise DataLoss(f"object {stored.object} does not expand to the {len(content)} bytes of its piece")
+        expander = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+        with expander.stream_reader(data, read_across_frames=True) as stream:
+            done = 0
+            while count := stream.readinto(step):
+                if count > len(content) - done:
+                    raise DataLoss(f"object {stored.object} expands to more than its piece")
+                part = target[done : done + count]
+                new = np.frombuffer(step[:count], np.uint8)
+                if stored.encoding == "xor":
+                    np.bitwise_xor(part, new, out=part)
+                else:
+                    part[:] = new
+                done += count
     except zstandard.ZstdError as error:
         raise DataLoss(f"object {stored.object} cannot be expanded: {error}") from None
-
-
-def _xor(content: bytes, base: bytes) -> bytes:
-    """Exclusive or; a base that is shorter is continued with zeros."""
-    base = base[: len(content)].ljust(len(content), b"\0")
-    return np.bitwise_xor(np.frombuffer(content, np.uint8), np.frombuffer(base, np.uint8)).tobytes()
+    if done != len(content):
+        raise DataLoss(f"object {stored.object} expands to {done} bytes instead of {len(content)}")
