@@ -74,7 +74,7 @@ ROWS, DENSE = "1 % of rows", "dense layer"
 HOST, MACHINE = "10.231.77.1", "10.231.77.2"
 SECONDS = 1800.0
 #: How often the store is looked at, and the folder: both cost time that is counted.
-POLL = 0.5
+POLL = 0.2
 SERVER_FLAGS = ("--file_system_poll_wait_seconds=0.1",)
 
 

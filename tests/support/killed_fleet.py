@@ -2,6 +2,7 @@
 
 python killed_fleet.py push MODELS DIRECTORY      version 2, where the store has 1
 python killed_fleet.py pull STORE DIRECTORY       version 2, where the disk has 1
+python killed_fleet.py prune MODELS DIRECTORY     all but version 3 of a store
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from killed import at_every_touch
 
+from spikeless.store.prune import prune
 from spikeless.store.pull import PullSettings, pull
 from spikeless.store.push import push
 from spikeless.store.settings import StoreSettings
@@ -35,7 +37,16 @@ def prepare_pull(folder: Path) -> None:
     pull(source, folder, version=1, settings=PullSettings(store=one))
 
 
-if what == "push":
+def prepare_prune(folder: Path) -> None:
+    for version in "123":
+        push(Path(source, "ctr", version), str(folder), settings=one)
+
+
+if what == "prune":
+    at_every_touch(
+        directory, prepare_prune, lambda folder: prune(str(folder), "ctr", 1, force=True, settings=one)
+    )
+elif what == "push":
     at_every_touch(
         directory,
         prepare_push,

@@ -1,7 +1,8 @@
 """Files in the page cache: read them in, measure how much is there, keep them there.
 
-In: paths. Out: bytes. Linux's ``posix_fadvise``, ``mincore``, ``mlock`` and ``madvise``
-(see their manual pages, section 2), all but the first through the C library.
+In: paths. Out: bytes. Linux's ``posix_fadvise``, ``mincore``, ``mlock``, ``madvise``
+and ``sync_file_range`` (see their manual pages, section 2), all but the first through
+the C library.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import resource
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from ctypes import c_int, c_long, c_size_t, c_ubyte, c_void_p
+from ctypes import c_int, c_int64, c_long, c_size_t, c_ubyte, c_uint, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spikeless.errors import FailedPrecondition, ResourceExhausted
 
 _CHUNK_BYTES = 8 << 20
 _MAP_FAILED = c_void_p(-1).value
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 @functools.cache
@@ -33,6 +35,8 @@ def _libc() -> Any:
     libc.mincore.restype, libc.mincore.argtypes = c_int, [c_void_p, c_size_t, ctypes.POINTER(c_ubyte)]
     libc.mlock.restype, libc.mlock.argtypes = c_int, [c_void_p, c_size_t]
     libc.madvise.restype, libc.madvise.argtypes = c_int, [c_void_p, c_size_t, c_int]
+    libc.sync_file_range.restype = c_int
+    libc.sync_file_range.argtypes = [c_int, c_int64, c_int64, c_uint]
     return libc
 
 
@@ -106,6 +110,15 @@ def prefetch(path: str | os.PathLike[str]) -> None:
         buffer = bytearray(_CHUNK_BYTES)
         while file.readinto(buffer):
             pass
+
+
+def start_writing(descriptor: int, offset: int, size: int) -> None:
+    """Let the kernel begin to bring a part of an open file to its disk.
+
+    The ``fsync`` that has to follow waits for less then. It is also what reports
+    errors.
+    """
+    _libc().sync_file_range(descriptor, offset, size, _SYNC_FILE_RANGE_WRITE)
 
 
 def expect_single_pages(paths: Iterable[str | os.PathLike[str]]) -> int:

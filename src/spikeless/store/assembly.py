@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikeless.disk import atomic
+from spikeless.disk import atomic, pages
 from spikeless.errors import DataLoss, ResourceExhausted, SpikelessError
 from spikeless.repository import layout
 from spikeless.store import pieces
@@ -93,6 +93,9 @@ class Assembly:
         self._unfinished = layout.state_directory(directory.parent, directory.name) / _UNFINISHED
         self._target = self._unfinished / f"{manifest.version}-{pieces.digest(manifest.to_json())[:16]}"
         self._lock = threading.Lock()
+        #: Held to write: threads that wait for a file's lock in the kernel take far
+        #: more of the processor.
+        self._writing = threading.Lock()
         self._buffers = threading.local()
         #: Bytes that came from the store.
         self.fetched = 0
@@ -228,21 +231,26 @@ class Assembly:
             if piece.resumed and _read(descriptor, buffer, piece.offset) and pieces.digest(buffer) == wanted:
                 return
             place = self._place(piece.chain[-1], piece.size)
-            if place is not None and place.read(buffer) and pieces.digest(buffer) == wanted:
-                if not place.copy(descriptor, piece.offset):
+            if place is None or not place.read(buffer) or pieces.digest(buffer) != wanted:
+                place = None
+                self._make(piece, buffer)
+            with self._writing:
+                if place is None or not place.copy(descriptor, piece.offset):
                     _write(descriptor, buffer, piece.offset)
+            pages.start_writing(descriptor, piece.offset, piece.size)
+
+    def _make(self, piece: _Piece, buffer: memoryview) -> None:
+        """Fill a buffer with a piece; raises DataLoss where it cannot be made."""
+        for from_disk in (True, False):  # what is on this disk may be damaged
+            self._apply(piece, buffer, from_disk)
+            if pieces.digest(buffer) == piece.chain[-1].sha256:
                 return
-            for from_disk in (True, False):  # what is on this disk may be damaged
-                self._make(piece, buffer, from_disk)
-                if pieces.digest(buffer) == wanted:
-                    _write(descriptor, buffer, piece.offset)
-                    return
         raise DataLoss(
             f"{self._store.show(self._catalog.piece_path(piece.chain[-1]))} does not make the piece of "
             f"{piece.path.name} at {piece.offset}; push the version again"
         )
 
-    def _make(self, piece: _Piece, buffer: memoryview, from_disk: bool) -> None:
+    def _apply(self, piece: _Piece, buffer: memoryview, from_disk: bool) -> None:
         """Fill a buffer by a chain, from the last of its steps that this disk has."""
         chain = piece.chain
         for number in reversed(range(len(chain) - 1 if from_disk else 0)):

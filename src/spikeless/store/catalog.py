@@ -41,8 +41,16 @@ class Catalog:
     def manifest_path(self, version: int) -> str:
         return f"{self.model}/versions/{version}{_MANIFEST_SUFFIX}"
 
+    def removed_path(self, version: int) -> str:
+        """The manifest of a version that was removed, whose pieces are still there."""
+        return f"{self.model}/removed/{version}{_MANIFEST_SUFFIX}"
+
+    @property
+    def pieces_path(self) -> str:
+        return f"{self.model}/pieces"
+
     def piece_path(self, stored: Stored) -> str:
-        return f"{self.model}/pieces/{stored.object[:2]}/{stored.object}"
+        return f"{self.pieces_path}/{stored.object[:2]}/{stored.object}"
 
     def index(self) -> Index:
         """The index; an empty one where the store has nothing of the model.
@@ -72,6 +80,14 @@ class Catalog:
             return None
         return manifests.read_manifest(data, self.store.show(path), self.model, version)
 
+    def versions(self) -> list[int]:
+        """The versions that have a manifest, whether an index names them or not."""
+        return self._numbers("versions")
+
+    def removed(self) -> list[int]:
+        """The versions that were removed, and whose pieces are still there."""
+        return self._numbers("removed")
+
     def add(self, manifest: VersionManifest) -> bool:
         """Add a version whose pieces are all there.
 
@@ -79,10 +95,11 @@ class Catalog:
             Whether it was not there before.
 
         Raises:
-            AlreadyExists: the version is there with other content.
+            AlreadyExists: the version is there with other content, or was removed.
             Unavailable: others add versions all the time.
         """
         path = self.manifest_path(manifest.version)
+        self._require_not_removed(manifest.version)
         there = self.find(manifest.version)
         if there is None:
             with suppress(AlreadyExists):
@@ -94,34 +111,63 @@ class Catalog:
                 f"{self.store.show(path)} is there already with other content; versions are never "
                 "overwritten: push it under another number"
             )
-        self._publish(there)
+        self.publish(there.version)
+        self._require_not_removed(manifest.version)
         return there == manifest
 
-    def _publish(self, manifest: VersionManifest) -> None:
+    def _require_not_removed(self, version: int) -> None:
+        path = self.removed_path(version)
+        if self.store.find(path) is not None:
+            raise AlreadyExists(
+                f"version {version} was removed from {self.store.shown} ({self.store.show(path)}): push it "
+                "under another number"
+            )
+
+    def remove(self, version: int, manifest: bytes) -> None:
+        """Take a version out of the index; its pieces stay, and so does its manifest.
+
+        Cut short anywhere, it is completed by doing it again.
+        """
+        self.store.write(self.removed_path(version), manifest)
+        self.publish()
+        self.store.remove(self.manifest_path(version))
+
+    def restore(self, version: int) -> None:
+        """Undo `remove`, where it was done."""
+        try:
+            manifest = self.store.read(self.removed_path(version), manifests.MAX_MANIFEST_BYTES)
+        except NotFound:
+            return
+        self.store.write(self.manifest_path(version), manifest)
+        self.store.remove(self.removed_path(version))
+        self.publish(version)
+
+    def publish(self, *added: int) -> None:
         """Write the index until it names what is there.
 
-        Whoever adds a version at the same time does the same, and the one who writes
-        last has seen both manifests.
+        Whoever adds or removes a version at the same time does the same, and the one
+        who writes last has seen what all of them did.
         """
         known: dict[int, Entry] = {}
         for _ in range(_ROUNDS):
             entries = {entry.version: entry for entry in self.index().versions}
-            wanted = {version for version in self._listed() if version not in known} | {manifest.version}
             known |= entries
-            for version in wanted - known.keys():
+            for version in {*self.versions(), *added} - known.keys():
                 entry = self._entry(version)
                 if entry is not None:
                     known[version] = entry
+            for version in self.removed():
+                known.pop(version, None)
             if known == entries:
                 return
             ordered = tuple(known[version] for version in sorted(known))
             self.store.write(self.index_path, Index(manifests.FORMAT, self.model, ordered).to_json())
-        raise Unavailable(f"{self.store.show(self.index_path)} changes all the time; push again")
+        raise Unavailable(f"{self.store.show(self.index_path)} changes all the time; repeat the command")
 
-    def _listed(self) -> set[int]:
-        names = self.store.names(f"{self.model}/versions")
+    def _numbers(self, folder: str) -> list[int]:
+        names = self.store.names(f"{self.model}/{folder}")
         found = (parse_version(name.removesuffix(_MANIFEST_SUFFIX)) for name in names)
-        return {version for version in found if version is not None}
+        return sorted(version for version in found if version is not None)
 
     def _entry(self, version: int) -> Entry | None:
         try:

@@ -21,7 +21,7 @@ from spikeless.formats.versions import MAX_VERSION
 FORMAT = 1
 #: Bytes of a piece. Smaller ones would make manifests larger, larger ones would make
 #: each worker's memory larger.
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 8 << 20
 MAX_PIECE_BYTES = 16 << 20
 #: Differences on top of a whole piece, at most.
 MAX_DIFFERENCES = 12

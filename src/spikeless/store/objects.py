@@ -15,8 +15,10 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -58,7 +60,18 @@ _STAMPS = (
     *("ETag", "etag", "mtime", "LastModified", "last_modified"),
     *("updated", "created", "ino", "size"),
 )
+#: Those whose libraries pass on that an object must not be there.
+_EXCLUSIVE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object of a store."""
+
+    bytes: int
+    #: When it was written, in seconds since 1970; now, where the store does not tell.
+    written: float
 
 
 class Store:
@@ -174,21 +187,38 @@ class Store:
         """
         self._tried("write", path, lambda: self._create(path, data))
 
-    def remove(self, path: str) -> None:
-        """Remove an object, or find that there is none."""
-        with suppress(NotFound):
-            self._tried("remove", path, lambda: self._call("rm_file", self._path(path)))
+    def find(self, path: str) -> Found | None:
+        """An object, if it is there."""
 
-    def has(self, path: str, size: int) -> bool:
-        """Whether there is an object of this size."""
-
-        def once() -> bool:
+        def once() -> Found | None:
             try:
-                return self._info(path).get("size") == size
+                return _found(self._info(path))
             except FileNotFoundError:
-                return False
+                return None
 
         return self._tried("look for", path, once)
+
+    def below(self, path: str) -> dict[str, Found]:
+        """All objects below a path, named from the store; one may be listed late."""
+
+        def once() -> dict[str, Found]:
+            try:
+                listed = self._call("find", self._path(path), detail=True)
+            except FileNotFoundError:
+                return {}
+            start = len(self._path("x")) - 1
+            return {str(name)[start:]: _found(info) for name, info in listed.items()}
+
+        return self._tried("list", path, once)
+
+    def remove(self, path: str) -> None:
+        """Remove an object, if it is there."""
+
+        def once() -> None:
+            with suppress(FileNotFoundError):
+                self._call("rm_file", self._path(path))
+
+        self._tried("remove", path, once)
 
     def names(self, path: str) -> list[str]:
         """The names directly below a path; a store may list an object late."""
@@ -280,7 +310,7 @@ class Store:
                 return
             if self._exists(path):
                 raise FileExistsError
-            if self._protocol in ("s3", "s3a"):
+            if self._protocol in _EXCLUSIVE:
                 # Of those that try at the same time, one gets there.
                 self._call("pipe_file", target, data, mode="create")
             else:
@@ -347,6 +377,18 @@ _FINAL = (
     *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"),
     *("AuthenticationException", "BadHostKeyException", "_UnknownHost"),
 )
+
+
+def _found(info: Mapping[str, Any]) -> Found:
+    """What the libraries say of an object, each in its own words."""
+    known = (info.get(key) for key in ("LastModified", "last_modified", "updated", "mtime", "created"))
+    written = next((each for each in known if each is not None), time.time())
+    if isinstance(written, str):
+        written = datetime.fromisoformat(written.replace("Z", "+00:00"))
+    if isinstance(written, datetime):
+        # A time without a zone is UTC's.
+        written = (written if written.tzinfo else written.replace(tzinfo=timezone.utc)).timestamp()
+    return Found(int(info.get("size") or 0), float(written))
 
 
 def _code(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from spikeless import __version__
 from spikeless.disk import atomic
-from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound
+from spikeless.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from spikeless.formats import savedmodel
 from spikeless.formats.versions import MAX_VERSION, parse_version
 from spikeless.mapping import is_mapped, pinned_graph, read_manifest
@@ -42,6 +42,9 @@ from spikeless.warmup.records import warmup_file
 #: Below it, a pushed graph names its mapped files: where containers have them.
 SERVING_ROOT = "/models"
 _CHUNK_BYTES = 4 << 20
+#: A push may take so long. `spikeless.store.prune` leaves what it uses alone for twice
+#: that.
+LONGEST_SECONDS = 43_200.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def push(
             version does not show in the store then.
     """
     opened = Store(store, settings, interrupted)
+    began = time.monotonic()
     with ExitStack() as stack:
         source = stack.enter_context(_source(Path(version), opened, name, number, models, gates, progress))
         catalog = Catalog(opened, source.name)
@@ -120,6 +124,8 @@ def push(
             pusher = _Pusher(catalog, source, base, there, piece_bytes, scratch)
             progress(f"{source.name}: pushing version {source.number} to {opened.shown}")
             written, sent = pusher.run()
+        if time.monotonic() - began > LONGEST_SECONDS:
+            raise Unavailable(f"pushing version {source.number} took more than half a day; push it again")
         already = not catalog.add(written)
     result = Pushed(source.name, source.number, opened.shown, written.base, written.size, sent, already)
     if source.journal is not None and not already:
@@ -229,6 +235,8 @@ class _Pusher:
         self._lock = threading.Lock()
         self._sent = 0
         self._differs = False
+        #: Objects that were there, but old.
+        self._renewed: list[str] = []
         #: Digest of content -> how it comes about.
         self._known: dict[str, tuple[Stored, ...]] = {}
         #: Path and offset -> the piece that was there.
@@ -269,6 +277,8 @@ class _Pusher:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if not all(self._store.find(each) for each in self._renewed):
+            raise Unavailable(f"a prune of {self._store.shown} was in the way; push it again")
         mapped = read_manifest(path).mapped_files() if is_mapped(path) else []
         written = VersionManifest(
             format=manifests.FORMAT,
@@ -320,8 +330,13 @@ class _Pusher:
             self._differs = True
         stored, data = made
         path = self._catalog.piece_path(stored)
-        if not self._store.has(path, stored.bytes):
+        found = self._store.find(path)
+        # One that no version names may be about to be removed, unless it is new.
+        old = found is not None and time.time() - found.written > LONGEST_SECONDS
+        if found is None or found.bytes != stored.bytes or old:
             self._store.write(path, data)
+            if old:
+                self._renewed.append(path)
             with self._lock:
                 self._sent += len(data)
         return (*chain, stored)

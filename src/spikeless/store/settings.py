@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class StoreSettings:
     """How a store is read and written."""
 
-    #: Objects on their way at the same time; each takes some 16 MiB of memory.
+    #: Objects on their way at the same time; each takes some 32 MiB of memory.
     workers: int = 8
     #: Bytes per second in both directions together; None for what the link has.
     bandwidth: int | None = None
