@@ -77,7 +77,7 @@ def test_what_leaves_today_is_freed_tomorrow(store: Path, models: Path, tmp_path
 
     first = prune(str(store), NAME, 1, force=True)
     assert first.removed == (1, 2)
-    assert first.kept == {3: "younger than a day"}
+    assert first.kept == {3: "among the newest 1"}
     assert first.freed == 0
     # Two pieces of the table and two graphs.
     assert first.waiting == tried.waiting > 2 * PIECE
@@ -230,7 +230,7 @@ def test_pushes_and_prunes_at_once(models: Path, tmp_path: Path) -> None:
         threading.Thread(target=tried, args=[act])
         for number in range(4, 10)
         for act in (
-            lambda number=number: push(models / NAME / str(number), str(store)),  # type: ignore[misc]
+            lambda number=number: push(models / NAME / str(number), str(store)),
             lambda: prune(str(store), NAME, 20, force=True),
         )
     ]

@@ -10,6 +10,7 @@ in a model repository on another machine's disk (`pull`), whole or not at all.
     <store>/<model>/index.json               what a puller polls
     <store>/<model>/versions/<number>.json   one manifest for each version
     <store>/<model>/pieces/<digest>          content, named by its own SHA-256
+    <store>/<model>/removed/<number>.json    manifests of versions that were removed
 
 A file is cut into pieces of the same size. A piece that an earlier version has is not
 stored again, and one that changed a little is stored as the difference to what was at
