@@ -32,9 +32,11 @@ from spikeless.errors import (
 )
 from spikeless.formats import savedmodel
 from spikeless.launch import free_port
-from spikeless.mapping import check, read_manifest
+from spikeless.mapping import MapSettings, check, read_manifest
 from spikeless.repository import models_config
+from spikeless.repository.gates import GateSettings
 from spikeless.repository.journal import CameFromStore, ChangeBegun, Journal, SentToStore
+from spikeless.repository.publishing import publish
 from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.prune import prune
 from spikeless.store import promotions
@@ -519,6 +521,33 @@ def test_credentials_are_in_no_message_and_no_journal(small: Path, tmp_path: Pat
 def test_a_store_of_no_known_kind() -> None:
     with pytest.raises(InvalidArgument, match="nosuch://"):
         Store("nosuch://bucket/models")
+
+
+def test_a_file_is_no_store(small: Path, tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("text")
+    for command in (
+        ["push", small / NAME / "1", file],
+        ["pull", file, NAME, "--models", tmp_path / "pulled"],
+    ):
+        done = spikeless(*command)
+        assert done.returncode == 1
+        assert done.stderr.endswith(f"{file} is a file, and no store: give a folder, or a URL\n")
+    assert file.read_text() == "text"
+
+
+def test_a_manifest_says_when_a_version_was_exported(fleet_models: Path, tmp_path: Path) -> None:
+    """The file's time goes through publishing, also where its graph is changed."""
+    source, models, store = tmp_path / "saved_model", tmp_path / "models", tmp_path / "store"
+    shutil.copytree(fleet_models / "first", source)
+    os.utime(source / "saved_model.pb", (1_700_000_000, 1_700_000_000))
+    for mapping in (None, MapSettings(verify=False)):
+        gates = GateSettings(load=False, allow_cold=True, mapping=mapping).pipeline()
+        published = publish(source, models, NAME, gates=gates)
+        push(published, str(store))
+        assert manifest_in(store, int(published.name)).trained == 1_700_000_000
+    (pulled,) = pull(str(store), tmp_path / "pulled")
+    assert pulled.trained == 1_700_000_000
 
 
 def test_the_commands(small: Path, tmp_path: Path) -> None:

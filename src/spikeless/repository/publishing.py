@@ -21,6 +21,7 @@ from pathlib import Path
 from spikeless.disk import atomic, locks, pages
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.formats.checkpoint import READ_ONLY
+from spikeless.formats.savedmodel import SAVED_MODEL_FILE
 from spikeless.formats.versions import MAX_VERSION, list_versions
 from spikeless.mapping import check_files as check_mapped_files
 from spikeless.mapping import is_mapped, read_manifest, repin
@@ -135,11 +136,18 @@ def stage(
             if registered is not None:
                 taken = Taken(registered, tuple(candidate.passed), candidate.findings)
                 origin.write(candidate.path, taken)
+            _keep_time(source, candidate.path)
             progress("writing to disk")
             atomic.make_readable(candidate.path)
             atomic.sync_tree(candidate.path)
             candidate.size = atomic.size_of(candidate.path)
         yield candidate
+
+
+def _keep_time(source: Path, copy: Path) -> None:
+    """Let the time of the graph's file be when it was exported, as at its source."""
+    status = (source / SAVED_MODEL_FILE).stat()
+    os.utime(copy / SAVED_MODEL_FILE, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _prepare_mapped(candidate: Candidate, serving_root: str) -> None:

@@ -83,7 +83,7 @@ class VersionManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: _Version
     #: The version that the differences are from; None where all pieces are whole.
     base: _Version | None
-    #: When it was trained, as far as is known, in seconds since 1970.
+    #: When it was exported, or when a registry got it, in seconds since 1970.
     trained: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
     #: When it was pushed.
     pushed: Annotated[float, msgspec.Meta(ge=0, le=1e11)]

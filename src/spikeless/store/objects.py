@@ -78,7 +78,7 @@ class Store:
     """A store; safe to use from several threads.
 
     Raises:
-        InvalidArgument: the URL is none, or of no known kind.
+        InvalidArgument: the URL is none, or of no known kind; or a file is there.
         ModuleNotFoundError: the library for it is missing
             (`spikeless.errors.missing_extra`).
     """
@@ -106,6 +106,8 @@ class Store:
             )
         self._fs: Any = self._tried("open", "", self._connect)
         self._root = str(self._fs._strip_protocol(self._url))
+        if self._protocol in ("file", "local") and Path(self._root).is_file():
+            raise InvalidArgument(f"{self.shown} is a file, and no store: give a folder, or a URL")
 
     def _connect(self) -> Any:
         fs, _ = fsspec.core.url_to_fs(self._url, **self._options())
@@ -240,18 +242,7 @@ class Store:
             NotFound: there is no such object.
         """
         info = self._tried("look at", path, lambda: self._info(path))
-        known = [
-            "ETag",
-            "etag",
-            "mtime",
-            "LastModified",
-            "last_modified",
-            "updated",
-            "created",
-            "ino",
-            "size",
-        ]
-        return "|".join(f"{key}={info[key]}" for key in known if info.get(key) is not None)
+        return "|".join(f"{key}={info[key]}" for key in _STAMPS if info.get(key) is not None)
 
     # What differs between kinds of stores ---------------------------------------------
 

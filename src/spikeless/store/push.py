@@ -31,6 +31,7 @@ from spikeless.mapping import is_mapped, pinned_graph, read_manifest
 from spikeless.repository import layout, publishing
 from spikeless.repository.gates import GATES, Gate
 from spikeless.repository.journal import CameFromStore, Journal, Published, SentToStore
+from spikeless.repository.origin import read as read_origin
 from spikeless.store import manifest as manifests
 from spikeless.store import pieces
 from spikeless.store.catalog import Catalog
@@ -286,7 +287,7 @@ class _Pusher:
             model=name,
             version=number,
             base=self._base.version if self._base is not None and self._differs else None,
-            trained=(path / savedmodel.SAVED_MODEL_FILE).stat().st_mtime,
+            trained=_trained(path),
             pushed=time.time(),
             warmup=warmup_file(path).is_file(),
             mapped=tuple(record.path for record in mapped),
@@ -353,6 +354,14 @@ class _Pusher:
         except OSError:
             return None
         return pieces.difference(content, base, chain) if pieces.digest(base) == chain[-1].sha256 else None
+
+
+def _trained(version: Path) -> float:
+    """When a version was exported, or when a registry got it."""
+    taken = read_origin(version)
+    if taken is not None and taken.origin.created:
+        return taken.origin.created / 1000
+    return (version / savedmodel.SAVED_MODEL_FILE).stat().st_mtime
 
 
 def _read(file: Path, offset: int, size: int, *, whole: bool = True) -> bytes:
