@@ -701,6 +701,7 @@ def test_the_chart_takes_the_values_that_it_names(tmp_path: Path) -> None:
         "connectionAge": "90s",
         "drain": "30s",
         "flags": ["--enable_batching=true"],
+        "environment": {"SPIKELESS_ISOLATE": "0", "WARMUP_THREADS": "2"},
         "replicas": {"min": 1, "max": 2},
         "monitoring": {"enabled": False},
         "disk": "1Ti",
@@ -719,6 +720,18 @@ def test_the_chart_takes_the_values_that_it_names(tmp_path: Path) -> None:
         "--enable_batching=true",
     ]
     assert {"name": "DRAIN", "value": "30"} in server["env"]
+    assert {"name": "SPIKELESS_ISOLATE", "value": "0"} in server["env"]
+    assert {"name": "WARMUP_THREADS", "value": "2"} in server["env"]
+
+
+def test_the_charts_settings_are_the_entrypoints() -> None:
+    """But for those that the chart sets, and those that the image does."""
+    text = (DOCKER / "entrypoint").read_text().partition("set -euo pipefail")[0]
+    known = set(re.findall(r"^# ([A-Z][A-Z_]+)(?:=\w+)?  ", text, re.MULTILINE))
+    known |= set(re.findall(r"^# ([A-Z][A-Z_]+)=\w+   ", text, re.MULTILINE))
+    schema = json.loads((DOCKER / "helm" / "values.schema.json").read_text())
+    settings = schema["properties"]["environment"]["properties"]
+    assert known - {"DRAIN", "STATUS_FILE", "SPIKELESS_ENGINE", "MODEL_NAME"} == settings.keys()
 
 
 @pytest.mark.parametrize(
@@ -729,6 +742,8 @@ def test_the_chart_takes_the_values_that_it_names(tmp_path: Path) -> None:
         ({"keep": 0}, "keep"),
         ({"connectionAge": "5"}, "connectionAge"),
         ({"flags": ["port=1"]}, "flags"),
+        ({"environment": {"SPIKELESS_ISOLATE": "yes"}}, "SPIKELESS_ISOLATE"),
+        ({"environment": {"PATH": "/"}}, "PATH"),
         ({"clients": {"podLabels": {"client": 1}}}, "podLabels"),
         ({"resources": {"limits": {"memory": "two"}}}, "memory"),
     ],
