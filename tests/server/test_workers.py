@@ -336,7 +336,7 @@ def test_workers_that_always_end_end_the_server(tmp_path: Path, monkeypatch: pyt
         for worker in list(scripted.pool._running.values()):
             worker.process.kill()
         assert scripted.failed.wait(60)
-        assert f"ended {pools.MAX_ENDS} times, at last with code 3" in str(scripted.failures[0])
+        assert f"ended {pools.MAX_ENDS} times, the last with code 3" in str(scripted.failures[0])
 
 
 def test_pages_are_added_up() -> None:
