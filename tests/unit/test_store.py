@@ -692,6 +692,23 @@ def test_changes_of_a_fleet_at_once_are_all_recorded(small: Path, tmp_path: Path
     assert len(list(Path(store, ".promotions").glob("*.json"))) == len(names)
 
 
+def test_an_old_copy_of_what_is_promoted_is_not_believed(small: Path, tmp_path: Path) -> None:
+    """As one leaves it that is killed while another promotes."""
+    store, models = tmp_path / "store", tmp_path / "pulled"
+    for number in (1, 2):
+        push(small / NAME / str(number), str(store))
+    promotions.promote(str(store), NAME, 1)
+    old = (store / "models.config").read_bytes()
+    promotions.promote(str(store), NAME, 2)
+    follower = StoreFollower(str(store), models, NAME, FollowSettings())
+    follower.look()
+    (store / "models.config").write_bytes(old)
+    follower.look()
+    assert promotions.labels(models_config.read(models), NAME) == {"stable": 2}
+    pull(str(store), tmp_path / "another", NAME)
+    assert promotions.labels(models_config.read(tmp_path / "another"), NAME) == {"stable": 2}
+
+
 def test_follow_brings_what_is_promoted(small: Path, tmp_path: Path) -> None:
     store, models = str(tmp_path / "store"), tmp_path / "pulled"
     follower = StoreFollower(store, models, None, FollowSettings(pull=PullSettings(keep=1)))

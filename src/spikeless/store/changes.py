@@ -251,7 +251,14 @@ class Changes:
         data = self._store.read(models_config.FILE_NAME, _MAX_CONFIG_BYTES)
         config = parse(data, self._store.show(models_config.FILE_NAME))
         header = _HEADER.match(data)
-        return config, self.find(int(header[1])) if header else None
+        change = self.find(int(header[1])) if header else None
+        if change is None:
+            return config, None
+        # Whoever was killed while another changed something may have left an old copy.
+        while (later := self.find(change.number + 1)) is not None:
+            change = later
+            config = self.config_of(change)
+        return config, change
 
     def _published(self) -> bytes:
         try:
