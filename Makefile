@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest test-containers chaos images sbom scan docs lint env system-packages update-pins fuzz \
-        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-instrument bench-soak bench-fleet \
+        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-isolation bench-instrument bench-soak bench-fleet \
         peers-env bench-peers
 .DEFAULT_GOAL := demo
 
@@ -158,6 +158,12 @@ EMBEDDING := runs/embedding-$(SIZE)
 bench-ladder: $(EMBEDDING)
 	$(BIN)/spikeless bench ladder $(EMBEDDING)/1 $(EMBEDDING)/2 --requests $(EMBEDDING)/requests \
 	    --title embedding-$(SIZE) --rounds $(ROUNDS)
+
+# What each part of the library that keeps loads apart is worth, alone and in all: 10 reloads each in a quarter of an hour.
+bench-isolation: $(EMBEDDING)
+	make -C docker/isolate
+	SPIKELESS_ISOLATE_LIBRARY="$${SPIKELESS_ISOLATE_LIBRARY:-$(CURDIR)/docker/isolate/libspikeless-isolate.so}" \
+	    $(BIN)/python benchmarks/isolation.py $(EMBEDDING)/1 $(EMBEDDING)/2 --requests $(EMBEDDING)/requests
 
 $(EMBEDDING): | $(READY)
 	$(BIN)/python benchmarks/make_embedding_model.py $@ --size $(SIZE)

@@ -1,10 +1,14 @@
 """Make models to measure reloads with: an embedding of a given size, a small network.
 
     python benchmarks/make_embedding_model.py runs/embedding --size 512MiB
+    python benchmarks/make_embedding_model.py runs/large --size 8GiB --mapped-only
 
 In: a size. Out: ``OUT/1``, ``OUT/2``, ...: SavedModels with the same graph and
 different parameters, each with warmup records that look up random rows; and
 ``OUT/requests``, many more such records to replay. ``OUT`` appears whole or not at all.
+With ``--mapped-only``, for tables that do not fit on the disk twice: ``OUT/mapped/1``
+and ``OUT/optimized/1``, which share their files, and so on; three tables of that size
+are the most on the disk while two versions are made, two remain.
 
 Kinds:
 
@@ -16,16 +20,18 @@ sparse   the same, but the table is read sparsely (``ResourceGather``)
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import click
 import numpy as np
 
-from spikeless import warmup
+from spikeless import mapping, warmup
 from spikeless.cli.options import Size
 from spikeless.disk import atomic
 from spikeless.errors import AlreadyExists
 from spikeless.formats import tfrecord
+from spikeless.formats.savedmodel import VARIABLES_DIRECTORY
 from spikeless.warmup.requests import predict
 
 KINDS = ("keras", "module", "sparse")
@@ -36,7 +42,7 @@ BLOCK_ROWS = 1 << 18
 WARMUP_REQUESTS, REQUESTS = 20, 10_000
 
 
-def make(out: Path, size: int, kind: str = "keras", versions: int = 2) -> None:
+def make(out: Path, size: int, kind: str = "keras", versions: int = 2, *, mapped_only: bool = False) -> None:
     """Write the models, with embeddings of `size` bytes, and the requests to `out`.
 
     Raises:
@@ -57,10 +63,32 @@ def make(out: Path, size: int, kind: str = "keras", versions: int = 2) -> None:
             own = warmup.warmup_file(model)
             own.parent.mkdir(exist_ok=True)
             tfrecord.write(own, records[:WARMUP_REQUESTS])
+            if mapped_only:
+                _map(model, out.absolute())
         tfrecord.write(staging / "models" / "requests", records)
         atomic.make_readable(staging / "models")
         atomic.sync_tree(staging / "models")
         os.rename(staging / "models", out)
+
+
+def _map(model: Path, out: Path) -> None:
+    """Replace a model by two that are mapped, one of them optimised."""
+    mapped, optimized = (model.parent / kind / model.name for kind in ("mapped", "optimized"))
+    for path in (mapped, optimized):
+        path.parent.mkdir(exist_ok=True)
+        root = out / path.relative_to(model.parent)
+        settings = mapping.MapSettings(serving_root=str(root), verify=False, optimize=path == optimized)
+        mapping.map_saved_model(model, path, settings)
+        # The mapped model's checkpoint is complete, so that it does for the other one.
+        shutil.rmtree(model / VARIABLES_DIRECTORY)
+        atomic.copy_tree(mapped / VARIABLES_DIRECTORY, model / VARIABLES_DIRECTORY, link=True)
+    files, same = (
+        {file.path: file for file in mapping.read_manifest(path).files} for path in (mapped, optimized)
+    )
+    for name in (name for name, file in files.items() if same.get(name) == file):
+        (optimized / name).unlink()
+        os.link(mapped / name, optimized / name)
+    shutil.rmtree(model)
 
 
 def _export_keras(path: Path, rows: int, seed: int, kind: str) -> None:
@@ -120,10 +148,11 @@ def _write_random(file: Path, rows: int, seed: int) -> None:
 @click.option("--size", type=Size(), default="512MiB", show_default=True, help="Of the embedding.")
 @click.option("--kind", type=click.Choice(KINDS), default="keras", show_default=True)
 @click.option("--versions", type=click.IntRange(1), default=2, show_default=True, help="How many models.")
-def main(out: Path, size: int, kind: str, versions: int) -> None:
+@click.option("--mapped-only", is_flag=True, help="Mapped models, and mapped and optimised ones, instead.")
+def main(out: Path, size: int, kind: str, versions: int, mapped_only: bool) -> None:
     """Make models of an embedding of a given size in OUT."""
     try:
-        make(out, size, kind, versions)
+        make(out, size, kind, versions, mapped_only=mapped_only)
     except AlreadyExists as error:
         raise SystemExit(f"error: {error}") from None
 

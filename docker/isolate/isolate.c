@@ -2,7 +2,7 @@
  * Keeps the loading of a version apart from requests, in a model server that is not changed.
  *
  * Preload it (LD_PRELOAD) into tensorflow_model_server, beside jemalloc or without. SPIKELESS_ISOLATE=0 switches it
- * off. A thread that lists a version's folder (one with a saved_model.pb) loads versions. From then on:
+ * off; SPIKELESS_ISOLATE_WITHOUT leaves parts of it out, for measuring: "hide,pool,idle,unmap,arena". A thread that lists a version's folder (one with a saved_model.pb) loads versions. From then on:
  *
  * - It does not see the folder's sub-folders. TensorFlow Serving sizes the folder twice a load (GetModelDiskSize), and
  *   starts and ends a pool of 256 threads for each folder that it sees. The estimate of a version's memory lacks what
@@ -75,10 +75,28 @@ extern int mallctl(const char *name, void *old, size_t *old_size, void *new, siz
 static bool active;
 static size_t page;
 
+/* What is done, in the order of the list above; all of it unless SPIKELESS_ISOLATE_WITHOUT names it. */
+static struct {
+    bool hide, pool, idle, arena, unmap;
+} does;
+
+static bool is_left_out(const char *part) {
+    const char *list = getenv("SPIKELESS_ISOLATE_WITHOUT");
+    size_t length = strlen(part);
+    for (const char *name = list; name != NULL && *name != 0; name += strcspn(name, ","), name += *name == ',')
+        if (strcspn(name, ",") == length && strncmp(name, part, length) == 0) return true;
+    return false;
+}
+
 __attribute__((constructor)) static void start(void) {
     const char *wanted = getenv("SPIKELESS_ISOLATE");
     active = wanted == NULL || strcmp(wanted, "0") != 0;
     page = (size_t)sysconf(_SC_PAGESIZE);
+    does.hide = !is_left_out("hide");
+    does.pool = !is_left_out("pool");
+    does.idle = !is_left_out("idle");
+    does.arena = !is_left_out("arena");
+    does.unmap = !is_left_out("unmap");
 }
 
 /* What this thread is doing. */
@@ -105,6 +123,7 @@ static void create_arena(void) {
 }
 
 static void use_arena(void) {
+    if (!does.arena) return;
     pthread_once(&arena_once, create_arena);
     if (has_arena) mallctl("thread.arena", NULL, NULL, &arena, sizeof arena);
 }
@@ -114,7 +133,7 @@ static void keep_apart(void) {
     if (self.loads) return;
     self.loads = true;
     use_arena();
-    run_when_idle();
+    if (does.idle) run_when_idle();
 }
 
 /* Pools of threads --------------------------------------------------------------------------------------------- */
@@ -252,7 +271,7 @@ static bool forget_mapping(void *start, size_t size) {
 /* Without `next`: an allocator calls these before a process can look up functions. */
 void *mmap(void *address, size_t size, int protection, int flags, int file, off_t offset) {
     void *start = (void *)syscall(SYS_mmap, address, size, protection, flags, file, offset);
-    if (self.loads && file >= 0 && start != MAP_FAILED && protection == PROT_READ && size >= PIECE_BYTES)
+    if (does.unmap && self.loads && file >= 0 && start != MAP_FAILED && protection == PROT_READ && size >= PIECE_BYTES)
         remember_mapping(start, size);
     return start;
 }
@@ -286,8 +305,9 @@ DIR *opendir(const char *path) {
     return directory;
 }
 
-static bool is_folder(DIR *directory, unsigned char type, const char *name) {
+static bool is_hidden(DIR *directory, unsigned char type, const char *name) {
     struct stat status;
+    if (!does.hide || directory != self.listed) return false;
     if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0) return false;
     if (type != DT_UNKNOWN && type != DT_LNK) return type == DT_DIR;
     return fstatat(dirfd(directory), name, &status, 0) == 0 && S_ISDIR(status.st_mode);
@@ -296,21 +316,21 @@ static bool is_folder(DIR *directory, unsigned char type, const char *name) {
 struct dirent *readdir(DIR *directory) {
     struct dirent *entry;
     do entry = NEXT(readdir)(directory);
-    while (entry != NULL && directory == self.listed && is_folder(directory, entry->d_type, entry->d_name));
+    while (entry != NULL && is_hidden(directory, entry->d_type, entry->d_name));
     return entry;
 }
 
 struct dirent64 *readdir64(DIR *directory) {
     struct dirent64 *entry;
     do entry = NEXT(readdir64)(directory);
-    while (entry != NULL && directory == self.listed && is_folder(directory, entry->d_type, entry->d_name));
+    while (entry != NULL && is_hidden(directory, entry->d_type, entry->d_name));
     return entry;
 }
 
 int closedir(DIR *directory) {
     if (directory == self.listed) {
         self.listed = NULL;
-        self.pool = POOL_THREADS;
+        self.pool = does.pool ? POOL_THREADS : 0;
     }
     return NEXT(closedir)(directory);
 }

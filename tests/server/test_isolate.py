@@ -108,8 +108,33 @@ def test_it_can_be_switched_off(library: Path, program: Path, version: Path) -> 
 @pytest.mark.skipif(not launch.jemalloc_installed(), reason=launch.JEMALLOC_REMEDY)
 def test_parameters_lie_in_an_arena_of_their_own(library: Path, program: Path, version: Path) -> None:
     seen = _seen(program, version, f"{launch.JEMALLOC}:{library}")
+    assert seen["arena"] >= seen["automatic_arenas"], "none that jemalloc gives to threads by turns"
     assert seen["arena"] != seen["main_arena"]
     assert seen["allocated"] >= 8 << 20, "jemalloc's own statistics"
+
+
+def test_each_part_can_be_left_out(library: Path, program: Path, version: Path) -> None:
+    whole = _seen(program, version, str(library))
+
+    def changed(*parts: str) -> set[str]:
+        without = _seen(program, version, str(library), SPIKELESS_ISOLATE_WITHOUT=",".join(parts))
+        return {name for name in whole if without[name] != whole[name]}
+
+    loader = {"loader_policy"} if _may_return_from_idle() else set()
+    unloader = {"unloader_policy"} if _may_return_from_idle() else set()
+    assert changed("hide") == {"entries"}
+    assert changed("pool") == {"idle", "bound"}
+    assert changed("idle") == loader | unloader
+    assert changed("unmap") == unloader
+    assert changed("hide", "pool", "idle", "unmap") == {"entries", "idle", "bound"} | loader | unloader
+    assert changed("hid", "", "pools") == set()
+
+
+@pytest.mark.skipif(not launch.jemalloc_installed(), reason=launch.JEMALLOC_REMEDY)
+def test_the_arena_can_be_left_out(library: Path, program: Path, version: Path) -> None:
+    preload = f"{launch.JEMALLOC}:{library}"
+    seen = _seen(program, version, preload, SPIKELESS_ISOLATE_WITHOUT="arena")
+    assert seen["arena"] < seen["automatic_arenas"]
 
 
 def _priorities(pid: int) -> list[int]:

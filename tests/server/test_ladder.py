@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from places import ROOT
 from rich.console import Console
 from trained_models import spikeless
 
-from spikeless import bench
+from spikeless import bench, launch
 from spikeless.bench import ladder
 from spikeless.bench.rungs import LADDER
 from spikeless.errors import AlreadyExists, InvalidArgument
+from spikeless.mapping import check
 
 
 def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
@@ -72,6 +74,51 @@ def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
     again = subprocess.run(script, capture_output=True, text=True, timeout=200)
     assert again.returncode == 1
     assert "is there already" in again.stderr
+
+
+@pytest.mark.skipif(not launch.jemalloc_installed(), reason=launch.JEMALLOC_REMEDY)
+def test_models_that_are_mapped_already_at_a_share_of_what_the_server_can_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models, out = tmp_path / "embedding", tmp_path / "results"
+    script = [sys.executable, str(ROOT / "benchmarks" / "make_embedding_model.py"), str(models)]
+    made = subprocess.run(
+        [*script, "--size", "1MiB", "--kind", "module", "--versions", "1", "--mapped-only"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert made.returncode == 0, made.stderr
+    assert sorted(path.name for path in models.iterdir()) == ["mapped", "optimized", "requests"]
+    one, other = models / "mapped" / "1", models / "optimized" / "1"
+    for file in (file for path in (one, other) for file in check(path, str(path)).files):
+        assert (one / file.path).samefile(other / file.path), "what both have is on the disk once"
+
+    monkeypatch.setattr("spikeless.bench.capacity.PROBE_SECONDS", 1.0)
+    settings = ladder.LadderSettings(
+        [one, other],
+        models / "requests",
+        out,
+        "command",
+        rungs=tuple(rung for rung in LADDER if rung.key in ("stock", "mapped", "optimized")),
+        rounds=1,
+        publishes=1,
+        publish_every=5,
+        load_share=0.05,
+    )
+    summary = ladder.run(settings, Console(stderr=True)).read_text()
+    assert "Left out: stock, because no model is given that it could serve" in summary
+    runs = {path.stem: bench.read_run(path) for path in out.glob("*.npz")}
+    assert runs.keys() == {"mapped-1", "optimized-1"}
+    (rate,) = {run.facts.settings.rate for run in runs.values()}
+    (note,) = {note for run in runs.values() for note in run.facts.notes}
+    assert note.startswith("the rate is 5% of what the server keeps up with, ")
+    assert note[1:] in summary
+    assert float(note.split(", ", 1)[1].partition("/s")[0]) * 0.05 == pytest.approx(rate, abs=0.1)
+    assert "capacity: 50/s" in capsys.readouterr().err, "each rate that is tried is told"
+    (out / "optimized-1.npz").unlink()
+    ladder.run(dataclasses.replace(settings, resume=True), Console(stderr=True))
+    assert bench.read_run(out / "optimized-1.npz").facts.settings.rate == rate, "nothing is searched again"
 
 
 def test_the_load_of_a_ladder() -> None:

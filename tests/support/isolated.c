@@ -81,7 +81,10 @@ static void arena(void) {
     mallctl("epoch", NULL, NULL, &epoch, sizeof epoch);
     snprintf(name, sizeof name, "stats.arenas.%u.large.allocated", number);
     if (mallctl(name, &allocated, &allocated_size, NULL, 0) != 0) abort();
+    size = sizeof number;
     printf("arena %u\nallocated %zu\n", number, allocated);
+    if (mallctl("opt.narenas", &number, &size, NULL, 0) != 0) abort();
+    printf("automatic_arenas %u\n", number);
 }
 
 /* Maps a table, as a version that is loaded does. */

@@ -105,6 +105,19 @@ def find_capacity(
     return bracket(probe, HIGHEST_RATE * settings.processes, narrow)
 
 
+def share_of_capacity(
+    settings: Settings, server: ServerFacts, share: float, tell: Callable[[str], object]
+) -> tuple[float, str]:
+    """Search what the server can do; returns the rate that is `share` of it, and how.
+
+    `tell` gets each probe and the result as text. Raises as `find_capacity`.
+    """
+    found = find_capacity(settings, server, lambda probe: tell(f"capacity: {probe}"))
+    note = f"the rate is {share:.0%} of what the server keeps up with, {found}"
+    tell(f"capacity: {note}")
+    return round(found.rate * share, 1), note
+
+
 def bracket(probe: Callable[[float], Probe], highest: float, narrow: float = NARROW) -> Capacity:
     """The highest rate up to `highest` at which `probe` keeps up.
 

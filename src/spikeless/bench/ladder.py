@@ -19,13 +19,14 @@ from rich.console import Console
 
 from spikeless import bench, launch
 from spikeless.bench import report
+from spikeless.bench.capacity import share_of_capacity
 from spikeless.bench.events import PUBLISH, START
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.rungs import LADDER, Rung
 from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
 from spikeless.errors import AlreadyExists, InvalidArgument
 from spikeless.formats.savedmodel import VARIABLES_DIRECTORY
-from spikeless.mapping import MapSettings, map_saved_model
+from spikeless.mapping import MapSettings, is_mapped, map_saved_model, read_manifest
 
 _MODEL = "model"
 #: Enough for gigabytes that have to be read from disk.
@@ -36,7 +37,8 @@ _READY_SECONDS = 900.0
 class LadderSettings:
     """What `run` does."""
 
-    #: Published in turn; give two (see `spikeless.bench.staged`).
+    #: Published in turn; give two (see `spikeless.bench.staged`). Those that are mapped
+    #: already are for the rungs that would map them so.
     saved_models: Sequence[Path]
     #: The file whose requests are replayed.
     requests: Path
@@ -48,6 +50,8 @@ class LadderSettings:
     rungs: Sequence[Rung] = LADDER
     #: What is measured: `PUBLISH`, or `START` with one start in each round.
     event: str = PUBLISH
+    #: What the summary says of them, after "reloads".
+    compared: str = "on each rung, which adds one remedy to the one before"
     #: How often all rungs are run.
     rounds: int = 2
     #: Versions published in each run.
@@ -56,6 +60,8 @@ class LadderSettings:
     publish_every: float = 10.0
     #: Requests per second.
     rate: float = 200.0
+    #: Share of what the server keeps up with on the first rung, instead of `rate`.
+    load_share: float | None = None
     #: Seconds at the start that are left out of the steady window.
     warm_seconds: float = 3.0
     #: Keep the results in `out` of an earlier call with the same settings, and run what
@@ -67,6 +73,8 @@ class LadderSettings:
     def __post_init__(self) -> None:
         if not self.saved_models or not self.rungs or self.rounds < 1:
             raise InvalidArgument("a ladder needs a SavedModel, a rung and a round")
+        if self.event == START and self.load_share is not None:
+            raise InvalidArgument("what a server can do is searched while it runs: start it at a given rate")
         _ = self.load(1)  # Raises when it cannot be run.
 
     def load(self, round: int) -> bench.Settings:
@@ -114,8 +122,9 @@ def run(settings: LadderSettings, console: Console) -> Path:
         raise AlreadyExists(
             f"{settings.out} is there already and is not overwritten; give another --out, or --resume"
         )
-    rungs = [rung for rung in settings.rungs if rung.lacking is None]
-    notes = [f"Left out: {rung.title}, because {rung.lacking}." for rung in settings.rungs if rung.lacking]
+    lacking = {rung: _lacking(settings, rung) for rung in settings.rungs}
+    rungs = [rung for rung, reason in lacking.items() if reason is None]
+    notes = [f"Left out: {rung.title}, because {reason}." for rung, reason in lacking.items() if reason]
     for note in notes:
         console.print(f"[yellow]{note}[/yellow]")
     if not rungs:
@@ -123,18 +132,31 @@ def run(settings: LadderSettings, console: Console) -> Path:
     read_requests(settings.requests, _MODEL)  # Fails here rather than after the floor.
     turns = [(round, rung) for round in range(1, settings.rounds + 1) for rung in rungs]
     results = [_result(settings, round, rung) for round, rung in turns]
+    searched: Sequence[str] = ()
+    there = next((path for path in results if path.exists()), None)
+    if settings.load_share is not None and there is not None:
+        earlier = bench.read_run(there).facts
+        if not earlier.notes:
+            raise InvalidArgument(f"{there} is the result of another load; give another --out")
+        settings, searched = dataclasses.replace(settings, rate=earlier.settings.rate), earlier.notes
     missing = [turn for turn in turns if not _is_there(settings, *turn)]
     if missing:
-        _run(settings, missing, console)
+        _run(settings, missing, searched, console)
     summary = settings.out / "summary.md"
     write_atomically(summary, _summary(settings, results, notes).encode())
     return summary
 
 
-def _run(settings: LadderSettings, turns: Sequence[tuple[int, Rung]], console: Console) -> None:
-    """Run these rungs of these rounds, and save each result."""
-    with bench.progress_bar("load generator's floor", bench.FLOOR_SECONDS, console) as progress:
-        floor = bench.measure_floor(settings.load(1), progress=progress)
+def _run(
+    settings: LadderSettings,
+    turns: Sequence[tuple[int, Rung]],
+    searched: Sequence[str],
+    console: Console,
+) -> None:
+    """Run these rungs of these rounds, and save each result.
+
+    `searched` says how the rate of earlier results was found, where it was.
+    """
     # Beside the models, so that versions can be hard links to them.
     with tempfile.TemporaryDirectory(prefix=".ladder-", dir=settings.saved_models[0].parent) as directory:
         work = Path(directory)
@@ -143,6 +165,12 @@ def _run(settings: LadderSettings, turns: Sequence[tuple[int, Rung]], console: C
             mapping: _prepared(settings.saved_models, work, mapping, console)
             for mapping in dict.fromkeys(rung.mapping for _, rung in turns)
         }
+        if settings.load_share is not None and not searched:
+            first = turns[0][1]
+            rate, note = _found_rate(settings, first, prepared[first.mapping], work, console)
+            settings, searched = dataclasses.replace(settings, rate=rate), (note,)
+        with bench.progress_bar("load generator's floor", bench.FLOOR_SECONDS, console) as progress:
+            floor = bench.measure_floor(settings.load(1), progress=progress)
         for round, rung in turns:
             published = len(settings.load(round).publish_moments)
             with (
@@ -151,9 +179,21 @@ def _run(settings: LadderSettings, turns: Sequence[tuple[int, Rung]], console: C
             ):
                 publish()
                 server = _server(rung, models)
-                result = _measured(settings, round, rung, server, publish, floor, console)
+                result = _measured(settings, round, rung, server, publish, floor, searched, console)
             settings.out.mkdir(parents=True, exist_ok=True)
             result.save(_result(settings, round, rung))
+
+
+def _found_rate(
+    settings: LadderSettings, rung: Rung, saved_models: Sequence[Path], work: Path, console: Console
+) -> tuple[float, str]:
+    """The rate that is the wanted share of what a server of this rung keeps up with."""
+    assert settings.load_share is not None
+    with _repository(work) as models, bench.staged(saved_models, models, _MODEL, 1, link=True) as publish:
+        publish()
+        with launch.start(_server(rung, models)) as server:
+            facts = bench.server_facts(server)
+            return share_of_capacity(settings.load(1), facts, settings.load_share, console.print)
 
 
 def _measured(
@@ -163,6 +203,7 @@ def _measured(
     launched: launch.LaunchSettings,
     publish: Callable[[], object],
     floor: bench.Floor,
+    notes: Sequence[str],
     console: Console,
 ) -> bench.Run:
     load, title = settings.load(round), f"{rung.title} ({round})"
@@ -174,7 +215,7 @@ def _measured(
         bench.progress_bar(title, load.seconds, console) as progress,
     ):
         facts = bench.server_facts(server, settings.engine_note)
-        return bench.run(rung.title, load, facts, publish, floor, progress)
+        return bench.run(rung.title, load, facts, publish, floor, progress, notes)
 
 
 def _result(settings: LadderSettings, round: int, rung: Rung) -> Path:
@@ -215,12 +256,30 @@ def _server(rung: Rung, models: Path) -> launch.LaunchSettings:
     return rung.serving(settings, models)
 
 
+def _lacking(settings: LadderSettings, rung: Rung) -> str | None:
+    """What keeps a rung from being run here, with these models; or None."""
+    if not _mapped_so(settings.saved_models, rung.mapping) and not _mapped_so(settings.saved_models, None):
+        return "no model is given that it could serve: those that are mapped are mapped otherwise"
+    return rung.lacking
+
+
+def _mapped_so(saved_models: Sequence[Path], mapping: MapSettings | None) -> Sequence[Path]:
+    """Those of the models that are mapped already as this says; None: not at all."""
+    return [
+        path
+        for path in saved_models
+        if (read_manifest(path).optimized if is_mapped(path) else None)
+        is (mapping.optimize if mapping is not None else None)
+    ]
+
+
 def _prepared(
     saved_models: Sequence[Path], work: Path, mapping: MapSettings | None, console: Console
 ) -> Sequence[Path]:
     """The models as they are, or copies in `work` that are mapped."""
-    if mapping is None:
-        return saved_models
+    if ready := _mapped_so(saved_models, mapping):
+        return ready
+    saved_models = _mapped_so(saved_models, None)
     directory = Path(tempfile.mkdtemp(prefix="mapped-", dir=work))
     copies = [directory / str(number) for number, _ in enumerate(saved_models, start=1)]
     for saved_model, copy in zip(saved_models, copies, strict=True):
@@ -240,7 +299,7 @@ def _summary(settings: LadderSettings, results: Sequence[Path], notes: Sequence[
     lines = [
         f"# {settings.out.name}",
         "",
-        f"{_measurements(settings)} on each rung, which adds one remedy to the one before. Made by",
+        f"{_measurements(settings)} {settings.compared}. Made by",
         "",
         "```sh",
         settings.command,

@@ -36,6 +36,8 @@ class Rung:
     mapping: MapSettings | None = None
     #: Whether versions are loaded apart from requests, by a preloaded library.
     isolate: bool = False
+    #: What that library leaves out, of `spikeless.launch.ISOLATE_PARTS`.
+    isolate_without: Sequence[str] = ()
     #: `spikeless.launch.EMBEDDED` or `TENSORFLOW_SERVING`: the only engine that it is
     #: for; None: both.
     engine: str | None = None
@@ -69,7 +71,12 @@ class Rung:
 
     def serving(self, settings: launch.LaunchSettings, directory: Path) -> launch.LaunchSettings:
         """A server's settings with this rung's flags; its files go into `directory`."""
-        settings = dataclasses.replace(settings, flags=(*settings.flags, *self.flags), isolate=self.isolate)
+        settings = dataclasses.replace(
+            settings,
+            flags=(*settings.flags, *self.flags),
+            isolate=self.isolate,
+            environment={launch.ISOLATE_WITHOUT_VARIABLE: ",".join(self.isolate_without)},
+        )
         return launch.unoptimizing(settings, directory) if self.optimized else settings
 
 

@@ -14,7 +14,7 @@ from spikeless import launch
 from spikeless.bench import ladder
 from spikeless.bench.events import PUBLISH, START
 from spikeless.bench.rungs import LADDER
-from spikeless.cli.bench.options import COUNT, MODEL_PATH, PATH, POSITIVE, TIME
+from spikeless.cli.bench.options import COUNT, MODEL_PATH, PATH, POSITIVE, TIME, Share
 from spikeless.repository import checks
 from spikeless.warmup.records import warmup_file
 
@@ -44,6 +44,12 @@ _ENGINE_NOTE_VARIABLE = "SPIKELESS_ENGINE_NOTE"
 @click.option("--publish-every", type=TIME, default="10s", show_default=True, help="Time between versions.")
 @click.option("--rate", type=POSITIVE, default=200.0, show_default=True, help="Requests per second.")
 @click.option(
+    "--load",
+    "load_share",
+    type=Share(),
+    help="Share of what the server can do on the lowest rung, such as 70%, instead of --rate.",
+)
+@click.option(
     "--out", type=PATH, help="The result directory.  [default: benchmarks/results/<date>-<engine>-<title>]"
 )
 @click.option("--resume", is_flag=True, help="Keep the results that are in --out, and run what is missing.")
@@ -63,6 +69,7 @@ def ladder_command(
     publishes: int,
     publish_every: float,
     rate: float,
+    load_share: float | None,
     out: Path | None,
     resume: bool,
     engine_note: str,
@@ -74,6 +81,11 @@ def ladder_command(
     A reload must take less than half of --publish-every, or there is no quiet time to
     compare it with. With --event start each round starts the server once, with requests
     from its exec on.
+
+
+    SAVED_MODELS may be mapped already, for models that do not fit on the disk twice:
+    each rung takes those that were mapped, or mapped and optimised, as it says, and
+    maps the others itself.
     """
     for saved_model in saved_models:
         checks.check_files(saved_model)
@@ -89,6 +101,7 @@ def ladder_command(
         publishes=publishes,
         publish_every=publish_every,
         rate=rate,
+        load_share=load_share,
         resume=resume,
         engine_note=engine_note,
     )

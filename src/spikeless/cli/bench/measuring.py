@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from spikeless import bench, launch
 from spikeless.bench import events
-from spikeless.bench.capacity import find_capacity
+from spikeless.bench.capacity import share_of_capacity
 from spikeless.bench.protocols import PROTOCOLS
 from spikeless.disk.atomic import DIRECTORY_MODE
 from spikeless.errors import InvalidArgument, NotFound
@@ -153,10 +153,11 @@ def measured(
         if facts is None and load_share is not None:
             facts = bench.server_facts(stack.enter_context(launch.start(launched)))
         if facts is not None and load_share is not None:
-            found = find_capacity(settings, facts, lambda probe: click.echo(f"capacity: {probe}", err=True))
-            settings = dataclasses.replace(settings, rate=round(found.rate * load_share, 1))
-            notes.append(f"the rate is {load_share:.0%} of what the server keeps up with, {found}")
-            click.echo(f"capacity: {notes[-1]}", err=True)
+            rate, note = share_of_capacity(
+                settings, facts, load_share, lambda text: click.echo(text, err=True)
+            )
+            settings = dataclasses.replace(settings, rate=rate)
+            notes.append(note)
         measured = None
         if floor:
             with bench.progress_bar("floor", bench.FLOOR_SECONDS, console) as progress:
