@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from harness import IS_EMBEDDED, ServerFactory, put_version
 from places import ROOT
 
 from spikeless import launch
+from spikeless.client import Client
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.states import State
 
@@ -27,6 +31,8 @@ SCHED_OTHER, SCHED_IDLE = 0, 5
 POOLS, THREADS = 2, 256
 #: Not a whole number of the pieces in which it is unmapped.
 TABLE_BYTES, PAGE_BYTES = 9 << 20, 4096
+#: Of the table of a model that a server loads.
+SERVED_BYTES = 16 << 20
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +174,66 @@ def test_a_server_that_loads_apart(
         assert priorities.count(SCHED_IDLE) <= 2, "no thread that answers requests"
         if not IS_EMBEDDED and _may_return_from_idle():
             assert SCHED_IDLE in priorities, "the thread that loads"
+
+
+@pytest.mark.skipif(not launch.jemalloc_installed(), reason=launch.JEMALLOC_REMEDY)
+@pytest.mark.skipif(IS_EMBEDDED or launch.chosen_engine() == launch.DOCKER, reason="for a binary")
+def test_where_a_server_keeps_parameters(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that is not mapped: jemalloc's statistics of each arena tell."""
+    monkeypatch.setenv(launch.ISOLATE_LIBRARY_VARIABLE, str(library))
+    script = [sys.executable, str(ROOT / "benchmarks" / "make_embedding_model.py"), str(tmp_path / "made")]
+    options = ["--size", str(SERVED_BYTES), "--kind", "module", "--versions", "1"]
+    subprocess.run([*script, *options], check=True, capture_output=True, timeout=200)
+    model = tmp_path / "made" / "1"
+
+    apart = _large_allocations(model, tmp_path / "apart", "")
+    own = max(apart)
+    assert apart[own] >= 2 * SERVED_BYTES, "two versions are loaded"
+    together = _large_allocations(model, tmp_path / "together", "arena")
+    assert own not in together
+    assert max(together.values()) >= 2 * SERVED_BYTES, "among the memory of requests"
+
+
+def _large_allocations(model: Path, work: Path, without: str) -> dict[int, int]:
+    """Bytes in large pieces by arena, of a server that has loaded a model twice."""
+    for name in "12":
+        shutil.copytree(model, work / name / "1")
+    settings = launch.LaunchSettings(
+        wait_for=("1", "2"),
+        flags=(f"--model_config_file={work / 'models.config'}", "--num_load_threads=1"),
+        allocator="jemalloc",
+        isolate=True,
+        environment={
+            launch.ISOLATE_WITHOUT_VARIABLE: without,
+            # It prints them, as JSON, whenever so many bytes have been allocated.
+            "MALLOC_CONF": "stats_interval:4194304,stats_interval_opts:Jgmdblxe",
+        },
+        log=work / "log",
+    )
+    configs = [
+        f'config {{ name: "{name}" base_path: "{work / name}" model_platform: "tensorflow" }}'
+        for name in "12"
+    ]
+    (work / "models.config").write_text(f"model_config_list {{ {' '.join(configs)} }}")
+    with (
+        launch.start(launch.unoptimizing(settings, work)) as server,
+        Client(server.target, timeout=60) as client,
+    ):
+        loaded = (work / "log").stat().st_size
+        deadline = time.monotonic() + 60
+        while not (found := _last_statistics((work / "log").read_bytes()[loaded:].decode(errors="replace"))):
+            assert time.monotonic() < deadline
+            client.predict("1", {"ids": np.zeros((500, 32), np.int64)})
+    return found
+
+
+def _last_statistics(log: str) -> dict[int, int]:
+    """By arena, from the last text of jemalloc's that is complete."""
+    *_, complete, _ = ["", *log.split('{"jemalloc"')]
+    found = re.findall(r'"(\d+)":{"nthreads":.*?"large":{"allocated":(\d+)', complete)
+    return {int(arena): int(allocated) for arena, allocated in found}
 
 
 def test_what_cannot_be_preloaded_is_refused(saved_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from spikeless import launch
 from spikeless.bench import ladder
 from spikeless.bench.events import PUBLISH, START
 from spikeless.bench.rungs import LADDER
-from spikeless.cli.bench.options import COUNT, MODEL_PATH, PATH, POSITIVE, TIME, Share
+from spikeless.cli.bench.options import COUNT, MODEL_PATH, PATH, POSITIVE, TIME, Percentage
 from spikeless.repository import checks
 from spikeless.warmup.records import warmup_file
 
@@ -46,7 +46,7 @@ _ENGINE_NOTE_VARIABLE = "SPIKELESS_ENGINE_NOTE"
 @click.option(
     "--load",
     "load_share",
-    type=Share(),
+    type=Percentage(),
     help="Share of what the server can do on the lowest rung, such as 70%, instead of --rate.",
 )
 @click.option(
@@ -81,7 +81,6 @@ def ladder_command(
     A reload must take less than half of --publish-every, or there is no quiet time to
     compare it with. With --event start each round starts the server once, with requests
     from its exec on.
-
 
     SAVED_MODELS may be mapped already, for models that do not fit on the disk twice:
     each rung takes those that were mapped, or mapped and optimised, as it says, and
