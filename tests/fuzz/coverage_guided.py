@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import atheris
+import hpack
 import numpy as np
 
 with atheris.instrument_imports(include=["spikeless"]):
+    from spikeless.engine.transport import calls, http2
     from spikeless.errors import SpikelessError
     from spikeless.formats import large_tensors, open_inference, rest_json, tensors, tfrecord, wire
     from spikeless.formats.checkpoint import Checkpoint, index_file
@@ -38,6 +40,13 @@ SPECS = {
     alias: TensorSpec(alias, f"{alias}:0", dtype, (None, 2))
     for alias, dtype in (("x", types_pb2.DT_FLOAT), ("s", types_pb2.DT_STRING), ("i", types_pb2.DT_INT8))
 }
+_CALL = [
+    (":method", "POST"),
+    (":path", "/a.B/C"),
+    ("te", "trailers"),
+    ("grpc-encoding", "gzip"),
+    ("grpc-timeout", "1S"),
+]
 #: What each target is to begin with, so that it need not find the formats by itself.
 SEEDS: dict[str, list[bytes]] = {
     "json": [
@@ -80,6 +89,19 @@ SEEDS: dict[str, list[bytes]] = {
             ],
             raw_input_contents=[b"\x01\0\0\0a", b"\x80\x3f"],
         ).SerializeToString(),
+    ],
+    "http2": [
+        b"\x20"
+        + http2.PREFACE
+        + http2.frame(http2.SETTINGS, 0, 0, b"\0\4\0\0\0\1")
+        + http2.frame(http2.HEADERS, 4, 1, hpack.Encoder().encode(_CALL))
+        + http2.frame(http2.DATA, 1, 1, b"\0\0\0\0\1x")
+        + http2.frame(http2.WINDOW_UPDATE, 0, 1, b"\0\0\0\1"),
+        b"\x20"
+        + http2.PREFACE
+        + http2.frame(http2.HEADERS, 0x2C, 1, b"\1\0\0\0\0\0" + hpack.Encoder().encode(_CALL) + b"\0")
+        + http2.frame(http2.DATA, 8, 1, b"\1\1\0\0\0\1\0")
+        + http2.frame(http2.RST_STREAM, 0, 1, bytes(4)),
     ],
     "tfrecord": [tfrecord.frame(b"abc") + tfrecord.frame(b"")],
     "warmup": [tfrecord.frame(b"")],
@@ -142,6 +164,27 @@ def _value(value: Any) -> Any:
     return array.dtype, array.shape, array.tolist() if array.dtype == object else array.tobytes()
 
 
+def read_http2(content: bytes) -> None:
+    """Every stream that has a message is answered, in whatever windows there are."""
+    connection = http2.Http2()
+    # The first byte says how the rest is cut.
+    step = content[0] * 8 + 1 if content else 1
+    try:
+        for at in range(1, len(content), step):
+            for stream in connection.receive(content[at : at + step]):
+                if stream.closed or stream.headers.refusal is not None:
+                    continue
+                try:
+                    message = calls.take_message(stream, 1 << 16)
+                except calls.Refused as refused:
+                    connection.fail(stream, refused.code.value[0], refused.details)
+                    continue
+                if message is not None:
+                    connection.answer(stream, message)
+    except http2.BrokenProtocol as broken:
+        connection.refuse(broken.code)
+
+
 def read_infer_json(content: bytes) -> None:
     end = content.rfind(b"}") + 1
     for length in (None, end):
@@ -200,6 +243,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "request": read_request,
     "infer_json": read_infer_json,
     "infer_message": read_infer_message,
+    "http2": read_http2,
     "tfrecord": read_tfrecord,
     "warmup": read_warmup,
     "checkpoint": read_checkpoint,

@@ -563,6 +563,9 @@ class _BatchingSession:
         self.queues: dict[_Key, _Queue] = {}
         self._places = places
 
+    #: A call waits for others.
+    is_bounded = False
+
     @property
     def meta_graph(self) -> meta_graph_pb2.MetaGraphDef:
         return self.stack.session.meta_graph
@@ -610,6 +613,8 @@ class _WarmingSession:
     def __init__(self, batching: _BatchingSession) -> None:
         self._stack = batching.stack
         self._seen: set[Any] = set()
+
+    is_bounded = False
 
     @property
     def meta_graph(self) -> meta_graph_pb2.MetaGraphDef:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from spikeless.engine.handlers import Calls, require_spec
+from spikeless.engine import transport
+from spikeless.engine.handlers import Calls, Waiting, require_spec
 from spikeless.engine.open_inference import OpenInference, model_spec
 from spikeless.errors import Code, InvalidArgument, SpikelessError
 from spikeless.formats import large_tensors, open_inference, open_inference_messages
@@ -37,6 +38,11 @@ def _timeout(context: grpc.ServicerContext) -> float | None:
     """Seconds until the caller's deadline; None without one: gRPC reports years."""
     remaining = context.time_remaining()
     return None if remaining is None or remaining > 1e8 else remaining
+
+
+def _waiting(context: grpc.ServicerContext) -> Waiting | None:
+    """The context of a transport that may wait for the call."""
+    return context if isinstance(context, transport.Context) else None
 
 
 def _answering(method: _Method) -> _Method:
@@ -85,14 +91,14 @@ class PredictionServicer:
 
     @_answering
     def _infer(self, kind: Kind, request: Any, context: grpc.ServicerContext) -> Any:
-        with self._calls.counted(_model_spec(kind, request), kind.name) as call:
+        with self._calls.counted(_model_spec(kind, request), kind.name, _waiting(context)) as call:
             return call.answer(kind, request, _timeout(context))
 
     @_answering
     def Predict(
         self, request: predict_pb2.PredictRequest | large_tensors.LargeRequest, context: grpc.ServicerContext
     ) -> bytes:
-        with self._calls.counted(_model_spec(PREDICT, request), PREDICT.name) as call:
+        with self._calls.counted(_model_spec(PREDICT, request), PREDICT.name, _waiting(context)) as call:
             return call.model().predict_large(request, _timeout(context)).serialized()
 
     @_answering

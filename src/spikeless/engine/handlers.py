@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from spikeless.engine.served_models import ServedModels
 from spikeless.errors import Code, InvalidArgument, SpikelessError
@@ -27,11 +27,23 @@ SIGNATURES = "signature_def"
 MAX_REQUEST_BYTES = 256 << 20
 
 
+class Waiting(Protocol):
+    """What a transport tells of a call whose end its only thread may wait for."""
+
+    #: The thread waits now.
+    is_inline: bool
+    #: Told by the call: its model takes no longer than its input's size makes it.
+    may_be_inline: bool
+
+
 class CountedCall:
     """One call in progress, from the beginning of a ``with`` statement to its end."""
 
-    def __init__(self, calls: Calls, spec: model_pb2.ModelSpec, api: str) -> None:
+    def __init__(
+        self, calls: Calls, spec: model_pb2.ModelSpec, api: str, waiting: Waiting | None = None
+    ) -> None:
         self._calls = calls
+        self._waiting = waiting
         self._spec = spec
         self._api = api
         self._started = 0.0
@@ -46,6 +58,11 @@ class CountedCall:
         self._lent = self._calls.core.use(self._spec)
         model = self._lent.__enter__()
         self._version = model.version
+        waiting = self._waiting
+        if waiting is not None:
+            waiting.may_be_inline = model.session.is_bounded
+            if waiting.may_be_inline and waiting.is_inline:
+                return model.on_calling_thread
         return model
 
     def answer(self, kind: Kind, request: Any, timeout: float | None) -> Any:
@@ -85,9 +102,9 @@ class Calls:
         self.entrypoint = entrypoint
         self.metrics = metrics
 
-    def counted(self, spec: model_pb2.ModelSpec, api: str) -> CountedCall:
+    def counted(self, spec: model_pb2.ModelSpec, api: str, waiting: Waiting | None = None) -> CountedCall:
         """Count a ``with`` block as a call of ``api``, such as ``Predict``."""
-        return CountedCall(self, spec, api)
+        return CountedCall(self, spec, api, waiting)
 
     def metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest

@@ -19,7 +19,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from spikeless import runtime
-from spikeless.engine import configuration, reflection
+from spikeless.engine import configuration, reflection, transport
 from spikeless.engine.configuration import ConfigFile
 from spikeless.engine.core import ServerCore
 from spikeless.engine.flags import ServerFlags, channel_arguments
@@ -135,11 +135,12 @@ class Server:
             "grpc.max_send_message_length": -1,
             **dict(channel_arguments(self._flags.grpc_channel_arguments)),
         }
-        server = grpc.server(
-            ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
-            maximum_concurrent_rpcs=threads,
-            options=list(options.items()),
-        )
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="grpc")
+        server: grpc.Server
+        if self._credentials is None and transport.SUPPORTED_OPTIONS.issuperset(options):
+            server = transport.FastServer(pool, threads, options, failed=self._end)
+        else:
+            server = grpc.server(pool, maximum_concurrent_rpcs=threads, options=list(options.items()))
         calls = Calls(self.core, "GRPC", self._metrics)
         add_prediction_service(PredictionServicer(calls), server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(calls), server)

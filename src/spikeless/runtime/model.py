@@ -8,6 +8,7 @@ gRPC, REST and warmup replay all go through here, so they cannot differ.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ from spikeless.formats.savedmodel import (
 )
 from spikeless.formats.tensors import data_type as data_type_of
 from spikeless.formats.tensors import dtype_name, shape_text, to_numpy
+from spikeless.runtime.session import CALLING_THREAD
 
 #: The aliases that Classify and Regress signatures use (``signature_constants.h``).
 EXAMPLES_INPUT = "inputs"
@@ -56,6 +58,9 @@ class Runner(Protocol):
 
     @property
     def meta_graph(self) -> meta_graph_pb2.MetaGraphDef: ...
+
+    @property
+    def is_bounded(self) -> bool: ...
 
     def run(
         self,
@@ -97,6 +102,15 @@ class Model:
     def signatures(self) -> dict[str, Signature]:
         """The same, parsed, without the initialiser."""
         return signatures_of(self.session.meta_graph)
+
+    @functools.cached_property
+    def on_calling_thread(self) -> Model:
+        """The same, whose operations run on the threads that ask it."""
+        return dataclasses.replace(self, inter_op_thread_pool=CALLING_THREAD)
+
+    @functools.cached_property
+    def _names(self) -> dict[str, _TensorNames]:
+        return {}
 
     def close(self) -> None:
         """Free the session, after the calls that are running."""
@@ -148,9 +162,15 @@ class Model:
                 "Expected prediction signature method_name to be one of "
                 f"{{{', '.join(_METHODS)}}}. Was: {signature.method_name}"
             )
-        feeds = _feeds(signature, inputs, convert)
-        aliases = _requested_outputs(signature, output_filter)
-        fetches = [signature.outputs[alias].name for alias in aliases]
+        names = self._names.get(key)
+        if names is None:
+            names = self._names[key] = _TensorNames.of(signature)
+        if inputs.keys() == names.inputs.keys():
+            feeds = {name: _converted(alias, inputs[alias], convert) for alias, name in names.inputs.items()}
+        else:
+            feeds = _feeds(signature, inputs, convert)
+        aliases = _requested_outputs(signature, output_filter) if output_filter else names.all_outputs
+        fetches = [names.outputs[alias] for alias in aliases]
         return dict(zip(aliases, self._run_session(kinds.PREDICT.name, feeds, fetches, timeout), strict=True))
 
     def _run_session(
@@ -265,6 +285,28 @@ def _as_it_is(value: _Array) -> _Array:
     return value
 
 
+@dataclass(frozen=True)
+class _TensorNames:
+    """The tensors of a signature by alias, without a look into its message."""
+
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    all_outputs: list[str]
+
+    @classmethod
+    def of(cls, signature: meta_graph_pb2.SignatureDef) -> _TensorNames:
+        inputs = {alias: info.name for alias, info in signature.inputs.items()}
+        outputs = {alias: info.name for alias, info in signature.outputs.items()}
+        return cls(inputs, outputs, sorted(outputs))
+
+
+def _converted(alias: str, value: Any, convert: Callable[[Any], _Array]) -> _Array:
+    try:
+        return convert(value)
+    except SpikelessError as error:
+        raise InvalidArgument(f"tensor parsing error: {alias}: {error}") from None
+
+
 def _feeds(
     signature: meta_graph_pb2.SignatureDef, inputs: Mapping[str, _T], convert: Callable[[_T], _Array]
 ) -> dict[str, _Array]:
@@ -285,13 +327,10 @@ def _feeds(
                 f"value provided. Inputs expected to be in the request {_braces(inputs)}, or default input "
                 f"alias set: {','.join(sorted(signature.defaults))}"
             )
-        try:
-            if alias in inputs:
-                feeds[info.name] = convert(inputs[alias])
-            else:
-                feeds[info.name] = to_numpy(signature.defaults[alias])
-        except SpikelessError as error:
-            raise InvalidArgument(f"tensor parsing error: {alias}: {error}") from None
+        if alias in inputs:
+            feeds[info.name] = _converted(alias, inputs[alias], convert)
+        else:
+            feeds[info.name] = _converted(alias, signature.defaults[alias], to_numpy)
     if not set(inputs) <= required:
         raise InvalidArgument(
             f"Inputs contains invalid name. Used request inputs: {','.join(sorted(required & set(inputs)))}, "

@@ -15,9 +15,10 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint8, c_void_p
 from itertools import chain
 from pathlib import Path
@@ -325,21 +326,56 @@ def _session_run(
 #: Machine -> the bytes of C's ``fenv_t``, where in them the control register is, and
 #: the bits in it that make denormal numbers zero.
 _FLOATING_POINT = {"x86_64": (32, 28, 0x8040), "aarch64": (8, 0, 1 << 24)}
-_flushing = threading.local()
+_AS_IT_IS = nullcontext()
 
 
-def _flush_denormals() -> None:
-    """Let this thread take denormal numbers for zero, as TensorFlow's own do."""
-    if getattr(_flushing, "is_on", False) or platform.machine() not in _FLOATING_POINT:
-        return
-    size, offset, bits = _FLOATING_POINT[platform.machine()]
-    library = ctypes.CDLL("libm.so.6")
-    environment = (c_uint8 * size)()
-    library.fegetenv(ctypes.byref(environment))
-    control = ctypes.c_uint32.from_buffer(environment, offset)
-    control.value |= bits
-    library.fesetenv(ctypes.byref(environment))
-    _flushing.is_on = True
+class _FlushingDenormals(AbstractContextManager[None]):
+    """This thread takes denormal numbers for zero, as TensorFlow's own do."""
+
+    def __init__(self) -> None:
+        size, offset, bits = _FLOATING_POINT[platform.machine()]
+        library = ctypes.PyDLL("libm.so.6")
+        self._set = library.fesetenv
+        self._ordinary, self._flushing = (c_uint8 * size)(), (c_uint8 * size)()
+        for environment in (self._ordinary, self._flushing):
+            library.fegetenv(environment)
+        control = ctypes.c_uint32.from_buffer(self._flushing, offset)
+        control.value |= bits
+
+    def __enter__(self) -> None:
+        self._set(self._flushing)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self._ordinary)
+
+
+@functools.cache
+def _flushing_denormals() -> AbstractContextManager[None]:
+    return _FlushingDenormals() if platform.machine() in _FLOATING_POINT else _AS_IT_IS
+
+
+#: Operations that may run for ever, or wait for something, whatever they are fed with.
+_UNBOUNDED = re.compile(
+    r"(Stateless)?While|For|LoopCond|NextIteration|.*PyFunc.*|.*Queue.*|.*Barrier.*|.*Batch(Function)?|Unbatch.*"
+    r"|.*Stage.*|.*Stack.*V2|.*Iterator.*|.*Dataset.*|.*Mutex.*|.*Recv|_?Send|ReadFile|.*Reader.*|Rpc.*|.*Remote.*"
+)
+
+
+def _is_bounded(meta_graph: meta_graph_pb2.MetaGraphDef) -> bool:
+    """Whether there is no such operation, as far as the meta graph says what it has."""
+    operations = [operation.name for operation in meta_graph.meta_info_def.stripped_op_list.op]
+    return bool(operations) and not any(map(_UNBOUNDED.fullmatch, operations))
+
+
+@functools.cache
+def _on_calling_thread() -> Any:
+    """The options of such runs, for as long as the process lives."""
+    content = config_pb2.RunOptions(inter_op_thread_pool=CALLING_THREAD).SerializeToString()
+    return _tf().NewBufferFromString(content, len(content))
+
+
+#: Combinations of tensors of one session that are kept.
+_MOST_ARRAYS = 256
 
 
 class Session(AbstractContextManager["Session"]):
@@ -352,6 +388,8 @@ class Session(AbstractContextManager["Session"]):
         self, session: int, graph: int, meta_graph: meta_graph_pb2.MetaGraphDef, runs_inline: bool = False
     ) -> None:
         self.meta_graph = meta_graph
+        #: A run ends by itself, in a time that its inputs' sizes bound.
+        self.is_bounded = _is_bounded(meta_graph)
         # Whether the session config lets operations run on the threads that call.
         self._runs_inline = runs_inline
         self._tf = _tf()
@@ -360,6 +398,7 @@ class Session(AbstractContextManager["Session"]):
         self._running = 0
         self._idle = threading.Condition()
         self._outputs: dict[str, _Output] = {}
+        self._arrays: dict[tuple[str, ...], Any] = {}
 
     @classmethod
     def load(
@@ -432,7 +471,7 @@ class Session(AbstractContextManager["Session"]):
 
         A feed is an array, or a sequence of arrays of one type that become one tensor,
         stacked along their first axis. ``inter_op_thread_pool`` is as in ``load``; None
-        is the requests' pool.
+        is the requests' pool. On the calling thread nothing can cut a run off.
 
         Raises:
             TensorFlowError: the kernels' error, or DEADLINE_EXCEEDED after ``timeout``
@@ -441,26 +480,27 @@ class Session(AbstractContextManager["Session"]):
             FailedPrecondition: the session is closed.
         """
         tf = self._tf
-        if self._runs_inline:
-            _flush_denormals()
-        inputs = (_Output * len(feeds))(*map(self._output, feeds))
-        outputs = (_Output * len(fetches))(*map(self._output, fetches))
+        flushing = self._runs_inline or inter_op_thread_pool == CALLING_THREAD
+        inputs, outputs = self._all_outputs(tuple(feeds)), self._all_outputs(tuple(fetches))
         values = (c_void_p * len(feeds))()
         results = (c_void_p * len(fetches))()
-        run_options = status = None
+        run_options = own_options = status = None
         try:
             for index, array in enumerate(feeds.values()):
                 values[index] = _to_tensor(tf, array)
-            if timeout is not None or inter_op_thread_pool is not None:
+            if inter_op_thread_pool == CALLING_THREAD:
+                run_options = _on_calling_thread()
+            elif timeout is not None or inter_op_thread_pool is not None:
                 options = config_pb2.RunOptions(inter_op_thread_pool=inter_op_thread_pool)
                 if timeout is not None:
                     options.timeout_in_ms = max(1, int(timeout * 1000))
                 content = options.SerializeToString()
-                run_options = tf.NewBufferFromString(content, len(content))
+                run_options = own_options = tf.NewBufferFromString(content, len(content))
             status = tf.NewStatus()
             session = self._enter()
             try:
-                _session_run(tf, session, run_options, inputs, values, outputs, results, status)
+                with _flushing_denormals() if flushing else _AS_IT_IS:
+                    _session_run(tf, session, run_options, inputs, values, outputs, results, status)
             finally:
                 self._leave()
             _check(tf, status)
@@ -468,8 +508,8 @@ class Session(AbstractContextManager["Session"]):
             for value in values:
                 if value:
                     tf.DeleteTensor(value)
-            if run_options:
-                tf.DeleteBuffer(run_options)
+            if own_options:
+                tf.DeleteBuffer(own_options)
             if status:
                 tf.DeleteStatus(status)
         # Owned before the first is looked into: an error in one must not lose the
@@ -486,8 +526,7 @@ class Session(AbstractContextManager["Session"]):
         The results of a call are freed unread. Arguments and errors are those of `run`.
         """
         tf = self._tf
-        inputs = (_Output * len(feeds))(*map(self._output, feeds))
-        outputs = (_Output * len(fetches))(*map(self._output, fetches))
+        inputs, outputs = self._all_outputs(tuple(feeds)), self._all_outputs(tuple(fetches))
         values = (c_void_p * len(feeds))(*(_to_tensor(tf, array) for array in feeds.values()))
         session = self._enter()
         try:
@@ -519,6 +558,15 @@ class Session(AbstractContextManager["Session"]):
             self._running -= 1
             if self._session is None:
                 self._idle.notify_all()
+
+    def _all_outputs(self, names: tuple[str, ...]) -> Any:
+        """The sources of tensors, as C takes them; those of a signature are kept."""
+        outputs = self._arrays.get(names)
+        if outputs is None:
+            outputs = (_Output * len(names))(*map(self._output, names))
+            if len(self._arrays) < _MOST_ARRAYS:
+                self._arrays[names] = outputs
+        return outputs
 
     def _output(self, name: str) -> _Output:
         """The source of a tensor such as ``dense/BiasAdd:0``, looked up once."""

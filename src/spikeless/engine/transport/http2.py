@@ -1,0 +1,452 @@
+"""The server's side of an HTTP/2 connection (RFC 9113), without a socket.
+
+In: bytes of the client. Out: the streams that have news, and bytes for the client in
+`Http2.output`. It is not safe for threads: the caller holds a lock.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from spikeless.engine.transport.headers import MAX_BLOCK_BYTES, HeaderReader, HeaderWriter, RequestHeaders
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+MAX_WINDOW = (1 << 31) - 1
+_DEFAULT_WINDOW = 65535
+#: The largest frame that is taken: HTTP/2's least.
+_MAX_FRAME = 16384
+#: The largest frame that is sent, where the client takes it.
+_LARGEST_SENT = 1 << 20
+#: Streams that a client may have open at once.
+MAX_STREAMS = 1 << 16
+
+_HEAD = struct.Struct(">HBBBI")
+_SETTING = struct.Struct(">HI")
+_NUMBER = struct.Struct(">I")
+_MESSAGE = struct.Struct(">BI")
+
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS = range(5)
+PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(5, 10)
+_END_STREAM, _ACK, _END_HEADERS, _PADDED, _PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
+_HEADER_TABLE_SIZE, _MAX_CONCURRENT, _INITIAL_WINDOW, _MAX_FRAME_SIZE, _MAX_HEADER_LIST = 1, 3, 4, 5, 6
+_DRAINING = b"draining"
+
+
+class ErrorCode(IntEnum):
+    """Why a stream or a connection ends."""
+
+    NO_ERROR = 0x0
+    PROTOCOL_ERROR = 0x1
+    INTERNAL_ERROR = 0x2
+    FLOW_CONTROL_ERROR = 0x3
+    FRAME_SIZE_ERROR = 0x6
+    REFUSED_STREAM = 0x7
+    CANCEL = 0x8
+    COMPRESSION_ERROR = 0x9
+    ENHANCE_YOUR_CALM = 0xB
+
+
+class BrokenProtocol(Exception):
+    """The client broke the protocol: its connection ends."""
+
+    def __init__(self, code: ErrorCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """A whole frame."""
+    return _head(kind, flags, stream, len(payload)) + payload
+
+
+def _head(kind: int, flags: int, stream: int, size: int) -> bytes:
+    return _HEAD.pack(size >> 8, size & 0xFF, kind, flags, stream)
+
+
+@dataclass(eq=False)
+class Stream:
+    """One call of a client."""
+
+    number: int
+    headers: RequestHeaders
+    #: Bytes that the client may still be sent.
+    window: int
+    #: What has arrived and nobody has taken.
+    received: list[bytes | memoryview] = field(default_factory=list)
+    #: Bytes in ``received``.
+    size: int = 0
+    #: The client has said everything.
+    ended: bool = False
+    #: The stream is over, for one side or both: nothing can be sent.
+    closed: bool = False
+    #: It is in the list of those with news.
+    has_news: bool = False
+    #: Its headers were looked at.
+    is_known: bool = False
+    #: What comes before the first message was sent.
+    has_head: bool = False
+    #: What the windows held back.
+    waiting: deque[bytes | memoryview] = field(default_factory=deque)
+    #: The block that ends it, once all is sent that waits.
+    trailers: bytes | None = None
+
+    def drop_received(self) -> None:
+        """Nobody will take what has arrived."""
+        self.received.clear()
+        self.size = 0
+
+
+class Http2:
+    """The state of one connection."""
+
+    def __init__(self) -> None:
+        self.streams: dict[int, Stream] = {}
+        #: What is to be sent.
+        self.output: list[bytes | memoryview] = []
+        #: Nothing new is accepted any more.
+        self.draining = False
+        self._rest = b""
+        self._has_preface = False
+        self._last = 0
+        self._window = _DEFAULT_WINDOW
+        self._initial_window = _DEFAULT_WINDOW
+        self._largest = _MAX_FRAME
+        self._consumed = 0
+        self._reader = HeaderReader()
+        self._writer = HeaderWriter()
+        # A header block that is not complete: its stream, whether that ends, and parts.
+        self._block: tuple[int, bool, list[bytes]] | None = None
+        self._blocked = False
+        self._news: list[Stream] = []
+        settings = {_INITIAL_WINDOW: MAX_WINDOW, _MAX_CONCURRENT: MAX_STREAMS, _MAX_HEADER_LIST: _MAX_FRAME}
+        self.output.append(
+            frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*setting) for setting in settings.items()))
+            + frame(WINDOW_UPDATE, 0, 0, _NUMBER.pack(MAX_WINDOW - _DEFAULT_WINDOW))
+        )
+
+    # --- what comes in ----------------------------------------------------------------
+
+    @property
+    def is_within_frame(self) -> bool:
+        """Whether the last bytes ended within a frame, so that more will come."""
+        return bool(self._rest)
+
+    def receive(self, content: bytes) -> list[Stream]:
+        """The streams for which these bytes are news: begun, data, ended, reset.
+
+        Raises:
+            BrokenProtocol: the client broke the protocol.
+        """
+        if self._rest:
+            content = self._rest + content
+        position, end = 0, len(content)
+        if not self._has_preface:
+            if not PREFACE.startswith(content[: len(PREFACE)]):
+                raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "no HTTP/2")
+            if end < len(PREFACE):
+                self._rest = content
+                return []
+            self._has_preface = True
+            position = len(PREFACE)
+        while end - position >= 9:
+            high, low, kind, flags, number = _HEAD.unpack_from(content, position)
+            size = high << 8 | low
+            if size > _MAX_FRAME:
+                raise BrokenProtocol(ErrorCode.FRAME_SIZE_ERROR, "a frame that is too large")
+            start = position + 9
+            if end - start < size:
+                break
+            position = start + size
+            number &= MAX_WINDOW
+            if self._block is not None and (kind != CONTINUATION or number != self._block[0]):
+                raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a header block that does not end")
+            if kind == DATA:
+                self._data(number, flags, content, start, position)
+            elif kind == HEADERS:
+                self._headers(number, flags, content[start:position])
+            else:
+                self._other(kind, number, flags, content[start:position])
+        self._rest = content[position:]
+        if self._blocked:
+            self._blocked = False
+            for stream in [*self.streams.values()]:
+                if stream.waiting:
+                    self._pump(stream)
+        news, self._news = self._news, []
+        for stream in news:
+            stream.has_news = False
+        return news
+
+    def _tell(self, stream: Stream) -> None:
+        if not stream.has_news:
+            stream.has_news = True
+            self._news.append(stream)
+
+    def _data(self, number: int, flags: int, content: bytes, start: int, end: int) -> None:
+        self._consumed += end - start
+        if self._consumed > MAX_WINDOW // 2:
+            self.output.append(frame(WINDOW_UPDATE, 0, 0, _NUMBER.pack(self._consumed)))
+            self._consumed = 0
+        if flags & _PADDED:
+            start, end = _unpadded(content, start, end)
+        stream = self.streams.get(number)
+        if stream is None:
+            self._require_known(number)
+            return
+        if stream.ended:
+            self.reset(stream, ErrorCode.PROTOCOL_ERROR)
+            return
+        if end > start:
+            # Small parts are copied: a view would keep the whole that was read.
+            part = content[start:end] if end - start < 4096 else memoryview(content)[start:end]
+            stream.received.append(part)
+            stream.size += end - start
+        if flags & _END_STREAM:
+            stream.ended = True
+        self._tell(stream)
+
+    def _require_known(self, number: int) -> None:
+        if not number & 1 or (number > self._last and not self.draining):
+            raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a stream that was not begun")
+
+    def _headers(self, number: int, flags: int, block: bytes) -> None:
+        if flags & (_PADDED | _PRIORITY):
+            start, end = _unpadded(block, 0, len(block)) if flags & _PADDED else (0, len(block))
+            start += 5 if flags & _PRIORITY else 0
+            if start > end:
+                raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "headers without their priority")
+            block = block[start:end]
+        if flags & _END_HEADERS:
+            self._begin(number, bool(flags & _END_STREAM), block)
+        else:
+            self._block = number, bool(flags & _END_STREAM), [block]
+
+    def _continue(self, flags: int, part: bytes) -> None:
+        if self._block is None:
+            raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a continuation of nothing")
+        number, ended, parts = self._block
+        parts.append(part)
+        # An empty part costs something, too.
+        if sum(map(len, parts)) > MAX_BLOCK_BYTES or len(parts) > 64:
+            raise BrokenProtocol(ErrorCode.ENHANCE_YOUR_CALM, "a header block that is too large")
+        if flags & _END_HEADERS:
+            self._block = None
+            self._begin(number, ended, b"".join(parts))
+
+    def _begin(self, number: int, ended: bool, block: bytes) -> None:
+        try:
+            headers = self._reader.read(block)
+        except ValueError as error:
+            raise BrokenProtocol(ErrorCode.COMPRESSION_ERROR, str(error)) from None
+        stream = self.streams.get(number)
+        if stream is not None:  # the client's trailers
+            stream.ended = True
+            self._tell(stream)
+            return
+        if number <= self._last and number & 1:
+            return  # of a stream that is over
+        if not number & 1:
+            raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a stream with the server's number")
+        if self.draining:
+            return  # said before: what comes after the last stream is not answered
+        self._last = number
+        stream = Stream(number, headers, self._initial_window, ended=ended)
+        if not headers.is_request:
+            self._send_reset(number, ErrorCode.INTERNAL_ERROR)  # as grpcio says it
+        elif len(self.streams) >= MAX_STREAMS:
+            self._send_reset(number, ErrorCode.REFUSED_STREAM)
+        else:
+            self.streams[number] = stream
+            self._tell(stream)
+
+    def _other(self, kind: int, number: int, flags: int, payload: bytes) -> None:
+        if kind == WINDOW_UPDATE:
+            self._more_window(number, payload)
+        elif kind == RST_STREAM:
+            self._require_size(payload, 4)
+            self._require_known(number)
+            if stream := self.streams.get(number):
+                self._close(stream)
+                self._tell(stream)
+        elif kind == SETTINGS:
+            if not flags & _ACK:
+                self._settings(payload)
+        elif kind == PING:
+            self._require_size(payload, 8)
+            if not flags & _ACK:
+                self.output.append(frame(PING, _ACK, 0, payload))
+            elif payload == _DRAINING and not self.draining:
+                self.draining = True
+                self.output.append(self._goaway(self._last, ErrorCode.NO_ERROR))
+        elif kind == CONTINUATION:
+            self._continue(flags, payload)
+        elif kind == PUSH_PROMISE:
+            raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a push by a client")
+        # GOAWAY: the client opens no more streams, and closes when it has its answers.
+        # PRIORITY and kinds that are not known say nothing.
+
+    def _require_size(self, payload: bytes, size: int) -> None:
+        if len(payload) != size:
+            raise BrokenProtocol(ErrorCode.FRAME_SIZE_ERROR, "a frame of a wrong size")
+
+    def _more_window(self, number: int, payload: bytes) -> None:
+        self._require_size(payload, 4)
+        more = _NUMBER.unpack(payload)[0] & MAX_WINDOW
+        stream = self.streams.get(number)
+        if not number:
+            self._window += more
+            if not more or self._window > MAX_WINDOW:
+                raise BrokenProtocol(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
+        elif stream is not None:
+            stream.window += more
+            if not more or stream.window > MAX_WINDOW:
+                self.reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
+        else:
+            self._require_known(number)
+        self._blocked = True
+
+    def _settings(self, payload: bytes) -> None:
+        if len(payload) % 6:
+            raise BrokenProtocol(ErrorCode.FRAME_SIZE_ERROR, "settings of a wrong size")
+        for name, value in _SETTING.iter_unpack(payload):
+            if name == _INITIAL_WINDOW:
+                if value > MAX_WINDOW:
+                    raise BrokenProtocol(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
+                for stream in self.streams.values():
+                    stream.window += value - self._initial_window
+                self._initial_window = value
+                self._blocked = True
+            elif name == _MAX_FRAME_SIZE:
+                if not _MAX_FRAME <= value < 1 << 24:
+                    raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a frame size that there is not")
+                self._largest = min(value, _LARGEST_SENT)
+            elif name == _HEADER_TABLE_SIZE:
+                self._writer.limit_table(value)
+        self.output.append(frame(SETTINGS, _ACK, 0))
+
+    # --- what goes out ----------------------------------------------------------------
+
+    def answer(self, stream: Stream, message: bytes) -> None:
+        """The one message of a call, and its success."""
+        if stream.closed:
+            return
+        size = len(message) + 5
+        if stream.has_head or size > min(self._window, stream.window, self._largest):
+            self.send(stream, message)
+            self.finish(stream)
+            return
+        self._window -= size
+        number, head, success = stream.number, self._writer.head(), self._writer.success()
+        self.output.append(
+            b"".join(
+                (
+                    _head(HEADERS, _END_HEADERS, number, len(head)),
+                    head,
+                    _head(DATA, 0, number, size),
+                    _MESSAGE.pack(0, size - 5),
+                    message,
+                    _head(HEADERS, _END_HEADERS | _END_STREAM, number, len(success)),
+                    success,
+                )
+            )
+        )
+        self._end(stream)
+
+    def send(self, stream: Stream, message: bytes) -> None:
+        """One of the messages of a call."""
+        if stream.closed:
+            return
+        if not stream.has_head:
+            stream.has_head = True
+            self.output.append(frame(HEADERS, _END_HEADERS, stream.number, self._writer.head()))
+        stream.waiting.append(_MESSAGE.pack(0, len(message)))
+        if message:
+            stream.waiting.append(memoryview(message))
+        self._pump(stream)
+
+    def finish(self, stream: Stream) -> None:
+        """The call has succeeded, with all messages that were sent."""
+        self._finish(stream, None)
+
+    def fail(
+        self, stream: Stream, code: int, message: str, trailing: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        """The call has ended in another way."""
+        if not stream.closed:
+            self._finish(stream, (code, message, trailing))
+
+    def _finish(
+        self, stream: Stream, failure: tuple[int, str, tuple[tuple[bytes, bytes], ...]] | None
+    ) -> None:
+        if stream.closed:
+            return
+        if failure is None:
+            stream.trailers = b""
+        else:
+            # Literals, which are the same bytes whenever they are sent.
+            stream.waiting.clear()
+            stream.trailers = self._writer.failure(*failure, stream.has_head)
+        self._pump(stream)
+
+    def _pump(self, stream: Stream) -> None:
+        """Send as much as the windows allow."""
+        waiting, number = stream.waiting, stream.number
+        while waiting and (size := min(len(waiting[0]), self._window, stream.window, self._largest)) > 0:
+            part = waiting[0]
+            self.output += (_head(DATA, 0, number, size), part[:size])
+            self._window -= size
+            stream.window -= size
+            if size == len(part):
+                waiting.popleft()
+            else:
+                waiting[0] = part[size:]
+        if not waiting and stream.trailers is not None:
+            block = stream.trailers or self._writer.success()
+            self.output.append(frame(HEADERS, _END_HEADERS | _END_STREAM, number, block))
+            self._end(stream)
+
+    def _end(self, stream: Stream) -> None:
+        """All is sent; a client that would go on is told not to."""
+        if not stream.ended:
+            self._send_reset(stream.number, ErrorCode.NO_ERROR)
+        self._close(stream)
+
+    def _close(self, stream: Stream) -> None:
+        stream.closed = True
+        stream.waiting.clear()
+        stream.received.clear()
+        self.streams.pop(stream.number, None)
+
+    def reset(self, stream: Stream, code: ErrorCode) -> None:
+        """End a stream without an answer."""
+        if not stream.closed:
+            self._send_reset(stream.number, code)
+            self._close(stream)
+            self._tell(stream)
+
+    def _send_reset(self, number: int, code: ErrorCode) -> None:
+        self.output.append(frame(RST_STREAM, 0, number, _NUMBER.pack(code)))
+
+    def drain(self) -> None:
+        """Ask the client for no new streams; those on their way are answered.
+
+        Its answer to a ping tells when it knows.
+        """
+        self.output.append(self._goaway(MAX_WINDOW, ErrorCode.NO_ERROR) + frame(PING, 0, 0, _DRAINING))
+
+    def refuse(self, code: ErrorCode) -> None:
+        """The last frame of a connection whose client broke the protocol."""
+        self.draining = True
+        self.output.append(self._goaway(self._last, code))
+
+    def _goaway(self, last: int, code: ErrorCode) -> bytes:
+        return frame(GOAWAY, 0, 0, _NUMBER.pack(last) + _NUMBER.pack(code))
+
+
+def _unpadded(content: bytes, start: int, end: int) -> tuple[int, int]:
+    if start == end or start + 1 + content[start] > end:
+        raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "more padding than there is")
+    return start + 1, end - content[start]
