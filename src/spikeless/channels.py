@@ -1,12 +1,13 @@
 """How a model server is reached: its address, and TLS where it has it.
 
 In: ``host:port``, or ``grpcs://host:port`` for a server with TLS, whose files variables
-of the environment name. Out: gRPC channels.
+of the environment name. Out: gRPC channels, or a context for sockets of one's own.
 """
 
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,8 @@ CHANNEL_OPTIONS: ChannelOptions = [
 ]
 #: What a target begins with where the server has TLS (``--ssl_config_file``).
 TLS = "grpcs://"
-#: A file in PEM: the authorities of servers, by default gRPC's own.
+#: A file in PEM: the authorities of servers, by default gRPC's own, or in a benchmark
+#: the system's.
 CA_VARIABLE = "SPIKELESS_TLS_CA"
 #: Files in PEM, to show to a server that asks for them.
 CERTIFICATE_VARIABLE = "SPIKELESS_TLS_CERT"
@@ -45,19 +47,45 @@ def channel(target: str, options: ChannelOptions = CHANNEL_OPTIONS) -> grpc.Chan
 
 def credentials() -> grpc.ChannelCredentials:
     """The credentials that the variables name; raises as `channel` does."""
-    authorities, certificate, key = map(_pem, (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE))
+    authorities, certificate, key = (None if file is None else Path(file).read_bytes() for file in _files())
+    return grpc.ssl_channel_credentials(authorities, key, certificate)
+
+
+def endpoint(target: str) -> tuple[str, ssl.SSLContext | None]:
+    """The ``host:port`` of a target, and of one with TLS the context of its sockets.
+
+    Raises:
+        InvalidArgument: as of `channel`, or a file is no PEM of its kind.
+    """
+    if not target.startswith(TLS):
+        return target, None
+    authorities, certificate, key = _files()
+    try:
+        context = ssl.create_default_context(cafile=authorities)
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        files = ", ".join(file for file in (authorities, certificate, key) if file)
+        raise InvalidArgument(f"{files}: not the PEM files that TLS needs: {error}") from None
+    return target.removeprefix(TLS), context
+
+
+def _files() -> tuple[str | None, str | None, str | None]:
+    """The files of authorities, certificate and key; each can be read."""
+    authorities, certificate, key = map(_file, (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE))
     if (certificate is None) != (key is None):
         raise InvalidArgument(
             f"{CERTIFICATE_VARIABLE} and {KEY_VARIABLE} belong together: set both or neither"
         )
-    return grpc.ssl_channel_credentials(authorities, key, certificate)
+    return authorities, certificate, key
 
 
-def _pem(variable: str) -> bytes | None:
+def _file(variable: str) -> str | None:
     file = os.environ.get(variable)
     if not file:
         return None
     try:
-        return Path(file).read_bytes()
+        Path(file).read_bytes()
     except OSError as error:
         raise InvalidArgument(f"{variable}: cannot read {file}: {error.strerror}") from None
+    return file

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
+import socket
+import ssl
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +19,23 @@ import grpc
 import numpy as np
 import pytest
 import trustme
+from click.testing import CliRunner
 from harness import put_version
 
-from spikeless import launch
+from spikeless import bench, launch
+from spikeless.bench.replayed import read_requests
 from spikeless.bench.watch import Watcher
-from spikeless.channels import CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS
+from spikeless.channels import CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, endpoint
+from spikeless.cli import cli
 from spikeless.client import Client
-from spikeless.errors import Code, InvalidArgument, SpikelessError
+from spikeless.errors import Code, InvalidArgument, SpikelessError, Unavailable
+from spikeless.formats import tfrecord
 from spikeless.formats.states import State
+from spikeless.openloop.connection import Connection
+from spikeless.openloop.http1 import HttpLink
+from spikeless.openloop.loop import OpenLoop
 from spikeless.rollout.local_servers import on_loopback
+from spikeless.warmup.requests import predict
 
 X = {"x": np.array([1.0], np.float32)}
 Trust = Callable[..., None]
@@ -123,12 +137,12 @@ def test_clients_that_have_to_show_a_certificate(models: Path, authority: trustm
 
 def test_the_unix_socket_has_it_too(models: Path, tmp_path: Path, authority: trustme.CA) -> None:
     certificate = config(authority.issue_cert("models.example"))
-    socket = tmp_path / "socket"
+    path = tmp_path / "socket"
     credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
     options = [("grpc.ssl_target_name_override", "models.example")]
     with (
-        serving(models, certificate, f"--grpc_socket_path={socket}") as server,
-        grpc.secure_channel(f"unix:{socket}", credentials, options) as channel,
+        serving(models, certificate, f"--grpc_socket_path={path}") as server,
+        grpc.secure_channel(f"unix:{path}", credentials, options) as channel,
     ):
         ready = grpc.channel_ready_future(channel)
         server.wait_for(ready.done, "TLS on the socket")
@@ -144,6 +158,75 @@ def test_tools_reach_it(models: Path, authority: trustme.CA, trust: Trust) -> No
         command += ["--servers", server.target]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert "AVAILABLE" in shown.stdout, shown.stdout + shown.stderr
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    """A small request, and one of four megabytes."""
+    inputs = [np.ones(size, np.float32) for size in (1, 1 << 20)]
+    records = [predict("serving_default", {"x": x}).SerializeToString() for x in inputs]
+    tfrecord.write(tmp_path / "requests", records)
+    return tmp_path / "requests"
+
+
+def codes(target: str, tls: ssl.SSLContext | None, requests: Path) -> list[int]:
+    """The statuses of ten calls of an open loop."""
+    calls = read_requests(requests, "times")
+    load = OpenLoop(np.arange(10, dtype=np.float64) * 0.02, calls, target, 60.0, tls=tls)
+    load.run(time.monotonic())
+    return [int(code) for code in load.columns.ended()["code"]]
+
+
+def test_a_load_over_tls(
+    models: Path, authority: trustme.CA, trust: Trust, requests: Path, tmp_path: Path
+) -> None:
+    clients = trustme.CA()
+    trust(authority, clients.issue_cert("client"))
+    with serving(models, config(authority.issue_cert("127.0.0.1"), verify=clients)) as server:
+        server.wait_ready()
+        load = ["--requests", requests, "--rate", "20", "--duration", "2s", "--settle", "0s", "--no-floor"]
+        command = ["bench", "run", "times", "--server", server.target, *load, "--out", tmp_path / "raw"]
+        done = CliRunner().invoke(cli, [*map(str, command), "--json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        run = bench.read_run(json.loads(done.stdout)["result"])
+        assert len(run.requests["code"]) > 0
+        assert set(run.requests["code"]) == {Code.OK}
+
+        address, tls = endpoint(server.target)
+        assert codes(address, tls, requests) == [Code.OK] * 10
+        assert codes(address, None, requests) == [Code.UNAVAILABLE] * 10, "without TLS"
+        trust(authority)
+        assert codes(address, endpoint(server.target)[1], requests) == [Code.UNAVAILABLE] * 10, "a stranger"
+        trust(trustme.CA(), clients.issue_cert("client"))
+        assert codes(address, endpoint(server.target)[1], requests) == [Code.UNAVAILABLE] * 10, "doubtful"
+
+
+def test_a_server_with_tls_that_does_not_agree_to_http2(authority: trustme.CA, trust: Trust) -> None:
+    trust(authority)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+
+    def serve(listening: socket.socket) -> None:
+        with listening.accept()[0] as accepted, contextlib.suppress(OSError):
+            context.wrap_socket(accepted, True).recv(1)  # Until the client leaves.
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        connection = Connection(*endpoint(f"{TLS}127.0.0.1:{listening.getsockname()[1]}"))
+        connection.open(60.0)
+
+        def talk() -> None:
+            while select.select([connection], [], [], 60.0)[0]:
+                connection.parse(connection.read())
+                connection.flush()
+
+        try:
+            with pytest.raises(Unavailable, match="does not agree to h2 by ALPN"):
+                talk()
+        finally:
+            connection.close()
+            thread.join()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +259,12 @@ def test_files_of_the_client_that_are_not_there(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(KEY_VARIABLE, __file__)
     with pytest.raises(InvalidArgument, match="belong together"):
         Client("grpcs://127.0.0.1:1")
+    monkeypatch.delenv(KEY_VARIABLE)
+    monkeypatch.setenv(CA_VARIABLE, __file__)
+    with pytest.raises(InvalidArgument, match=r"test_tls\.py: not the PEM files that TLS needs"):
+        endpoint("grpcs://127.0.0.1:1")
+    with pytest.raises(InvalidArgument, match="over HTTP have no TLS"):
+        HttpLink("127.0.0.1:1", 1.0, ssl.create_default_context())
 
 
 def test_the_address_is_the_same() -> None:

@@ -21,6 +21,7 @@ from spikeless.bench.recorded import planned
 from spikeless.bench.run_file import Facts, Floor, Run, Settings
 from spikeless.bench.servers import from_here, portable, server_facts
 from spikeless.bench.watch import Watcher
+from spikeless.channels import endpoint
 from spikeless.errors import Code, DeadlineExceeded, Unavailable
 from spikeless.openloop.loop import OpenLoop
 
@@ -52,7 +53,8 @@ def start_under_load(
     """
     plan = planned(settings)
     server = launch.ServerProcess(launched)
-    load = OpenLoop(plan.offsets, plan.requests, server.target, settings.timeout, plan.numbers)
+    target, tls = endpoint(server.target)
+    load = OpenLoop(plan.offsets, plan.requests, target, settings.timeout, plan.numbers, tls=tls)
     now = datetime.datetime.now(datetime.timezone.utc)
     with server:
         start = time.monotonic()

@@ -6,6 +6,7 @@ nothing else of Spikeless but its errors, and knows nothing of models.
 schedule    when calls leave, decided before the run
 columns     what happened to each, in preallocated arrays
 connection  a minimal gRPC client: one socket, unary calls as bytes
+tls         TLS for it
 http1       POST over HTTP/1.1 connections that are kept alive
 link        what both are for the loop, and gRPC's
 loop        the open loop in one thread

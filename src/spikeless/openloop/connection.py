@@ -10,6 +10,7 @@ system, even where gevent has patched them.
 
 from __future__ import annotations
 
+import ssl
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from h2.events import (
 
 from spikeless.errors import Code, InvalidArgument, Unavailable
 from spikeless.openloop.http2 import PREFIX, configuration
+from spikeless.openloop.tls import TlsSession
 
 _socket = get_original("socket", "socket")
 _getaddrinfo = get_original("socket", "getaddrinfo")
@@ -64,10 +66,11 @@ class _PendingCall:
 class Connection:
     """One HTTP/2 connection to a gRPC server. `target` is ``host:port``.
 
+    `tls` is for a server with TLS: whom to trust, and what to show.
     `ended`: the server has announced the end of the connection, so nothing can be sent.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, tls: ssl.SSLContext | None = None) -> None:
         self.ended = False
         self.target = target
         self.host, self.port = parse_target(target)
@@ -77,6 +80,8 @@ class Connection:
         self._headers: dict[str, list[tuple[bytes, bytes]]] = {}
         self._outgoing = b""
         self._sock: Any = None
+        self._context = tls
+        self._tls: TlsSession | None = None
 
     def open(self, timeout: float) -> None:
         """Connect. `timeout` (seconds) is the deadline that every call carries.
@@ -99,6 +104,8 @@ class Connection:
         except OSError as error:
             self.close()
             raise Unavailable(f"cannot connect to {self.target}: {error}") from None
+        if self._context is not None:
+            self._tls = TlsSession(self._context, self.host, "h2")
         self._h2 = h2.connection.H2Connection(configuration(client_side=True))
         self._h2.initiate_connection()
         self._h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: _MAX_WINDOW})
@@ -147,7 +154,7 @@ class Connection:
     def _header_list(self, path: str) -> list[tuple[bytes, bytes]]:
         headers = [
             (b":method", b"POST"),
-            (b":scheme", b"http"),
+            (b":scheme", b"http" if self._tls is None else b"https"),
             (b":path", path.encode()),
             (b":authority", self.target.encode()),
             (b"te", b"trailers"),
@@ -172,8 +179,14 @@ class Connection:
             call.body = call.body[size:]
 
     def flush(self) -> None:
-        """Send what the socket takes; the rest waits for the next call."""
-        self._outgoing += self._h2.data_to_send()
+        """Send what the socket takes; the rest waits for the next call.
+
+        Raises:
+            OSError: the connection is broken.
+            Unavailable: there is no TLS with the server.
+        """
+        content = self._h2.data_to_send()
+        self._outgoing += content if self._tls is None else self._tls.encrypt(content)
         if self._outgoing:
             try:
                 taken = self._sock.send(self._outgoing)
@@ -190,8 +203,10 @@ class Connection:
         """The calls that end with these bytes.
 
         Raises:
-            Unavailable: the server does not speak HTTP/2.
+            Unavailable: the server does not speak HTTP/2, or there is no TLS with it.
         """
+        if self._tls is not None:
+            content = self._tls.decrypt(content)
         try:
             events = self._h2.receive_data(content)
         except h2.exceptions.ProtocolError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import ssl
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from typing import Any
 import h11
 from gevent.monkey import get_original
 
-from spikeless.errors import Code, Unavailable
+from spikeless.errors import Code, InvalidArgument, Unavailable
 from spikeless.openloop.connection import Reply, parse_target
 from spikeless.openloop.link import Ended, select
 
@@ -166,7 +167,9 @@ class HttpLink:
     #: The deadline is the client's own: the server does not hear of it.
     grace = 0.0
 
-    def __init__(self, target: str, timeout: float) -> None:
+    def __init__(self, target: str, timeout: float, tls: ssl.SSLContext | None = None) -> None:
+        if tls is not None:
+            raise InvalidArgument("requests over HTTP have no TLS here: send gRPC, or ask a proxy without it")
         self._host = target
         host, port = parse_target(target)
         try:

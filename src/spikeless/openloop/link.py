@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import time
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +33,7 @@ class Ended(NamedTuple):
 class Link(Protocol):
     """A way to a server, made with ``host:port`` and a call's deadline in seconds.
 
+    With `tls` the server has TLS: whom to trust, and what to show.
     Methods return the calls that ended meanwhile.
     """
 
@@ -40,7 +42,7 @@ class Link(Protocol):
     #: How long after its deadline a call is given up, in seconds.
     grace: float
 
-    def __init__(self, target: str, timeout: float) -> None: ...
+    def __init__(self, target: str, timeout: float, tls: ssl.SSLContext | None = None) -> None: ...
 
     def send(self, tag: int, path: str, message: bytes) -> list[Ended]:
         """Start a call, which ends with the same `tag`."""
@@ -62,8 +64,8 @@ class GrpcLink:
     #: The server ends a call at its deadline; it is given up when it does not.
     grace = 1.0
 
-    def __init__(self, target: str, timeout: float) -> None:
-        self._connection = Connection(target)
+    def __init__(self, target: str, timeout: float, tls: ssl.SSLContext | None = None) -> None:
+        self._connection = Connection(target, tls)
         self._timeout = timeout
         self._next_connect = 0.0
 
@@ -109,7 +111,7 @@ class GrpcLink:
     def _flush(self) -> list[Ended]:
         try:
             self._connection.flush()
-        except OSError:
+        except (OSError, Unavailable):
             return self._disconnect()
         return []
 

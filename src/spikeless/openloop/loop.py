@@ -9,6 +9,7 @@ the latency to measure.
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -72,6 +73,7 @@ class OpenLoop:
         timeout: the deadline of each request, in seconds.
         numbers: the request of each start, of shape ``[requests]``; in turn by default.
         link: `GrpcLink`, or `spikeless.openloop.http1.HttpLink` for POST over HTTP/1.1.
+        tls: for a gRPC server with TLS: whom to trust, and what to show.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class OpenLoop:
         timeout: float,
         numbers: NDArray[Any] | None = None,
         link: type[Link] = GrpcLink,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         if numbers is None:
             numbers = np.arange(len(offsets)) % len(requests)
@@ -92,7 +95,7 @@ class OpenLoop:
         self._offsets = offsets.tolist()
         self.requests = requests
         self._timeout = timeout
-        self._link = link(target, timeout)
+        self._link = link(target, timeout, tls)
         self._in_flight: dict[int, None] = {}  # In the order of sending.
         self._stopping = False
 

@@ -15,6 +15,7 @@ late.
 from __future__ import annotations
 
 import gc
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -142,6 +143,8 @@ class OpenLoopUser(User):
     link: type[Link] = GrpcLink
     #: The deadline of each call, in seconds.
     timeout = 10.0
+    #: For a gRPC server with TLS: whom to trust, and what to show.
+    tls: ssl.SSLContext | None = None
 
     def load(self, share: Share) -> OpenLoop:
         """What this process sends; nothing has been sent yet.
@@ -155,7 +158,7 @@ class OpenLoopUser(User):
         numbers = np.arange(len(offsets)) % len(self.calls)
         mine = share.calls
         target = self.environment.host or ""
-        return OpenLoop(offsets[mine], self.calls, target, self.timeout, numbers[mine], self.link)
+        return OpenLoop(offsets[mine], self.calls, target, self.timeout, numbers[mine], self.link, self.tls)
 
     def ended(self, load: OpenLoop, share: Share) -> None:
         """The run is over, or was stopped; ``load.columns.ended()`` has its calls."""

@@ -1,8 +1,9 @@
 """The load of a benchmark in Locust: `spikeless.openloop.user` with requests of models.
 
-In: Locust's ``--host HOST:PORT`` and the options below. Out: Locust's statistics, and
-with ``--record`` a raw result with every request (`spikeless.bench.run_file`). Each
-worker writes its own file, and `spikeless bench merge` merges them.
+In: Locust's ``--host [grpcs://]HOST:PORT`` and the options below. Out: Locust's
+statistics, and with ``--record`` a raw result with every request
+(`spikeless.bench.run_file`). Each worker writes its own file, and `spikeless bench
+merge` merges them.
 
 Locust's own ``--otel`` exports metrics and logs of the load by OpenTelemetry; it needs
 ``pip install 'locust[otel]'``. ``--request-log`` is Locust's log of requests, for tools
@@ -31,6 +32,7 @@ from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.bench.protocols import GRPC, PROTOCOLS
 from spikeless.bench.recorded import planned
 from spikeless.bench.run_file import Facts, Run, ServerFacts, Settings
+from spikeless.channels import endpoint
 from spikeless.errors import InvalidArgument, SpikelessError
 from spikeless.launch import LOOPBACK
 from spikeless.openloop.connection import parse_target
@@ -104,7 +106,7 @@ def _settings(environment: Environment) -> Settings:
         raise InvalidArgument(
             "no requests to send: give --requests FILE, the model's warmup file for example"
         )
-    parse_target(environment.host)
+    parse_target(endpoint(environment.host)[0])
     return Settings(
         model_name=options.model_name,
         requests=options.requests,
@@ -173,13 +175,15 @@ class ReplayingUser(OpenLoopUser):
             self._log.register(self.environment)
         mine = share.calls
         self.link = HttpLink if PROTOCOLS[settings.protocol].is_http else GrpcLink
+        target, tls = endpoint(self.environment.host)
         return OpenLoop(
             plan.offsets[mine],
             plan.requests,
-            self.environment.host,
+            target,
             settings.timeout,
             plan.numbers[mine],
             self.link,
+            tls,
         )
 
     def ended(self, load: OpenLoop, share: Share) -> None:
