@@ -20,7 +20,7 @@ import hpack
 import numpy as np
 
 with atheris.instrument_imports(include=["spikeless"]):
-    from spikeless.engine.transport import calls, http2
+    from spikeless.engine.transport import calls, frames, http2
     from spikeless.errors import SpikelessError
     from spikeless.formats import large_tensors, open_inference, rest_json, tensors, tfrecord, wire
     from spikeless.formats.checkpoint import Checkpoint, index_file
@@ -92,16 +92,16 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "http2": [
         b"\x20"
-        + http2.PREFACE
-        + http2.frame(http2.SETTINGS, 0, 0, b"\0\4\0\0\0\1")
-        + http2.frame(http2.HEADERS, 4, 1, hpack.Encoder().encode(_CALL))
-        + http2.frame(http2.DATA, 1, 1, b"\0\0\0\0\1x")
-        + http2.frame(http2.WINDOW_UPDATE, 0, 1, b"\0\0\0\1"),
+        + frames.PREFACE
+        + frames.frame(frames.SETTINGS, 0, 0, b"\0\4\0\0\0\1")
+        + frames.frame(frames.HEADERS, 4, 1, hpack.Encoder().encode(_CALL))
+        + frames.frame(frames.DATA, 1, 1, b"\0\0\0\0\1x")
+        + frames.frame(frames.WINDOW_UPDATE, 0, 1, b"\0\0\0\1"),
         b"\x20"
-        + http2.PREFACE
-        + http2.frame(http2.HEADERS, 0x2C, 1, b"\1\0\0\0\0\0" + hpack.Encoder().encode(_CALL) + b"\0")
-        + http2.frame(http2.DATA, 8, 1, b"\1\1\0\0\0\1\0")
-        + http2.frame(http2.RST_STREAM, 0, 1, bytes(4)),
+        + frames.PREFACE
+        + frames.frame(frames.HEADERS, 0x2C, 1, b"\1\0\0\0\0\0" + hpack.Encoder().encode(_CALL) + b"\0")
+        + frames.frame(frames.DATA, 8, 1, b"\1\1\0\0\0\1\0")
+        + frames.frame(frames.RST_STREAM, 0, 1, bytes(4)),
     ],
     "tfrecord": [tfrecord.frame(b"abc") + tfrecord.frame(b"")],
     "warmup": [tfrecord.frame(b"")],
@@ -181,7 +181,7 @@ def read_http2(content: bytes) -> None:
                     continue
                 if message is not None:
                     connection.answer(stream, message)
-    except http2.BrokenProtocol as broken:
+    except frames.BrokenProtocol as broken:
         connection.refuse(broken.code)
 
 

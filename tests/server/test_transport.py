@@ -27,17 +27,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikeless.engine.transport import Context, FastServer
-from spikeless.engine.transport.http2 import (
+from spikeless.engine.transport.frames import (
     DATA,
     GOAWAY,
     PING,
     PREFACE,
     SETTINGS,
     BrokenProtocol,
-    Http2,
     frame,
 )
-from spikeless.engine.transport.http2 import HEADERS as HEADERS_FRAME
+from spikeless.engine.transport.frames import HEADERS as HEADERS_FRAME
+from spikeless.engine.transport.http2 import Http2
 
 PATH = "/a.B/Echo"
 HEADERS = (

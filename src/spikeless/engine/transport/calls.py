@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 
 from spikeless.engine.transport.headers import HeaderList
-from spikeless.engine.transport.http2 import Stream
+from spikeless.engine.transport.streams import Stream
 
 if TYPE_CHECKING:
     from spikeless.engine.transport.peer import Peer

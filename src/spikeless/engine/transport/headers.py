@@ -37,6 +37,11 @@ class RequestHeaders:
         return dict(self.pairs)
 
     @functools.cached_property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return sum(len(name) + len(value) for name, value in self.pairs)
+
+    @functools.cached_property
     def is_request(self) -> bool:
         """Whether they are those of a gRPC request at all."""
         fields = self.fields

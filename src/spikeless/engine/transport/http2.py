@@ -7,102 +7,61 @@ In: bytes of the client. Out: the streams that have news, and bytes for the clie
 from __future__ import annotations
 
 import struct
-from collections import deque
-from dataclasses import dataclass, field
-from enum import IntEnum
 
-from spikeless.engine.transport.headers import MAX_BLOCK_BYTES, HeaderReader, HeaderWriter, RequestHeaders
+from spikeless.engine.transport.frames import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    FRAME_HEAD,
+    GOAWAY,
+    HAS_PRIORITY,
+    HEADERS,
+    MAX_WINDOW,
+    PADDED,
+    PING,
+    PREFACE,
+    PUSH_PROMISE,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    BrokenProtocol,
+    ErrorCode,
+    frame,
+    frame_head,
+    unpadded,
+)
+from spikeless.engine.transport.headers import MAX_BLOCK_BYTES, HeaderReader, HeaderWriter
+from spikeless.engine.transport.limits import Allowance
+from spikeless.engine.transport.streams import Stream
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-MAX_WINDOW = (1 << 31) - 1
 _DEFAULT_WINDOW = 65535
 #: The largest frame that is taken: HTTP/2's least.
 _MAX_FRAME = 16384
 #: The largest frame that is sent, where the client takes it.
 _LARGEST_SENT = 1 << 20
 #: Streams that a client may have open at once.
-MAX_STREAMS = 1 << 16
+MAX_STREAMS = 1 << 14
+#: Bytes that a connection may make the server hold, and how many pass between looks.
+MAX_HELD, _LOOK_AFTER = MAX_WINDOW, 64 << 20
+#: Parts of a message that are smaller are put together.
+_SMALL = 4096
+#: What settings, which every stream may have to follow, and an answer count in frames.
+_SETTINGS_COST, _ANSWER_EARNS = 100, 4
 
-_HEAD = struct.Struct(">HBBBI")
 _SETTING = struct.Struct(">HI")
 _NUMBER = struct.Struct(">I")
 _MESSAGE = struct.Struct(">BI")
 
-DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS = range(5)
-PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(5, 10)
-_END_STREAM, _ACK, _END_HEADERS, _PADDED, _PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 _HEADER_TABLE_SIZE, _MAX_CONCURRENT, _INITIAL_WINDOW, _MAX_FRAME_SIZE, _MAX_HEADER_LIST = 1, 3, 4, 5, 6
 _DRAINING = b"draining"
-
-
-class ErrorCode(IntEnum):
-    """Why a stream or a connection ends."""
-
-    NO_ERROR = 0x0
-    PROTOCOL_ERROR = 0x1
-    INTERNAL_ERROR = 0x2
-    FLOW_CONTROL_ERROR = 0x3
-    FRAME_SIZE_ERROR = 0x6
-    REFUSED_STREAM = 0x7
-    CANCEL = 0x8
-    COMPRESSION_ERROR = 0x9
-    ENHANCE_YOUR_CALM = 0xB
-
-
-class BrokenProtocol(Exception):
-    """The client broke the protocol: its connection ends."""
-
-    def __init__(self, code: ErrorCode, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """A whole frame."""
-    return _head(kind, flags, stream, len(payload)) + payload
-
-
-def _head(kind: int, flags: int, stream: int, size: int) -> bytes:
-    return _HEAD.pack(size >> 8, size & 0xFF, kind, flags, stream)
-
-
-@dataclass(eq=False)
-class Stream:
-    """One call of a client."""
-
-    number: int
-    headers: RequestHeaders
-    #: Bytes that the client may still be sent.
-    window: int
-    #: What has arrived and nobody has taken.
-    received: list[bytes | memoryview] = field(default_factory=list)
-    #: Bytes in ``received``.
-    size: int = 0
-    #: The client has said everything.
-    ended: bool = False
-    #: The stream is over, for one side or both: nothing can be sent.
-    closed: bool = False
-    #: It is in the list of those with news.
-    has_news: bool = False
-    #: Its headers were looked at.
-    is_known: bool = False
-    #: What comes before the first message was sent.
-    has_head: bool = False
-    #: What the windows held back.
-    waiting: deque[bytes | memoryview] = field(default_factory=deque)
-    #: The block that ends it, once all is sent that waits.
-    trailers: bytes | None = None
-
-    def drop_received(self) -> None:
-        """Nobody will take what has arrived."""
-        self.received.clear()
-        self.size = 0
 
 
 class Http2:
     """The state of one connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowance: Allowance | None = None) -> None:
         self.streams: dict[int, Stream] = {}
         #: What is to be sent.
         self.output: list[bytes | memoryview] = []
@@ -119,7 +78,12 @@ class Http2:
         self._writer = HeaderWriter()
         # A header block that is not complete: its stream, whether that ends, and parts.
         self._block: tuple[int, bool, list[bytes]] | None = None
-        self._blocked = False
+        # Streams with something to send that a window holds back.
+        self._waiting: dict[int, Stream] = {}
+        self._is_open_again = False
+        self._allowance = allowance or Allowance()
+        # Bytes that came or went since the last look at what is held.
+        self._passed = 0
         self._news: list[Stream] = []
         settings = {_INITIAL_WINDOW: MAX_WINDOW, _MAX_CONCURRENT: MAX_STREAMS, _MAX_HEADER_LIST: _MAX_FRAME}
         self.output.append(
@@ -140,6 +104,7 @@ class Http2:
         Raises:
             BrokenProtocol: the client broke the protocol.
         """
+        self._limit_held(len(content))
         if self._rest:
             content = self._rest + content
         position, end = 0, len(content)
@@ -152,7 +117,7 @@ class Http2:
             self._has_preface = True
             position = len(PREFACE)
         while end - position >= 9:
-            high, low, kind, flags, number = _HEAD.unpack_from(content, position)
+            high, low, kind, flags, number = FRAME_HEAD.unpack_from(content, position)
             size = high << 8 | low
             if size > _MAX_FRAME:
                 raise BrokenProtocol(ErrorCode.FRAME_SIZE_ERROR, "a frame that is too large")
@@ -170,15 +135,27 @@ class Http2:
             else:
                 self._other(kind, number, flags, content[start:position])
         self._rest = content[position:]
-        if self._blocked:
-            self._blocked = False
-            for stream in [*self.streams.values()]:
-                if stream.waiting:
-                    self._pump(stream)
+        if self._is_open_again:
+            self._is_open_again = False
+            for stream in [*self._waiting.values()]:
+                if self._window <= 0:
+                    break
+                self._pump(stream)
         news, self._news = self._news, []
         for stream in news:
             stream.has_news = False
         return news
+
+    def _limit_held(self, size: int) -> None:
+        self._passed += size
+        if self._passed > _LOOK_AFTER:
+            self._passed = 0
+            if sum(stream.held for stream in self.streams.values()) > MAX_HELD:
+                raise BrokenProtocol(ErrorCode.ENHANCE_YOUR_CALM, "too much is held for this connection")
+
+    def _spend(self, count: int = 1) -> None:
+        if not self._allowance.spend(count):
+            raise BrokenProtocol(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
 
     def _tell(self, stream: Stream) -> None:
         if not stream.has_news:
@@ -190,21 +167,30 @@ class Http2:
         if self._consumed > MAX_WINDOW // 2:
             self.output.append(frame(WINDOW_UPDATE, 0, 0, _NUMBER.pack(self._consumed)))
             self._consumed = 0
-        if flags & _PADDED:
-            start, end = _unpadded(content, start, end)
+        if flags & PADDED:
+            start, end = unpadded(content, start, end)
         stream = self.streams.get(number)
+        if start == end and not flags & END_STREAM:
+            self._spend()
         if stream is None:
             self._require_known(number)
             return
         if stream.ended:
+            self._spend()
             self.reset(stream, ErrorCode.PROTOCOL_ERROR)
             return
         if end > start:
-            # Small parts are copied: a view would keep the whole that was read.
-            part = content[start:end] if end - start < 4096 else memoryview(content)[start:end]
-            stream.received.append(part)
             stream.size += end - start
-        if flags & _END_STREAM:
+            # Small parts are copied: a view would keep the whole that was read.
+            if end - start >= _SMALL:
+                stream.received.append(memoryview(content)[start:end])
+            elif stream.received and len(stream.received[-1]) < _SMALL:
+                last = stream.received[-1]
+                last = stream.received[-1] = last if isinstance(last, bytearray) else bytearray(last)
+                last += content[start:end]
+            else:
+                stream.received.append(content[start:end])
+        if flags & END_STREAM:
             stream.ended = True
         self._tell(stream)
 
@@ -213,16 +199,16 @@ class Http2:
             raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a stream that was not begun")
 
     def _headers(self, number: int, flags: int, block: bytes) -> None:
-        if flags & (_PADDED | _PRIORITY):
-            start, end = _unpadded(block, 0, len(block)) if flags & _PADDED else (0, len(block))
-            start += 5 if flags & _PRIORITY else 0
+        if flags & (PADDED | HAS_PRIORITY):
+            start, end = unpadded(block, 0, len(block)) if flags & PADDED else (0, len(block))
+            start += 5 if flags & HAS_PRIORITY else 0
             if start > end:
                 raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "headers without their priority")
             block = block[start:end]
-        if flags & _END_HEADERS:
-            self._begin(number, bool(flags & _END_STREAM), block)
+        if flags & END_HEADERS:
+            self._begin(number, bool(flags & END_STREAM), block)
         else:
-            self._block = number, bool(flags & _END_STREAM), [block]
+            self._block = number, bool(flags & END_STREAM), [block]
 
     def _continue(self, flags: int, part: bytes) -> None:
         if self._block is None:
@@ -232,7 +218,7 @@ class Http2:
         # An empty part costs something, too.
         if sum(map(len, parts)) > MAX_BLOCK_BYTES or len(parts) > 64:
             raise BrokenProtocol(ErrorCode.ENHANCE_YOUR_CALM, "a header block that is too large")
-        if flags & _END_HEADERS:
+        if flags & END_HEADERS:
             self._block = None
             self._begin(number, ended, b"".join(parts))
 
@@ -243,10 +229,12 @@ class Http2:
             raise BrokenProtocol(ErrorCode.COMPRESSION_ERROR, str(error)) from None
         stream = self.streams.get(number)
         if stream is not None:  # the client's trailers
+            self._spend()
             stream.ended = True
             self._tell(stream)
             return
         if number <= self._last and number & 1:
+            self._spend()
             return  # of a stream that is over
         if not number & 1:
             raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a stream with the server's number")
@@ -255,14 +243,17 @@ class Http2:
         self._last = number
         stream = Stream(number, headers, self._initial_window, ended=ended)
         if not headers.is_request:
+            self._spend()
             self._send_reset(number, ErrorCode.INTERNAL_ERROR)  # as grpcio says it
         elif len(self.streams) >= MAX_STREAMS:
+            self._spend()
             self._send_reset(number, ErrorCode.REFUSED_STREAM)
         else:
             self.streams[number] = stream
             self._tell(stream)
 
     def _other(self, kind: int, number: int, flags: int, payload: bytes) -> None:
+        self._spend(_SETTINGS_COST if kind == SETTINGS else 1)
         if kind == WINDOW_UPDATE:
             self._more_window(number, payload)
         elif kind == RST_STREAM:
@@ -272,12 +263,12 @@ class Http2:
                 self._close(stream)
                 self._tell(stream)
         elif kind == SETTINGS:
-            if not flags & _ACK:
+            if not flags & ACK:
                 self._settings(payload)
         elif kind == PING:
             self._require_size(payload, 8)
-            if not flags & _ACK:
-                self.output.append(frame(PING, _ACK, 0, payload))
+            if not flags & ACK:
+                self.output.append(frame(PING, ACK, 0, payload))
             elif payload == _DRAINING and not self.draining:
                 self.draining = True
                 self.output.append(self._goaway(self._last, ErrorCode.NO_ERROR))
@@ -297,6 +288,8 @@ class Http2:
         more = _NUMBER.unpack(payload)[0] & MAX_WINDOW
         stream = self.streams.get(number)
         if not number:
+            # Streams wait for it only while there is none.
+            self._is_open_again |= self._window <= 0
             self._window += more
             if not more or self._window > MAX_WINDOW:
                 raise BrokenProtocol(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
@@ -304,28 +297,30 @@ class Http2:
             stream.window += more
             if not more or stream.window > MAX_WINDOW:
                 self.reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
+            elif stream.waiting:
+                self._pump(stream)
         else:
             self._require_known(number)
-        self._blocked = True
 
     def _settings(self, payload: bytes) -> None:
         if len(payload) % 6:
             raise BrokenProtocol(ErrorCode.FRAME_SIZE_ERROR, "settings of a wrong size")
-        for name, value in _SETTING.iter_unpack(payload):
+        # Of equal settings the last, as if all were followed one after the other.
+        for name, value in dict(_SETTING.iter_unpack(payload)).items():
             if name == _INITIAL_WINDOW:
                 if value > MAX_WINDOW:
                     raise BrokenProtocol(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
                 for stream in self.streams.values():
                     stream.window += value - self._initial_window
                 self._initial_window = value
-                self._blocked = True
+                self._is_open_again = True
             elif name == _MAX_FRAME_SIZE:
                 if not _MAX_FRAME <= value < 1 << 24:
                     raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a frame size that there is not")
                 self._largest = min(value, _LARGEST_SENT)
             elif name == _HEADER_TABLE_SIZE:
                 self._writer.limit_table(value)
-        self.output.append(frame(SETTINGS, _ACK, 0))
+        self.output.append(frame(SETTINGS, ACK, 0))
 
     # --- what goes out ----------------------------------------------------------------
 
@@ -339,16 +334,17 @@ class Http2:
             self.finish(stream)
             return
         self._window -= size
+        self._allowance.earn(_ANSWER_EARNS)
         number, head, success = stream.number, self._writer.head(), self._writer.success()
         self.output.append(
             b"".join(
                 (
-                    _head(HEADERS, _END_HEADERS, number, len(head)),
+                    frame_head(HEADERS, END_HEADERS, number, len(head)),
                     head,
-                    _head(DATA, 0, number, size),
+                    frame_head(DATA, 0, number, size),
                     _MESSAGE.pack(0, size - 5),
                     message,
-                    _head(HEADERS, _END_HEADERS | _END_STREAM, number, len(success)),
+                    frame_head(HEADERS, END_HEADERS | END_STREAM, number, len(success)),
                     success,
                 )
             )
@@ -361,7 +357,8 @@ class Http2:
             return
         if not stream.has_head:
             stream.has_head = True
-            self.output.append(frame(HEADERS, _END_HEADERS, stream.number, self._writer.head()))
+            self.output.append(frame(HEADERS, END_HEADERS, stream.number, self._writer.head()))
+        self._passed += len(message)
         stream.waiting.append(_MESSAGE.pack(0, len(message)))
         if message:
             stream.waiting.append(memoryview(message))
@@ -396,7 +393,8 @@ class Http2:
         waiting, number = stream.waiting, stream.number
         while waiting and (size := min(len(waiting[0]), self._window, stream.window, self._largest)) > 0:
             part = waiting[0]
-            self.output += (_head(DATA, 0, number, size), part[:size])
+            self.output += (frame_head(DATA, 0, number, size), part[:size])
+            self._allowance.earn(_ANSWER_EARNS)
             self._window -= size
             stream.window -= size
             if size == len(part):
@@ -405,8 +403,12 @@ class Http2:
                 waiting[0] = part[size:]
         if not waiting and stream.trailers is not None:
             block = stream.trailers or self._writer.success()
-            self.output.append(frame(HEADERS, _END_HEADERS | _END_STREAM, number, block))
+            self.output.append(frame(HEADERS, END_HEADERS | END_STREAM, number, block))
             self._end(stream)
+        elif waiting:
+            self._waiting[number] = stream
+        else:
+            self._waiting.pop(number, None)
 
     def _end(self, stream: Stream) -> None:
         """All is sent; a client that would go on is told not to."""
@@ -419,6 +421,7 @@ class Http2:
         stream.waiting.clear()
         stream.received.clear()
         self.streams.pop(stream.number, None)
+        self._waiting.pop(stream.number, None)
 
     def reset(self, stream: Stream, code: ErrorCode) -> None:
         """End a stream without an answer."""
@@ -444,9 +447,3 @@ class Http2:
 
     def _goaway(self, last: int, code: ErrorCode) -> bytes:
         return frame(GOAWAY, 0, 0, _NUMBER.pack(last) + _NUMBER.pack(code))
-
-
-def _unpadded(content: bytes, start: int, end: int) -> tuple[int, int]:
-    if start == end or start + 1 + content[start] > end:
-        raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "more padding than there is")
-    return start + 1, end - content[start]

@@ -14,8 +14,10 @@ from typing import Any
 import grpc
 
 from spikeless.engine.transport.calls import Context
+from spikeless.engine.transport.frames import BrokenProtocol
 from spikeless.engine.transport.headers import HeaderList
-from spikeless.engine.transport.http2 import BrokenProtocol, Http2, Stream
+from spikeless.engine.transport.http2 import Http2
+from spikeless.engine.transport.streams import Stream
 
 _READ_BYTES, _LARGE_READ_BYTES = 16 << 10, 1 << 20
 #: Parts that one call of the system takes.

@@ -17,7 +17,6 @@ import math
 import os
 import random
 import select
-import socket
 import threading
 import time
 from collections import deque
@@ -28,10 +27,10 @@ from typing import Any
 import grpc
 
 from spikeless.engine.transport.calls import Context, Refused, take_message
-from spikeless.engine.transport.http2 import Stream
-from spikeless.engine.transport.listening import listen
+from spikeless.engine.transport.listening import Listeners
 from spikeless.engine.transport.pace import Paces
 from spikeless.engine.transport.peer import Peer
+from spikeless.engine.transport.streams import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -68,10 +67,9 @@ class FastServer(grpc.Server):
         self._limit = self._limit if self._limit >= 0 else (1 << 32) - 1
         self._age = int(options.get(_AGE, 0)) / 1000 or math.inf
         self._age_grace = int(options.get(_AGE_GRACE, 0)) / 1000 or math.inf
-        self._reuse_port = bool(options.get(_REUSE_PORT, 1))
         self._generic: list[grpc.GenericRpcHandler[Any, Any]] = []
         self._methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        self._listeners: dict[int, socket.socket] = {}
+        self._listeners = Listeners(bool(options.get(_REUSE_PORT, 1)))
         self._clients: dict[int, Peer] = {}
         self._poll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -105,17 +103,13 @@ class FastServer(grpc.Server):
             self._methods[f"/{service_name}/{method}"] = handler
 
     def add_insecure_port(self, address: str) -> int:
-        listeners, port = listen(address, self._reuse_port)
-        for listener in listeners:
-            self._listeners[listener.fileno()] = listener
-        return port
+        return self._listeners.add(address)
 
     def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
         raise NotImplementedError
 
     def start(self) -> None:
-        for number in self._listeners:
-            self._poll.register(number, select.EPOLLIN)
+        self._listeners.start(self._poll)
         self._leader = token = object()
         threading.Thread(target=self._lead, args=[token], name="grpc-loop", daemon=True).start()
         threading.Thread(target=self._stand_by, name="grpc-standby", daemon=True).start()
@@ -123,8 +117,7 @@ class FastServer(grpc.Server):
     def stop(self, grace: float | None = None) -> threading.Event:
         """Close the ports, let calls end within ``grace`` seconds, then connections."""
         if self._leader is None:
-            for listener in self._listeners.values():
-                listener.close()
+            self._listeners.close()
             self._stopped.set()
         with self._lock:
             stop_at = time.monotonic() + (grace or 0.0)
@@ -167,7 +160,7 @@ class FastServer(grpc.Server):
                 if client.is_over:
                     self._close(client)
             elif number in self._listeners:
-                self._accept(self._listeners[number])
+                self._accept(number)
             elif number == self._wake:
                 os.eventfd_read(self._wake)
             while self._ready:
@@ -182,14 +175,11 @@ class FastServer(grpc.Server):
             return _DRAIN_POLL_SECONDS
         return max(self._timers[0][0] - time.monotonic(), 0.0) if self._timers else -1
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            connection, address = listener.accept()
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                _log.error("a connection is not taken: %s", error)
-                time.sleep(_DRAIN_POLL_SECONDS)
+    def _accept(self, number: int) -> None:
+        accepted = self._listeners.accept(number, len(self._clients))
+        if accepted is None:
             return
+        connection, address = accepted
         client = Peer(connection, address, self._poll)
         self._clients[connection.fileno()] = client
         if self._age < math.inf:
@@ -235,10 +225,7 @@ class FastServer(grpc.Server):
     def _stop(self, stop_at: float) -> bool:
         """Go on stopping; whether all connections are closed."""
         now = time.monotonic()
-        for number, listener in self._listeners.items():
-            self._poll.unregister(number)
-            listener.close()
-        self._listeners.clear()
+        self._listeners.close(self._poll)
         for client in [*self._clients.values()]:
             if client.drained_at is None:
                 client.drain(now)
@@ -251,6 +238,7 @@ class FastServer(grpc.Server):
         self._busy.set()
         for client in [*self._clients.values()]:
             self._close(client)
+        self._listeners.close()
         self._stopped.set()
 
     def _stand_by(self) -> None:
