@@ -143,16 +143,21 @@ class Bound:
     figure: str
     share: float
     absolute: float
+    #: A server keeps the threads that a stall made, one for each call in progress. How
+    #: much each adds.
+    per_call: int = 0
 
-    def allowed(self, before: float) -> float:
-        return before * (1 + self.share) + self.absolute
+    def allowed(self, before: float, calls: int) -> float:
+        """The bound, where so many calls were in progress at once."""
+        return before * (1 + self.share) + self.absolute + self.per_call * calls
 
 
 BOUNDS = (
     Bound("private_bytes", 0.05, 64 << 20),
-    Bound("threads", 0.0, 8),
+    Bound("threads", 0.0, 8, per_call=1),
     Bound("descriptors", 0.0, 8),
-    Bound("mappings", 0.05, 64),
+    # A stack and an arena of the allocator, each with what is reserved beside it.
+    Bound("mappings", 0.05, 64, per_call=4),
 )
 FIGURES = (*(bound.figure for bound in BOUNDS), "disk_bytes")
 #: What a repository of `KEPT` versions may take, in versions: one is on its way.
@@ -400,6 +405,7 @@ def findings(
     found.append(Finding("disk_bytes", f"{room:,}", f"{disk:,}", 0 < disk <= room))
     quiet = quiet[int(len(quiet) * WARM_SHARE) :]
     third = len(quiet) // 3
+    calls = _most_at_once(run)
     for bound in BOUNDS:
         values = [getattr(sample, bound.figure) for sample in quiet]
         if not third:
@@ -408,9 +414,18 @@ def findings(
         # How many versions are loaded differs from step to step: the largest counts.
         before, after = max(values[:third]), max(values[-third:])
         text = f"{before:,} to {after:,}"
-        limit = bound.allowed(before)
+        limit = bound.allowed(before, calls)
         found.append(Finding(bound.figure, f"{limit:,.0f}", text, after <= limit))
     return found
+
+
+def _most_at_once(run: bench.Run) -> int:
+    """How many calls were in progress at once."""
+    sent = run.requests["intended"] + run.requests["lag"]
+    ended = run.requests["intended"] + run.requests["latency"]
+    order = np.argsort(np.concatenate([sent, ended]), kind="stable")
+    changes = np.repeat([1, -1], [len(sent), len(ended)])
+    return int(changes[order].cumsum().max(initial=0))
 
 
 def measure(

@@ -46,10 +46,11 @@ def test_growth_beyond_a_bound_is_found(soak: Any) -> None:
     run = made_up_run()
     found = {one.what: one for one in soak.findings(run, steps, samples(soak), 1 << 28, "")}
     assert all(one.held for one in found.values()), found
-    grown = samples(soak, private_bytes=80 << 20, threads=9, descriptors=8)
+    grown = samples(soak, private_bytes=80 << 20, threads=30, descriptors=8)
     found = {one.what: one for one in soak.findings(run, steps, grown, 1 << 28, "")}
     assert {name for name, one in found.items() if not one.held} == {"private_bytes", "threads"}
-    assert (found["threads"].bound, found["threads"].found) == ("28", "20 to 29")
+    # 21 calls were in progress at once, for which a server may keep threads.
+    assert (found["threads"].bound, found["threads"].found) == ("49", "20 to 50")
 
 
 def test_failures_and_steps_that_went_wrong_are_found(soak: Any) -> None:
