@@ -1,11 +1,11 @@
 """BentoML: a service with ``tf.saved_model.load``, by ``bentoml serve``.
 
-BentoML's documentation ("Parallelize requests handling") has ``workers`` for models on
-processors, here one for each processor.
+BentoML's documentation ("Parallelize requests handling") has ``workers`` to use several
+processors, here one for each.
 
-A version is changed by a new deployment ("Update a Deployment"), which on one machine
-is a restart: HUP to ``bentoml serve`` makes its process manager restart the workers on
-the socket that stays open.
+A version is changed by a new deployment ("Manage Deployments"), which on one machine is
+a restart: HUP to ``bentoml serve`` makes its process manager restart the workers on the
+socket that stays open.
 """
 
 from __future__ import annotations

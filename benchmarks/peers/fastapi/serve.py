@@ -1,13 +1,12 @@
 """FastAPI with ``tf.saved_model.load``, behind uvicorn.
 
 FastAPI's documentation ("Server Workers") runs several worker processes with
-``--workers``, here one for each processor; "Concurrency" has functions that compute
-without ``async``, so that they run in threads.
+``--workers``, here one for each processor; "Concurrency and async / await" has
+functions that block without ``async``, so that they run in threads.
 
-A version is changed as uvicorn's documentation says ("Deployment", "Built-in"): HUP to
-the parent replaces the workers one after the other, each when its successor is ready.
-A worker that needs more than five seconds, as with TensorFlow, ends that, so
-``--timeout-worker-healthcheck`` is longer.
+A version is changed by uvicorn itself: HUP to the parent replaces the workers one after
+the other, each when its successor is ready. A worker that needs more than five seconds,
+as with TensorFlow, ends that, so ``--timeout-worker-healthcheck`` is longer.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Flask with ``tf.saved_model.load``, behind gunicorn.
 
-Flask's documentation ("Deploying to Production", gunicorn) asks for a WSGI server and
-names gunicorn first. Gunicorn's ("Design") has threads for what waits and one worker
-for each processor or more. Here: one worker for each processor with four threads, so
-that a restart leaves one that answers. The model is loaded by each worker: TensorFlow
-does not survive a fork, which ``--preload`` would need.
+Flask's documentation ("Deploying to Production") asks for a WSGI server; gunicorn is
+among those that it describes. Gunicorn's ("Design") has workers with threads, and for
+a start twice as many workers as processors, and one. Here: one worker for each
+processor with four threads, so that a restart leaves one that answers. The model is
+loaded by each worker: TensorFlow does not survive a fork, which ``--preload`` would
+need.
 
-A version is changed as gunicorn's FAQ says ("How do I reload my application?"): HUP to
-the master, which starts new workers and ends the old ones gracefully.
+A version is changed as gunicorn's FAQ says ("How do I reload my application in
+Gunicorn?"): HUP to the master, which starts new workers and ends the old ones
+gracefully.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """ONNX Runtime with the model that tf2onnx converted, in FastAPI behind uvicorn.
 
-ONNX Runtime's own server is archived, and its documentation ("Deploy on web",
-"Tutorials") leaves the server to its users; FastAPI is what most take. Configured as
-the peer ``fastapi``, with the session's defaults. Conversion is not part of any time
-measured here: ``model.onnx`` is a version's file.
+ONNX Runtime's own server is deprecated, and its documentation ("Build a web application
+with ONNX Runtime") leaves the server to its users. Configured as the peer ``fastapi``,
+with the session's defaults. Conversion is not part of any time measured here:
+``model.onnx`` is a version's file.
 
 A version is changed as for ``fastapi``.
 """

@@ -1,10 +1,10 @@
 """Ray Serve: a deployment with ``tf.saved_model.load``, one replica for each processor.
 
 Replicas take no whole processor of Ray's account each, which would leave none for its
-proxy. Requests are answered in a thread, as the documentation ("Asyncio best
-practices") asks of what blocks.
+proxy. Requests are answered in a thread, as the documentation ("Asyncio and
+concurrency best practices in Ray Serve") asks of what blocks.
 
-A version is changed as the documentation says ("Updating Applications In-Place",
+A version is changed as the documentation says ("Updating Applications In-Place" and
 "Dynamically change parameters without restarting replicas"): a new ``user_config``,
 which ``reconfigure`` of each replica gets. HUP does so.
 """
