@@ -189,6 +189,7 @@ class InferenceServicer:
             functools.partial(open_inference.read_message, request),
             open_inference.write_message,
             _timeout(context),
+            _waiting(context),
         )
 
 

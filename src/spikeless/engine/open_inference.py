@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from spikeless import __version__
-from spikeless.engine.handlers import Calls
+from spikeless.engine.handlers import Calls, Waiting
 from spikeless.errors import InvalidArgument, NotFound, Unavailable
 from spikeless.formats import open_inference, rest_json
 from spikeless.formats.open_inference import InferRequest
@@ -81,9 +81,18 @@ class OpenInference:
         read: Callable[[], InferRequest],
         write: Callable[[str, int | None, InferRequest, Mapping[str, Any]], Any],
         timeout: float | None,
+        waiting: Waiting | None = None,
     ) -> Any:
-        """Answer a request, which ``read`` reads and whose answer ``write`` makes."""
-        with self._calls.counted(spec, _API) as call:
+        """Answer a request, which ``read`` reads and whose answer ``write`` makes.
+
+        Args:
+            spec: the model.
+            read: reads the request.
+            write: of the model, version, request and outputs makes the answer.
+            timeout: in seconds.
+            waiting: a transport whose only thread may wait for the call.
+        """
+        with self._calls.counted(spec, _API, waiting) as call:
             request = read()
             model: Model = call.model()
             outputs = model.predict_arrays(request.signature, request.inputs, timeout, request.outputs)
