@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from harness import POLL
+from places import ROOT
 from promotion_models import NAME, add_version, fleet_of, model_of, served, settings
 from trained_models import spikeless
 
@@ -100,6 +102,38 @@ def test_a_configuration_for_other_paths_changes_nothing(clone: Path, scales: Pa
         assert (clone / "models.config").read_text() == text
         add_version(scales / "2", clone, 2)
         server.wait_for(lambda: served(client) == 2, "a version that is published later")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    # Whoever the tree belongs to.
+    command = ["git", "-c", "safe.directory=*", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the tree is no clone")
+def test_promotion_leaves_a_clone_as_git_knows_it(clone: Path, scales: Path) -> None:
+    """No tracked file is changed, and no new one is to be committed."""
+    tracked = git(ROOT, "ls-files", ".gitignore", "models").splitlines()
+    assert "models/.gitignore" in tracked
+    for name in tracked:
+        shutil.copy(ROOT / name, clone.parent / name)
+    git(clone.parent, "init", "--quiet")
+    git(clone.parent, "add", "--force", "--", *tracked)
+    before = git(clone.parent, "status", "--porcelain", "--", *tracked, "models")
+    assert len(before.splitlines()) == len(tracked)
+    with serve_all(clone) as server:
+        for number, canary in ((2, False), (3, True)):
+            done = spikeless(
+                "publish", scales / str(number), NAME, "--models", clone, "--allow-cold", "--no-load"
+            )
+            assert done.returncode == 0, done.stderr
+            promote(clone, NAME, number, fleet_of(server), settings(canary=canary))
+        rollback(clone, NAME, fleet_of(server), canary=True)
+        rollback(clone, NAME, fleet_of(server), version=2)
+    assert (clone / "models.config").exists()
+    assert git(clone.parent, "status", "--porcelain", "--", *tracked, "models") == before
 
 
 @pytest.mark.usefixtures("embedded")  # TensorFlow Serving ends without its configuration.

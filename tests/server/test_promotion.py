@@ -41,6 +41,7 @@ from spikeless.repository.models_config import new_block
 from spikeless.rollout.fleet import states
 from spikeless.rollout.promotion import Outcome, PromotionError, promote, rollback
 from spikeless.rollout.soak import SoakSettings
+from spikeless.rollout.status import status
 
 #: States of a version that answers, or soon will.
 LIVE = (State.START, State.LOADING, State.AVAILABLE)
@@ -237,6 +238,10 @@ def test_the_state_of_a_version_with_damaged_text_can_be_read(
         )
         (failed,) = client.statuses(NAME, 3)
         assert failed.error is not None
+        (report,) = status(models, NAME, (unpinned.target,))
+        shown = {one.version: one.servers.get(unpinned.target, "") for one in report.versions}
+        assert shown[2].startswith("AVAILABLE")
+        assert shown[3].startswith("END")
 
 
 def test_other_labels_and_versions_above_the_stable_one(

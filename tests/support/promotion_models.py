@@ -157,7 +157,7 @@ def models(scales: Path, tmp_path: Path) -> Path:
 
 
 def start_server(
-    models: Path, *flags: str, port: int | None = None, rest: bool = False
+    models: Path, *flags: str, port: int | None = None, rest: bool = False, wait_for: str = NAME
 ) -> launch.ServerProcess:
     """A server of what ``models.config`` says, which outlives nothing: stop it."""
     return launch.start(
@@ -165,7 +165,7 @@ def start_server(
             port=port,
             rest=rest,
             flags=(f"--model_config_file={models / 'models.config'}", *SERVER_FLAGS, *flags),
-            wait_for=[NAME],
+            wait_for=[wait_for],
             log=models.parent / f"server-{port or 'any'}.log",
         )
     )
