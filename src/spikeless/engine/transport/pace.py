@@ -10,8 +10,10 @@ import math
 
 #: Calls as quick as this are worth waiting for.
 _QUICK_SECONDS = 1e-3
-#: One that takes longer, though others were quick, sends those after it to the pool.
-_SLOW_SECONDS = 2e-3
+#: One that takes longer, though others were quick, sends those after it to the pool: if
+#: it computed for a part of that, or waited for very long. One that only waited for the
+#: processor, or for Python's lock, would wait in the pool even longer.
+_SLOW_SECONDS, _COMPUTING_SECONDS, _STUCK_SECONDS = 2e-3, 1e-3, 50e-3
 #: Of larger messages nothing is known.
 _MOST_BYTES = 64 << 10
 _FIRST_FIELD = 0x0A
@@ -23,7 +25,8 @@ class Pace:
     """How quick calls of one kind are."""
 
     def __init__(self) -> None:
-        # Of the calls of late: others of them may have waited for each other.
+        # Of the calls of late: others of them may have waited for each other. Calls in
+        # the pool always do when there are many, so that these do not raise it.
         self._fastest = math.inf
         self._skipped = _LEAST_SKIPPED
         self._to_skip = 0
@@ -36,21 +39,28 @@ class Pace:
             return False
         return self._fastest < _QUICK_SECONDS
 
-    def ran(self, seconds: float, may_be_inline: bool, on_loop: bool) -> None:
-        """A call took so long; ``may_be_inline`` is what its method said."""
+    def ran(self, seconds: float, may_be_inline: bool, computing: float | None) -> None:
+        """A call has ended.
+
+        Args:
+            seconds: how long it took.
+            may_be_inline: what its method said.
+            computing: seconds for which the loop used the processor meanwhile; None
+                where the pool answered.
+        """
         if not may_be_inline:
             self._fastest = math.inf
-            return
-        self._fastest = min(seconds, self._fastest * 1.1)
-        if not on_loop:
-            return
-        if seconds > _SLOW_SECONDS:
-            self._good = 0
-            self._skipped = self._to_skip = min(2 * self._skipped, _MOST_SKIPPED)
+        elif computing is None:
+            self._fastest = min(seconds, self._fastest)
         else:
-            self._good += 1
-            if self._good > _FORGIVEN_AFTER:
-                self._skipped = _LEAST_SKIPPED
+            self._fastest = min(seconds, self._fastest * 1.1)
+            if seconds > _STUCK_SECONDS or (seconds > _SLOW_SECONDS and computing > _COMPUTING_SECONDS):
+                self._good = 0
+                self._skipped = self._to_skip = min(2 * self._skipped, _MOST_SKIPPED)
+            else:
+                self._good += 1
+                if self._good > _FORGIVEN_AFTER:
+                    self._skipped = _LEAST_SKIPPED
 
 
 class Paces:

@@ -338,9 +338,10 @@ class FastServer(grpc.Server):
         self._inline = context
         if not self._busy.is_set():
             self._busy.set()
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), time.thread_time()
         context.run(content)
-        pace.ran(time.perf_counter() - started, context.may_be_inline, on_loop=True)
+        computing = time.thread_time() - computed
+        pace.ran(time.perf_counter() - started, context.may_be_inline, computing)
         with self._lock:
             if self._leader is not token:
                 return False
@@ -366,7 +367,7 @@ class FastServer(grpc.Server):
             context.run(content)
         finally:
             if pace is not None:
-                pace.ran(time.perf_counter() - started, context.may_be_inline, on_loop=False)
+                pace.ran(time.perf_counter() - started, context.may_be_inline, None)
             with self._lock:
                 self._running -= 1
 
