@@ -62,7 +62,7 @@ chaos: $(READY)
 	    $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
 # The images with labels that say where they come from. Builders that can, attach more, and give all files the time in
-# SOURCE_DATE_EPOCH, so that two builds have the same layers:
+# SOURCE_DATE_EPOCH:
 #   SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) make images \
 #       ATTESTATIONS="--no-cache --provenance=mode=max --sbom=true --output type=registry,rewrite-timestamp=true"
 # `make sbom` lists what is in an image of any builder.

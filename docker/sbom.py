@@ -42,13 +42,9 @@ def component(line, release):
     return {"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl}
 
 
-def bill_of_materials(image):
-    """What is in an image, as a CycloneDX document."""
-    command = ["docker", "run", "--rm", "--network=none", "--entrypoint=sh", image, "-c", LISTING]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"sbom: {image} cannot be listed, see above")
-    first, *lines = done.stdout.rstrip("\n").split("\n")
+def document(image, listing):
+    """What the listing of an image says, as a CycloneDX document."""
+    first, *lines = listing.rstrip("\n").split("\n")
     release = first.split("\t")
     return {
         "bomFormat": "CycloneDX",
@@ -57,6 +53,15 @@ def bill_of_materials(image):
         "metadata": {"component": {"type": "container", "name": image, "bom-ref": image}},
         "components": sorted((component(line, release) for line in lines), key=lambda one: one["purl"]),
     }
+
+
+def bill_of_materials(image):
+    """What is in an image."""
+    command = ["docker", "run", "--rm", "--network=none", "--entrypoint=sh", image, "-c", LISTING]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"sbom: {image} cannot be listed, see above")
+    return document(image, done.stdout)
 
 
 if __name__ == "__main__":

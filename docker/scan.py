@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from sbom import bill_of_materials
 
@@ -19,21 +20,31 @@ UPGRADES = "apt-get update --quiet=2 --error-on=any && apt-get --simulate --quie
 OURS = "spikeless"
 
 
+def updates_of(simulated: str) -> list[str]:
+    """Of what apt says that an upgrade would do: each package that it would replace."""
+    return re.findall(r"^Inst (\S+ .*)", simulated, re.MULTILINE)
+
+
+def pins_of(bill: dict[str, Any]) -> list[str]:
+    """What pip-audit is asked about: each Python package that an index may know."""
+    found = (one for one in bill["components"] if one["purl"].startswith("pkg:pypi/"))
+    return [f"{one['name']}=={one['version']}" for one in found if one["name"] != OURS]
+
+
 def outdated(image: str) -> list[str]:
     """The distribution's packages for which there is an update."""
     command = ["docker", "run", "--rm", "--user=0:0", "--entrypoint=sh", image, "-c", UPGRADES]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"scan: apt in {image} cannot reach its archive, see above")
-    return re.findall(r"^Inst (\S+ .*)", done.stdout, re.MULTILINE)
+    return updates_of(done.stdout)
 
 
 def audit(image: str) -> bool:
     """Whether pip-audit knows all Python packages, and nothing against them."""
-    found = bill_of_materials(image)["components"]
-    pins = [f"{one['name']}=={one['version']}" for one in found if one["purl"].startswith("pkg:pypi/")]
+    pins = pins_of(bill_of_materials(image))
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(pin for pin in pins if not pin.startswith(f"{OURS}==")) + "\n")
+        file.writelines(f"{pin}\n" for pin in pins)
         file.flush()
         command = [sys.executable, "-m", "pip_audit", "--strict", "--no-deps", "--disable-pip"]
         return subprocess.run([*command, "--requirement", file.name], check=False).returncode == 0

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,36 @@ def serving_base(**arguments: str) -> str:
 def test_images_have_the_version_of_the_package() -> None:
     text = (DOCKER / "Dockerfile").read_text()
     assert set(re.findall(r"^ARG VERSION=(.*)$", text, re.MULTILINE)) == {spikeless.__version__}
+
+
+def test_the_scan_asks_about_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image's listing and of what apt says; the package itself is in no index."""
+    monkeypatch.syspath_prepend(DOCKER)
+    scan = runpy.run_path(str(DOCKER / "scan.py"))
+    bill = runpy.run_path(str(DOCKER / "sbom.py"))["document"](
+        "an/image",
+        "release\tdebian\tbookworm\t\n"
+        "deb\tlibstdc++6\t12.2.0-14+deb12u1\tamd64\n"
+        "pypi\tTyping_Extensions\t4.16.0\t\n"
+        "pypi\tspikeless\t0.1.0\t\n"
+        "pypi\tgrpcio\t1.85.3\t\n"
+        "server\ttensorflow-serving\t2.20.0\t\n",
+    )
+    assert scan["pins_of"](bill) == ["grpcio==1.85.3", "typing-extensions==4.16.0"]
+    assert [one["purl"] for one in bill["components"]] == [
+        "pkg:deb/debian/libstdc++6@12.2.0-14%2Bdeb12u1?arch=amd64&distro=bookworm",
+        "pkg:github/tensorflow/serving@2.20.0",
+        "pkg:pypi/grpcio@1.85.3",
+        "pkg:pypi/spikeless@0.1.0",
+        "pkg:pypi/typing-extensions@4.16.0",
+    ]
+    simulated = (
+        "Inst apt [2.6.1] (2.6.2 Debian-Security:12/oldstable-security [amd64])\n"
+        "Inst libnew (1.0 Debian:12/oldstable [amd64])\n"
+        "Conf apt (2.6.2 Debian-Security:12/oldstable-security [amd64])\n"
+    )
+    assert [line.split()[0] for line in scan["updates_of"](simulated)] == ["apt", "libnew"]
+    assert scan["updates_of"]("") == []
 
 
 def test_the_server_drains_before_it_is_ended() -> None:
