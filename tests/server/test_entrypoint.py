@@ -206,6 +206,18 @@ def test_one_model_without_a_configuration_file(repository: Path) -> None:
         assert running.answers("newest") == 1
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
+def test_the_precision_reaches_the_server(scales: Path, tmp_path: Path, precision: str) -> None:
+    """In the platform configuration; TensorFlow Serving says which it does not know."""
+    models = tmp_path / "models"
+    put_version(scales / "1", models / "whole", 1)
+    with container(models, f"--mixed_precision={precision}", MODEL_NAME="whole") as running:
+        running.wait_states("whole", v1=State.AVAILABLE)
+        assert running.answers("whole") == 1
+        refused = "precision is not supported" in running.log.read_text()
+        assert refused == (precision == "float8" and not IS_EMBEDDED)
+
+
 def test_a_server_with_nothing_to_serve_ends_with_the_reason(tmp_path: Path) -> None:
     put_half_a_version(tmp_path / "models" / "broken", 1)
     with container(tmp_path / "models") as running:
