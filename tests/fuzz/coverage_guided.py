@@ -34,7 +34,7 @@ from google.protobuf.message import DecodeError
 from spikeless.formats.open_inference_messages import message_class
 from spikeless.formats.protos import predict_pb2, tensor_pb2, types_pb2
 
-_InferRequest = message_class("ModelInferRequest")
+_InferRequest, _InferResponse = message_class("ModelInferRequest"), message_class("ModelInferResponse")
 LIBFUZZER = ("-rss_limit_mb=2048", "-timeout=10", "-close_fd_mask=0")
 SPECS = {
     alias: TensorSpec(alias, f"{alias}:0", dtype, (None, 2))
@@ -196,21 +196,26 @@ def read_infer_json(content: bytes) -> None:
 def read_infer_message(content: bytes) -> None:
     """What is read is written, and read as the same again."""
     try:
-        message = _InferRequest.FromString(content)
+        parsed = open_inference.parse_message(content)
     except DecodeError:
         return  # gRPC answers that
-    request = open_inference.read_message(message)
-    answer = open_inference.write_message("m", 1, request, request.inputs)
-    again = open_inference.read_message(
-        _InferRequest(
-            inputs=[
-                {"name": output.name, "datatype": output.datatype, "shape": output.shape}
-                | ({} if answer.raw_output_contents else {"contents": output.contents})
-                for output in answer.outputs
-            ],
-            raw_input_contents=answer.raw_output_contents,
-        )
+    # As if it were large.
+    apart = open_inference.parse_message(content, large=0)
+    assert list(map(bytes, apart.raw)) == list(parsed.raw)
+    if not apart.message.raw_input_contents:
+        apart.message.raw_input_contents.extend(parsed.raw)
+    assert apart.message == parsed.message or "nan" in str(parsed.message)
+    request = open_inference.read_message(parsed)
+    answer = _InferResponse.FromString(open_inference.write_message("m", 1, request, request.inputs))
+    message = _InferRequest(
+        inputs=[
+            {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+            | ({} if answer.raw_output_contents else {"contents": output.contents})
+            for output in answer.outputs
+        ],
+        raw_input_contents=answer.raw_output_contents,
     )
+    again = open_inference.read_message(open_inference.parse_message(message.SerializeToString()))
     assert again.inputs.keys() == request.inputs.keys()
     for name, array in request.inputs.items():
         other = again.inputs[name]

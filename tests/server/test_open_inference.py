@@ -394,6 +394,33 @@ def test_grpc_contents_are_answered_by_contents(shared: Running, datatype: str) 
     assert (got.dtype, got.tolist()) == (expected.dtype, expected.tolist())
 
 
+@pytest.mark.parametrize("datatype", VALUES)
+@pytest.mark.parametrize("count", [0, 1, 400_000])
+def test_grpc_raw_contents_are_answered_by_raw_contents(shared: Running, datatype: str, count: int) -> None:
+    """Of any size: those of large requests and answers are not copied into messages."""
+    key, values = VALUES[datatype]
+    flat = np.resize(values.ravel(), count)
+    raw = (
+        b"".join(len(text).to_bytes(4, "little") + text for text in flat.tolist())
+        if datatype == "BYTES"
+        else flat.tobytes()
+    )
+    for name in ("42", "4"):  # so that numbers begin anywhere
+        answer = ask(
+            shared,
+            "ModelInfer",
+            model_name="dtypes",
+            id=name,
+            parameters=signature(key),
+            inputs=[given(datatype, flat.reshape(1, -1))],
+            raw_input_contents=[raw],
+        )
+        assert (answer.model_name, answer.model_version, answer.id) == ("dtypes", "1", name)
+        (output,) = answer.outputs
+        assert (output.name, output.datatype, tuple(output.shape)) == ("y", datatype, (1, count))
+        assert list(answer.raw_output_contents) == [raw]
+
+
 ONE_X = given("FP32", np.ones(1), contents={"fp32_contents": [1]})
 
 

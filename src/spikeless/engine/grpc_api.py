@@ -156,7 +156,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
 class InferenceServicer:
     """The methods of `spikeless.formats.open_inference_messages.METHODS`.
 
-    Each returns the response, or the values of its fields.
+    Each returns the response's bytes, or the values of its fields.
     """
 
     def __init__(self, protocol: OpenInference) -> None:
@@ -183,9 +183,10 @@ class InferenceServicer:
         return self._protocol.model_metadata(model_spec(request.name, request.version))
 
     @_answering
-    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def ModelInfer(self, request: open_inference.InferMessage, context: grpc.ServicerContext) -> Any:
+        message = request.message
         return self._protocol.infer(
-            model_spec(request.model_name, request.model_version),
+            model_spec(message.model_name, message.model_version),
             functools.partial(open_inference.read_message, request),
             open_inference.write_message,
             _timeout(context),
@@ -197,9 +198,8 @@ def add_inference_service(servicer: InferenceServicer, server: grpc.Server) -> N
     """Register the methods, as generated code would."""
 
     def serializer(response: type[Any]) -> Callable[[Any], bytes]:
-        def serialize(answer: Any) -> bytes:
-            message = response(**answer) if isinstance(answer, dict) else answer
-            return bytes(message.SerializeToString())
+        def serialize(answer: dict[str, Any] | bytes) -> bytes:
+            return bytes(response(**answer).SerializeToString()) if isinstance(answer, dict) else answer
 
         return serialize
 
@@ -207,7 +207,9 @@ def add_inference_service(servicer: InferenceServicer, server: grpc.Server) -> N
     handlers = {
         method: grpc.unary_unary_rpc_method_handler(
             getattr(servicer, method),
-            message_class(f"{method}Request").FromString,
+            open_inference.parse_message
+            if method == "ModelInfer"
+            else message_class(f"{method}Request").FromString,
             serializer(message_class(f"{method}Response")),
         )
         for method in open_inference_messages.METHODS

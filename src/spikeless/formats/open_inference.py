@@ -24,7 +24,8 @@ import numpy as np
 import orjson
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
-from spikeless.formats import rest_json
+from spikeless.formats import rest_json, wire
+from spikeless.formats.large_tensors import LARGE
 from spikeless.formats.open_inference_messages import message_class
 from spikeless.formats.protos import types_pb2
 from spikeless.formats.savedmodel import Signature, TensorSpec
@@ -38,7 +39,11 @@ SIGNATURE_PARAMETER = "signature_name"
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 
 _Array = np.ndarray[Any, Any]
-_Response = message_class("ModelInferResponse")
+_Request, _Response = message_class("ModelInferRequest"), message_class("ModelInferResponse")
+_RAW_INPUTS, _RAW_OUTPUTS = (
+    message.DESCRIPTOR.fields_by_name[name].number
+    for message, name in ((_Request, "raw_input_contents"), (_Response, "raw_output_contents"))
+)
 #: Datatype -> TensorFlow DataType, and the field of ``InferTensorContents``; None where
 #: there is none.
 _DATATYPES: dict[str, tuple[int, str | None]] = {
@@ -111,7 +116,7 @@ def signature_metadata(signature: Signature) -> dict[str, Any]:
 # --- bytes ----------------------------------------------------------------------------
 
 
-def _from_raw(raw: bytes, number: int, shape: tuple[int, ...], what: str) -> _Array:
+def _from_raw(raw: bytes | memoryview, number: int, shape: tuple[int, ...], what: str) -> _Array:
     if number != types_pb2.DT_STRING:
         return from_bytes(raw, number, shape, what)
     count = math.prod(shape)
@@ -120,7 +125,7 @@ def _from_raw(raw: bytes, number: int, shape: tuple[int, ...], what: str) -> _Ar
     while position < len(raw) and len(strings) < count:
         start = position + _LENGTH_BYTES
         position = start + int.from_bytes(raw[position:start], "little")
-        strings.append(raw[start:position])
+        strings.append(bytes(raw[start:position]))
     if position != len(raw) or len(strings) != count:
         raise InvalidArgument(
             f"{what} has {len(raw)} bytes, which are not {count} strings with a length of "
@@ -129,9 +134,9 @@ def _from_raw(raw: bytes, number: int, shape: tuple[int, ...], what: str) -> _Ar
     return _strings(strings).reshape(shape)
 
 
-def _to_raw(array: _Array) -> bytes:
+def _to_raw(array: _Array) -> bytes | memoryview:
     if not array.dtype.hasobject:
-        return np.ascontiguousarray(array).tobytes()
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     parts: list[bytes] = []
     for string in array.reshape(-1).tolist():
         parts += len(string).to_bytes(_LENGTH_BYTES, "little"), string
@@ -309,7 +314,7 @@ def write_json(
         Unimplemented: an output of a type that the protocol does not know.
     """
     heads: list[bytes] = []
-    tail: list[bytes] = []
+    tail: list[bytes | memoryview] = []
     for alias, array in outputs.items():
         if request.raw or alias in request.raw_outputs:
             tail.append(_to_raw(array))
@@ -342,9 +347,42 @@ def _json_values(array: _Array, what: str) -> bytes:
 # --- gRPC -----------------------------------------------------------------------------
 
 
-def read_message(message: Any) -> InferRequest:
+@dataclass(frozen=True)
+class InferMessage:
+    """A ``ModelInferRequest``, and its ``raw_input_contents`` if they are beside it."""
+
+    message: Any
+    raw: Sequence[bytes | memoryview]
+
+
+def parse_message(content: bytes, large: int = LARGE) -> InferMessage:
+    """Parse a ``ModelInferRequest``; one of ``large`` bytes keeps its raw contents.
+
+    These are views of ``content`` then.
+
+    Raises:
+        DecodeError: it is none.
+    """
+    if len(content) >= large:
+        kept: list[memoryview] = []
+        raw: list[memoryview] = []
+        try:
+            for number, whole, value in wire.fields(memoryview(content)):
+                if number == _RAW_INPUTS and whole[0] & 7 == wire.BYTES:
+                    raw.append(value)
+                else:
+                    kept.append(whole)
+        except InvalidArgument:
+            pass  # unusual: for the parser to refuse, or to make something of
+        else:
+            return InferMessage(_Request.FromString(b"".join(kept)), raw)
+    message = _Request.FromString(content)
+    return InferMessage(message, message.raw_input_contents)
+
+
+def read_message(parsed: InferMessage) -> InferRequest:
     """Read a ``ModelInferRequest``; raises as `read_json` does."""
-    raw = list(message.raw_input_contents)
+    message, raw = parsed.message, list(parsed.raw)
     if raw and len(raw) != len(message.inputs):
         raise InvalidArgument(f"raw_input_contents has {len(raw)} entries for {len(message.inputs)} inputs")
     inputs: dict[str, _Array] = {}
@@ -394,8 +432,10 @@ def _from_contents(entry: Any, number: int, shape: tuple[int, ...]) -> _Array:
 
 def write_message(
     model: str, version: int | None, request: InferRequest, outputs: Mapping[str, _Array]
-) -> Any:
-    """The ``ModelInferResponse``: raw if the request is, or an output can be only that.
+) -> bytes:
+    """The serialized ``ModelInferResponse``.
+
+    It is raw if the request is, or an output can be only that.
 
     Raises:
         Unimplemented: an output of a type that the protocol does not know.
@@ -405,10 +445,13 @@ def write_message(
     )
     datatypes = {alias: _datatype(array, f"output {alias}") for alias, array in outputs.items()}
     raw = request.raw or any(_DATATYPES[datatype][1] is None for datatype in datatypes.values())
+    raws: list[bytes | memoryview] = []
     for alias, array in outputs.items():
         entry = response.outputs.add(name=alias, datatype=datatypes[alias], shape=array.shape)
         if raw:
-            response.raw_output_contents.append(_to_raw(array))
+            contents = _to_raw(array)
+            # Copied once, here: a message object would copy them twice more.
+            raws += wire.head(_RAW_OUTPUTS, len(contents)), contents
         else:
             getattr(entry.contents, str(_DATATYPES[entry.datatype][1])).extend(array.reshape(-1).tolist())
-    return response
+    return b"".join((response.SerializeToString(), *raws))
