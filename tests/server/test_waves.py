@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -12,14 +13,18 @@ from pathlib import Path
 
 import pytest
 from machines import Machine, machines, wait_for
-from promotion_models import NAME, add_version, flawless
-from stores import S3, SECRET_KEY, s3_server
+from promotion_models import NAME, SLOW_SECONDS, Load, add_version, flawless, served
+from stores import ACCESS_KEY, S3, SECRET_KEY, s3_server
 
+from spikeless.client import Client
+from spikeless.launch import ServerProcess, free_port
+from spikeless.rollout.fleet import FleetSettings
 from spikeless.store import promotions
 from spikeless.store.changes import Change, Changes
 from spikeless.store.objects import Store
 from spikeless.store.push import push
-from spikeless.store.reports import Reports
+from spikeless.store.reporting import FollowedModel, Reporter, ReportSettings
+from spikeless.store.reports import MAX_BYTES, Reports
 
 NODES = ("node-a", "node-b", "node-c")
 #: No test fails because the machine is slow.
@@ -97,6 +102,13 @@ def test_a_healthy_fleet_goes_through_its_waves_under_load(store: str, tmp_path:
             assert load.factors == {1.0, 2.0, 3.0}
         for machine in fleet:
             assert SECRET_KEY not in machine.log
+        opened = Store(store)
+        records = [(folder, name) for folder in (".promotions", ".fleet") for name in opened.names(folder)]
+        assert len(records) > len(NODES)
+        for folder, name in records:
+            record = opened.read(f"{folder}/{name}", MAX_BYTES).decode()
+            assert ACCESS_KEY not in record
+            assert SECRET_KEY not in record
 
 
 def measured(machine: Machine) -> bool:
@@ -121,6 +133,27 @@ def killed_at_line(arguments: list[str], number: int) -> bool:
         process.send_signal(signal.SIGKILL)
         process.wait()
     return process.returncode == -signal.SIGKILL
+
+
+def test_credentials_are_in_no_report(server: ServerProcess, models: Path, tmp_path: Path) -> None:
+    """Not even those of an address of metrics that does not work."""
+    store, closed = tmp_path / "store", free_port()
+    for number, metrics in enumerate(
+        (
+            f"http://me:hunter2@127.0.0.1:{closed}/metrics",
+            "http://me:hunter2@127.0.0.1/metrics",
+            f"http://127.0.0.1:{closed}/metrics?token=hunter2",
+            f"htp://me:hunter2@127.0.0.1:{closed}/metrics",
+        )
+    ):
+        settings = ReportSettings(60.0, metrics)
+        reporter = Reporter(Store(str(store)), "node-a", models, FleetSettings([server.target]), settings)
+        reporter.report(number, [FollowedModel(NAME, {"stable": 1})])
+        model = Reports(Store(str(store))).read("node-a").model(NAME)
+        assert model is not None
+        assert (model.labels, model.since) == ({"stable": 1}, None)
+        assert "metrics" in model.error
+        assert b"hunter2" not in (store / ".fleet" / "node-a.json").read_bytes()
 
 
 @pytest.mark.timeout(900)
@@ -151,6 +184,52 @@ def test_one_server_refuses_and_the_fleet_rolls_back_by_itself(store: str, tmp_p
         # What is whole there is promoted all the same.
         assert run(store, 2, "--waves=1,100%", *PATIENT).returncode == 0
         all_serve(fleet, 2)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("saved_model", "limits", "problem"),
+    [
+        pytest.param(
+            "brittle",
+            ("--max-error-rate=1%", "--max-p99=1m"),
+            r"[1-9]\d* of \d+ requests failed, \d\.\d\d % before \(--max-error-rate 1%\)",
+            id="fails",
+        ),
+        pytest.param(
+            "slow",
+            ("--max-error-rate=0%", f"--max-p99={900 * SLOW_SECONDS:g}ms"),
+            r"p99 is up to [1-9]\d\d+\.\d ms \(--max-p99 90ms\)",
+            id="is slow",
+        ),
+    ],
+)
+def test_what_callers_of_a_new_version_get_takes_it_back(
+    store: str, scales: Path, tmp_path: Path, saved_model: str, limits: tuple[str, ...], problem: str
+) -> None:
+    """A version passes every check, then raises for some inputs or is too slow."""
+    push(add_version(scales / saved_model, tmp_path / "trained", 4, warmup=False), store)
+    with machines(store, tmp_path, NODES[:2], 1) as fleet, contextlib.ExitStack() as stack:
+        reached, spared = fleet
+        calls = stack.enter_context(Load(reached.server.target))
+        others = stack.enter_context(flawless(spared.server.target))
+        for machine in fleet:
+            wait_for(lambda machine=machine: measured(machine), f"{machine.node}: {machine.log}")  # type: ignore[misc]
+        done = run(store, 4, "--wave=node-a", "--waves=100%", "--soak=5s", *limits, *PATIENT)
+        assert done.returncode == 1
+        failed = f"wave 1 of 2 of version 4 of {NAME} failed; the fleet goes back to version 1\n"
+        assert f"spikeless: error: {failed}" in done.stderr
+        change = last_change(store)
+        assert (change.action, change.version, change.waves) == ("rollback", 1, ())
+        assert re.match(f"wave 1 of 2: node-a: {problem}", change.reason), change.reason
+        all_serve(fleet, 1)
+        for machine in fleet:
+            with Client(machine.server.target) as client:
+                assert served(client) == 1
+        # Some callers of one machine noticed it, no others did.
+        assert bool(calls.failures) == (saved_model == "brittle")
+        assert calls.factors == ({1.0} if saved_model == "brittle" else {1.0, 4.0})
+        assert others.factors == {1.0}
 
 
 @pytest.mark.timeout(900)

@@ -36,6 +36,8 @@ from spikeless.rollout.promotion import PromotionSettings
 NAME = "scale"
 #: Names of SavedModels -> the factor that their answers have.
 SCALES = {"1": 1.0, "2": 2.0, "3": 3.0, "nan": float("nan")}
+#: How long the SavedModel ``slow`` takes; ``brittle`` raises for negative numbers.
+SLOW_SECONDS = 0.1
 X = np.array([[1.0, 2.0], [3.0, -4.0]], np.float32)
 #: A machine under test is slow at times: only errors count there, not latencies.
 LENIENT = ComparisonSettings(requests=20, max_p99_ratio=1e6)
@@ -77,6 +79,24 @@ def build(directory: str) -> None:
         return {"z": x * module.factor}
 
     tf.saved_model.save(module, f"{directory}/whole", signatures={"serving_default": whole})
+
+    module = tf.Module()
+    module.factor = tf.Variable(4.0)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, "x")])
+    def brittle(x: Any) -> Any:
+        tf.debugging.assert_non_negative(x)
+        return {"y": x * module.factor}
+
+    tf.saved_model.save(module, f"{directory}/brittle", signatures={"serving_default": brittle})
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, "x")])
+    def slow(x: Any) -> Any:
+        end = tf.timestamp() + SLOW_SECONDS
+        tf.while_loop(lambda now: now < end, lambda _: (tf.timestamp(),), (tf.timestamp(),))
+        return {"y": x * module.factor}
+
+    tf.saved_model.save(module, f"{directory}/slow", signatures={"serving_default": slow})
 
 
 @pytest.fixture(scope="session")

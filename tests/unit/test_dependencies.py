@@ -20,7 +20,7 @@ from update_pins import FILES, PLATFORMS, PYTHONS, applies
 
 from spikeless.errors import EXTRAS
 from spikeless.launch import free_port
-from spikeless.store.objects import LIBRARIES
+from spikeless.store.libraries import LIBRARIES
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -8,15 +8,17 @@ how many failed, and how long they took.
 
 from __future__ import annotations
 
-import urllib.error
+import http.client
 import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from spikeless.errors import InvalidArgument, Unavailable
+from spikeless.formats.urls import redacted
 
 _COUNT = ":tensorflow:serving:request_count"
 _LATENCY = ":tensorflow:serving:request_latency_bucket"
@@ -62,18 +64,21 @@ def read(url: str) -> dict[str, Traffic]:
 
     Raises:
         Unavailable: the page cannot be fetched.
-        InvalidArgument: it is no page of metrics.
+        InvalidArgument: it is no page of metrics, or its address has credentials.
     """
+    shown = redacted(url)
     if not url.startswith(("http://", "https://")):
-        raise InvalidArgument(f"{url!r} is no http address of a metrics page")
+        raise InvalidArgument(f"{shown!r} is no http address of a metrics page")
+    if "@" in urlsplit(url).netloc:
+        raise InvalidArgument(f"{shown}: metrics are read without user and password; leave these out")
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             text = response.read(_MAX_BYTES).decode("utf-8", "replace")
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise Unavailable(
-            f"no metrics at {url}: {error}; servers need --rest_api_port and a --monitoring_config_file"
+            f"no metrics at {shown}: {error}; servers need --rest_api_port and a --monitoring_config_file"
         ) from None
-    return parse(text, url)
+    return parse(text, shown)
 
 
 def parse(text: str, source: str) -> dict[str, Traffic]:

@@ -14,14 +14,10 @@ import os
 import random
 import secrets
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
@@ -36,24 +32,13 @@ from spikeless.errors import (
     SpikelessError,
     Unavailable,
 )
+from spikeless.formats.urls import redacted
+from spikeless.store.libraries import LIBRARIES, Found, code_of, found, is_final, is_missing, known_hosts
+from spikeless.store.pace import Pace
 from spikeless.store.pieces import digest
 from spikeless.store.settings import StoreSettings
 
 _T = TypeVar("_T")
-#: Protocol -> the library that fsspec needs for it; each is in the extra of that name.
-LIBRARIES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "az": "adlfs",
-    "sftp": "paramiko",
-    "ssh": "paramiko",
-    "http": "aiohttp",
-    "https": "aiohttp",
-}
 _READ_ONLY = ("http", "https")
 #: What libraries say of an object that changes when it does.
 _STAMPS = (
@@ -63,15 +48,6 @@ _STAMPS = (
 #: Those whose libraries pass on that an object must not be there.
 _EXCLUSIVE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
-
-
-@dataclass(frozen=True)
-class Found:
-    """An object of a store."""
-
-    bytes: int
-    #: When it was written, in seconds since 1970; now, where the store does not tell.
-    written: float
 
 
 class Store:
@@ -95,7 +71,7 @@ class Store:
         self._url = url.rstrip("/")
         self._protocol = fsspec.utils.get_protocol(url)
         self._interrupted = interrupted or threading.Event()
-        self._pace = _Pace(self.settings.bandwidth, self._interrupted)
+        self._pace = Pace(self.settings.bandwidth, self._interrupted)
         self._local = threading.local()
         if self._protocol in LIBRARIES:
             importlib.import_module(LIBRARIES[self._protocol])
@@ -119,7 +95,7 @@ class Store:
         if self._protocol in ("sftp", "ssh"):
             # One connection answers one call at a time, so each thread has its own.
             timeouts = dict.fromkeys(("timeout", "banner_timeout", "auth_timeout"), self.settings.timeout)
-            return {**timeouts, "skip_instance_cache": True, "host_key_policy": _known_hosts()}
+            return {**timeouts, "skip_instance_cache": True, "host_key_policy": known_hosts()}
         if self._protocol in ("file", "local", "memory"):
             return {}
         if self._protocol in _READ_ONLY:
@@ -194,7 +170,7 @@ class Store:
 
         def once() -> Found | None:
             try:
-                return _found(self._info(path))
+                return found(self._info(path))
             except FileNotFoundError:
                 return None
 
@@ -209,7 +185,7 @@ class Store:
             except FileNotFoundError:
                 return {}
             start = len(self._path("x")) - 1
-            return {str(name)[start:]: _found(info) for name, info in listed.items()}
+            return {str(name)[start:]: found(info) for name, info in listed.items()}
 
         return self._tried("list", path, once)
 
@@ -307,7 +283,7 @@ class Store:
             else:
                 self._write(path, data)
         except OSError as error:
-            if not isinstance(error, FileExistsError) and _code(error) != "PreconditionFailed":
+            if not isinstance(error, FileExistsError) and code_of(error) != "PreconditionFailed":
                 raise
             raise AlreadyExists(f"{self.show(path)} is there already") from None
 
@@ -339,9 +315,9 @@ class Store:
             except SpikelessError:
                 raise
             except Exception as error:
-                if _is_missing(error, self._protocol in _READ_ONLY):
+                if is_missing(error, self._protocol in _READ_ONLY):
                     raise NotFound(f"{what}: it is not there") from None
-                if _is_final(error):
+                if is_final(error):
                     raise FailedPrecondition(
                         f"{what}: {self._said(error)}; check the credentials and rights"
                     ) from None
@@ -361,84 +337,3 @@ class Store:
     def _said(self, error: BaseException) -> str:
         text = str(error) or type(error).__name__
         return text.replace(self._url, self.shown) if self._url != self.shown else text
-
-
-#: Errors of libraries that trying again does not mend.
-_FINAL = (
-    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"),
-    *("AuthenticationException", "BadHostKeyException", "_UnknownHost"),
-)
-
-
-def _found(info: Mapping[str, Any]) -> Found:
-    """What the libraries say of an object, each in its own words."""
-    known = (info.get(key) for key in ("LastModified", "last_modified", "updated", "mtime", "created"))
-    written = next((each for each in known if each is not None), time.time())
-    if isinstance(written, str):
-        written = datetime.fromisoformat(written.replace("Z", "+00:00"))
-    if isinstance(written, datetime):
-        # A time without a zone is UTC's.
-        written = (written if written.tzinfo else written.replace(tzinfo=timezone.utc)).timestamp()
-    return Found(int(info.get("size") or 0), float(written))
-
-
-def _code(error: BaseException) -> str:
-    """What S3 calls an error."""
-    answer = getattr(error.__cause__, "response", None) or {}
-    return str(answer.get("Error", {}).get("Code", ""))
-
-
-def _is_final(error: BaseException) -> bool:
-    forbidden = isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
-    return forbidden or type(error).__name__ in _FINAL
-
-
-def _is_missing(error: BaseException, over_http: bool) -> bool:
-    if isinstance(error, FileNotFoundError):
-        # Over HTTP it is raised whatever went wrong.
-        return not over_http or error.__cause__ is None or getattr(error.__cause__, "status", 0) in (404, 410)
-    return getattr(error, "status", 0) in (404, 410)
-
-
-def redacted(url: str) -> str:
-    """The URL without user, password, query and fragment."""
-    if "://" not in url:
-        return url.rstrip("/")
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
-
-
-def _known_hosts() -> Any:
-    """Accepts the hosts that ``~/.ssh/known_hosts`` knows, and no other."""
-    import paramiko
-
-    class _UnknownHost(paramiko.SSHException):
-        pass
-
-    class _KnownHosts(paramiko.MissingHostKeyPolicy):
-        def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
-            file = Path("~/.ssh/known_hosts").expanduser()
-            known = paramiko.HostKeys(str(file)) if file.is_file() else paramiko.HostKeys()
-            if not known.check(hostname, key):
-                raise _UnknownHost(f"{hostname} with this key is not in {file}: see ssh-keyscan(1)")
-
-    return _KnownHosts()
-
-
-class _Pace:
-    """Spreads bytes over time."""
-
-    def __init__(self, rate: int | None, interrupted: threading.Event) -> None:
-        self._rate = rate
-        self._interrupted = interrupted
-        self._lock = threading.Lock()
-        self._free = 0.0
-
-    def take(self, size: int) -> None:
-        """Wait until ``size`` more bytes may go."""
-        if self._rate is None:
-            return
-        with self._lock:
-            start = max(self._free, time.monotonic())
-            self._free = start + size / self._rate
-        self._interrupted.wait(max(0.0, start - time.monotonic()))

@@ -25,8 +25,9 @@ from spikeless.errors import InvalidArgument
 from spikeless.store import manifest as manifests
 from spikeless.store import promotions
 from spikeless.store.catalog import Catalog, latest
+from spikeless.store.libraries import Found
 from spikeless.store.manifest import VersionManifest, read_manifest
-from spikeless.store.objects import Found, Store
+from spikeless.store.objects import Store
 from spikeless.store.push import LONGEST_SECONDS
 from spikeless.store.settings import StoreSettings
 
