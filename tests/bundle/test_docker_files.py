@@ -655,10 +655,19 @@ def test_pods_follow_the_store_on_a_disk_of_their_own(manifests: dict[str, dict[
     pull, follow, exporter = pod["initContainers"]
     assert "restartPolicy" not in pull, "the server waits for it"
     assert follow["restartPolicy"] == exporter["restartPolicy"] == "Always"
-    assert pull["args"] == ["pull", "$(STORE)", "--models=/models", "--serving-root=/models"]
+    arguments = ["pull", "$(STORE)", "--models=/models", "--serving-root=/models", "--node=$(POD)"]
+    assert pull["args"] == arguments
     assert follow["args"][: len(pull["args"])] == pull["args"]
     assert {"--follow", "--servers=127.0.0.1:8500"} <= {*follow["args"]}
     assert pull["env"] == follow["env"]
+    # A promotion in waves goes by reports in the pod's name, with the server's metrics.
+    names = {entry["name"]: entry for entry in follow["env"]}
+    assert names["POD"]["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
+    assert "--report=1m" in follow["args"]
+    rest = next(port for port in containers["server"]["ports"] if port["name"] == "rest")["containerPort"]
+    monitor = manifests["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    path = next(endpoint["path"] for endpoint in monitor if endpoint["port"] == "rest")
+    assert f"--metrics=http://127.0.0.1:{rest}{path}" in follow["args"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert "sizeLimit" in volumes["models"]["emptyDir"]
     assert all("emptyDir" in volume for volume in volumes.values())
@@ -710,7 +719,8 @@ def test_the_kustomization_is_built_with_its_store_and_images(tmp_path: Path) ->
     assert {manifest["metadata"].get("namespace") for manifest in built.values()} == {"spikeless", None}
     containers = containers_of(pod_of(built))
     for name in ("pull", "follow"):
-        assert containers[name]["env"] == [{"name": "STORE", "value": "gs://ours/models"}]
+        assert {"name": "STORE", "value": "gs://ours/models"} in containers[name]["env"]
+        assert [entry["name"] for entry in containers[name]["env"]] == ["STORE", "POD"]
         assert containers[name]["args"][:2] == ["pull", "$(STORE)"]
 
 
@@ -729,6 +739,7 @@ def test_the_chart_takes_the_values_that_it_names(tmp_path: Path) -> None:
     values = {
         "images": {"serving": f"registry.example:5000/serving@{digest}", "tools": "tools:2"},
         "store": "az://models",
+        "report": "",
         "connectionAge": "90s",
         "drain": "30s",
         "flags": ["--enable_batching=true"],
@@ -744,7 +755,11 @@ def test_the_chart_takes_the_values_that_it_names(tmp_path: Path) -> None:
         files.append(tmp_path / name)
         files[-1].write_text(text)
     validate(*files)
-    server = containers_of(pod_of(parsed(rendered.values())))["server"]
+    containers = containers_of(pod_of(parsed(rendered.values())))
+    assert not [each for each in containers["follow"]["args"] if re.match("--(report|metrics)=", each)]
+    often = containers_of(pod_of(parsed(rendered_manifests.render({"report": "20s"}).values())))
+    assert "--report=20s" in often["follow"]["args"]
+    server = containers["server"]
     assert server["image"] == values["images"]["serving"]  # type: ignore[index]
     assert server["args"] == [
         "--grpc_channel_arguments=grpc.max_connection_age_ms=90000,grpc.max_connection_age_grace_ms=60000",
@@ -772,6 +787,8 @@ def test_the_charts_settings_are_the_entrypoints() -> None:
         ({"store": "/models"}, "store"),
         ({"keep": 0}, "keep"),
         ({"connectionAge": "5"}, "connectionAge"),
+        ({"report": "0s"}, "report"),
+        ({"report": "2h"}, "report"),
         ({"flags": ["port=1"]}, "flags"),
         ({"environment": {"SPIKELESS_ISOLATE": "yes"}}, "SPIKELESS_ISOLATE"),
         ({"environment": {"PATH": "/"}}, "PATH"),

@@ -1,8 +1,12 @@
-{{- /* Where a container finds the store. */ -}}
+{{- /* Where a container finds the store, and what this machine is called there. */ -}}
 {{- define "store" -}}
 env:
   - name: STORE
     value: {{ .Values.store }}
+  - name: POD
+    valueFrom:
+      fieldRef:
+        fieldPath: metadata.name
 envFrom:
   - secretRef:
       name: {{ .Values.credentials }}
