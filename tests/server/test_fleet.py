@@ -39,8 +39,8 @@ from spikeless.store.settings import StoreSettings
 
 NAME = "ctr"
 SECONDS = 120.0
-#: Gives up soon.
-HASTY = StoreSettings(timeout=3.0, attempts=2)
+#: Gives up soon. With two pieces of 8 MiB on their way, one is through after 20 MiB.
+HASTY = StoreSettings(workers=2, timeout=3.0, attempts=2)
 
 
 @pytest.fixture(scope="module")
