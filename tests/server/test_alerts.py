@@ -22,10 +22,10 @@ import prometheus
 import pytest
 import yaml
 from fleet_models import NAME as FLEET
-from fleet_models import small_version
 from harness import Running, ServerFactory, put_version
 from places import ROOT
 from prometheus import MONITORING, Prometheus
+from small_versions import small_version
 
 from spikeless.client import Client
 from spikeless.errors import SpikelessError

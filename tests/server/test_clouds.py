@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from clouds import ACCOUNT_KEY, Cloud, azure_server, gcs_server
-from small_versions import NAME, PIECE, small_version
+from fleet_models import NAME
+from small_versions import PIECE, contents, small_version
 from stores import s3_server
 
 from spikeless.errors import AlreadyExists, NotFound, SpikelessError
@@ -60,13 +61,6 @@ def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def same(version: Path, source: Path) -> None:
-    names = sorted(path.name for path in source.iterdir())
-    assert sorted(path.name for path in version.iterdir()) == names
-    for name in names:
-        assert (version / name).read_bytes() == (source / name).read_bytes()
-
-
 def test_only_what_changed_goes_there_and_back(store: str, models: Path, tmp_path: Path) -> None:
     there = tmp_path / "pulled"
     first = push(models / NAME / "1", store, piece_bytes=PIECE)
@@ -77,11 +71,11 @@ def test_only_what_changed_goes_there_and_back(store: str, models: Path, tmp_pat
     (pulled,) = pull(store, there)
     assert pulled.fetched < 0.05 * pulled.bytes
     for number in "12":
-        same(there / NAME / number, models / NAME / number)
+        assert contents(there / NAME / number) == contents(models / NAME / number)
     # Another machine fetches all of it, and what is there is not pushed again.
     (whole,) = pull(store, tmp_path / "other", NAME)
     assert whole.fetched > whole.bytes
-    same(tmp_path / "other" / NAME / "2", models / NAME / "2")
+    assert contents(tmp_path / "other" / NAME / "2") == contents(models / NAME / "2")
     assert push(models / NAME / "2", store, piece_bytes=PIECE).already
     assert ACCOUNT_KEY not in (there / NAME / ".spikeless" / "journal.jsonl").read_text()
 
@@ -103,7 +97,7 @@ def test_a_version_is_never_overwritten_and_an_object_is_damaged(
     assert not (tmp_path / "pulled" / NAME / "1").exists()
     opened.write(path, content)
     pull(store, tmp_path / "pulled")
-    same(tmp_path / "pulled" / NAME / "1", models / NAME / "1")
+    assert contents(tmp_path / "pulled" / NAME / "1") == contents(models / NAME / "1")
 
 
 def test_of_many_that_write_where_nothing_is_one_does(store: str) -> None:
@@ -158,7 +152,7 @@ def test_a_machine_follows_what_is_pushed_and_promoted(store: str, models: Path,
     for number in (1, 2):
         push(models / NAME / str(number), store, piece_bytes=PIECE)
         follower.look()
-        same(there / NAME / str(number), models / NAME / str(number))
+        assert contents(there / NAME / str(number)) == contents(models / NAME / str(number))
     promotions.promote(store, NAME, 1)
     follower.look()
     assert promotions.labels(models_config.read(there), NAME) == {"stable": 1}
@@ -183,4 +177,4 @@ def test_old_versions_leave(
     monkeypatch.setattr(pruning, "GRACE_SECONDS", -5.0)
     assert prune(store, NAME, 1).freed == pruned.waiting > 0
     pull(store, tmp_path / "pulled", NAME)
-    same(tmp_path / "pulled" / NAME / "2", models / NAME / "2")
+    assert contents(tmp_path / "pulled" / NAME / "2") == contents(models / NAME / "2")

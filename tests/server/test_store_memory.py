@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet_models import NAME, small_version
+from fleet_models import NAME
+from small_versions import TABLE, small_version
 
 from spikeless.disk import pages, proc
 from spikeless.mapping import read_manifest
@@ -52,7 +53,7 @@ def test_memory_does_not_grow_with_the_version(tmp_path: Path) -> None:
         for number in (1, 2):
             peaks[size, f"push {number}"] = peak("push", trained / NAME / str(number), store)
             peaks[size, f"pull {number}"] = peak("pull", store, NAME, "--models", pulled)
-            assert (pulled / NAME / str(number) / "variables" / "table").stat().st_size == size
+            assert (pulled / NAME / str(number) / TABLE).stat().st_size == size
     for act in ("push 1", "pull 1", "push 2", "pull 2"):
         growth = peaks[LARGE, act] - peaks[SMALL, act]
         assert growth < WORKERS * COPIES * PIECE_BYTES < (LARGE - SMALL) // 2, (act, peaks)

@@ -50,20 +50,6 @@ def build(directory: Path, rows: int) -> None:
     save("dense", table, 3)
 
 
-def small_version(models: Path, number: int, table: bytes, **files: bytes) -> Path:
-    """A version that no server would load, but that is a version for push and pull."""
-    from spikeless.repository.journal import Journal, Published
-
-    version = models / NAME / str(number)
-    (version / "variables").mkdir(parents=True)
-    (version / "saved_model.pb").write_bytes(b"graph %d" % number)
-    (version / "variables" / "table").write_bytes(table)
-    for name, content in files.items():
-        (version / name).write_bytes(content)
-    Journal(models, NAME).append(Published(number, len(table)))
-    return version
-
-
 @pytest.fixture(scope="session")
 def fleet_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory with the three SavedModels."""

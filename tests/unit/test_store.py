@@ -17,8 +17,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from fleet_models import NAME, small_version
+from fleet_models import NAME
 from places import SUPPORT
+from small_versions import PIECE, TABLE, small_version
 from trained_models import spikeless
 
 from spikeless.errors import (
@@ -48,7 +49,6 @@ from spikeless.store.pull import PullSettings, pull
 from spikeless.store.push import push
 from spikeless.store.settings import StoreSettings
 
-PIECE = 1 << 16
 #: Where everything fails at once.
 QUICK = StoreSettings(attempts=2)
 
@@ -153,7 +153,7 @@ def test_a_version_is_never_overwritten(small: Path, tmp_path: Path) -> None:
     # Nor is one on the disk.
     with pytest.raises(AlreadyExists, match=r"variables/table differs from version 1 in"):
         pull(store, tmp_path / "other")
-    assert (other / "variables" / "table").read_bytes() == b"another table"
+    assert (other / TABLE).read_bytes() == b"another table"
 
 
 def test_the_machine_that_pushed_pulls_nothing(small: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_damage_on_this_disk_is_fetched_anew(small: Path, tmp_path: Path) -> Non
     store, models = str(tmp_path / "store"), tmp_path / "pulled"
     push(small / NAME / "1", store)
     pull(store, models)
-    table = models / NAME / "1" / "variables" / "table"
+    table = models / NAME / "1" / TABLE
     content = bytearray(table.read_bytes())
     content[PIECE // 2] ^= 1
     table.write_bytes(bytes(content))

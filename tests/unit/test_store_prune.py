@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet_models import NAME
 from places import SUPPORT
-from small_versions import NAME, PIECE, small_version
+from small_versions import PIECE, TABLE, contents, small_version
 from trained_models import spikeless
 
 from spikeless.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
@@ -65,8 +66,7 @@ def assert_whole(store: Path, models: Path, target: Path) -> None:
     for number in in_index(store):
         shutil.rmtree(target, ignore_errors=True)
         pull(str(store), target, NAME, number)
-        for path in (models / NAME / str(number)).iterdir():
-            assert (target / NAME / str(number) / path.name).read_bytes() == path.read_bytes()
+        assert contents(target / NAME / str(number)) == contents(models / NAME / str(number))
 
 
 def test_what_leaves_today_is_freed_tomorrow(store: Path, models: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_push_that_runs_at_the_same_time_finds_what_it_began_with(
     store: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Version 4 shares a piece with 3, which leaves before 4 is complete."""
-    third = (models / NAME / "3" / "table").read_bytes()
+    third = (models / NAME / "3" / TABLE).read_bytes()
     small_version(models, 4, third, b"new")
     small_version(models, 5, b"another")
     push(models / NAME / "5", str(store), piece_bytes=PIECE)
@@ -156,7 +156,7 @@ def test_a_piece_that_no_version_names_is_written_anew(store: Path, models: Path
     """Its removal may be about to begin: the push makes it young."""
     prune(str(store), NAME, 1, force=True)
     age(store)
-    first = (models / NAME / "1" / "table").read_bytes()
+    first = (models / NAME / "1" / TABLE).read_bytes()
     small_version(models, 4, first)
     pushed = push(models / NAME / "4", str(store), piece_bytes=PIECE)
     assert pushed.sent > len(first)

@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from fleet_models import NAME, small_version
+from fleet_models import NAME
 from places import SUPPORT
+from small_versions import small_version
 from trained_models import spikeless
 
 from spikeless.errors import (
