@@ -385,14 +385,21 @@ def test_a_store_in_memory_takes_a_saved_model_from_anywhere(fleet_models: Path,
     shutil.copytree(fleet_models / "rows", pusher)
     assert (push(pusher, store).name, push(pusher, store).version) == (NAME, 1700000000)
     assert not [path for path in pusher.parent.iterdir() if path != pusher]
+    # Where its destination is not called as the model, the model is named.
+    elsewhere = tmp_path / "push_destination" / "1700003600"
+    shutil.copytree(fleet_models / "dense", elsewhere)
+    assert (push(elsewhere, store, name=NAME).name, push(elsewhere, store, name=NAME).already) == (NAME, True)
     (pulled,) = pull(store, tmp_path / "pulled")
-    assert tree(Path(pulled.path)) == tree(pusher)
+    assert pulled.version == 1700003600
+    assert tree(Path(pulled.path)) == tree(elsewhere)
+    pull(store, tmp_path / "pulled", version=1700000000)
+    assert tree(tmp_path / "pulled" / NAME / "1700000000") == tree(pusher)
     broken = tmp_path / "broken"
     shutil.copytree(fleet_models / "first", broken)
     (broken / "variables" / "variables.index").unlink()
     with pytest.raises(NotFound, match=r"variables.index is missing"):
         push(broken, store, name=NAME)
-    assert len(fsspec.filesystem("memory").ls(f"{tmp_path.name}/models/{NAME}/versions")) == 2
+    assert len(fsspec.filesystem("memory").ls(f"{tmp_path.name}/models/{NAME}/versions")) == 3
 
 
 def test_old_versions_leave_by_the_rules_of_prune(small: Path, tmp_path: Path) -> None:
