@@ -292,6 +292,18 @@ def test_swaps_measured_over_http(protocol: str, saved_models: Path, tmp_path: P
     assert run.facts.floor is not None
 
 
+def test_a_server_that_does_not_speak_the_protocol_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launch.ENGINE_VARIABLE, "/nowhere/tensorflow_model_server")
+    places = ["--models", str(tmp_path / "models"), "--out", str(tmp_path / "raw")]
+    done = CliRunner().invoke(cli, ["bench", "run", "boston", *places, "--protocol", "open-inference"])
+    assert done.exit_code == 2
+    assert "TensorFlow Serving, which SPIKELESS_SERVER names, does not speak it" in done.output
+    assert "--server with one that does" in done.output
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_address_of_a_running_server(saved_models: Path, tmp_path: Path) -> None:
     models = publish_boston(saved_models / "signatures", tmp_path)
     settings = launch.LaunchSettings("boston", models / "boston", rest=True)

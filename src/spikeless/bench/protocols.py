@@ -36,6 +36,8 @@ class Protocol:
     encode: Callable[[Kind, Any, str], tuple[str, bytes]]
     #: Kind and answer -> the version; 0 where it says none.
     served_version: Callable[[Kind, bytes], int]
+    #: Whether TensorFlow Serving does not speak it.
+    only_embedded: bool = False
 
     @property
     def is_http(self) -> bool:
@@ -85,7 +87,7 @@ PROTOCOLS = {
     for protocol in (
         _GRPC,
         Protocol("rest", _rest, _found(_VERSION_OUTPUT)),
-        Protocol("open-inference", _open_inference, _found(_MODEL_VERSION)),
+        Protocol("open-inference", _open_inference, _found(_MODEL_VERSION), only_embedded=True),
     )
 }
 GRPC = _GRPC.name

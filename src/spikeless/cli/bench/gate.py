@@ -16,7 +16,7 @@ from spikeless import bench
 from spikeless.bench import gate
 from spikeless.bench.report.judgement import judgement_junit, judgement_markdown, show_judgement
 from spikeless.cli.bench.measuring import measured
-from spikeless.cli.bench.options import PATH, POSITIVE, Slo, run_options
+from spikeless.cli.bench.options import PATH, POSITIVE, RunOptions, Slo, run_options
 from spikeless.cli.options import json_option
 from spikeless.disk.atomic import write_atomically
 from spikeless.errors import InvalidArgument
@@ -85,7 +85,7 @@ def gate_command(
     before = _read(baseline)
     results = _read(runs)
     if name is not None:
-        path, result = measured(name=name, **options)
+        path, result = measured(RunOptions.of({"name": name, **options}))
         click.echo(path, err=True)
         results = [result]
     judgement = gate.judge(results, limits, before)

@@ -18,7 +18,7 @@ from rich.markup import escape
 from spikeless import bench, launch
 from spikeless.bench import events
 from spikeless.bench.capacity import share_of_capacity
-from spikeless.bench.protocols import PROTOCOLS
+from spikeless.cli.bench.options import RunOptions
 from spikeless.disk.atomic import DIRECTORY_MODE
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
@@ -27,149 +27,124 @@ from spikeless.repository import checks, layout, models_config
 from spikeless.warmup.records import WARMUP_FILE, warmup_file
 
 
-def measured(
-    *,
-    name: str,
-    requests: Path | None,
-    target: str | None,
-    rest_server: str | None,
-    pid: int | None,
-    models: Path,
-    load_share: float | None,
-    replay: Path | None,
-    speed: float,
-    scenario: str,
-    duration: float,
-    settle: float,
-    slo_latency: float,
-    saved_models: tuple[Path, ...],
-    publish_command: str | None,
-    event: str,
-    published_models: tuple[str, ...],
-    publishes: int,
-    publish_every: float | None,
-    publish_at: float | None,
-    allocator: str | None,
-    server_flag: tuple[str, ...],
-    floor: bool,
-    out: Path,
-    **load: Any,
-) -> tuple[Path, bench.Run]:
-    """Check the options of `run_options`, measure, and save the result."""
-    if saved_models and publish_command is not None:
-        raise click.UsageError("--publish and --publish-command exclude each other")
-    swaps = bool(saved_models) or publish_command is not None
-    published_models = tuple(dict.fromkeys(published_models))
-    given = (publish_at, publish_every, published_models or None)
-    if not swaps and (any(one is not None for one in given) or publishes != 1 or event != events.PUBLISH):
-        raise click.UsageError(
-            "--event, --publishes, --publish-at, --publish-every and --publish-model need --publish or "
-            "--publish-command"
-        )
-    if target is not None and event == events.UNLOAD and saved_models:
-        raise click.UsageError(
-            "which old versions a running server keeps loaded is its own matter: say with --publish-command "
-            "how one is unloaded"
-        )
-    if target is None and pid is not None:
-        raise click.UsageError("--pid is for --server: give that, too")
-    if target is not None and (allocator is not None or server_flag):
-        raise click.UsageError("--allocator and --server-flag are for a server that is started, not --server")
-    is_http = PROTOCOLS[load["protocol"]].is_http
-    if (target is not None and is_http) != (rest_server is not None):
-        raise click.UsageError("--rest-server is for --server with a protocol over HTTP, which needs it")
-    if replay is not None:
-        recorded = _recorded(replay, name, speed, duration)
-        load, duration = {**load, **recorded}, recorded["seconds"]
-        requests = replay
-    elif speed != 1:
-        raise click.UsageError("--speed is for --replay")
-    storm = event == events.STORM
-    share = max(0.0, duration - settle) / (1 if storm else publishes) or duration
-    every = 1.0 if storm else share
-    settings = checked_settings(
-        requests=str(requests or _own_requests(models, name)),
-        model_name=name,
-        publish_at=(settle + 0.6 * share if publish_at is None else publish_at) if swaps else None,
-        event=event,
-        publishes=publishes,
-        publish_every=every if publish_every is None else publish_every,
-        published_models=published_models,
-        warm_seconds=settle,
-        slo_ms=1e3 * slo_latency,
-        **{"seconds": duration, **load},
-    )
+def measured(options: RunOptions) -> tuple[Path, bench.Run]:
+    """Check the options, measure, and save the result.
+
+    Raises:
+        click.UsageError: options do not go together.
+        SpikelessError: files are not what they have to be, or the run failed.
+    """
+    options.check()
+    models, name, others = options.models, options.name, options.other_models
+    settings = _settings(options)
     bench.check_requests(settings)
-    for saved_model in saved_models:
+    for saved_model in options.saved_models:
         checks.check_files(saved_model)
-    flags = (*bench.SERVER_FLAGS, *server_flag)
+    flags = (*bench.SERVER_FLAGS, *options.server_flag)
     launched = launch.LaunchSettings(
-        name, models / name, rest=is_http, flags=flags, allocator=allocator or "glibc"
+        name,
+        models / name,
+        rest=options.protocol.is_http,
+        flags=flags,
+        allocator=options.allocator or "glibc",
     )
-    if target is None:
-        _check_server(launched, models, (name, *published_models))
-    publish = None if publish_command is None else bench.publisher(publish_command)
-    facts = None
-    if target is not None:
-        for other in published_models:
-            bench.running_server(target, other, pid)
-        facts = bench.running_server(target, name, pid)
-        facts = dataclasses.replace(facts, rest_target=rest_server or "")
-    if out.exists() and not out.is_dir():
-        raise InvalidArgument(f"{out} is no directory: give one with --out")
+    if options.target is None:
+        _check_server(launched, models, (name, *others))
+    publish = None if options.publish_command is None else bench.publisher(options.publish_command)
+    facts = None if options.target is None else _running(options, options.target)
+    if options.out.exists() and not options.out.is_dir():
+        raise InvalidArgument(f"{options.out} is no directory: give one with --out")
     console = Console(stderr=True)
-    # Servers queue what comes over HTTP.
-    may_refuse = facts is not None and load_share is None and not is_http
-    if facts is not None and may_refuse and (warning := bench.refusal(facts, settings.rate)):
-        console.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
-    pinned = [one for one in published_models or (name,) if _pinned(models, one)]
-    if target is not None and saved_models and pinned:
-        console.print(
-            f"[yellow]{escape(str(models / models_config.FILE_NAME))} pins the versions of "
-            f"{escape(', '.join(pinned))}: a server that reads it loads what is published only when it is "
-            "promoted, and nothing is swapped before; measure that with --publish-command[/yellow]",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if facts is not None:
+        _warn(options, facts, settings, console)
     notes = []
     with ExitStack() as stack:
         versions: Sequence[int] = ()
-        if saved_models and event == events.UNLOAD:
-            unloadable = bench.unloadable(saved_models, models, name, publishes)
+        if options.saved_models and options.event == events.UNLOAD:
+            unloadable = bench.unloadable(options.saved_models, models, name, options.publishes)
             versions, publish = stack.enter_context(unloadable)
-        elif saved_models:
-            names = published_models or (name,)
-            count = publishes * (len(names) if event == events.PUBLISH_ALL else 1)
-            publish = stack.enter_context(bench.staged_in_turn(saved_models, models, names, count))
-        if target is None and (published_models or versions):
-            config = stack.enter_context(_models_config(models, (name, *published_models), versions))
+        elif options.saved_models:
+            names = others or (name,)
+            count = options.publishes * (len(names) if options.event == events.PUBLISH_ALL else 1)
+            publish = stack.enter_context(bench.staged_in_turn(options.saved_models, models, names, count))
+        if options.target is None and (others or versions):
+            config = stack.enter_context(_models_config(models, (name, *others), versions))
             launched = dataclasses.replace(
                 launched,
                 model_name=None,
                 model_base_path=None,
-                wait_for=(name, *published_models),
+                wait_for=(name, *others),
                 flags=(*flags, f"--model_config_file={config}"),
             )
-        if facts is None and load_share is not None:
-            facts = bench.server_facts(stack.enter_context(launch.start(launched)))
-        if facts is not None and load_share is not None:
+        if options.load_share is not None:
+            facts = facts or bench.server_facts(stack.enter_context(launch.start(launched)))
             rate, note = share_of_capacity(
-                settings, facts, load_share, lambda text: click.echo(text, err=True)
+                settings, facts, options.load_share, lambda text: click.echo(text, err=True)
             )
             settings = dataclasses.replace(settings, rate=rate)
             notes.append(note)
-        measured = None
-        if floor:
+        floor = None
+        if options.floor:
             with bench.progress_bar("floor", bench.FLOOR_SECONDS, console) as progress:
-                measured = bench.measure_floor(settings, progress=progress)
-        if facts is None:
-            facts = bench.server_facts(stack.enter_context(launch.start(launched)))
-        with bench.progress_bar(scenario, duration, console) as progress:
-            result = bench.run(scenario, settings, facts, publish, measured, progress, notes)
-    path = bench.result_path(out, result)
+                floor = bench.measure_floor(settings, progress=progress)
+        facts = facts or bench.server_facts(stack.enter_context(launch.start(launched)))
+        with bench.progress_bar(options.scenario, settings.seconds, console) as progress:
+            result = bench.run(options.scenario, settings, facts, publish, floor, progress, notes)
+    path = bench.result_path(options.out, result)
     path.parent.mkdir(parents=True, exist_ok=True)
     result.save(path)
     return path, result
+
+
+def _settings(options: RunOptions) -> bench.Settings:
+    """The load, and when versions are published."""
+    load, requests, duration = dict(options.load), options.requests, options.duration
+    if options.replay is not None:
+        load |= _recorded(options.replay, options.name, options.speed, duration)
+        requests, duration = options.replay, load.pop("seconds")
+    storm = options.event == events.STORM
+    share = max(0.0, duration - options.settle) / (1 if storm else options.publishes) or duration
+    first, every = options.settle + 0.6 * share, 1.0 if storm else share
+    if options.publish_at is not None:
+        first = options.publish_at
+    return checked_settings(
+        requests=str(requests or _own_requests(options.models, options.name)),
+        model_name=options.name,
+        seconds=duration,
+        publish_at=first if options.swaps else None,
+        event=options.event,
+        publishes=options.publishes,
+        publish_every=every if options.publish_every is None else options.publish_every,
+        published_models=options.other_models,
+        warm_seconds=options.settle,
+        slo_ms=1e3 * options.slo_latency,
+        **load,
+    )
+
+
+def _running(options: RunOptions, target: str) -> bench.ServerFacts:
+    """What is known of the server that ``--server`` names."""
+    for other in options.other_models:
+        bench.running_server(target, other, options.pid)
+    facts = bench.running_server(target, options.name, options.pid)
+    return dataclasses.replace(facts, rest_target=options.rest_server or "")
+
+
+def _warn(options: RunOptions, facts: bench.ServerFacts, settings: bench.Settings, console: Console) -> None:
+    """Say what a running server will make of the load, and of what is published."""
+    warnings = []
+    # Servers queue what comes over HTTP.
+    if options.load_share is None and not options.protocol.is_http:
+        warnings.append(bench.refusal(facts, settings.rate))
+    pinned = [one for one in options.other_models or (options.name,) if _pinned(options.models, one)]
+    if options.saved_models and pinned:
+        warnings.append(
+            f"{options.models / models_config.FILE_NAME} pins the versions of {', '.join(pinned)}: a server "
+            "that reads it loads what is published only when it is promoted, and nothing is swapped before; "
+            "measure that with --publish-command"
+        )
+    for warning in filter(None, warnings):
+        console.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
 
 
 def _recorded(capture: Path, name: str, speed: float, duration: float) -> dict[str, Any]:

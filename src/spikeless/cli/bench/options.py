@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from spikeless import launch
-from spikeless.bench.events import CHANGES, EVENTS, PUBLISH
-from spikeless.bench.protocols import GRPC, PROTOCOLS
+from spikeless.bench.events import CHANGES, EVENTS, PUBLISH, UNLOAD
+from spikeless.bench.protocols import GRPC, PROTOCOLS, Protocol
 from spikeless.cli.options import SERVER, Duration, models_option
 from spikeless.openloop.schedule import ARRIVALS
 
@@ -19,6 +22,7 @@ MODEL_PATH = click.Path(path_type=Path, exists=True, file_okay=False)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 TIME = Duration(positive=True)
 COUNT = click.IntRange(min=1)
+_REST_SERVER = "--rest-server is for --server with a protocol over HTTP, which needs it"
 
 
 class Percentage(click.ParamType[Any]):
@@ -209,3 +213,103 @@ def run_options(*, publishes: int, duration: str) -> Any:
         return load_options(function)
 
     return decorate
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the options of `run_options` say, by their names; times in seconds."""
+
+    name: str
+    requests: Path | None
+    target: str | None
+    rest_server: str | None
+    pid: int | None
+    models: Path
+    load_share: float | None
+    replay: Path | None
+    speed: float
+    scenario: str
+    duration: float
+    settle: float
+    slo_latency: float
+    saved_models: tuple[Path, ...]
+    publish_command: str | None
+    event: str
+    published_models: tuple[str, ...]
+    publishes: int
+    publish_every: float | None
+    publish_at: float | None
+    allocator: str | None
+    server_flag: tuple[str, ...]
+    floor: bool
+    out: Path
+    #: The other options of the load, which are fields of `bench.Settings`.
+    load: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> RunOptions:
+        """What a command with these options was given."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        load = {name: value for name, value in options.items() if name not in own}
+        return cls(**{name: value for name, value in options.items() if name in own}, load=load)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether versions are published."""
+        return bool(self.saved_models) or self.publish_command is not None
+
+    @property
+    def protocol(self) -> Protocol:
+        return PROTOCOLS[self.load["protocol"]]
+
+    @property
+    def other_models(self) -> tuple[str, ...]:
+        """Models beside `name` that versions are published of, each once."""
+        return tuple(dict.fromkeys(self.published_models))
+
+    def check(self) -> None:
+        """Check what the options say of each other.
+
+        Raises:
+            click.UsageError: they do not go together.
+        """
+        if self.saved_models and self.publish_command is not None:
+            raise click.UsageError("--publish and --publish-command exclude each other")
+        given = (self.publish_at, self.publish_every, self.published_models or None)
+        if not self.swaps and (
+            any(one is not None for one in given) or self.publishes != 1 or self.event != PUBLISH
+        ):
+            raise click.UsageError(
+                "--event, --publishes, --publish-at, --publish-every and --publish-model need --publish or "
+                "--publish-command"
+            )
+        if self.speed != 1 and self.replay is None:
+            raise click.UsageError("--speed is for --replay")
+        if self.target is None:
+            self._check_started()
+        else:
+            self._check_running()
+
+    def _check_started(self) -> None:
+        if self.pid is not None:
+            raise click.UsageError("--pid is for --server: give that, too")
+        if self.rest_server is not None:
+            raise click.UsageError(_REST_SERVER)
+        if self.protocol.only_embedded and launch.chosen_engine() != launch.EMBEDDED:
+            raise click.UsageError(
+                f"--protocol {self.protocol.name}: TensorFlow Serving, which {launch.ENGINE_VARIABLE} names, "
+                "does not speak it; take the embedded engine, --protocol rest, or --server with one that does"
+            )
+
+    def _check_running(self) -> None:
+        if self.event == UNLOAD and self.saved_models:
+            raise click.UsageError(
+                "which old versions a running server keeps loaded is its own matter: say with "
+                "--publish-command how one is unloaded"
+            )
+        if self.allocator is not None or self.server_flag:
+            raise click.UsageError(
+                "--allocator and --server-flag are for a server that is started, not --server"
+            )
+        if self.protocol.is_http != (self.rest_server is not None):
+            raise click.UsageError(_REST_SERVER)

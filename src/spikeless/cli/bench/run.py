@@ -11,7 +11,7 @@ import click
 from spikeless import bench
 from spikeless.bench import report
 from spikeless.cli.bench.measuring import measured
-from spikeless.cli.bench.options import run_options
+from spikeless.cli.bench.options import RunOptions, run_options
 from spikeless.cli.options import json_option
 
 
@@ -27,7 +27,7 @@ def run_command(as_json: bool, **options: Any) -> None:
     version is published while the load runs, with --publishes several. By default the
     requests are those of the newest version's warmup file.
     """
-    path, result = measured(**options)
+    path, result = measured(RunOptions.of(options))
     summary = bench.analyse(result)
     if as_json:
         click.echo(json.dumps({"result": str(path), **dataclasses.asdict(summary)}, indent=1))
