@@ -47,6 +47,18 @@ def test_old_versions_are_unloaded_alone(saved_models: Path, tmp_path: Path) -> 
     assert not list((models / "boston").glob("**/trash"))
 
 
+def test_an_event_under_a_load_over_http(saved_models: Path, tmp_path: Path) -> None:
+    publish_boston(saved_models / "signatures", tmp_path)
+    options = ("--event", "unload", "--publishes", 1, "--duration", "8s", "--protocol", "rest")
+    record, summary, _ = run(tmp_path, *options)
+    assert record.facts.settings.protocol == "rest"
+    assert [publish.version for publish in record.facts.publishes] == [2]
+    (reload,) = summary.reloads
+    assert reload.what == "unload v2"
+    assert reload.happened, summary.notes
+    assert any((change.version, change.state) == (2, "END") for change in record.facts.states)
+
+
 def test_a_storm_of_versions(saved_models: Path, tmp_path: Path) -> None:
     """One a second; the load ends when the newest one is served alone."""
     models = publish_boston(saved_models / "signatures", tmp_path)

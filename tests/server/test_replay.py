@@ -54,6 +54,18 @@ def test_a_capture_is_replayed_at_twice_the_speed(captured: Path, tmp_path: Path
     assert run.facts.settings.rate == pytest.approx(recording.rate * 2)
 
 
+def test_a_capture_of_grpc_is_replayed_over_http(captured: Path, tmp_path: Path) -> None:
+    recording = bench.read_recording(captured / "calls", "boston")
+    places = ("--models", captured / "models", "--out", tmp_path, "--replay", captured / "calls")
+    done = spikeless("bench", "run", "boston", *places, "--protocol", "rest", *RUN)
+    assert done.returncode == 0, done.stderr
+    run = bench.read_run(json.loads(done.stdout)["result"])
+    assert set(run.requests["code"]) == {Code.OK}
+    np.testing.assert_allclose(run.requests["intended"], recording.offsets)
+    assert run.requests["request"].tolist() == recording.numbers.tolist()
+    assert (run.facts.settings.protocol, run.facts.settings.arrivals) == ("rest", "recorded")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
