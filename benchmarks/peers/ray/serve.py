@@ -11,6 +11,7 @@ which ``reconfigure`` of each replica gets. HUP does so.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import signal
@@ -34,7 +35,7 @@ class Peer:
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         body = await request.json()
-        return {"outputs": self._predict(body["inputs"]["ids"])}
+        return {"outputs": await asyncio.to_thread(self._predict, body["inputs"]["ids"])}
 
 
 def deploy() -> None:
