@@ -35,6 +35,7 @@ from stalling_server import BYSTANDERS, MODEL, Held, Stall, Timetable
 from spikeless import bench
 from spikeless.bench.load.generator_floor import built_in_requests
 from spikeless.bench.machine import describe_machine, source_commit
+from spikeless.errors import SpikelessError, Unavailable
 from spikeless.formats.kinds import PREDICT
 from spikeless.openloop.connection import Connection
 
@@ -151,8 +152,17 @@ class ClosedLoop(threading.Thread):
         self.latency_ms: dict[int, float] = {}
         self._connection = Connection(target)
         self._ended = threading.Event()
+        self._failure: SpikelessError | None = None
 
     def run(self) -> None:
+        try:
+            self._ask()
+        except SpikelessError as error:
+            self._failure = error
+        finally:
+            self._connection.close()
+
+    def _ask(self) -> None:
         self._connection.open(_TIMEOUT)
         due = time.monotonic()
         for number in itertools.count(BYSTANDERS):
@@ -167,17 +177,26 @@ class ClosedLoop(threading.Thread):
             now = time.monotonic()
             self.latency_ms[number] = (now - begin) * 1e3
             due = max(now, begin + 1 / CLOSED_RATE)
-        self._connection.close()
 
     def _answered(self) -> bool:
         select.select([self._connection], [], [])
-        replies = self._connection.parse(self._connection.read())
+        content = self._connection.read()
+        if not content:
+            raise Unavailable(f"{self._connection.target} hung up on the closed loop")
+        replies = self._connection.parse(content)
         self._connection.flush()
         return bool(replies)
 
     def end(self) -> None:
+        """Wait for the last answer.
+
+        Raises:
+            Unavailable: the server did not give one.
+        """
         self._ended.set()
         self.join()
+        if self._failure is not None:
+            raise self._failure
 
 
 def prove(

@@ -536,18 +536,21 @@ def test_monitoring_goes_on_after_the_server_was_restarted(up: Stack, images: Im
 def test_a_run_in_which_no_version_was_swapped_says_so(up: Stack, client: Client) -> None:
     """A server that serves only what is promoted does not load the copy."""
     (serving,) = available(client, "boston")
+    on_disk = versions_on_disk(up)
     promote = ("promote", "boston", str(serving), "--servers", "server:8500")
     up.compose("run", "--rm", "tools", "spikeless", *promote)
-    before = {page.parent for page in (up.folder / "reports").glob("*/index.html")}
-    up.environment.update({"BENCH_SECONDS": "8", "BENCH_RATE": "50"})
-    shown = up.compose("run", "--rm", "bench", timeout=300).stdout
-    (report,) = {page.parent for page in (up.folder / "reports").glob("*/index.html")} - before
-    assert "No version was swapped" in shown
-    for page in ("index.html", "summary.md"):
-        assert "No version was swapped" in (report / page).read_text(), page
-    assert available(client, "boston") == {serving}
-    assert versions_on_disk(up) == {serving}
-    (up.folder / "models" / "models.config").unlink()
+    try:
+        before = {page.parent for page in (up.folder / "reports").glob("*/index.html")}
+        up.environment.update({"BENCH_SECONDS": "8", "BENCH_RATE": "50"})
+        shown = up.compose("run", "--rm", "bench", timeout=300).stdout
+        (report,) = {page.parent for page in (up.folder / "reports").glob("*/index.html")} - before
+        assert "No version was swapped" in shown
+        for page in ("index.html", "summary.md"):
+            assert "No version was swapped" in (report / page).read_text(), page
+        assert available(client, "boston") == {serving}
+        assert versions_on_disk(up) == on_disk
+    finally:
+        (up.folder / "models" / "models.config").unlink()
 
 
 def test_the_commands_of_the_documentation_run(up: Stack, client: Client) -> None:
