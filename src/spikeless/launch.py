@@ -15,8 +15,10 @@ groups. It ends with the caller, however that ends (`spikeless.disk.children`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -62,6 +64,8 @@ TENSORFLOW_SERVING = "tensorflow_model_server"
 IMAGE_VARIABLE = "SPIKELESS_IMAGE"
 #: What cannot be told of a server.
 UNKNOWN = "unknown"
+#: Ports for servers: Linux gives outgoing connections those from 32768 on.
+_SERVER_PORTS = range(20000, 32768)
 DEFAULT_IMAGE = "spikeless/serving"
 JEMALLOC = "libjemalloc.so.2"
 JEMALLOC_REMEDY = f"{JEMALLOC} is not installed: on Debian or Ubuntu run `apt-get install libjemalloc2`"
@@ -494,10 +498,16 @@ def _loads(library: str) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nothing listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind((LOOPBACK, 0))
-        return int(listener.getsockname()[1])
+    """A TCP port on loopback that nothing has at this moment.
+
+    It is below those that the kernel gives to outgoing connections: none of them takes
+    it before a server that is still loading listens.
+    """
+    for port in random.sample(_SERVER_PORTS, 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind((LOOPBACK, port))
+            return port
+    raise Unavailable(f"no free port from {_SERVER_PORTS.start} to {_SERVER_PORTS.stop - 1}")
 
 
 def _temporary_log() -> Path:

@@ -105,7 +105,7 @@ class Prometheus:
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a state; a Prometheus that ends fails the wait at once."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not condition():
             assert self._process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, f"waited for {what}; {self.query('ALERTS')}"

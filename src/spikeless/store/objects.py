@@ -34,9 +34,9 @@ from spikeless.errors import (
 )
 from spikeless.formats.urls import redacted
 from spikeless.store.libraries import LIBRARIES, Found, code_of, found, is_final, is_missing, known_hosts
-from spikeless.store.pace import Pace
 from spikeless.store.pieces import digest
 from spikeless.store.settings import StoreSettings
+from spikeless.store.throttle import Throttle
 
 _T = TypeVar("_T")
 _READ_ONLY = ("http", "https")
@@ -71,7 +71,7 @@ class Store:
         self._url = url.rstrip("/")
         self._protocol = fsspec.utils.get_protocol(url)
         self._interrupted = interrupted or threading.Event()
-        self._pace = Pace(self.settings.bandwidth, self._interrupted)
+        self._throttle = Throttle(self.settings.bandwidth, self._interrupted)
         self._local = threading.local()
         if self._protocol in LIBRARIES:
             importlib.import_module(LIBRARIES[self._protocol])
@@ -142,7 +142,7 @@ class Store:
         """
 
         def once() -> bytes:
-            self._pace.take(size)
+            self._throttle.take(size)
             data = self._read(path, size)
             if len(data) != size:
                 raise DataLoss(f"{self.show(path)} has {len(data)} bytes instead of {size}")
@@ -154,7 +154,7 @@ class Store:
 
     def write(self, path: str, data: bytes) -> None:
         """Write an object, in place of what is there."""
-        self._pace.take(len(data))
+        self._throttle.take(len(data))
         self._tried("write", path, lambda: self._write(path, data))
 
     def create(self, path: str, data: bytes) -> None:

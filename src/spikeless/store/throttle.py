@@ -1,4 +1,4 @@
-"""A pace for bytes, which several threads keep together."""
+"""A limit of bytes a second, which several threads keep together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 
 
-class Pace:
+class Throttle:
     """Spreads bytes over time."""
 
     def __init__(self, rate: int | None, interrupted: threading.Event) -> None:
