@@ -7,6 +7,7 @@ As a script it updates all files: ``python tests/support/compatibility.py``.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
@@ -199,7 +201,39 @@ def _ladder(result: str, header: Sequence[str], names: dict[str, str]) -> str:
     )
 
 
-#: Name -> what makes the table from the argument.
+def _serving() -> str:
+    """What ``benchmarks/serving.py`` measured: medians of the rounds."""
+    with np.load(_RESULTS / "serving.npz") as content:
+        facts = json.loads(str(content["facts"]))
+        taken = {tuple(key.split("|")): content[key] for key in content.files if key != "facts"}
+
+    def cell(way: str, clients: int) -> str:
+        rounds = [values for (_, *key), values in taken.items() if key == [way, str(clients)]]
+        rate = np.median([len(values) / facts["seconds"] for values in rounds])
+        p50 = np.median([np.percentile(values, 50) / 1e6 for values in rounds])
+        return f"{rate:,.0f} ({p50:.2f})"
+
+    ways = (
+        "gRPC",
+        "TensorFlow Serving",
+        "gRPC, grpcio client",
+        "TensorFlow Serving, grpcio client",
+        "REST",
+        "Flask",
+    )
+    header = ["clients at once", *(f"{way}, calls/s (p50 ms)" for way in ways)]
+    clients = sorted({int(key[2]) for key in taken if key[1] == "gRPC"})
+    return _table(header, ([str(n), *(cell(way, n) for way in ways)] for n in clients), numbers=True)
+
+
+def _fleet() -> str:
+    """What ``benchmarks/fleet.py`` measured last."""
+    summary = max(_RESULTS.glob("*-fleet/summary.md"))
+    _, about, table, bars, *_ = summary.read_text().split("\n\n")
+    folder = f"../../{summary.parent.relative_to(_ROOT)}"
+    return f"{about}\n\n{table}\n\n{bars}\n\n[Raw results]({folder}/fleet.json).\n"
+
+
 def _peers() -> str:
     """The newest comparison of peers: its table, and where it comes from."""
     for summary in sorted(_RESULTS.glob("*-peers/summary.md"), reverse=True):
@@ -213,6 +247,7 @@ def _peers() -> str:
     return "No result is checked in yet.\n"
 
 
+#: Name -> what makes the table from the argument.
 TABLES: dict[str, Callable[[str], str]] = {
     "compatibility": lambda _: _differences_table(),
     "server flags": lambda _: flags.reference(),
@@ -224,6 +259,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "stack variables": lambda _: _stack_table(),
     "results": lambda _: _results(),
     "peers": lambda _: _peers(),
+    "serving": lambda _: _serving(),
+    "fleet": lambda _: _fleet(),
     "ladder": lambda result: _ladder(result, _ENGLISH, {}),
     "ladder in chinese": lambda result: _ladder(result, _CHINESE, _CHINESE_RUNGS),
 }
