@@ -25,7 +25,6 @@ import msgspec
 from spikeless.errors import (
     AlreadyExists,
     DataLoss,
-    FailedPrecondition,
     InvalidArgument,
     NotFound,
     SpikelessError,
@@ -34,6 +33,7 @@ from spikeless.errors import (
 from spikeless.formats.versions import MAX_VERSION
 from spikeless.repository import journal, models_config
 from spikeless.repository.models_config import ModelsConfig
+from spikeless.store.documents import decoded
 from spikeless.store.objects import Store
 
 FORMAT = 1
@@ -199,12 +199,7 @@ class Changes:
             data = self._store.read(path, _MAX_RECORD_BYTES)
         except NotFound:
             return None
-        try:
-            change = msgspec.json.decode(data, type=Change)
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise DataLoss(f"{where} cannot be used: {error}") from None
-        if change.format > FORMAT:
-            raise FailedPrecondition(f"{where} has format {change.format}: update Spikeless")
+        change = decoded(data, where, Change, FORMAT)
         if change.number != number:
             raise DataLoss(f"{where} cannot be used: it is number {change.number}")
         return change

@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 
-from spikeless.errors import DataLoss, FailedPrecondition
+from spikeless.errors import DataLoss
 from spikeless.formats.savedmodel import SAVED_MODEL_FILE
 from spikeless.formats.versions import MAX_VERSION
+from spikeless.store.documents import decoded
 
 #: Changes when a reader of the old form would misread the new one.
 FORMAT = 1
+_REMEDY = "push the version again"
 #: Bytes of a piece. Smaller ones would make manifests larger, larger ones would make
 #: each worker's memory larger.
 PIECE_BYTES = 8 << 20
@@ -136,13 +138,6 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.json.encode(self) + b"\n"
 
 
-class _Format(msgspec.Struct):
-    format: int
-
-
-_T = TypeVar("_T", VersionManifest, Index)
-
-
 def read_manifest(data: bytes, where: str, model: str, version: int) -> VersionManifest:
     """Read and check a manifest.
 
@@ -154,7 +149,7 @@ def read_manifest(data: bytes, where: str, model: str, version: int) -> VersionM
         DataLoss: it is damaged, or says what no manifest may say.
         FailedPrecondition: a newer Spikeless wrote it.
     """
-    manifest = _decode(data, where, VersionManifest)
+    manifest = decoded(data, where, VersionManifest, FORMAT, _REMEDY)
     try:
         _check_owner(manifest.model, model)
         if manifest.version != version:
@@ -163,13 +158,13 @@ def read_manifest(data: bytes, where: str, model: str, version: int) -> VersionM
         for file in manifest.files:
             _check_file(manifest, file)
     except ValueError as error:
-        raise DataLoss(f"{where} cannot be used: {error}; push the version again") from None
+        raise DataLoss(f"{where} cannot be used: {error}; {_REMEDY}") from None
     return manifest
 
 
 def read_index(data: bytes, where: str, model: str) -> Index:
     """Read and check an index; raises as `read_manifest` does."""
-    index = _decode(data, where, Index)
+    index = decoded(data, where, Index, FORMAT, _REMEDY)
     try:
         _check_owner(index.model, model)
         numbers = [entry.version for entry in index.versions]
@@ -178,18 +173,6 @@ def read_index(data: bytes, where: str, model: str) -> Index:
     except ValueError as error:
         raise DataLoss(f"{where} cannot be used: {error}; push a version again") from None
     return index
-
-
-def _decode(data: bytes, where: str, kind: type[_T]) -> _T:
-    try:
-        found = msgspec.json.decode(data, type=_Format).format
-        if found > FORMAT:
-            raise FailedPrecondition(
-                f"{where} has format {found}, and this Spikeless reads up to {FORMAT}: update Spikeless"
-            )
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise DataLoss(f"{where} cannot be used: {error}; push the version again") from None
 
 
 def _check_owner(found: str, model: str) -> None:

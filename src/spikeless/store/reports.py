@@ -16,6 +16,7 @@ import msgspec
 
 from spikeless.errors import DataLoss, FailedPrecondition, NotFound, SpikelessError
 from spikeless.store.changes import NODE_PATTERN, Node, Version, check_node
+from spikeless.store.documents import decoded
 from spikeless.store.objects import Store
 
 FORMAT = 1
@@ -128,12 +129,7 @@ class Reports:
         """
         where = self._store.show(_path(node))
         data = self._store.read(_path(node), MAX_BYTES)
-        try:
-            report = msgspec.json.decode(data, type=NodeReport)
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise DataLoss(f"{where} cannot be used: {error}") from None
-        if report.format > FORMAT:
-            raise FailedPrecondition(f"{where} has format {report.format}: update Spikeless")
+        report = decoded(data, where, NodeReport, FORMAT)
         if report.node != node:
             raise DataLoss(f"{where} cannot be used: it is of {report.node}")
         return report
