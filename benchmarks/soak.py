@@ -503,10 +503,21 @@ def page(run: bench.Run, steps: Sequence[Step], samples: Sequence[Sample], start
         values = [getattr(sample, figure) for sample in samples]
         chart.add_trace(Scattergl(x=times, y=values, mode="lines"), row=row, col=1)
     colours = {"promote": "green", "rollback": "orange", "killed promote": "purple"}
-    for step in steps:
-        colour = "red" if step.wrong else colours.get(step.action, "gray")
-        chart.add_vline(x=step.begin - start, line_color=colour, line_width=1, opacity=0.5)
-    chart.update_layout(height=260 * len(titles), showlegend=False, title="Soak")
+    # All at once: plotly's `add_vline` takes a second for each of some hundred lines.
+    lines = [
+        {
+            "type": "line",
+            "x0": step.begin - start,
+            "x1": step.begin - start,
+            "y0": 0,
+            "y1": 1,
+            "yref": "paper",
+            "line": {"color": "red" if step.wrong else colours.get(step.action, "gray"), "width": 1},
+            "opacity": 0.5,
+        }
+        for step in steps
+    ]
+    chart.update_layout(shapes=lines, height=260 * len(titles), showlegend=False, title="Soak")
     chart.update_xaxes(title_text="seconds", row=len(titles), col=1)
     return str(chart.to_html(include_plotlyjs=True, full_html=True))
 
