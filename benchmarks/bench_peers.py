@@ -88,13 +88,20 @@ class Plan:
 
 
 class Family(threading.Thread):
-    """Samples private memory and processor time of a process and its descendants."""
+    """Samples private memory and processor time of a process and all that it started.
+
+    A process that was seen once is followed wherever its parent goes, and what it used
+    counts for good: not every parent keeps the account of its children. What a process
+    uses after it was seen last, `_SAMPLE_SECONDS` at most, is missing.
+    """
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         #: Seconds of ``time.monotonic``, bytes (RssAnon), processor seconds.
         self.samples: list[tuple[float, int, float]] = []
         self._root = psutil.Process(pid)
+        #: The processor seconds of each process that was seen.
+        self._used: dict[psutil.Process, float] = {}
         self._over = threading.Event()
 
     def __enter__(self) -> Family:
@@ -106,22 +113,30 @@ class Family(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        self._used[self._root] = 0.0
         while not self._over.wait(_SAMPLE_SECONDS):
-            memory, processor = 0, 0.0
-            try:
-                family = [self._root, *self._root.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            for process in family:
+            memory = 0
+            for process in self._living():
                 try:
                     times = process.cpu_times()
-                    # Of those that ended, their parents keep the account.
-                    processor += times.user + times.system + times.children_user + times.children_system
                     found = process.memory_info()
-                    memory += found.rss - found.shared
                 except psutil.NoSuchProcess:
                     continue
-            self.samples.append((time.monotonic(), memory, processor))
+                self._used[process] = times.user + times.system
+                memory += found.rss - found.shared
+            self.samples.append((time.monotonic(), memory, sum(self._used.values())))
+
+    def _living(self) -> set[psutil.Process]:
+        """Those that were seen and still run, and all that is below one of them."""
+        family = {process for process in self._used if process.is_running()}
+        others = {process: process.info["ppid"] for process in psutil.process_iter(["ppid"])}
+        while found := {
+            process
+            for process, parent in others.items()
+            if process not in family and parent in {one.pid for one in family}
+        }:
+            family |= found
+        return family
 
 
 def measure(plan: Plan, peer: Peer, model: Path, console: Console) -> tuple[bench.Run, dict[str, Any]]:
@@ -239,7 +254,11 @@ def _search(
 
 
 def _seen(run: bench.Run) -> list[StateChange]:
-    """What the answers say of versions: the first and the last answer of each."""
+    """What the answers say of versions: each is there from its first answer on.
+
+    It has ended with its last answer, but not before a newer version answers: a server
+    that lets calls wait while it changes may give the last one before it is told.
+    """
     versions = run.requests["version"]
     arrived = run.requests["intended"] + run.requests["latency"]
     found = [StateChange(-1.0, 1, "AVAILABLE")]
@@ -249,7 +268,8 @@ def _seen(run: bench.Run) -> list[StateChange]:
         if version > 1:
             found.append(StateChange(float(mine.min()), version, "AVAILABLE"))
         if version < served[-1]:
-            found.append(StateChange(float(mine.max()), version, "END"))
+            newer = arrived[versions > version]
+            found.append(StateChange(float(max(mine.max(), newer.min())), version, "END"))
     return sorted(found, key=lambda change: change.t)
 
 

@@ -110,7 +110,7 @@ class Started:
     def version(self) -> str:
         """The versions of its packages, or its own."""
         if not self.peer.packages:
-            return __version__ if self.peer.name == launch.EMBEDDED else launch.version_of(self.pid)
+            return __version__ if self.peer.name == launch.EMBEDDED else launch.binary_version(_binary())
         command = [str(self.peer.bin / "python"), "-c", _VERSIONS, *self.peer.packages]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -283,7 +283,12 @@ def _embedded(bin: Path, place: Place) -> Sequence[str | Path]:
 
 
 def _serving(bin: Path, place: Place) -> Sequence[str | Path]:
-    return [shutil.which(launch.chosen_engine()) or "", *_versions_flags(place)]
+    return [_binary(), *_versions_flags(place)]
+
+
+def _binary() -> str:
+    """TensorFlow Serving's; empty where there is none."""
+    return shutil.which(launch.chosen_engine()) or ""
 
 
 _OWN_PATH = f"/v1/models/{MODEL}:predict"

@@ -243,7 +243,7 @@ class ServerProcess(AbstractContextManager["ServerProcess"]):
                 f"{ENGINE_VARIABLE} names {engine!r}, which is no executable: "
                 "say `embedded`, `docker`, or the path of a tensorflow_model_server"
             )
-        return TENSORFLOW_SERVING, _binary_version(binary), [binary, *flags]
+        return TENSORFLOW_SERVING, binary_version(binary), [binary, *flags]
 
     def start(self) -> str:
         """Start the server, which is not ready yet; returns its gRPC address."""
@@ -538,12 +538,12 @@ def version_of(pid: int) -> str:
     """
     try:
         binary = psutil.Process(pid).exe()
-        return _binary_version(binary) if Path(binary).name == "tensorflow_model_server" else UNKNOWN
+        return binary_version(binary) if Path(binary).name == "tensorflow_model_server" else UNKNOWN
     except (psutil.Error, OSError, subprocess.SubprocessError):
         return UNKNOWN
 
 
-def _binary_version(binary: str) -> str:
+def binary_version(binary: str) -> str:
     """The version that a ``tensorflow_model_server`` states, such as ``2.20.0``."""
     answer = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=60, check=False)
     version = re.search(r"^\s*TensorFlow ModelServer\s*:(.*)", answer.stdout, re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bench_runs import made_up_run
+from machines import wait_for
 from places import ROOT
 from rich.console import Console
 
@@ -104,7 +106,33 @@ def test_versions_are_seen_in_the_answers(peers: Any) -> None:
         (3, "AVAILABLE"),
     ]
     first = run.requests["intended"][run.requests["version"] == 2][0]
-    assert seen[2].t == pytest.approx(first + 0.001)
+    assert seen[1].t == seen[2].t == pytest.approx(first + 0.001), "no answer is of both"
+
+
+def test_what_ended_processes_used_stays_counted(peers: Any) -> None:
+    """Also of those that no parent waited for."""
+    busy = "import time\nwhile time.process_time() < 2: pass"
+    parent = (
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {busy!r}])\n"
+        "child.wait()\n"
+        "print(flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with peers.Family(process.pid) as family:
+            process.stdout.readline()  # The child has ended.
+            ended = len(family.samples)
+            wait_for(lambda: len(family.samples) > ended + 1, "no more samples")
+        process.stdin.close()
+    used = [seconds for _, _, seconds in family.samples]
+    assert used == sorted(used)
+    assert used[-1] >= 1.0
 
 
 def test_figures_are_those_of_the_samples(peers: Any) -> None:
