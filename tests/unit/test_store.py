@@ -517,6 +517,59 @@ def test_a_store_of_no_known_kind() -> None:
         Store("nosuch://bucket/models")
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("s3://[bad", "'s3://\\[bad' is no address: .*brackets are only for IPv6"),
+        ("gs://me:hunter2@[?hunter2", "'gs://\\[' is no address"),
+        ("http://[::1", "'http://\\[::1' is no address"),
+        ("file://[", "'file://\\[' is no address"),
+        ("s3://", "'s3://' names no bucket and no host: write s3://BUCKET/FOLDER"),
+        ("s3:///models", "'s3:///models' names no bucket"),
+        ("https://me:hunter2@/models", "'https:///models' names no bucket and no host"),
+        ("sftp://:22/models", "'sftp://:22/models' names no bucket and no host"),
+        ("s3:/bucket", "'s3:/bucket' is no address: write s3://bucket, or ./s3:/bucket for a folder"),
+        ("s3://a b/models", "'s3://a b/models': 'a b' is no name of a bucket"),
+        ("http://me:hunter2@h:port/", "'http://h:port': Port .*write http://HOST:PORT/FOLDER"),
+        ("sftp://h:99999/", "'sftp://h:99999': Port out of range"),
+        ("github://a", "github://a is no address of a store: "),
+        (" ", "the address of the store is empty"),
+    ],
+)
+def test_a_strange_address_is_no_store(
+    address: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidArgument, match=message) as refused:
+        Store(address)
+    assert "hunter2" not in str(refused.value)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_may_be_named_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store("./s3:/bucket")
+    store.write("object", b"1")
+    assert (tmp_path / "s3:" / "bucket" / "object").read_bytes() == b"1"
+
+
+def test_commands_refuse_a_strange_address(small: Path, tmp_path: Path) -> None:
+    pulled = tmp_path / "pulled"
+    for command in (
+        ["push", small / NAME / "1", "s3://[bad"],
+        ["pull", "s3://[bad", NAME, "--models", pulled],
+        ["pull", "s3://[bad", NAME, "--models", pulled, "--follow"],
+        ["promote", "--store", "s3://[bad", NAME, "1"],
+        ["status", "--store", "s3://[bad"],
+        ["prune", "--store", "s3://[bad", NAME, "--keep=1"],
+    ):
+        done = spikeless(*command)
+        assert done.returncode == 1, command
+        assert done.stderr.count("\n") == 1, command
+        assert "'s3://[bad' is no address" in done.stderr, command
+    assert not pulled.exists()
+
+
 def test_a_file_is_no_store(small: Path, tmp_path: Path) -> None:
     file = tmp_path / "README.md"
     file.write_text("text")

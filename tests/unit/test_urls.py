@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from spikeless.errors import InvalidArgument
 from spikeless.formats.urls import redacted
 
 
@@ -18,3 +19,9 @@ from spikeless.formats.urls import redacted
 )
 def test_credentials_are_not_shown(url: str, shown: str) -> None:
     assert redacted(url) == shown
+
+
+def test_what_cannot_be_read_is_refused_without_its_credentials() -> None:
+    with pytest.raises(InvalidArgument, match=r"'s3://\[bad' is no address") as refused:
+        redacted("s3://me:secret@[bad/models?token=secret")
+    assert "secret" not in str(refused.value)

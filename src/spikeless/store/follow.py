@@ -41,6 +41,7 @@ from spikeless.errors import Cancelled, NotFound, SpikelessError
 from spikeless.repository import layout
 from spikeless.rollout.promotion import PASSING, PromotionError
 from spikeless.store import promotions
+from spikeless.store.addresses import require_address
 from spikeless.store.applying import apply, pending
 from spikeless.store.catalog import Catalog, models_in
 from spikeless.store.objects import Store
@@ -81,6 +82,7 @@ class StoreFollower:
         progress: Callable[[str], None] = lambda line: None,
         interrupted: threading.Event | None = None,
     ) -> None:
+        require_address(store)
         self._url = store
         self._models = models
         self._name = name

@@ -33,6 +33,7 @@ from spikeless.errors import (
     Unavailable,
 )
 from spikeless.formats.urls import redacted
+from spikeless.store.addresses import require_address
 from spikeless.store.libraries import LIBRARIES, Found, code_of, found, is_final, is_missing, known_hosts
 from spikeless.store.pieces import digest
 from spikeless.store.settings import StoreSettings
@@ -66,6 +67,7 @@ class Store:
         interrupted: threading.Event | None = None,
     ) -> None:
         self.settings = settings or StoreSettings()
+        require_address(url)
         #: The URL, for people.
         self.shown = redacted(url)
         self._url = url.rstrip("/")
@@ -86,7 +88,10 @@ class Store:
             raise InvalidArgument(f"{self.shown} is a file, and no store: give a folder, or a URL")
 
     def _connect(self) -> Any:
-        fs, _ = fsspec.core.url_to_fs(self._url, **self._options())
+        try:
+            fs, _ = fsspec.core.url_to_fs(self._url, **self._options())
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"{self.shown} is no address of a store: {self._said(error)}") from None
         if self._protocol in ("sftp", "ssh"):
             fs.ftp.get_channel().settimeout(self.settings.timeout)
         return fs
