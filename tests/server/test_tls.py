@@ -122,6 +122,27 @@ def test_a_server_with_a_certificate(models: Path, authority: trustme.CA, trust:
             doubtful.predict("times", X)
 
 
+@pytest.mark.parametrize("beginning", [b"", b"\x16\x03\x01"])
+def test_a_client_that_does_not_begin_is_not_kept(
+    beginning: bytes, models: Path, authority: trustme.CA
+) -> None:
+    def is_listening() -> bool:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(address, timeout=60):
+            return True
+        return False
+
+    short = "--grpc_channel_arguments=grpc.server_handshake_timeout_ms=200"
+    with serving(models, config(authority.issue_cert("127.0.0.1")), short) as server:
+        address = ("127.0.0.1", server.port)
+        server.wait_for(is_listening, "the port")
+        with (
+            socket.create_connection(address, timeout=60) as sock,
+            contextlib.suppress(ConnectionError),
+        ):
+            sock.sendall(beginning)
+            assert not sock.recv(1)
+
+
 def test_clients_that_have_to_show_a_certificate(models: Path, authority: trustme.CA, trust: Trust) -> None:
     clients = trustme.CA()
     with serving(models, config(authority.issue_cert("127.0.0.1"), verify=clients)) as server:

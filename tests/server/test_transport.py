@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import math
 import random
 import socket
 import struct
@@ -408,6 +409,32 @@ def test_connections_have_an_age(fast: Start) -> None:
     # It goes when the call has its answer, and says before that it will.
     assert [kind for kind in kinds if kind in (PING, GOAWAY)] == [GOAWAY, PING, GOAWAY]
     assert kinds.index(DATA) > kinds.index(GOAWAY)
+
+
+@pytest.mark.parametrize("beginning", [b"", PREFACE[:5], PREFACE, PREFACE + frame(PING, 0, 0, bytes(8))])
+def test_a_client_that_does_not_begin_is_not_kept(start: Start, beginning: bytes) -> None:
+    port, _ = start(server_handshake_timeout_ms=200)
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=60) as sock,
+        contextlib.suppress(ConnectionError),
+    ):
+        sock.sendall(beginning)
+        while sock.recv(4096):
+            pass  # what the server says until it closes
+
+
+def test_a_client_has_two_minutes_to_begin(fast: Start) -> None:
+    port, methods = fast()
+    handshakes = methods.server._handshakes  # type: ignore[attr-defined]
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock, sock.makefile("rb") as file:
+        wait_for(lambda: bool(handshakes._ends), "the connection")
+        assert 0 < handshakes.next - time.monotonic() <= 120
+        sock.sendall(PREFACE + frame(SETTINGS, 0, 0) + frame(PING, 0, 0, b"is there"))
+        received = b""
+        while b"is there" not in received:
+            received += file.read(1)
+        wait_for(lambda: not handshakes._ends, "the handshake to count")
+        assert handshakes.next == math.inf
 
 
 def test_stopping_lets_calls_end(fast: Start) -> None:

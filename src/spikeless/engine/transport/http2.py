@@ -67,6 +67,8 @@ class Http2:
         self.output: list[bytes | memoryview] = []
         #: Nothing new is accepted any more.
         self.draining = False
+        #: The client has sent its preface and its first settings.
+        self.has_begun = False
         self._rest = b""
         self._has_preface = False
         self._last = 0
@@ -265,6 +267,7 @@ class Http2:
         elif kind == SETTINGS:
             if not flags & ACK:
                 self._settings(payload)
+                self.has_begun = True
         elif kind == PING:
             self._require_size(payload, 8)
             if not flags & ACK:

@@ -60,6 +60,11 @@ class Peer:
         host, port = self._address[:2]
         return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has shown that it speaks HTTP/2."""
+        return self._http2.has_begun
+
     # --- of the loop ------------------------------------------------------------------
 
     def read(self) -> list[Stream]:

@@ -31,14 +31,20 @@ from spikeless.engine.transport.listening import Listeners
 from spikeless.engine.transport.pace import Paces
 from spikeless.engine.transport.peer import Peer
 from spikeless.engine.transport.streams import Stream
+from spikeless.engine.transport.timeouts import Timeouts
 
 _log = logging.getLogger(__name__)
 
 _MESSAGE_BYTES = "grpc.max_receive_message_length"
 _AGE, _AGE_GRACE = "grpc.max_connection_age_ms", "grpc.max_connection_age_grace_ms"
+_HANDSHAKE = "grpc.server_handshake_timeout_ms"
 _REUSE_PORT = "grpc.so_reuseport"
 #: Options of ``grpc.server`` that this one has, too; what it sends has no limit.
-SUPPORTED_OPTIONS = frozenset({_MESSAGE_BYTES, "grpc.max_send_message_length", _AGE, _AGE_GRACE, _REUSE_PORT})
+SUPPORTED_OPTIONS = frozenset(
+    {_MESSAGE_BYTES, "grpc.max_send_message_length", _AGE, _AGE_GRACE, _HANDSHAKE, _REUSE_PORT}
+)
+#: How long a client has to send its preface and settings: as grpc's own server says.
+_HANDSHAKE_MS = 120_000
 
 #: How long the loop may wait for a call before another thread takes over.
 _TAKE_OVER_SECONDS = 0.01
@@ -71,6 +77,7 @@ class FastServer(grpc.Server):
         self._methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._listeners = Listeners(bool(options.get(_REUSE_PORT, 1)))
         self._clients: dict[int, Peer] = {}
+        self._handshakes = Timeouts(max(int(options.get(_HANDSHAKE, _HANDSHAKE_MS)), 1) / 1000)
         self._poll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll.register(self._wake, select.EPOLLIN)
@@ -157,6 +164,8 @@ class FastServer(grpc.Server):
                 if event & ~select.EPOLLOUT:
                     for stream in client.read():
                         self._ready.append((client, stream))
+                    if client in self._handshakes and client.has_begun:
+                        self._handshakes.stop(client)
                 if client.is_over:
                     self._close(client)
             elif number in self._listeners:
@@ -173,7 +182,8 @@ class FastServer(grpc.Server):
         """Seconds to wait for news at most; -1 is for ever."""
         if self._is_draining or self._stop_at is not None:
             return _DRAIN_POLL_SECONDS
-        return max(self._timers[0][0] - time.monotonic(), 0.0) if self._timers else -1
+        when = min(self._timers[0][0] if self._timers else math.inf, self._handshakes.next)
+        return max(when - time.monotonic(), 0.0) if when < math.inf else -1
 
     def _accept(self, number: int) -> None:
         accepted = self._listeners.accept(number, len(self._clients))
@@ -182,11 +192,13 @@ class FastServer(grpc.Server):
         connection, address = accepted
         client = Peer(connection, address, self._poll)
         self._clients[connection.fileno()] = client
+        self._handshakes.start(client, client.begun)
         if self._age < math.inf:
             self._at(client.begun + self._age * random.uniform(0.9, 1.1), client)
 
     def _close(self, client: Peer) -> None:
         if self._clients.pop(client.number, None) is not None:
+            self._handshakes.stop(client)
             client.close()
 
     def _at(self, when: float, client: Peer, context: Context | None = None) -> None:
@@ -203,6 +215,8 @@ class FastServer(grpc.Server):
             heapq.heapify(self._timers)
 
     def _expire(self, now: float) -> None:
+        for client in self._handshakes.take_expired(now):
+            self._close(client)
         while self._timers and self._timers[0][0] <= now:
             _, _, client, context = heapq.heappop(self._timers)
             if context is not None:
