@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest test-containers chaos images sbom scan docs lint env system-packages update-pins fuzz \
-        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-isolation bench-instrument bench-soak bench-fleet \
+        clean clean-env clean-runs clean-models clean-cache bench-input-pipeline bench-serving bench-mapping bench-ladder bench-isolation bench-events bench-instrument bench-soak bench-fleet \
         peers-env bench-peers
 .DEFAULT_GOAL := demo
 
@@ -164,6 +164,10 @@ bench-isolation: $(EMBEDDING)
 	make -C docker/isolate
 	SPIKELESS_ISOLATE_LIBRARY="$${SPIKELESS_ISOLATE_LIBRARY:-$(CURDIR)/docker/isolate/libspikeless-isolate.so}" \
 	    $(BIN)/python benchmarks/isolation.py $(EMBEDDING)/1 $(EMBEDDING)/2 --requests $(EMBEDDING)/requests
+
+# What storms, unloads and reloads of other models cost: two rounds in about 15 minutes.
+bench-events: $(EMBEDDING)
+	$(BIN)/python benchmarks/events.py $(EMBEDDING)/1 $(EMBEDDING)/2 --requests $(EMBEDDING)/requests
 
 $(EMBEDDING): | $(READY)
 	$(BIN)/python benchmarks/make_embedding_model.py $@ --size $(SIZE)

@@ -16,7 +16,7 @@ ladder     a run for each of the `rungs`
 """
 
 from spikeless.bench.analysis import RULES, Reload, Startup, Summary, Window, analyse
-from spikeless.bench.changes import publisher, staged, staged_in_turn, unloadable
+from spikeless.bench.changes import publisher, served_config, staged, staged_in_turn, unloadable
 from spikeless.bench.folding import FOLD_RULES, Estimate, Fold, fold
 from spikeless.bench.load.generator_floor import FLOOR_SECONDS, measure_floor
 from spikeless.bench.progress import progress_bar
@@ -71,6 +71,7 @@ __all__ = [
     "result_path",
     "run",
     "running_server",
+    "served_config",
     "server_facts",
     "staged",
     "staged_in_turn",

@@ -7,9 +7,11 @@ next change, and a thread that calls it at its moments.
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,7 @@ from pathlib import Path
 from spikeless.bench.events import PUBLISH_ALL
 from spikeless.bench.run_file import Publish, Settings
 from spikeless.bench.servers import from_here
-from spikeless.disk.atomic import size_of
+from spikeless.disk.atomic import DIRECTORY_MODE, size_of
 from spikeless.errors import FailedPrecondition
 from spikeless.repository import layout, publishing
 from spikeless.repository.candidate import Candidate
@@ -108,6 +110,26 @@ def unloadable(
         while waiting:
             remove()
         free_hidden(layout.state_directory(models, name))
+
+
+@contextmanager
+def served_config(models: Path, names: Sequence[str], versions: Sequence[int] = ()) -> Iterator[Path]:
+    """What makes a server serve these models; gone at the end of the block.
+
+    Of each model it is the newest version, or all of `versions`.
+    """
+    listed = " ".join(f"versions: {version}" for version in versions)
+    policy = f"model_version_policy {{ specific {{ {listed} }} }} " if versions else ""
+    blocks = "\n".join(
+        f"  config {{ name: {json.dumps(name)} base_path: {json.dumps(str((models / name).absolute()))} "
+        f'model_platform: "tensorflow" {policy}}}'
+        for name in names
+    )
+    with tempfile.TemporaryDirectory(prefix="spikeless-bench-") as directory:
+        Path(directory).chmod(DIRECTORY_MODE)
+        config = Path(directory) / "models.config"
+        config.write_text(f"model_config_list {{\n{blocks}\n}}\n")
+        yield config
 
 
 def publisher(command: str) -> Callable[[], object]:

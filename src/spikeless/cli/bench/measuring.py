@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from spikeless import bench, launch
 from spikeless.bench import events
 from spikeless.bench.capacity import share_of_capacity
 from spikeless.cli.bench.options import RunOptions
-from spikeless.disk.atomic import DIRECTORY_MODE
 from spikeless.errors import InvalidArgument, NotFound
 from spikeless.formats.savedmodel import EXTRA_DIRECTORY
 from spikeless.openloop.schedule import RECORDED
@@ -68,7 +65,7 @@ def measured(options: RunOptions) -> tuple[Path, bench.Run]:
             count = options.publishes * (len(names) if options.event == events.PUBLISH_ALL else 1)
             publish = stack.enter_context(bench.staged_in_turn(options.saved_models, models, names, count))
         if options.target is None and (others or versions):
-            config = stack.enter_context(_models_config(models, (name, *others), versions))
+            config = stack.enter_context(bench.served_config(models, (name, *others), versions))
             launched = dataclasses.replace(
                 launched,
                 model_name=None,
@@ -181,26 +178,6 @@ def _pinned(models: Path, name: str) -> bool:
     """Whether ``models.config`` says which versions of a model are served."""
     model = models_config.read(models).model(name) if models.is_dir() else None
     return model is not None and model.model_version_policy.HasField("specific")
-
-
-@contextmanager
-def _models_config(models: Path, names: Sequence[str], versions: Sequence[int]) -> Iterator[Path]:
-    """What makes a server serve these models; gone at the end of the block.
-
-    Of each model it is the newest version, or all of `versions`.
-    """
-    listed = " ".join(f"versions: {version}" for version in versions)
-    policy = f"model_version_policy {{ specific {{ {listed} }} }} " if versions else ""
-    blocks = "\n".join(
-        f"  config {{ name: {json.dumps(name)} base_path: {json.dumps(str((models / name).absolute()))} "
-        f'model_platform: "tensorflow" {policy}}}'
-        for name in names
-    )
-    with tempfile.TemporaryDirectory(prefix="spikeless-bench-") as directory:
-        Path(directory).chmod(DIRECTORY_MODE)
-        config = Path(directory) / "models.config"
-        config.write_text(f"model_config_list {{\n{blocks}\n}}\n")
-        yield config
 
 
 def _check_server(settings: launch.LaunchSettings, models: Path, names: Sequence[str]) -> None:
