@@ -28,6 +28,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikeless.engine.transport import Context, FastServer
+from spikeless.engine.transport import peer as peer_module
+from spikeless.engine.transport import server as server_module
 from spikeless.engine.transport.frames import (
     DATA,
     GOAWAY,
@@ -35,6 +37,7 @@ from spikeless.engine.transport.frames import (
     PREFACE,
     SETTINGS,
     BrokenProtocol,
+    ErrorCode,
     frame,
 )
 from spikeless.engine.transport.frames import HEADERS as HEADERS_FRAME
@@ -435,6 +438,70 @@ def test_a_client_has_two_minutes_to_begin(fast: Start) -> None:
             received += file.read(1)
         wait_for(lambda: not handshakes._ends, "the handshake to count")
         assert handshakes.next == math.inf
+
+
+def last_frame(sock: socket.socket) -> bytes:
+    """What the server said before it closed."""
+    last = b""
+    with sock.makefile("rb") as file:
+        while head := file.read(9):
+            last = head + file.read(int.from_bytes(head[:3], "big"))
+    return last
+
+
+@pytest.mark.parametrize(
+    ("broken", "code"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", ErrorCode.PROTOCOL_ERROR),
+        (PREFACE + frame(SETTINGS, 0, 0) + b"\xff" * 9, ErrorCode.FRAME_SIZE_ERROR),
+    ],
+    ids=["HTTP/1", "frame"],
+)
+def test_a_client_reads_what_it_did_wrong(
+    fast: Start, monkeypatch: pytest.MonkeyPatch, broken: bytes, code: ErrorCode
+) -> None:
+    """Whatever it goes on to send: a reset would take the answer away."""
+    monkeypatch.setattr(server_module, "_LINGER_SECONDS", 60.0)
+    port, methods = fast()
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+            sock.sendall(broken + bytes(2 << 20))
+            goaway = last_frame(sock)
+        assert (goaway[3], goaway[-1]) == (GOAWAY, code)
+    wait_for(lambda: not methods.server._clients, "the connections to end")  # type: ignore[attr-defined]
+
+
+def test_calls_end_with_a_client_that_broke_the_protocol(fast: Start) -> None:
+    port, methods = fast()
+    call = frame(HEADERS_FRAME, 4, 1, hpack.Encoder().encode(HEADERS)) + frame(DATA, 1, 1, message(b"hold"))
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.sendall(PREFACE + frame(SETTINGS, 0, 0) + call)
+        wait_for(lambda: bool(methods.threads), "the call to begin")
+        sock.sendall(b"\xff" * 9)
+        assert last_frame(sock)[3] == GOAWAY
+        (client,) = methods.server._clients.values()  # type: ignore[attr-defined]
+        wait_for(lambda: not client.calls, "the call to be forgotten")
+        methods.held.set()  # its answer goes nowhere
+    wait_for(lambda: not methods.server._clients, "the connection to end")  # type: ignore[attr-defined]
+
+
+def test_a_client_that_broke_the_protocol_is_not_kept(fast: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_LINGER_SECONDS", 0.2)
+    port, methods = fast()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.sendall(bytes(24))
+        assert last_frame(sock)[3] == GOAWAY
+        wait_for(lambda: not methods.server._clients, "the connection to end")  # type: ignore[attr-defined]
+
+
+def test_a_client_that_broke_the_protocol_is_not_heard_for_ever(
+    fast: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_LINGER_SECONDS", 600.0)
+    monkeypatch.setattr(peer_module, "_MOST_DROPPED", 1 << 20)
+    port, _ = fast()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock, pytest.raises(ConnectionError):
+        sock.sendall(bytes(256 << 20))
 
 
 def test_stopping_lets_calls_end(fast: Start) -> None:

@@ -30,6 +30,14 @@ _PREFIX = struct.Struct(">BI")
 _WINDOW_BITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 
 
+class MethodDetails(grpc.HandlerCallDetails):
+    """What a handler goes by that may have the method of this path."""
+
+    def __init__(self, path: str) -> None:
+        self.method = path
+        self.invocation_metadata = ()
+
+
 class Refused(Exception):
     """A call that ends with this status."""
 

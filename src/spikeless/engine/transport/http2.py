@@ -444,8 +444,10 @@ class Http2:
         self.output.append(self._goaway(MAX_WINDOW, ErrorCode.NO_ERROR) + frame(PING, 0, 0, _DRAINING))
 
     def refuse(self, code: ErrorCode) -> None:
-        """The last frame of a connection whose client broke the protocol."""
+        """End all streams and say why: the client broke the protocol."""
         self.draining = True
+        for stream in [*self.streams.values()]:
+            self._close(stream)
         self.output.append(self._goaway(self._last, code))
 
     def _goaway(self, last: int, code: ErrorCode) -> bytes:

@@ -5,6 +5,7 @@ The loop reads; whichever thread answers a call writes.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -24,6 +25,10 @@ _READ_BYTES, _LARGE_READ_BYTES = 16 << 10, 1 << 20
 _MOST_PARTS = 512
 #: A client that does not read what it is sent is not read, either.
 _MOST_WAITING = 1 << 12
+#: Bytes that are read from a client that broke the protocol, and dropped. The system
+#: resets a connection that is closed with bytes unread, and the client may then not
+#: read what it did wrong.
+_MOST_DROPPED = 64 << 20
 
 
 class Peer:
@@ -39,6 +44,9 @@ class Peer:
         self._read_bytes = _READ_BYTES
         #: The connection is closed, or is to be.
         self.is_over = False
+        #: The client broke the protocol and is told so; what it sends is dropped.
+        self.is_refused = False
+        self._dropped = 0
         self.number = connection.fileno()
         self.begun = time.monotonic()
         #: When it was asked to open no more streams.
@@ -68,7 +76,10 @@ class Peer:
     # --- of the loop ------------------------------------------------------------------
 
     def read(self) -> list[Stream]:
-        """What has arrived: the streams that have news; `is_over` at the end."""
+        """What has arrived: the streams that have news; `is_over` at the end.
+
+        Nothing is news from a client that broke the protocol (`is_refused`).
+        """
         try:
             content = self._socket.recv(self._read_bytes)
         except BlockingIOError:
@@ -78,18 +89,23 @@ class Peer:
         if not content:
             self.is_over = True
             return []
+        if self.is_refused:
+            self._dropped += len(content)
+            self.is_over = self._dropped > _MOST_DROPPED
+            return []
         # Much is read at once only where much comes.
         self._read_bytes = _LARGE_READ_BYTES if len(content) == self._read_bytes else _READ_BYTES
         with self._lock:
             try:
                 streams = self._http2.receive(content)
             except BrokenProtocol as broken:
+                streams = []
+                self.is_refused = True
                 self._http2.refuse(broken.code)
-                self._flush()
-                self.is_over = True
-                return []
             if self._http2.output:
                 self._flush()
+        if self.is_refused:
+            self._forget_all()
         return streams
 
     def begin(self, stream: Stream, has_deadline: bool = True) -> Context:
@@ -101,6 +117,8 @@ class Peer:
     def drain(self, now: float) -> None:
         """Ask for no new calls; those that are there, or on their way, are answered."""
         self.drained_at = now
+        if self.is_refused:
+            return
         with self._lock:
             self._http2.drain()
             self._flush()
@@ -120,6 +138,9 @@ class Peer:
             self._socket.close()
             for stream in [*self._http2.streams.values()]:
                 stream.closed = True
+        self._forget_all()
+
+    def _forget_all(self) -> None:
         for context in [*self.calls.values()]:
             self.forget(context)
 
@@ -184,6 +205,9 @@ class Peer:
             pass
         except OSError:
             output.clear()  # the loop will find that it is over
+        if self.is_refused and not output:
+            with contextlib.suppress(OSError):  # the client may have gone
+                self._socket.shutdown(socket.SHUT_WR)
         interest = select.EPOLLIN if len(output) < _MOST_WAITING else 0
         interest |= select.EPOLLOUT if output else 0
         if interest != self._interest:

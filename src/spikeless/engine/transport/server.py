@@ -26,7 +26,7 @@ from typing import Any
 
 import grpc
 
-from spikeless.engine.transport.calls import Context, Refused, take_message
+from spikeless.engine.transport.calls import Context, MethodDetails, Refused, take_message
 from spikeless.engine.transport.listening import Listeners
 from spikeless.engine.transport.pace import Paces
 from spikeless.engine.transport.peer import Peer
@@ -51,6 +51,8 @@ _TAKE_OVER_SECONDS = 0.01
 #: How long a client has to say that it opens no more streams.
 _DRAIN_SECONDS = 1.0
 _DRAIN_POLL_SECONDS = 0.02
+#: How long a client has to read that it broke the protocol.
+_LINGER_SECONDS = 5.0
 
 
 class FastServer(grpc.Server):
@@ -78,6 +80,7 @@ class FastServer(grpc.Server):
         self._listeners = Listeners(bool(options.get(_REUSE_PORT, 1)))
         self._clients: dict[int, Peer] = {}
         self._handshakes = Timeouts(max(int(options.get(_HANDSHAKE, _HANDSHAKE_MS)), 1) / 1000)
+        self._lingering = Timeouts(_LINGER_SECONDS)
         self._poll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll.register(self._wake, select.EPOLLIN)
@@ -164,8 +167,7 @@ class FastServer(grpc.Server):
                 if event & ~select.EPOLLOUT:
                     for stream in client.read():
                         self._ready.append((client, stream))
-                    if client in self._handshakes and client.has_begun:
-                        self._handshakes.stop(client)
+                    self._time(client)
                 if client.is_over:
                     self._close(client)
             elif number in self._listeners:
@@ -182,7 +184,8 @@ class FastServer(grpc.Server):
         """Seconds to wait for news at most; -1 is for ever."""
         if self._is_draining or self._stop_at is not None:
             return _DRAIN_POLL_SECONDS
-        when = min(self._timers[0][0] if self._timers else math.inf, self._handshakes.next)
+        timer = self._timers[0][0] if self._timers else math.inf
+        when = min(timer, self._handshakes.next, self._lingering.next)
         return max(when - time.monotonic(), 0.0) if when < math.inf else -1
 
     def _accept(self, number: int) -> None:
@@ -199,7 +202,15 @@ class FastServer(grpc.Server):
     def _close(self, client: Peer) -> None:
         if self._clients.pop(client.number, None) is not None:
             self._handshakes.stop(client)
+            self._lingering.stop(client)
             client.close()
+
+    def _time(self, client: Peer) -> None:
+        """Begin and end the times that a client has for something."""
+        if client.has_begun or client.is_refused:
+            self._handshakes.stop(client)
+        if client.is_refused:
+            self._lingering.start(client, time.monotonic())
 
     def _at(self, when: float, client: Peer, context: Context | None = None) -> None:
         """Remember a deadline, or the age of a connection."""
@@ -215,7 +226,7 @@ class FastServer(grpc.Server):
             heapq.heapify(self._timers)
 
     def _expire(self, now: float) -> None:
-        for client in self._handshakes.take_expired(now):
+        for client in self._handshakes.take_expired(now) + self._lingering.take_expired(now):
             self._close(client)
         while self._timers and self._timers[0][0] <= now:
             _, _, client, context = heapq.heappop(self._timers)
@@ -283,7 +294,7 @@ class FastServer(grpc.Server):
     def _method(self, path: str) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = self._methods.get(path)
         if handler is None:
-            details = _Details(path)
+            details = MethodDetails(path)
             handler = next(filter(None, (generic.service(details) for generic in self._generic)), None)
             if handler is not None:
                 self._methods[path] = handler
@@ -384,9 +395,3 @@ class FastServer(grpc.Server):
                 pace.ran(time.perf_counter() - started, context.may_be_inline, None)
             with self._lock:
                 self._running -= 1
-
-
-class _Details(grpc.HandlerCallDetails):
-    def __init__(self, method: str) -> None:
-        self.method = method
-        self.invocation_metadata = ()

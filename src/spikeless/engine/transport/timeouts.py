@@ -18,12 +18,9 @@ class Timeouts:
         # The oldest first.
         self._ends: OrderedDict[Peer, float] = OrderedDict()
 
-    def __contains__(self, client: Peer) -> bool:
-        return client in self._ends
-
     def start(self, client: Peer, now: float) -> None:
-        """Its time begins."""
-        self._ends[client] = now + self._seconds
+        """Its time begins, if it has not begun already."""
+        self._ends.setdefault(client, now + self._seconds)
 
     def stop(self, client: Peer) -> None:
         """It has done what it had time for, or is gone."""
