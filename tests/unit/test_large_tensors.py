@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikeless.errors import SpikelessError
-from spikeless.formats import wire
+from spikeless.formats import large_tensors, wire
 from spikeless.formats.large_tensors import LargeRequest, Response, array_of, read_request
 from spikeless.formats.protos import model_pb2, predict_pb2
 from spikeless.formats.tensors import NUMPY_DTYPES, to_numpy, to_proto
@@ -122,9 +122,23 @@ def test_a_response_has_the_same_contents(array: Any, tensor_content: bool) -> N
     spec = model_pb2.ModelSpec(name="m", signature_name="s")
     spec.version.value = 7
     response = Response(spec, {"y": array, "": array, "a": array.T}, tensor_content)
-    read = predict_pb2.PredictResponse.FromString(response.serialized(large=0))
+    read = predict_pb2.PredictResponse.FromString(response.serialized())
     assert read == response.message()
     assert predict_pb2.PredictResponse.FromString(response.serialized()) == read
+
+
+def test_few_of_many_shapes_are_remembered() -> None:
+    """Clients choose batch sizes: what is kept of them has a limit."""
+    numbers = np.arange(5000, dtype=np.float32)
+    for size in range(1, len(numbers)):
+        response = Response(model_pb2.ModelSpec(name="m"), {"y": numbers[:size]}, tensor_content=True)
+        read = predict_pb2.PredictResponse.FromString(response.serialized())
+        assert read.outputs["y"].tensor_content == numbers[:size].tobytes()
+        assert [dim.size for dim in read.outputs["y"].tensor_shape.dim] == [size]
+    for remembered in (large_tensors._before_numbers, wire.head):
+        limit = remembered.cache_info().maxsize
+        assert limit is not None
+        assert remembered.cache_info().currsize <= limit < size
 
 
 def peak(call: Callable[[], Any]) -> tuple[int, Any]:

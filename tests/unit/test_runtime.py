@@ -70,6 +70,9 @@ def test_outputs_outlive_the_session(saved_models: Path) -> None:
         np.array([[True, False]]),
         np.array([[1j, 2]], np.complex64),
         np.empty((0, 2), np.uint16),
+        # As large as those that are copied while other threads run.
+        np.arange(1 << 16, dtype=np.float64).reshape(-1, 2)[::-1],
+        np.arange(1 << 16, dtype=">i8").reshape(-1, 2),
     ],
     ids=lambda value: f"{value.dtype}{value.shape}",
 )

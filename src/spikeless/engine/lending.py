@@ -34,18 +34,20 @@ class Loaded(Generic[T]):
         self.model = model
         self._users = 0
         self._retired = False
-        self._idle = threading.Condition()
+        # Taken by each request: a lock costs less than a condition around one.
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
 
     def acquire(self) -> bool:
         """Count one more user; False when the version is on its way out."""
-        with self._idle:
+        with self._lock:
             if self._retired:
                 return False
             self._users += 1
             return True
 
     def release(self) -> None:
-        with self._idle:
+        with self._lock:
             self._users -= 1
             if self._retired and not self._users:
                 self._idle.notify_all()

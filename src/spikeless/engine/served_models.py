@@ -89,12 +89,13 @@ class ServedModels(ABC):
             InvalidArgument: no name, or a label that is not assigned.
             NotFound: no such model or version is available.
         """
-        if not spec.name:
+        name = spec.name
+        if not name:
             raise InvalidArgument("ModelSpec has no name specified.")
         version = self.version_of(spec)
         while True:
             try:
-                return self._lend(spec.name, version)
+                return self._lend(name, version)
             except NotFound:
                 # The label may have moved meanwhile, and its old version be gone.
                 asked, version = version, self.version_of(spec)

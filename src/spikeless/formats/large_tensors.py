@@ -9,6 +9,8 @@ in any of them does not depend on the way.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,29 +128,46 @@ class Response:
             self._write(response.outputs[alias], output)
         return response
 
-    def serialized(self, large: int = LARGE) -> bytes:
-        """The message; outputs of ``large`` bytes or more are copied only once."""
-        if not any(output.nbytes >= large for output in self.outputs.values()):
-            return bytes(self.message().SerializeToString())
+    def serialized(self) -> bytes:
+        """The message; its numbers are copied only once."""
         parts: _Parts = []
         for alias, output in self.outputs.items():
-            parts += _map_entry(_OUTPUTS, alias, self._parts(output))
+            number = data_type(output.dtype)
+            field = raw_field(number, as_field=not self.tensor_content)
+            if field is None or not output.size:
+                proto = tensor_pb2.TensorProto()
+                self._write(proto, output)
+                parts += _map_entry(_OUTPUTS, alias, [proto.SerializeToString()])
+            else:
+                values = np.ascontiguousarray(output, dtype=numpy_dtype(number))
+                parts += (_before_numbers(alias, number, output.shape, field), _raw(values))
         parts.append(wire.field(_MODEL_SPEC, self.model_spec.SerializeToString()))
         return b"".join(parts)
 
     def _write(self, proto: tensor_pb2.TensorProto, output: _Array) -> None:
         write_proto(proto, output, as_field=not self.tensor_content, pack_strings=self.tensor_content)
 
-    def _parts(self, output: _Array) -> _Parts:
-        """What a serialized TensorProto consists of."""
-        number = data_type(output.dtype)
-        field = raw_field(number, as_field=not self.tensor_content)
-        proto = tensor_pb2.TensorProto(dtype=number)
-        if field is None or not output.size:
-            self._write(proto, output)
-            return [proto.SerializeToString()]
-        proto.tensor_shape.SetInParent()
-        for dim in output.shape:
-            proto.tensor_shape.dim.add(size=dim)
-        values = np.ascontiguousarray(output, dtype=numpy_dtype(number)).reshape(-1).view(np.uint8).data
-        return [proto.SerializeToString(), wire.head(field, len(values)), values]
+
+@functools.lru_cache(maxsize=1024)
+def _before_numbers(alias: str, number: int, shape: tuple[int, ...], field: int) -> bytes:
+    """An output up to its numbers, which are the end of it: the same in many responses.
+
+    Args:
+        alias: its key.
+        number: its DataType.
+        shape: its shape, without a 0.
+        field: the field of ``TensorProto`` that takes the numbers' bytes.
+    """
+    proto = tensor_pb2.TensorProto(dtype=number)
+    proto.tensor_shape.SetInParent()
+    for dim in shape:
+        proto.tensor_shape.dim.add(size=dim)
+    size = math.prod(shape) * numpy_dtype(number).itemsize
+    tensor = b"".join((proto.SerializeToString(), wire.head(field, size)))
+    entry = wire.field(_KEY, alias.encode()) + wire.head(_VALUE, len(tensor) + size) + tensor
+    return wire.head(_OUTPUTS, len(entry) + size) + entry
+
+
+def _raw(values: _Array) -> bytes | memoryview:
+    """The bytes of a contiguous array; a view of them where they are many."""
+    return values.tobytes() if values.nbytes < LARGE else values.reshape(-1).view(np.uint8).data

@@ -43,7 +43,7 @@ _TYPES: dict[int, tuple[type[Any], str]] = {
 }
 #: DataType number -> NumPy dtype (strings are object arrays of ``bytes``).
 NUMPY_DTYPES: dict[int, np.dtype[Any]] = {number: np.dtype(kind) for number, (kind, _) in _TYPES.items()}
-_DATA_TYPES = {dtype: number for number, dtype in NUMPY_DTYPES.items()}
+_DATA_TYPES: dict[object, int] = {dtype: number for number, dtype in NUMPY_DTYPES.items()}
 
 #: Fields of floating point numbers -> their number in ``TensorProto`` and the NumPy
 #: dtype of one of them. Their packed encoding is the array's own bytes.
@@ -82,6 +82,9 @@ def numpy_dtype(data_type: int) -> np.dtype[Any]:
 
 def data_type(dtype: np.dtype[Any] | type) -> int:
     """The DataType of a NumPy dtype; byte and unicode strings are DT_STRING."""
+    number = _DATA_TYPES.get(dtype)
+    if number is not None:  # nearly always
+        return number
     dtype = np.dtype(dtype)
     if dtype.kind in "SU":
         return int(types_pb2.DT_STRING)
@@ -108,7 +111,7 @@ def shape_text(shape: Sequence[int | None] | None) -> str:
 def _static_shape(proto: tensor_pb2.TensorProto) -> tuple[int, ...]:
     # As in TensorFlow, ``unknown_rank`` says nothing about a value: without dimensions
     # it is a scalar.
-    return known_shape(int(dim.size) for dim in proto.tensor_shape.dim)
+    return known_shape([dim.size for dim in proto.tensor_shape.dim])
 
 
 def known_shape(dims: Iterable[int]) -> tuple[int, ...]:
@@ -120,7 +123,7 @@ def known_shape(dims: Iterable[int]) -> tuple[int, ...]:
     # same.
     if len(static) > MAX_RANK:
         raise InvalidArgument(f"tensor shape has {len(static)} dimensions, at most {MAX_RANK} are supported")
-    if math.prod(max(dim, 1) for dim in static) > MAX_ELEMENTS:
+    if math.prod([dim or 1 for dim in static]) > MAX_ELEMENTS:
         raise InvalidArgument(f"tensor shape {list(static)} has too many elements")
     return static
 

@@ -7,6 +7,7 @@ documentation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from spikeless.errors import InvalidArgument
@@ -42,6 +43,7 @@ def write_varint(value: int) -> bytes:
     return bytes(encoded)
 
 
+@functools.lru_cache(maxsize=1024)
 def head(number: int, size: int) -> bytes:
     """What comes before the ``size`` bytes of a field that holds bytes."""
     return write_varint(number << 3 | BYTES) + write_varint(size)

@@ -130,11 +130,10 @@ class Model:
         self, request: predict_pb2.PredictRequest | large_tensors.LargeRequest, timeout: float | None = None
     ) -> large_tensors.Response:
         """The same without a copy of large tensors in message objects."""
-        key = request.model_spec.signature_name or DEFAULT_SIGNATURE
+        spec = request.model_spec
+        key = spec.signature_name or DEFAULT_SIGNATURE
         outputs = self._run(key, request.inputs, large_tensors.array_of, request.output_filter, timeout)
-        return large_tensors.Response(
-            self._model_spec(request.model_spec.name, key), outputs, self.tensor_content
-        )
+        return large_tensors.Response(self._model_spec(spec.name, key), outputs, self.tensor_content)
 
     def predict_arrays(
         self,
@@ -154,6 +153,19 @@ class Model:
         output_filter: Iterable[str],
         timeout: float | None,
     ) -> dict[str, _Array]:
+        names = self._names.get(key)
+        if names is None:
+            names = self._names[key] = _TensorNames.of(self._predict_signature(key))
+        # Message maps compare their keys slowly.
+        if len(inputs) == len(names.inputs) and all(alias in inputs for alias in names.inputs):
+            feeds = {name: _converted(alias, inputs[alias], convert) for alias, name in names.inputs.items()}
+        else:
+            feeds = _feeds(names.signature, inputs, convert)
+        aliases = _requested_outputs(names.signature, output_filter) if output_filter else names.all_outputs
+        fetches = [names.outputs[alias] for alias in aliases]
+        return dict(zip(aliases, self._run_session(kinds.PREDICT.name, feeds, fetches, timeout), strict=True))
+
+    def _predict_signature(self, key: str) -> meta_graph_pb2.SignatureDef:
         signature = self.signature_defs.get(key)
         if signature is None:
             raise FailedPrecondition(f'Serving signature key "{key}" not found.')
@@ -162,16 +174,7 @@ class Model:
                 "Expected prediction signature method_name to be one of "
                 f"{{{', '.join(_METHODS)}}}. Was: {signature.method_name}"
             )
-        names = self._names.get(key)
-        if names is None:
-            names = self._names[key] = _TensorNames.of(signature)
-        if inputs.keys() == names.inputs.keys():
-            feeds = {name: _converted(alias, inputs[alias], convert) for alias, name in names.inputs.items()}
-        else:
-            feeds = _feeds(signature, inputs, convert)
-        aliases = _requested_outputs(signature, output_filter) if output_filter else names.all_outputs
-        fetches = [names.outputs[alias] for alias in aliases]
-        return dict(zip(aliases, self._run_session(kinds.PREDICT.name, feeds, fetches, timeout), strict=True))
+        return signature
 
     def _run_session(
         self, api: str, feeds: dict[str, _Array], fetches: list[str], timeout: float | None
@@ -289,6 +292,8 @@ def _as_it_is(value: _Array) -> _Array:
 class _TensorNames:
     """The tensors of a signature by alias, without a look into its message."""
 
+    #: The message, for requests that name other tensors than all of them.
+    signature: meta_graph_pb2.SignatureDef
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     all_outputs: list[str]
@@ -297,7 +302,7 @@ class _TensorNames:
     def of(cls, signature: meta_graph_pb2.SignatureDef) -> _TensorNames:
         inputs = {alias: info.name for alias, info in signature.inputs.items()}
         outputs = {alias: info.name for alias, info in signature.outputs.items()}
-        return cls(inputs, outputs, sorted(outputs))
+        return cls(signature, inputs, outputs, sorted(outputs))
 
 
 def _converted(alias: str, value: Any, convert: Callable[[Any], _Array]) -> _Array:

@@ -206,11 +206,16 @@ _memmove.restype, _memmove.argtypes = c_void_p, [c_void_p, c_void_p, c_size_t]
 
 
 def _copy(target: int, array: np.ndarray[Any, Any]) -> None:
-    source, size = array.__array_interface__["data"][0], array.nbytes
+    """Copy numbers in C's order, and in the byte order of this machine."""
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    size = array.nbytes
     if size >= _LARGE_COPY:
-        ctypes.memmove(target, source, size)
+        contiguous = np.ascontiguousarray(array)
+        ctypes.memmove(target, contiguous.__array_interface__["data"][0], size)
     elif size:
-        _memmove(target, source, size)
+        # To copy a few bytes twice costs less than to ask NumPy for their address.
+        _memmove(target, array.tobytes(), size)
 
 
 class _Held:
@@ -244,10 +249,9 @@ def _to_tensor(tf: _Library, feed: Feed) -> int:
     if number == types_pb2.DT_STRING:
         strings = chain.from_iterable(array.reshape(-1).tolist() for array in arrays)
         return _to_string_tensor(tf, as_bytes(list(strings)), dims)
-    contiguous = [np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")) for array in arrays]
-    handle = _allocate(tf, number, dims, sum(array.nbytes for array in contiguous))
+    handle = _allocate(tf, number, dims, sum([array.nbytes for array in arrays]))
     address = tf.TensorData(handle)
-    for array in contiguous:
+    for array in arrays:
         _copy(address, array)
         address += array.nbytes
     return handle
@@ -396,7 +400,9 @@ class Session(AbstractContextManager["Session"]):
         self._session: int | None = session
         self._graph = graph
         self._running = 0
-        self._idle = threading.Condition()
+        # Taken by each run: a lock costs less than a condition around one.
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._outputs: dict[str, _Output] = {}
         self._arrays: dict[tuple[str, ...], Any] = {}
 
@@ -547,14 +553,14 @@ class Session(AbstractContextManager["Session"]):
 
     def _enter(self) -> int:
         """The session, which stays open until ``_leave``."""
-        with self._idle:
+        with self._lock:
             if self._session is None:
                 raise FailedPrecondition("the session is closed")
             self._running += 1
             return self._session
 
     def _leave(self) -> None:
-        with self._idle:
+        with self._lock:
             self._running -= 1
             if self._session is None:
                 self._idle.notify_all()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from spikeless.engine.transport.headers import RequestHeaders
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Stream:
     """One call of a client."""
 
