@@ -39,8 +39,8 @@ def test_bench_leaves_nothing_behind(models: Path, tmp_path: Path, ending: signa
             started = parent.children(recursive=True)
             time.sleep(0.05)
         bench.send_signal(ending)
-        assert bench.wait(30) == (143 if ending is signal.SIGTERM else -ending)
-        _, alive = psutil.wait_procs(started, timeout=30)
+        assert bench.wait(120) == (143 if ending is signal.SIGTERM else -ending)
+        _, alive = psutil.wait_procs(started, timeout=120)
         assert not alive
     finally:
         bench.kill()

@@ -53,7 +53,7 @@ def exporter(server: launch.ServerProcess, models: Path) -> Iterator[str]:
 def scrape(url: str) -> dict[tuple[str, ...], float]:
     """(name, label values in the order of label names...) -> value."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    text = opener.open(url, timeout=10).read().decode()
+    text = opener.open(url, timeout=60).read().decode()
     return {
         (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,6 @@ from spikeless.store.push import push
 from spikeless.store.settings import StoreSettings
 
 NAME = "ctr"
-SECONDS = 120.0
 #: Gives up soon. With two pieces of 8 MiB on their way, one is through after 20 MiB.
 HASTY = StoreSettings(workers=2, timeout=3.0, attempts=2)
 
@@ -145,19 +143,9 @@ def test_a_network_that_fails_for_a_while(
         with Network(port) as network:
             use(monkeypatch, s3.environment(network.port))
             where = store if kind == "s3" else f"http://127.0.0.1:{network.port}"
-            fetched = threading.Event()
-
-            def later() -> None:
-                deadline = time.monotonic() + SECONDS
-                while network.received < 20 << 20 and time.monotonic() < deadline:
-                    fetched.wait(0.01)
-                network.fault = fault
-
-            watcher = threading.Thread(target=later)
-            watcher.start()
+            network.fail_after(20 << 20, fault)
             with pytest.raises(SpikelessError) as caught:
                 pull(where, models, NAME, settings=hasty)
-            watcher.join()
             assert isinstance(caught.value, (Unavailable, DataLoss)), caught.value
             assert where in str(caught.value)
             assert not (models / NAME / "1").exists()
@@ -175,18 +163,9 @@ def test_a_push_over_a_network_that_fails_goes_on(
 ) -> None:
     with Network(s3.port) as network:
         use(monkeypatch, s3.environment(network.port))
-
-        def later() -> None:
-            deadline = time.monotonic() + SECONDS
-            while network.sent < 20 << 20 and time.monotonic() < deadline:
-                threading.Event().wait(0.01)
-            network.fault = "drop"
-
-        watcher = threading.Thread(target=later)
-        watcher.start()
+        network.fail_after(20 << 20, "drop")
         with pytest.raises(Unavailable, match=r"cannot (write|look for)"):
             push(trained / NAME / "1", store, settings=HASTY)
-        watcher.join()
         network.fault = ""
         with pytest.raises(SpikelessError, match="has no version"):
             pull(store, tmp_path / "pulled", NAME)

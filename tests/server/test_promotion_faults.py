@@ -59,7 +59,7 @@ def test_nothing_begins_while_a_server_does_not_answer(models: Path) -> None:
         start_server(models) as server,
         pytest.raises(Unavailable, match=r"no server answers at 127\.0\.0\.1:1"),
     ):
-        promote(models, NAME, 2, fleet_of(server, "127.0.0.1:1", patience=1.0), settings())
+        promote(models, NAME, 2, fleet_of(server, "127.0.0.1:1", patience=8.0), settings())
     assert not (models / NAME / ".spikeless" / "journal.jsonl").exists()
 
 
@@ -81,7 +81,7 @@ def test_a_server_that_dies_takes_the_promotion_back(models: Path) -> None:
         kill = at_line("asking", lambda: os.kill(dying.pid, signal.SIGKILL))
         with flawless(other.target) as load:
             with pytest.raises(PromotionError, match="not everything could be put back") as caught:
-                promote(models, NAME, 2, fleet_of(dying, other, patience=1.0), settings(), kill)
+                promote(models, NAME, 2, fleet_of(dying, other, patience=8.0), settings(), kill)
             assert dying.target in str(caught.value)
             assert config_text(models) == before
             with Client(other.target) as client:
@@ -120,8 +120,8 @@ def test_a_server_that_hangs_is_given_up(models: Path) -> None:
     with start_server(models) as hanging, start_server(models) as other, flawless(other.target):
         hang = at_line("moving stable", lambda: os.kill(hanging.pid, signal.SIGSTOP))
         try:
-            with pytest.raises(PromotionError, match=rf"{hanging.target}: .*not answered for 1 s"):
-                promote(models, NAME, 2, fleet_of(hanging, other, patience=1.0), settings(), hang)
+            with pytest.raises(PromotionError, match=rf"{hanging.target}: .*not answered for 8 s"):
+                promote(models, NAME, 2, fleet_of(hanging, other, patience=8.0), settings(), hang)
         finally:
             os.kill(hanging.pid, signal.SIGCONT)
         assert config_text(models) == before
@@ -378,9 +378,9 @@ def test_a_server_that_repeats_failed_loads_is_told_what_to_set(models: Path) ->
     retries = ("--max_num_load_retries=5", "--load_retry_interval_micros=60000000")
     with start_server(models, *retries) as server:
         with pytest.raises(PromotionError) as caught:
-            promote(models, NAME, 2, fleet_of(server, load_timeout=5.0), settings())
+            promote(models, NAME, 2, fleet_of(server, load_timeout=20.0), settings())
         told = str(caught.value)
-        assert f"not done after 5 s ({NAME} 1: AVAILABLE, {NAME}-canary 2: LOADING)" in told
+        assert f"not done after 20 s ({NAME} 1: AVAILABLE, {NAME}-canary 2: LOADING)" in told
         assert "a server that repeats failed loads does not say that they fail" in told
         assert "start it with --max_num_load_retries=0" in told
         with Client(server.target) as client:

@@ -139,7 +139,7 @@ def test_it_stops_under_requests_every_time(start: Start) -> None:
         with ExitStack() as stack, ThreadPoolExecutor(5) as pool:
             servers = [stack.enter_context(start(f"{batch}-{number}")) for number in range(5)]
             asking = [pool.submit(ask_and_terminate, served, over) for served in servers]
-            codes = [served.exit_code(60) for served in servers]
+            codes = [served.exit_code(120) for served in servers]
             over.set()
             for asked in asking:
                 asked.result()
@@ -150,7 +150,7 @@ def test_it_stops_under_requests_every_time(start: Start) -> None:
 def test_a_part_that_fails_keeps_none_from_stopping(start: Start) -> None:
     with start("server", "--grace=60", target=serve_and_fail) as served:
         served.send(signal.SIGTERM)
-        assert served.exit_code(30) == 1
+        assert served.exit_code(120) == 1
         log = served.log.read_text()
         assert "{name: times version: 1}: END" in log, "what comes after it has stopped too"
         assert log.endswith("spikeless: error: while stopping: OSError: [Errno 9] Bad file descriptor\n")
@@ -160,7 +160,7 @@ def test_it_ends_when_it_cannot_answer_any_more(start: Start) -> None:
     with start("server", target=serve_and_break) as served:
         with pytest.raises((OSError, http.client.HTTPException)):
             served.post(BODY)
-        assert served.exit_code(60) == 1
+        assert served.exit_code(120) == 1
         log = served.log.read_text()
         assert log.endswith("spikeless: error: OSError: [Errno 9] Bad file descriptor\n")
         assert log.count("Traceback") == 1
@@ -169,14 +169,14 @@ def test_it_ends_when_it_cannot_answer_any_more(start: Start) -> None:
 def test_a_part_that_hangs_is_cut_off_when_the_grace_is_over(start: Start) -> None:
     with start("server", "--grace=2", target=serve_and_hang) as served:
         served.send(signal.SIGTERM)
-        assert served.exit_code(30) == 1
+        assert served.exit_code(120) == 1
         assert "Timeout" in served.log.read_text(), "with what each thread was doing"
 
 
 def test_a_log_that_nobody_reads_does_not_hold_it(start: Start) -> None:
     with start("server", "--grace=2", target=serve_unread) as served:
         served.send(signal.SIGTERM)
-        assert served.exit_code(60) == -signal.SIGALRM
+        assert served.exit_code(120) == -signal.SIGALRM
 
 
 def test_calls_that_outlast_the_grace_are_cut_off(start: Start) -> None:
@@ -187,7 +187,7 @@ def test_calls_that_outlast_the_grace_are_cut_off(start: Start) -> None:
             pool.submit(served.post, SPIN),
         ]
         served.send(signal.SIGTERM)
-        assert served.exit_code(30) == 1
+        assert served.exit_code(120) == 1
         assert all(isinstance(call.exception(60), SpikelessError | OSError) for call in calls)
 
 
@@ -202,4 +202,4 @@ def test_a_second_signal_ends_it_at_once(start: Start, second: signal.Signals) -
                     pass
         assert served.exit_code(0) is None
         served.send(second)
-        assert served.exit_code(30) == 128 + second
+        assert served.exit_code(120) == 128 + second

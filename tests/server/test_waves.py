@@ -236,7 +236,7 @@ def test_what_callers_of_a_new_version_get_takes_it_back(
 def test_a_machine_that_dies_in_its_wave_ends_the_promotion(store: str, tmp_path: Path) -> None:
     with machines(store, tmp_path, NODES, 1) as fleet:
         dying = fleet[1]
-        arguments = command(store, 2, "--wave=node-b", "--waves=100%", "--soak=1h", "--patience=3s")
+        arguments = command(store, 2, "--wave=node-b", "--waves=100%", "--soak=1h", "--patience=15s")
         process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         with process.stderr as lines:

@@ -90,7 +90,7 @@ class Prometheus:
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The series that an instant query finds."""
         query = urllib.parse.urlencode({"query": expression})
-        answer = json.loads(_OPENER.open(f"{self._url}/api/v1/query?{query}", timeout=20).read())
+        answer = json.loads(_OPENER.open(f"{self._url}/api/v1/query?{query}", timeout=60).read())
         assert answer["status"] == "success", (expression, answer)
         found: list[dict[str, Any]] = answer["data"]["result"]
         return found

@@ -201,7 +201,8 @@ class Network:
 
     Set ``fault`` to ``drop`` (connections are refused or cut), ``delay`` (nothing comes
     back), ``truncate`` (each answer ends after its first bytes), ``corrupt`` (one byte
-    of each answer changes) or empty. It counts bytes in both directions.
+    of each answer changes) or empty, or have it begin by `fail_after`. It counts bytes
+    in both directions.
     """
 
     def __init__(self, port: int) -> None:
@@ -209,12 +210,25 @@ class Network:
         self.fault = ""
         self.received = 0
         self.sent = 0
+        self._planned: tuple[int, str] | None = None
         self._random = random.Random(3)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._sockets: set[socket.socket] = set()
         self._closed = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def fail_after(self, size: int, fault: str) -> None:
+        """Begin with a fault once this many bytes have passed, whoever is slow."""
+        self._planned = self.received + self.sent + size, fault
+
+    def _count(self, size: int, answers: bool) -> None:
+        if answers:
+            self.received += size
+        else:
+            self.sent += size
+        if self._planned is not None and self.received + self.sent > self._planned[0]:
+            self.fault, self._planned = self._planned[1], None
 
     def _accept(self) -> None:
         while not self._closed.is_set():
@@ -237,8 +251,8 @@ class Network:
     def _relay(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                self._count(len(data), answers)
                 if answers:
-                    self.received += len(data)
                     if self.fault == "delay":
                         self._closed.wait()
                     # Not the headers, which clients would see.
@@ -248,8 +262,6 @@ class Network:
                     if self.fault == "truncate" and len(data) > 4000:
                         target.sendall(data[:3000])
                         break
-                else:
-                    self.sent += len(data)
                 if self.fault == "drop":
                     break
                 target.sendall(data)

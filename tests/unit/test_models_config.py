@@ -217,7 +217,7 @@ def test_nobody_edits_while_somebody_sends(tmp_path: Path) -> None:
         thread.start()
         assert not done.wait(0.2)
         assert read(tmp_path) == content
-    thread.join(30)
+    thread.join(60)
     assert read(tmp_path).names == []
 
 
