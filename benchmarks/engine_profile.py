@@ -57,6 +57,7 @@ PARTS = {
         f"{_ENGINE}.handlers:CountedCall.model",
         f"{_ENGINE}.handlers:CountedCall.__exit__",
     ),
+    "tensors by name": ("spikeless.runtime.model:Model.predict_large",),
     "messages and tensors": (
         "spikeless.formats.large_tensors:read_request",
         "spikeless.formats.large_tensors:array_of",
