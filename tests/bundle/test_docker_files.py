@@ -33,6 +33,8 @@ from spikeless.repository.models_config import new_block, with_versions
 DOCKER = ROOT / "docker"
 KUBERNETES = DOCKER / "kubernetes"
 TOOLS = Path(sys.executable).parent
+#: What the images consist of; the other stages are only copied from.
+SHIPPED_STAGES = ("python", "runtime", "embedded", "tools", "serving")
 MANIFESTS = sorted(path for path in KUBERNETES.glob("*.yaml") if path.name != "kustomization.yaml")
 
 
@@ -151,6 +153,24 @@ def serving_base(**arguments: str) -> str:
 def test_images_have_the_version_of_the_package() -> None:
     text = (DOCKER / "Dockerfile").read_text()
     assert set(re.findall(r"^ARG VERSION=(.*)$", text, re.MULTILINE)) == {spikeless.__version__}
+
+
+def test_no_layer_says_when_it_was_built() -> None:
+    """What commands of the stages that images consist of write into files."""
+    text = (DOCKER / "Dockerfile").read_text().replace("\\\n", " ")
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM |\Z)", text, re.MULTILINE | re.DOTALL))
+    runs = re.findall(r"^RUN (.*)$", "".join(stages[name] for name in SHIPPED_STAGES), re.MULTILINE)
+    users = [command for run in runs for command in run.split("&&") if " useradd " in command]
+    assert len(users) == 2
+    for command in users:
+        # /etc/shadow has the day on which a password was changed last.
+        assert command.split()[:2] == ["SOURCE_DATE_EPOCH=0", "useradd"], command
+    packages = [run for run in runs if "apt-get install" in run]
+    assert len(packages) == 2
+    for run in packages:
+        removed = found(r"rm -rf ([^&]*)", run).split()
+        assert {"/var/log/apt", "/var/log/dpkg.log", "/var/cache/ldconfig/aux-cache"} <= {*removed}, run
+        assert "apt-get clean" in run, run
 
 
 def test_the_scan_asks_about_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
