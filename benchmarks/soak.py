@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py                      # an hour, a step every 10 s
     python benchmarks/soak.py --duration 2m
+    python benchmarks/soak.py --show RESULT        # writes its page again
 
 A server (``SPIKELESS_SERVER`` chooses which) answers an open-loop load, and every few
 seconds a step changes what it serves: a version is published and promoted, every third
@@ -59,6 +60,7 @@ from spikeless.warmup import warmup_file
 from spikeless.warmup.requests import predict
 
 MODEL = "soak"
+_PATH = click.Path(path_type=Path)
 SERVER_FLAGS = (
     *bench.SERVER_FLAGS,
     "--allow_version_labels_for_unavailable_models=true",
@@ -435,6 +437,7 @@ def measure(
     duration: float,
     every: float,
     rate: float,
+    note: str,
     console: Console,
 ) -> tuple[bench.Run, list[Step], list[Sample], float]:
     """The soak; the last of the result is the run's start (``time.monotonic``)."""
@@ -455,7 +458,7 @@ def measure(
     flags = (f"--model_config_file={config}", *SERVER_FLAGS)
     server = launch.start(launch.LaunchSettings(flags=flags, log=work / "server.log"))
     with server:
-        facts = bench.server_facts(server)
+        facts = bench.server_facts(server, note)
         assert facts.pid is not None, "only a server on this machine can be sampled"
         sampler = Sampler(facts.pid, models)
         operator = Operator(models, saved_model, requests, server.target, sampler)
@@ -540,11 +543,12 @@ def summary(run: bench.Run, steps: Sequence[Step], found: Sequence[Finding]) -> 
     for step in steps:
         actions[step.action] = actions.get(step.action, 0) + 1
     latency = run.requests["latency"] * 1e3
+    note = f", {facts.server.engine_note}" if facts.server.engine_note else ""
     lines = [
         "# Soak",
         "",
-        f"{facts.settings.seconds:g} s at {facts.settings.rate:g} requests/s, engine {facts.server.engine}, "
-        f"commit {facts.commit}.",
+        f"{facts.settings.seconds:g} s at {facts.settings.rate:g} requests/s, commit {facts.commit}.",
+        f"Engine: {' '.join([facts.server.engine, facts.server.engine_version])}{note}.",
         f"{describe_machine().describe()}.",
         "",
         f"Steps: {', '.join(f'{count} {action}' for action, count in actions.items())}.",
@@ -559,16 +563,40 @@ def summary(run: bench.Run, steps: Sequence[Step], found: Sequence[Finding]) -> 
     return "\n".join([*lines, ""])
 
 
+def write(directory: Path) -> bool:
+    """Write page and summary of a result; returns whether all bounds were held."""
+    run = bench.read_run(directory / "load.npz")
+    content = json.loads((directory / "soak.json").read_text())
+    steps = [Step(**step) for step in content["steps"]]
+    samples = [Sample(**sample) for sample in content["samples"]]
+    log = (directory / "server.log").read_text(errors="replace")
+    found = findings(run, steps, samples, content["version_bytes"], log)
+    (directory / "index.html").write_text(page(run, steps, samples, content["start"]))
+    (directory / "summary.md").write_text(summary(run, steps, found))
+    print((directory / "summary.md").read_text())
+    return all(one.held for one in found)
+
+
 @click.command()
 @click.option("--duration", type=Duration(at_least=20), default="1h", show_default=True)
 @click.option("--every", type=Duration(at_least=5), default="10s", show_default=True, help="Between steps.")
 @click.option("--rate", type=float, default=100.0, show_default=True, help="Requests per second.")
 @click.option("--size", type=Size(), default="64MiB", show_default=True, help="Of the model.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="[default: benchmarks/results/<date>-<engine>-soak]"
-)
-def main(duration: float, every: float, rate: float, size: int, out: Path | None) -> None:
+@click.option("--engine-note", default="", envvar="SPIKELESS_ENGINE_NOTE", help="What else to say of it.")
+@click.option("--out", type=_PATH, help="[default: benchmarks/results/<date>-<engine>-soak]")
+@click.option("--show", type=_PATH, help="Only write page and summary of this result.")
+def main(
+    duration: float,
+    every: float,
+    rate: float,
+    size: int,
+    engine_note: str,
+    out: Path | None,
+    show: Path | None,
+) -> None:
     """Reload a server for hours under load, and report what fails or grows."""
+    if show is not None:
+        raise SystemExit(0 if write(show) else 1)
     today = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
     engine = Path(launch.chosen_engine()).name
     out = out or Path(__file__).parent / "results" / f"{today}-{engine}-soak"
@@ -585,20 +613,18 @@ def main(duration: float, every: float, rate: float, size: int, out: Path | None
             duration,
             every,
             rate,
+            engine_note,
             Console(stderr=True),
         )
         log = (work / "server.log").read_text(errors="replace")
-        found = findings(run, steps, samples, _disk(work / "made" / "1"), log)
+        version_bytes = _disk(work / "made" / "1")
     out.mkdir(parents=True)
     run.save(out / "load.npz")
-    content: dict[str, Any] = {"start": start, "steps": list(map(asdict, steps))}
-    content["samples"] = list(map(asdict, samples))
+    content: dict[str, Any] = {"start": start, "version_bytes": version_bytes}
+    content |= {"steps": list(map(asdict, steps)), "samples": list(map(asdict, samples))}
     (out / "soak.json").write_text(json.dumps(content))
-    (out / "index.html").write_text(page(run, steps, samples, start))
-    (out / "summary.md").write_text(summary(run, steps, found))
     (out / "server.log").write_text(log)
-    print((out / "summary.md").read_text())
-    raise SystemExit(0 if all(one.held for one in found) else 1)
+    raise SystemExit(0 if write(out) else 1)
 
 
 if __name__ == "__main__":

@@ -99,3 +99,8 @@ def test_a_short_soak_fails_no_request(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "index.html").read_text()
     assert "private_bytes" in page
     assert (tmp_path / "out" / "load.npz").is_file()
+    written = (tmp_path / "out" / "summary.md").read_text()
+    (tmp_path / "out" / "summary.md").unlink()
+    again = [sys.executable, command[1], "--show", str(tmp_path / "out")]
+    assert subprocess.run(again, capture_output=True, timeout=300).returncode == done.returncode
+    assert (tmp_path / "out" / "summary.md").read_text() == written
