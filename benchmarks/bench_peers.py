@@ -346,7 +346,8 @@ def measure_all(
             try:
                 run, facts = measure(plan, peer, model, console)
             except SpikelessError as error:
-                failures[peer.name] = str(error).partition("\n")[0]
+                first, *log = str(error).splitlines()
+                failures[peer.name] = " ".join([first, *log[-1:]])
                 console.print(f"[red]{peer.title}[/red]: {error}", highlight=False, markup=True)
                 continue
             run.save(out / f"{peer.name}-{number + 1}.npz")

@@ -1,14 +1,14 @@
 """The table and the chart of a comparison of peers, from its raw results.
 
 In: a directory that `bench_peers` wrote. Out: ``summary.md`` and ``peers.svg`` in it.
-Figures are medians of the rounds.
+Figures are medians of the rounds, of failed requests the most.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,19 @@ class Result:
     way: str
     version: str
     runs: Sequence[bench.Run]
-    #: By `FIGURES`; None: unknown.
-    figures: dict[str, float | None]
+    #: Of each round, by `FIGURES`; None: unknown.
+    rounds: Sequence[dict[str, float | None]]
+
+    def known(self, key: str) -> list[float]:
+        """A figure in the rounds in which it is known, ascending."""
+        return sorted(value for one in self.rounds if (value := one[key]) is not None)
+
+    def middle(self, key: str) -> float | None:
+        """Its median; of failed requests the most."""
+        known = self.known(key)
+        if not known:
+            return None
+        return known[-1] if key == "failed requests" else statistics.median(known)
 
 
 def read(directory: Path) -> list[Result]:
@@ -65,14 +76,8 @@ def read(directory: Path) -> list[Result]:
         if not runs:
             continue
         rounds = [_figures(run, one) for run, one in zip(runs, facts, strict=True)]
-        figures = {key: _median([one[key] for one in rounds]) for key in FIGURES}
-        found.append(Result(name, peer.title, facts[0]["way"], facts[0]["version"], runs, figures))
+        found.append(Result(name, peer.title, facts[0]["way"], facts[0]["version"], runs, rounds))
     return found
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
 
 
 def _figures(run: bench.Run, facts: dict[str, Any]) -> dict[str, float | None]:
@@ -106,17 +111,26 @@ def _figures(run: bench.Run, facts: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def table(results: Sequence[Result]) -> str:
+def table(results: Sequence[Result], cell: Callable[[Result, str], str]) -> str:
     """One row for each peer, in Markdown."""
     lines = ["| | " + " | ".join(FIGURES) + " |", "|---" + "|---:" * len(FIGURES) + "|"]
     for result in results:
-        cells = [_cell(key, result.figures[key]) for key in FIGURES]
-        lines.append(f"| {result.title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {result.title} | " + " | ".join(cell(result, key) for key in FIGURES) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(key: str, value: float | None) -> str:
-    return "-" if value is None else f"{value:,.{FIGURES[key]}f}{UNITS.get(key, ' ms')}"
+def _median(result: Result, key: str) -> str:
+    value = result.middle(key)
+    return "-" if value is None else _number(key, value) + UNITS.get(key, " ms")
+
+
+def _range(result: Result, key: str) -> str:
+    lowest, *others = [_number(key, value) for value in result.known(key)] or ["-"]
+    return f"{lowest} to {others[-1]}" if others and others[-1] != lowest else lowest
+
+
+def _number(key: str, value: float) -> str:
+    return f"{value:,.{FIGURES[key]}f}"
 
 
 def write(directory: Path) -> str:
@@ -124,16 +138,18 @@ def write(directory: Path) -> str:
     results = read(directory)
     about = json.loads((directory / "peers.json").read_text())
     plan, machine = about["plan"], results[0].runs[0].facts.machine
+    several = about["rounds"] > 1
     lines = [
         "# New versions on other servers",
         "",
         f"{machine.describe()}, commit {results[0].runs[0].facts.commit}. A model of "
         f"{plan['size'] / 2**20:g} MiB; {plan['rate']:g} requests/s over HTTP for {plan['steady']:g} s "
         f"without and then with {plan['swaps']} new versions, one every {plan['swaps_apart']:g} s; "
-        f"{about['rounds']} round(s). The rate at the SLO is the greatest at which p99 was at most "
-        f"{plan['slo_ms']:g} ms.",
+        f"{about['rounds']} round(s): medians, and of failed requests the most. The rate at the SLO is "
+        f"the greatest at which p99 was at most {plan['slo_ms']:g} ms.",
         "",
-        table(results),
+        table(results, _median),
+        *(["The lowest and the highest of the rounds:", "", table(results, _range)] if several else []),
         "![p99.9 of each peer](peers.svg)",
         "",
         "| | version | how a version is changed |",
@@ -142,8 +158,11 @@ def write(directory: Path) -> str:
         "",
     ]
     if about["not_measured"]:
-        lines += ["Not measured:", ""]
-        lines += [f"- {PEERS[name].title}: {why}" for name, why in about["not_measured"].items()]
+        lines += ["Not measured, or not in each round:", ""]
+        lines += [
+            f"- {PEERS[name].title}: {why.removesuffix('; its log ends:')}"
+            for name, why in about["not_measured"].items()
+        ]
         lines.append("")
     notes = [f"- {result.title}: {note}" for result in results for note in _notes(result)]
     if notes:
@@ -177,7 +196,7 @@ def chart(results: Sequence[Result], file: Path) -> None:
         (-0.2, "steady p99.9", "without a new version", "#9aa7b2"),
         (0.2, "reload p99.9", "while versions change", "#c0392b"),
     ):
-        values = [result.figures[key] or np.nan for result in results]
+        values = [result.middle(key) or np.nan for result in results]
         bars = axes.barh(places + offset, values, 0.38, label=label, color=color)
         axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
     axes.set_xscale("log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,21 @@ def test_the_report_has_each_peer(peers: Any, result: Path) -> None:
     first = (result / "peers.svg").read_bytes()
     peers.peer_report.write(result)
     assert (result / "peers.svg").read_bytes() == first
+
+
+def test_several_rounds_are_shown_with_their_range(peers: Any, result: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(result, tmp_path / "rounds"))
+    for first in list(directory.glob("*-1.*")):
+        shutil.copy(first, directory / first.name.replace("-1.", "-2."))
+    facts = json.loads((directory / "fastapi-2.json").read_text())
+    facts["samples"] = [(t, memory + (1 << 30), processor) for t, memory, processor in facts["samples"]]
+    (directory / "fastapi-2.json").write_text(json.dumps(facts))
+    about = json.loads((directory / "peers.json").read_text())
+    (directory / "peers.json").write_text(json.dumps(about | {"rounds": 2}))
+    _, ranges = peers.peer_report.write(directory).split("The lowest and the highest of the rounds:")
+    row = next(line for line in ranges.splitlines() if line.startswith("| FastAPI"))
+    lowest, highest = row.split(" | ")[-2].split(" to ")
+    assert int(highest.replace(",", "")) - int(lowest.replace(",", "")) == pytest.approx(1024, abs=1)
 
 
 def test_versions_are_seen_in_the_answers(peers: Any) -> None:
