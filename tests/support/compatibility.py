@@ -226,6 +226,41 @@ def _serving() -> str:
     return _table(header, ([str(n), *(cell(way, n) for way in ways)] for n in clients), numbers=True)
 
 
+def _engine_profile() -> str:
+    """What ``benchmarks/engine_profile.py`` measured, as it shows it."""
+    sys.path.insert(0, str(_ROOT / "benchmarks"))
+    try:
+        import engine_profile
+    finally:
+        sys.path.pop(0)
+    result = json.loads((_RESULTS / "engine_profile.json").read_text())
+    link = "[Raw result](../../benchmarks/results/engine_profile.json)."
+    return f"{engine_profile.table(result)}\n\n{link}\n"
+
+
+def _soak() -> str:
+    """The newest soak on each engine: what was bounded, found, and held."""
+    columns, rows = [], dict[str, list[str]]()
+    for engine in ("tensorflow-serving", "embedded"):
+        summary = max(_RESULTS.glob(f"*-{engine}-soak/summary.md"))
+        text = summary.read_text()
+        about = re.search(r"^Engine: (\S+) ([\d.]*\d)", text, re.MULTILINE)
+        assert about is not None, f"{summary} names no engine"
+        link = f"../../{summary.relative_to(_ROOT)}"
+        columns.append(f"[{about[1]} {about[2]}]({link})")
+        for line in text.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if line.startswith("| ") and cells[-1] in ("yes", "NO"):
+                what, bound, found, held = cells
+                rows.setdefault(what.replace("_", " "), []).append(
+                    f"{found} (at most {bound})"
+                    if bound.replace(",", "").isdigit() and bound != "0"
+                    else found
+                )
+                assert held == "yes", f"{summary}: {what} was not held; say so in the text"
+    return _table(["", *columns], ([what, *cells] for what, cells in rows.items()), numbers=True)
+
+
 def _fleet() -> str:
     """What ``benchmarks/fleet.py`` measured last."""
     summary = max(_RESULTS.glob("*-fleet/summary.md"))
@@ -260,6 +295,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "results": lambda _: _results(),
     "peers": lambda _: _peers(),
     "serving": lambda _: _serving(),
+    "engine profile": lambda _: _engine_profile(),
+    "soak": lambda _: _soak(),
     "fleet": lambda _: _fleet(),
     "ladder": lambda result: _ladder(result, _ENGLISH, {}),
     "ladder in chinese": lambda result: _ladder(result, _CHINESE, _CHINESE_RUNGS),
