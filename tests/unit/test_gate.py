@@ -44,10 +44,12 @@ def outcomes(judgement: Judgement) -> list[str]:
 
 
 def checked_in(rung: str) -> dict[str, list[bench.Run]]:
-    """The checked-in runs of a rung, by their result directory."""
+    """The checked-in runs of a rung that swapped versions, by their directory."""
     found: dict[str, list[bench.Run]] = {}
     for file in sorted((ROOT / "benchmarks" / "results").glob(f"*/{rung}-*.npz")):
-        found.setdefault(file.parent.name, []).append(bench.read_run(file))
+        run = bench.read_run(file)
+        if run.facts.publishes:  # Else it is a start.
+            found.setdefault(file.parent.name, []).append(run)
     return found
 
 
