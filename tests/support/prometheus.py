@@ -139,9 +139,11 @@ def running(programs: Path, folder: Path, targets: dict[str, str]) -> Iterator[P
         process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output)
     prometheus = Prometheus(process, f"http://{address}", log)
 
+    count = sum(len(several.split(",")) for several in targets.values())
+
     def scrapes() -> bool:
         try:
-            return len(prometheus.query("up == 1")) == len(targets)
+            return len(prometheus.query("up == 1")) == count
         except OSError:
             return False
 
