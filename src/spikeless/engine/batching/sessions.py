@@ -58,17 +58,14 @@ class Batching:
         return BatchingSession(BatchRunner(session, parameters.checked(), self._observer), self._places)
 
 
-class BatchingSession:
-    """A session whose calls are batched, for one version."""
+class _InFront:
+    """What is in front of a session and runs it in batches, for one version."""
 
-    def __init__(self, runner: BatchRunner, places: BatchPlaces) -> None:
-        self.runner = runner
-        #: The queues that have calls; `BatchPlaces` keeps it.
-        self.queues: dict[QueueKey, BatchQueue] = {}
-        self._places = places
-
-    #: A call waits for others.
+    #: A call may wait for others.
     is_bounded = False
+
+    def __init__(self, runner: BatchRunner) -> None:
+        self.runner = runner
 
     @property
     def meta_graph(self) -> meta_graph_pb2.MetaGraphDef:
@@ -76,6 +73,16 @@ class BatchingSession:
 
     def close(self) -> None:
         self.runner.session.close()
+
+
+class BatchingSession(_InFront):
+    """A session whose calls are batched, for one version."""
+
+    def __init__(self, runner: BatchRunner, places: BatchPlaces) -> None:
+        super().__init__(runner)
+        #: The queues that have calls; `BatchPlaces` keeps it.
+        self.queues: dict[QueueKey, BatchQueue] = {}
+        self._places = places
 
     def run(
         self,
@@ -108,24 +115,15 @@ class BatchingSession:
         )
 
 
-class _WarmingSession:
+class _WarmingSession(_InFront):
     """The same without queues: for one thread, before a version takes calls.
 
     What is run in shapes that were not seen yet runs in each allowed size of batches.
     """
 
-    def __init__(self, batching: BatchingSession) -> None:
-        self._runner = batching.runner
+    def __init__(self, runner: BatchRunner) -> None:
+        super().__init__(runner)
         self._seen: set[Any] = set()
-
-    is_bounded = False
-
-    @property
-    def meta_graph(self) -> meta_graph_pb2.MetaGraphDef:
-        return self._runner.session.meta_graph
-
-    def close(self) -> None:
-        self._runner.session.close()
 
     def run(
         self,
@@ -134,12 +132,12 @@ class _WarmingSession:
         timeout: float | None = None,
         inter_op_thread_pool: int | None = None,
     ) -> list[_Array]:
-        parameters = self._runner.parameters
-        size = self._runner.size(feeds)
+        parameters = self.runner.parameters
+        size = self.runner.size(feeds)
 
         def run(chosen: Callable[[_Array], _Array], rows: int) -> list[_Array]:
             part = {name: chosen(array) for name, array in feeds.items()}
-            return self._runner.run([part], [rows], fetches, timeout, inter_op_thread_pool)[0]
+            return self.runner.run([part], [rows], fetches, timeout, inter_op_thread_pool)[0]
 
         outputs = [
             run(operator.itemgetter(slice(start, stop)), stop - start)
@@ -155,4 +153,4 @@ class _WarmingSession:
 
 def warming(session: Runner) -> Runner:
     """What a version is warmed through: batches of all sizes, without waiting."""
-    return _WarmingSession(session) if isinstance(session, BatchingSession) else session
+    return _WarmingSession(session.runner) if isinstance(session, BatchingSession) else session
