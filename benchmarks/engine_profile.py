@@ -19,7 +19,6 @@ import argparse
 import functools
 import importlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psutil
 import serving
 
 from spikeless import launch
@@ -253,23 +253,16 @@ def _load(
     """What a call took of the processor, in the program and in the kernel."""
     client = functools.partial(serving.grpc_client, target, model)
     serving.turn(client, clients, min(1.0, seconds))  # until its pace is known
-    before = _processor_seconds(process.pid)
+    server = psutil.Process(process.pid)
+    before = server.cpu_times()
     taken = serving.turn(client, clients, seconds)
-    user, system = (
-        after - first for after, first in zip(_processor_seconds(process.pid), before, strict=True)
-    )
+    after = server.cpu_times()
     return {
         "calls": len(taken),
-        "user": user / len(taken) * 1e6,
-        "system": system / len(taken) * 1e6,
+        "user": (after.user - before.user) / len(taken) * 1e6,
+        "system": (after.system - before.system) / len(taken) * 1e6,
         "p50": statistics.median(taken) / 1e3,
     }
-
-
-def _processor_seconds(pid: int) -> tuple[float, float]:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    ticks = os.sysconf("SC_CLK_TCK")
-    return int(fields[11]) / ticks, int(fields[12]) / ticks
 
 
 def table(result: dict[str, Any]) -> str:
