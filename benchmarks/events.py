@@ -25,11 +25,10 @@ import click
 from rich.console import Console
 
 from spikeless import bench, launch
-from spikeless.bench import events, report
+from spikeless.bench import events, ladder, report
 from spikeless.bench.rungs import RUNGS, Rung
 from spikeless.disk.atomic import DIRECTORY_MODE
 from spikeless.errors import SpikelessError
-from spikeless.mapping import map_saved_model
 from spikeless.warmup import warmup_file
 
 _PATH = click.Path(path_type=Path)
@@ -62,37 +61,36 @@ def rungs() -> Sequence[Rung]:
 
 
 def measure(
-    settings: bench.Settings, rung: Rung, saved_models: Sequence[Path], note: str, console: Console
+    settings: bench.Settings,
+    rung: Rung,
+    saved_models: Sequence[Path],
+    work: Path,
+    note: str,
+    console: Console,
 ) -> bench.Run:
-    """One run, on a server and a repository of its own.
+    """One run, on a server and a repository of its own in `work`.
 
-    The SavedModels are served as they are: `prepared` for the rung.
+    The SavedModels are served as they are: `ladder.prepared` for the rung.
 
     Raises:
         SpikelessError: a model cannot be staged or served, or the load failed.
     """
+    others, versions = settings.published_models, list[int]()
     with ExitStack() as stack:
-        # Beside the models, so that versions can be hard links to them.
-        directory = tempfile.TemporaryDirectory(prefix=".events-", dir=saved_models[0].parent)
-        models = Path(stack.enter_context(directory))
-        models.chmod(DIRECTORY_MODE)
-        others: Sequence[str] = settings.published_models
-        versions: Sequence[int] = ()
+        models = stack.enter_context(ladder.repository(work))
         if settings.event == events.UNLOAD:
             unloadable = bench.unloadable(saved_models, models, _MODEL, settings.publishes)
-            versions, publish = stack.enter_context(unloadable)
+            served, publish = stack.enter_context(unloadable)
+            versions += served
         else:
-            names = (*others, _MODEL) if others else (_MODEL,)
-            series = [
-                stack.enter_context(
-                    bench.staged(saved_models, models, name, 1 + settings.publishes, link=True)
-                )
-                for name in names
-            ]
-            for first in series:
+            names = others or (_MODEL,)
+            count = len(names) * (1 + settings.publishes)
+            publish = stack.enter_context(bench.staged_in_turn(saved_models, models, names, count, link=True))
+            for _ in names:
+                publish()
+        if others:
+            with bench.staged(saved_models, models, _MODEL, 1, link=True) as first:
                 first()
-            turns = itertools.cycle(series[: len(others)] or series)
-            publish = lambda: next(turns)()  # noqa: E731
         config = stack.enter_context(bench.served_config(models, (_MODEL, *others), versions))
         launched = launch.LaunchSettings(
             flags=(*bench.SERVER_FLAGS, f"--model_config_file={config}"),
@@ -106,16 +104,6 @@ def measure(
         with bench.progress_bar(title, settings.seconds, console) as progress:
             facts = bench.server_facts(server, note)
             return bench.run(title, settings, facts, publish, progress=progress)
-
-
-def prepared(saved_models: Sequence[Path], rung: Rung, work: Path) -> Sequence[Path]:
-    """The models as this rung serves them: as they are, or mapped copies in `work`."""
-    if rung.mapping is None:
-        return saved_models
-    copies = [work / str(number) for number, _ in enumerate(saved_models, start=1)]
-    for saved_model, copy in zip(saved_models, copies, strict=True):
-        map_saved_model(saved_model, copy, rung.mapping)
-    return copies
 
 
 def summary(out: Path, command: str) -> str:
@@ -149,12 +137,16 @@ def main(
         raise SystemExit(f"error: {out} is there already and is not overwritten; give another --out")
     console, requests = Console(stderr=True), requests or warmup_file(saved_models[0])
     try:
+        # Beside the models, so that versions can be hard links to them.
         with tempfile.TemporaryDirectory(prefix=".events-", dir=saved_models[0].parent) as directory:
-            served = [(rung, prepared(saved_models, rung, Path(directory))) for rung in rungs()]
+            work = Path(directory)
+            work.chmod(DIRECTORY_MODE)
+            served = [(rung, ladder.prepared(saved_models, work, rung.mapping, console)) for rung in rungs()]
             for round, event, (rung, models) in itertools.product(
                 range(1, rounds + 1), chosen or _EVENTS, served
             ):
-                run = measure(plan(event, requests, rate, round), rung, models, engine_note, console)
+                load = plan(event, requests, rate, round)
+                run = measure(load, rung, models, work, engine_note, console)
                 out.mkdir(parents=True, exist_ok=True)
                 run.save(out / f"{event}-{rung.key}-{round}.npz")
     except SpikelessError as error:

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from places import ROOT
+from benchmark_scripts import imported
 from rich.console import Console
 
 from spikeless import bench
+from spikeless.bench import ladder
 from spikeless.bench.events import PUBLISH_ALL, STORM, UNLOAD
 from spikeless.errors import Code
-
-BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    import events
-
-    yield events
-    sys.path.remove(str(BENCHMARKS))
-    for name in ("events", "make_embedding_model"):
-        sys.modules.pop(name, None)
+    with imported("events") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +36,14 @@ def made(benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("event", "done", "number"),
     [(STORM, "storm v2 to v3", 0), (UNLOAD, "unload v1", 1), (PUBLISH_ALL, "publish other, another", 1)],
 )
-def test_each_event_happens(benchmark: Any, made: Path, event: str, done: str, number: int) -> None:
+def test_each_event_happens(
+    benchmark: Any,
+    made: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    event: str,
+    done: str,
+    number: int,
+) -> None:
     rung = benchmark.rungs()[number]
     planned = benchmark.plan(event, made / "requests", 20.0, 1)
     short = dataclasses.replace(
@@ -54,13 +54,14 @@ def test_each_event_happens(benchmark: Any, made: Path, event: str, done: str, n
         publishes=2 if event == STORM else 1,
         publish_every=1.0,
     )
-    models = benchmark.prepared([made / "1", made / "2"], rung, made.parent / f"{event}-{number}")
-    run = benchmark.measure(short, rung, models, "", Console(stderr=True))
+    work = tmp_path_factory.mktemp("work")
+    models = ladder.prepared([made / "1", made / "2"], work, rung.mapping, Console(stderr=True))
+    run = benchmark.measure(short, rung, models, work, "", Console(stderr=True))
     assert set(run.requests["code"]) == {Code.OK}
     (reload,) = bench.analyse(run).reloads
     assert reload.happened
     assert reload.what.startswith(done)
-    assert not list(made.glob(".events-*")), "it tidies up"
+    assert not list(work.glob("models-*")), "it tidies up"
 
 
 def test_every_event_has_quiet_time_to_compare_with(benchmark: Any) -> None:

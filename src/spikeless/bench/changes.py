@@ -69,12 +69,14 @@ def staged(
 
 @contextmanager
 def staged_in_turn(
-    saved_models: Sequence[Path], models: Path, names: Sequence[str], count: int
+    saved_models: Sequence[Path], models: Path, names: Sequence[str], count: int, *, link: bool = False
 ) -> Iterator[Callable[[], Path]]:
-    """As `staged`, for several models that take turns."""
+    """As `staged`, for several models that take turns; `count` is of all of them."""
     with ExitStack() as stack:
         series = [
-            stack.enter_context(staged(saved_models, models, name, len(range(number, count, len(names)))))
+            stack.enter_context(
+                staged(saved_models, models, name, len(range(number, count, len(names))), link=link)
+            )
             for number, name in enumerate(names)
         ]
         turns = itertools.cycle(series)

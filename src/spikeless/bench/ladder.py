@@ -161,21 +161,21 @@ def _run(
     with tempfile.TemporaryDirectory(prefix=".ladder-", dir=settings.saved_models[0].parent) as directory:
         work = Path(directory)
         work.chmod(DIRECTORY_MODE)
-        prepared = {
-            mapping: _prepared(settings.saved_models, work, mapping, console)
+        served = {
+            mapping: prepared(settings.saved_models, work, mapping, console)
             for mapping in dict.fromkeys(rung.mapping for _, rung in turns)
         }
         if settings.load_share is not None and not searched:
             first = turns[0][1]
-            rate, note = _found_rate(settings, first, prepared[first.mapping], work, console)
+            rate, note = _found_rate(settings, first, served[first.mapping], work, console)
             settings, searched = dataclasses.replace(settings, rate=rate), (note,)
         with bench.progress_bar("load generator's floor", bench.FLOOR_SECONDS, console) as progress:
             floor = bench.measure_floor(settings.load(1), progress=progress)
         for round, rung in turns:
             published = len(settings.load(round).publish_moments)
             with (
-                _repository(work) as models,
-                bench.staged(prepared[rung.mapping], models, _MODEL, 1 + published, link=True) as publish,
+                repository(work) as models,
+                bench.staged(served[rung.mapping], models, _MODEL, 1 + published, link=True) as publish,
             ):
                 publish()
                 server = _server(rung, models)
@@ -189,7 +189,7 @@ def _found_rate(
 ) -> tuple[float, str]:
     """The rate that is the wanted share of what a server of this rung keeps up with."""
     assert settings.load_share is not None
-    with _repository(work) as models, bench.staged(saved_models, models, _MODEL, 1, link=True) as publish:
+    with repository(work) as models, bench.staged(saved_models, models, _MODEL, 1, link=True) as publish:
         publish()
         with launch.start(_server(rung, models)) as server:
             facts = bench.server_facts(server)
@@ -236,7 +236,7 @@ def _is_there(settings: LadderSettings, round: int, rung: Rung) -> bool:
 
 
 @contextmanager
-def _repository(work: Path) -> Iterator[Path]:
+def repository(work: Path) -> Iterator[Path]:
     """A new model repository, gone at the end."""
     with tempfile.TemporaryDirectory(prefix="models-", dir=work) as directory:
         models = Path(directory)
@@ -273,7 +273,7 @@ def _mapped_so(saved_models: Sequence[Path], mapping: MapSettings | None) -> Seq
     ]
 
 
-def _prepared(
+def prepared(
     saved_models: Sequence[Path], work: Path, mapping: MapSettings | None, console: Console
 ) -> Sequence[Path]:
     """The models as they are, or copies in `work` that are mapped."""
