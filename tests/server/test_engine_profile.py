@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import ROOT
+from benchmark_scripts import imported
 
 
 @pytest.fixture(scope="module")
 def engine_profile() -> Iterator[Any]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import engine_profile
-
-    yield engine_profile
-    sys.path.remove(str(ROOT / "benchmarks"))
-    for name in ("engine_profile", "serving"):
-        del sys.modules[name]
+    with imported("engine_profile") as module:
+        yield module
 
 
 def test_each_part_of_a_call_is_timed(

@@ -6,13 +6,12 @@ what happens but not whether it is reported.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from places import ROOT
+from benchmark_scripts import imported
 
 from spikeless import bench
 from spikeless.errors import Code
@@ -23,13 +22,8 @@ HEIGHTS = (0.1, 0.4)
 
 @pytest.fixture(scope="module")
 def instrument() -> Iterator[Any]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import instrument
-
-    yield instrument
-    sys.path.remove(str(ROOT / "benchmarks"))
-    for name in ("instrument", "stalling_server"):
-        del sys.modules[name]
+    with imported("instrument") as module:
+        yield module
 
 
 @pytest.fixture(scope="module", params=(1, 2), ids=("one process", "master and workers"))

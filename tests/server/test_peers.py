@@ -13,26 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from bench_runs import made_up_run
+from benchmark_scripts import FOLDER, imported
 from machines import wait_for
-from places import ROOT
 from rich.console import Console
 
 from spikeless import bench
 from spikeless.errors import Code
 
-BENCHMARKS = ROOT / "benchmarks"
-MODULES = ("bench_peers", "peer_model", "peer_report", "peer_servers", "make_embedding_model")
-
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    import bench_peers
-
-    yield bench_peers
-    sys.path.remove(str(BENCHMARKS))
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    with imported("bench_peers") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +191,11 @@ def test_every_peer_is_pinned_and_explained(peers: Any) -> None:
     for peer in peers.PEERS.values():
         if not peer.packages:
             continue
-        folder = BENCHMARKS / "peers" / peer.name
+        folder = FOLDER / "peers" / peer.name
         pins = (folder / "requirements.txt").read_text().splitlines()
         assert all("==" in pin and "://" not in pin for pin in pins), "no addresses"
         names = {pin.partition("==")[0] for pin in pins}
         assert set(peer.packages) <= names
         assert '"""' in (folder / "serve.py").read_text()
-    found = {folder.name for folder in (BENCHMARKS / "peers").iterdir() if (folder / "serve.py").exists()}
+    found = {folder.name for folder in (FOLDER / "peers").iterdir() if (folder / "serve.py").exists()}
     assert found == {peer.name for peer in peers.PEERS.values() if peer.packages}

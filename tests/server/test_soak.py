@@ -11,17 +11,14 @@ from typing import Any
 
 import pytest
 from bench_runs import made_up_run, with_failures
+from benchmark_scripts import imported
 from places import ROOT
 
 
 @pytest.fixture
-def soak(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import soak
-
-    yield soak
-    for name in ("soak", "make_embedding_model"):
-        del sys.modules[name]
+def soak() -> Iterator[Any]:
+    with imported("soak") as module:
+        yield module
 
 
 def samples(soak: Any, **grown: int) -> list[Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark_scripts import imported
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
@@ -228,14 +229,10 @@ def _serving() -> str:
 
 def _engine_profile() -> str:
     """What ``benchmarks/engine_profile.py`` measured, as it shows it."""
-    sys.path.insert(0, str(_ROOT / "benchmarks"))
-    try:
-        import engine_profile
-    finally:
-        sys.path.pop(0)
     result = json.loads((_RESULTS / "engine_profile.json").read_text())
     link = "[Raw result](../../benchmarks/results/engine_profile.json)."
-    return f"{engine_profile.table(result)}\n\n{link}\n"
+    with imported("engine_profile") as engine_profile:
+        return f"{engine_profile.table(result)}\n\n{link}\n"
 
 
 def _soak() -> str:

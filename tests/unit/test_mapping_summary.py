@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bench_runs import MACHINE, made_up_run
-from places import ROOT
+from benchmark_scripts import imported
 
 MIB = 1 << 20
 
 
 @pytest.fixture
-def summary(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import mapping_summary
-
-    yield mapping_summary
-    del sys.modules["mapping_summary"]
+def summary() -> Iterator[Any]:
+    with imported("mapping_summary") as module:
+        yield module
 
 
 def _write(directory: Path, part: str, label: str, kind: str, **measured: Any) -> None:
