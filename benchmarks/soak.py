@@ -494,7 +494,12 @@ def page(run: bench.Run, steps: Sequence[Step], samples: Sequence[Sample], start
     from plotly.graph_objects import Figure, Scattergl
     from plotly.subplots import make_subplots
 
-    titles = ["latency of each second's requests, ms: median, p99 and slowest", "failed requests", *FIGURES]
+    titles = [
+        "latency of each second's requests, ms: median, p99 and slowest",
+        "failed requests",
+        *FIGURES,
+        "steps",
+    ]
     chart: Figure = make_subplots(len(titles), 1, shared_xaxes=True, subplot_titles=titles)
     seconds, quantiles, failed = _by_second(run)
     for values, colour in zip(quantiles, ("steelblue", "darkorange", "firebrick"), strict=True):
@@ -505,22 +510,18 @@ def page(run: bench.Run, steps: Sequence[Step], samples: Sequence[Sample], start
     for row, figure in enumerate(FIGURES, start=3):
         values = [getattr(sample, figure) for sample in samples]
         chart.add_trace(Scattergl(x=times, y=values, mode="lines"), row=row, col=1)
-    colours = {"promote": "green", "rollback": "orange", "killed promote": "purple"}
-    # All at once: plotly's `add_vline` takes a second for each of some hundred lines.
-    lines = [
-        {
-            "type": "line",
-            "x0": step.begin - start,
-            "x1": step.begin - start,
-            "y0": 0,
-            "y1": 1,
-            "yref": "paper",
-            "line": {"color": "red" if step.wrong else colours.get(step.action, "gray"), "width": 1},
-            "opacity": 0.5,
-        }
-        for step in steps
-    ]
-    chart.update_layout(shapes=lines, height=260 * len(titles), showlegend=False, title="Soak")
+    steps_row = len(titles)
+    for action in dict.fromkeys(step.action for step in steps):
+        begins = [step.begin - start for step in steps if step.action == action]
+        chart.add_trace(
+            Scattergl(x=begins, y=[action] * len(begins), mode="markers", marker_size=4), row=steps_row, col=1
+        )
+    # What went wrong goes through all of them. All lines at once: plotly's `add_vline`
+    # takes a second for each of some hundred.
+    place = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "red", "width": 1}}
+    wrong = [step.begin - start for step in steps if step.wrong]
+    chart.update_layout(shapes=[{**place, "x0": begin, "x1": begin} for begin in wrong])
+    chart.update_layout(height=260 * len(titles), showlegend=False, title="Soak")
     chart.update_xaxes(title_text="seconds", row=len(titles), col=1)
     return str(chart.to_html(include_plotlyjs=True, full_html=True))
 
