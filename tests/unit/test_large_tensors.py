@@ -14,8 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikeless.errors import SpikelessError
-from spikeless.formats import large_tensors, wire
-from spikeless.formats.large_tensors import LargeRequest, Response, array_of, read_request
+from spikeless.formats import large_tensors, open_inference, wire
+from spikeless.formats.large_tensors import (
+    LARGE,
+    MAX_FIELDS,
+    LargeRequest,
+    Response,
+    array_of,
+    read_request,
+)
 from spikeless.formats.protos import model_pb2, predict_pb2
 from spikeless.formats.tensors import NUMPY_DTYPES, to_numpy, to_proto
 from spikeless.runtime import Session, session
@@ -94,6 +101,25 @@ def test_so_has_one_that_is_broken_or_strange(
             lambda: contents(read_request(changed, large=0)),
             lambda: contents(predict_pb2.PredictRequest.FromString(changed)),
         )
+
+
+@pytest.mark.parametrize("where", ["request", "entry", "tensor"])
+def test_small_fields_take_no_memory_each(where: str) -> None:
+    """A field of two bytes must not become an object of two hundred."""
+    many = b"\x78\x05" * LARGE
+    tensor = to_proto(np.ones(LARGE, np.float32)).SerializeToString() + many * (where == "tensor")
+    entry = wire.field(1, b"x") + wire.field(2, tensor) + many * (where == "entry")
+    content = wire.field(2, entry) + many * (where == "request")
+    taken, read = peak(lambda: read_request(content))
+    assert taken < 512 * MAX_FIELDS + SLACK
+    assert contents(read) == contents(predict_pb2.PredictRequest.FromString(content))
+
+
+def test_nor_do_those_of_the_open_inference_protocol() -> None:
+    content = b"\x78\x05" * LARGE + wire.field(7, bytes(SIZE))
+    taken, parsed = peak(lambda: open_inference.parse_message(content))
+    assert taken < 512 * MAX_FIELDS + SLACK
+    assert list(parsed.raw) == [bytes(SIZE)]
 
 
 def test_entries_that_nobody_writes() -> None:

@@ -24,6 +24,9 @@ from spikeless.formats.tensors import data_type, numpy_dtype, raw_field, to_nump
 
 #: From this many bytes on, a message is large.
 LARGE = 1 << 18
+#: Fields of a message, and of those in it, that are looked at one by one. The contents
+#: of one that has more, such as many strings, are not what makes it large.
+MAX_FIELDS = 1 << 12
 
 # The fields of the messages: of PredictRequest, of PredictResponse, of an entry of a
 # map, and of TensorProto.
@@ -78,20 +81,21 @@ def _split(request: memoryview) -> tuple[_Parts, dict[str, memoryview]]:
     """A request without its tensors' contents, in parts, and these by alias."""
     kept: _Parts = []
     contents: dict[str, memoryview] = {}
-    for number, whole, value in wire.fields(request):
+    allowed = wire.allowance(MAX_FIELDS)
+    for number, whole, value in wire.fields(request, allowed):
         if number != _INPUTS or not _holds_bytes(whole):
             kept.append(whole)
             continue
         alias, content = "", memoryview(b"")
         tensor: _Parts = []
-        for part, field, inner in wire.fields(value):
+        for part, field, inner in wire.fields(value, allowed):
             if part not in (_KEY, _VALUE) or not _holds_bytes(field):
                 raise InvalidArgument("an entry of a map with an unknown field")
             if part == _KEY:
                 alias = bytes(inner).decode()
             else:
                 # What is there twice is merged.
-                for kind, tensor_field, raw in wire.fields(inner):
+                for kind, tensor_field, raw in wire.fields(inner, allowed):
                     if kind == _TENSOR_CONTENT and _holds_bytes(tensor_field):
                         content = raw
                     else:

@@ -8,28 +8,32 @@ documentation.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 from spikeless.errors import InvalidArgument
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
+#: Of a number, as for every parser.
+_MAX_VARINT_BYTES = 10
 
 
 def read_varint(content: bytes | memoryview, position: int) -> tuple[int, int]:
     """The number at ``position``, and the position after it.
 
     Raises:
-        InvalidArgument: the content ends within the number.
+        InvalidArgument: the content ends within the number, or it is too long.
     """
     value = shift = 0
-    while position < len(content):
-        byte = content[position]
+    for byte in content[position : position + _MAX_VARINT_BYTES]:
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
         shift += 7
+    if position < len(content):
+        raise InvalidArgument(f"the message has a number of more than {_MAX_VARINT_BYTES} bytes")
     raise InvalidArgument("the message ends within a number")
 
 
@@ -54,14 +58,29 @@ def field(number: int, content: bytes | memoryview) -> bytes:
     return b"".join((head(number, len(content)), content))
 
 
-def fields(content: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
+def allowance(count: int) -> Iterator[None]:
+    """For `fields`: as many of them, in one message or in several."""
+    return itertools.repeat(None, count)
+
+
+def fields(
+    content: memoryview, allowed: Iterator[None] | None = None
+) -> Iterator[tuple[int, memoryview, memoryview]]:
     """Each top-level field: its number, the whole, and the value where it holds bytes.
 
+    Args:
+        content: a serialized message.
+        allowed: an `allowance`, from which each field takes one. A field may be two
+            bytes, and costs a microsecond and some hundred bytes here.
+
     Raises:
-        InvalidArgument: the content is no message, or one with groups.
+        InvalidArgument: the content is no message, or one with groups, or has more
+            fields than are allowed.
     """
     position = 0
     while position < len(content):
+        if allowed is not None and next(allowed, content) is content:
+            raise InvalidArgument("the message has too many fields")
         start = position
         tag, position = read_varint(content, position)
         kind, value = tag & 7, position
