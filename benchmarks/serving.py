@@ -4,20 +4,27 @@
     python benchmarks/serving.py --show benchmarks/results/serving.npz
 
 In: a SavedModel with one input. Out: one file with the latency of every call, the
-machine, the versions and the commit; and a table of p50, p99 and throughput. Four ways
-lead to the same model with the same row: the bare ``TF_SessionRun`` in a loop, the
-embedded engine over gRPC and over REST, and Flask with ``tf.saved_model.load``. They
-take turns, round after round, so that what the machine does meanwhile meets all of
-them. The load is a closed loop: each client sends its next call when the last one is
-answered, so throughput is what can be had, and latency is that of a busy server. (How
-requests fare during a swap is another question, and needs an open loop: ``spikeless
-bench``.) Run it on a quiet machine.
+machine, the versions and the commit; and tables of p50, p99 and throughput. Several
+ways lead to the same model with the same row: the bare ``TF_SessionRun`` in a loop, the
+embedded engine over gRPC, with one worker and with two, and over REST, TensorFlow
+Serving where one is given, and Flask with ``tf.saved_model.load``. They take turns,
+round after round, so that what the machine does meanwhile meets all of them.
+
+The load is first a closed loop: each client sends its next call when the last one is
+answered, so throughput is what can be had, and latency is that of a busy server. Then
+it is the open loop of ``spikeless bench``: calls leave at random at a given rate,
+whether or not others are answered, and latency counts from when each was to leave. The
+same load on a server that answers at once shows how much of it is the generator's at
+most.
+(How requests fare during a swap is another question: ``spikeless bench``.) Run it on a
+quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import socket
 import struct
@@ -32,7 +39,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -40,11 +47,17 @@ from rich.console import Console
 from rich.progress import track
 
 from spikeless import launch, runtime
+from spikeless.bench.load.generator_floor import instant_server
 from spikeless.bench.machine import describe_machine, source_commit
 from spikeless.client import model_spec
+from spikeless.errors import Code
 from spikeless.formats import savedmodel
 from spikeless.formats.protos import predict_pb2
 from spikeless.formats.tensors import numpy_dtype, to_proto
+from spikeless.openloop.connection import Connection
+from spikeless.openloop.link import Ended, select
+from spikeless.openloop.loop import Call, OpenLoop
+from spikeless.openloop.schedule import Schedule
 from spikeless.repository import publishing
 
 SCHEMA = 1
@@ -52,8 +65,18 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 MODEL = "boston"
 BARE, GRPC, GRPCIO, REST, FLASK = "C API", "gRPC", "gRPC, grpcio client", "REST", "Flask"
+#: The embedded engine over gRPC with several processes.
+WORKERS = "gRPC, 2 workers"
 #: TensorFlow Serving over gRPC, where one is given.
 SERVING, SERVING_GRPCIO = "TensorFlow Serving", "TensorFlow Serving, grpcio client"
+#: A server that answers at once.
+INSTANT = "the load generator alone"
+#: Connections of the open loop: each worker of a server gets some.
+CONNECTIONS = 8
+#: The deadline of a call in the open loop, in seconds.
+TIMEOUT = 10.0
+#: Below this rate one worker is enough, and several are not measured.
+LEAST_RATE_OF_WORKERS = 4000.0
 METHOD = "/tensorflow.serving.PredictionService/Predict"
 # Kinds and flags of HTTP/2 frames.
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -75,24 +98,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each way has its turn")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one turn")
     parser.add_argument(
+        "--rates", type=float, nargs="*", default=[200, 1000, 2000, 4000], help="calls/s of the open loop"
+    )
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+    parser.add_argument(
         "--server", type=Path, help="a tensorflow_model_server that takes turns with the embedded engine"
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.npz")
     parser.add_argument("--show", type=Path, help="only show this file")
     parser.add_argument("--bare", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
+    parser.add_argument("--open", nargs=3, metavar=("TARGET", "RATE", "SEED"), help=argparse.SUPPRESS)
     settings = parser.parse_args()
+    if settings.quick:
+        settings.clients, settings.rates, settings.rounds, settings.seconds = [1, 2], [50, 4000], 1, 0.2
     if settings.show:
         show(settings.show)
     elif settings.saved_model is None:
         parser.error("--saved-model is needed: train one with training/train_factorization_machine.py")
     elif settings.bare:
         json.dump(bare(settings.saved_model, settings.bare), sys.stdout)
+    elif settings.open:
+        target, rate, seed = settings.open
+        schedule = Schedule(float(rate), settings.seconds, seed=int(seed))
+        json.dump(open_loop(settings.saved_model, target, schedule), sys.stdout)
     else:
         measure(settings)
         show(settings.output)
 
 
-# The four ways.
+# The ways.
 
 
 def signature(path: Path) -> savedmodel.Signature:
@@ -118,9 +152,10 @@ def bare(path: Path, seconds: float) -> list[int]:
         return closed_loop(ask, time.monotonic() + seconds)
 
 
-def bare_turn(path: Path, seconds: float) -> list[int]:
-    command = [sys.executable, __file__, "--saved-model", str(path), "--bare", str(seconds)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def apart(path: Path, *arguments: object) -> list[int]:
+    """What this script prints in a process of its own."""
+    command = [sys.executable, __file__, "--saved-model", str(path), *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     taken: list[int] = json.loads(done.stdout)
     return taken
 
@@ -289,6 +324,56 @@ def turn(client: Callable[[], Ask], clients: int, seconds: float) -> list[int]:
     return [nanoseconds for each in taken for nanoseconds in each]
 
 
+class SpreadLink:
+    """Calls of gRPC in turn over `CONNECTIONS`, none of which may break."""
+
+    kind = "gRPC"
+    grace = 1.0
+
+    def __init__(self, target: str, timeout: float, tls: object = None) -> None:
+        self._connections = [Connection(target) for _ in range(CONNECTIONS)]
+        for connection in self._connections:
+            connection.open(timeout)
+
+    def send(self, tag: int, path: str, message: bytes) -> list[Ended]:
+        connection = self._connections[tag % CONNECTIONS]
+        connection.send(tag, path, message)
+        connection.flush()
+        return []
+
+    def exchange(self, wait: float) -> list[Ended]:
+        writing = [connection for connection in self._connections if connection.wants_write]
+        readable, writable, _ = select(self._connections, writing, [], wait)
+        ended = []
+        for connection in readable:
+            content = connection.read()
+            arrival = time.monotonic()
+            assert content, "the server hung up"
+            ended += [Ended(reply, arrival) for reply in connection.parse(content)]
+        for connection in {*readable, *writable}:
+            connection.flush()
+        return ended
+
+    def abandon(self, tag: int) -> None:
+        """Its answer is ignored, should it come."""
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+
+def open_loop(path: Path, target: str, schedule: Schedule) -> list[int]:
+    """Nanoseconds of each call from when it was to leave; 0 where it failed."""
+    call = Call(METHOD, grpc_request(path))
+    loop = OpenLoop(schedule.offsets(), [call], target, TIMEOUT, link=SpreadLink)
+    gc.collect()
+    gc.freeze()
+    loop.run(time.monotonic() + 0.1)
+    columns = loop.columns
+    taken: list[int] = np.where(columns.code == Code.OK, columns.latency * 1e9, 0).astype(int).tolist()
+    return taken
+
+
 def measure(settings: argparse.Namespace) -> None:
     path = settings.saved_model.resolve()
     arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -307,6 +392,16 @@ def measure(settings: argparse.Namespace) -> None:
             )
         )
         servers = {GRPC: server}
+        servers[WORKERS] = stack.enter_context(
+            launch.start(
+                launch.LaunchSettings(
+                    MODEL,
+                    models / MODEL,
+                    engine="embedded",
+                    flags=("--grpc_max_threads=64", "--workers=2"),
+                )
+            )
+        )
         if settings.server:
             servers[SERVING] = stack.enter_context(
                 launch.start(
@@ -325,16 +420,30 @@ def measure(settings: argparse.Namespace) -> None:
                 ways[way] = functools.partial(grpc_client, target, path)
                 ways[with_grpcio] = functools.partial(grpcio_client, target, path)
         ways |= {
+            WORKERS: functools.partial(grpc_client, servers[WORKERS].target, path),
             REST: lambda: http_client(rest_port, f"/v1/models/{MODEL}:predict", path),
             FLASK: lambda: http_client(flask_port, "/predict", path),
         }
-        turns = [(number, clients) for number in range(settings.rounds) for clients in settings.clients]
-        for number, clients in track(turns, "measuring", console=Console(stderr=True)):
+        targets = {way: servers[way].target for way in (GRPC, WORKERS, SERVING) if way in servers}
+        targets[INSTANT] = stack.enter_context(instant_server())
+        console = Console(stderr=True)
+        rounds = range(settings.rounds)
+        turns = [(number, clients) for number in rounds for clients in settings.clients]
+        for number, clients in track(turns, "closed loop", console=console):
             if clients == 1:
-                arrays[f"{number}|{BARE}|1"] = np.array(bare_turn(path, settings.seconds), np.uint64)
+                taken = apart(path, "--bare", settings.seconds)
+                arrays[f"{number}|{BARE}|1"] = np.array(taken, np.uint64)
             for way, client in ways.items():
-                taken = turn(client, clients, settings.seconds)
-                arrays[f"{number}|{way}|{clients}"] = np.array(taken, np.uint64)
+                if way != WORKERS or clients > 1:
+                    taken = turn(client, clients, settings.seconds)
+                    arrays[f"{number}|{way}|{clients}"] = np.array(taken, np.uint64)
+        open_turns = [(number, rate) for number in rounds for rate in settings.rates]
+        for number, rate in track(open_turns, "open loop", console=console):
+            for way, target in targets.items():
+                if way != WORKERS or rate >= LEAST_RATE_OF_WORKERS:
+                    # The same moments for all ways, others in each round.
+                    taken = apart(path, "--seconds", settings.seconds, "--open", target, rate, number)
+                    arrays[f"{number}|{way}|{rate:g}/s"] = np.array(taken, np.uint64)
     facts = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -345,7 +454,8 @@ def measure(settings: argparse.Namespace) -> None:
         "model": [str(spec) for spec in signature(path).inputs.values()],
         "seconds": settings.seconds,
         "rounds": settings.rounds,
-        "unit": "nanoseconds of each call; keys are round|way|clients",
+        "unit": "nanoseconds of each call; keys are round|way|clients, of the open loop round|way|rate/s: "
+        "there from when it was to leave, and 0 where it failed",
     }
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(settings.output, facts=json.dumps(facts), **arrays)  # type: ignore[arg-type]
@@ -354,10 +464,40 @@ def measure(settings: argparse.Namespace) -> None:
 # Showing.
 
 
-def show(file: Path) -> None:
+class Result(NamedTuple):
+    """What was measured: the nanoseconds of each call, for each round."""
+
+    facts: dict[str, Any]
+    #: Way and number of clients -> rounds of the closed loop.
+    closed: dict[tuple[str, int], list[np.ndarray[Any, Any]]]
+    #: Way and calls a second -> rounds of the open loop. A call that failed is 0.
+    open: dict[tuple[str, float], list[np.ndarray[Any, Any]]]
+
+
+def read(file: Path) -> Result:
+    """The content of a result's file."""
     with np.load(file) as content:
-        facts = json.loads(str(content["facts"]))
-        taken = {tuple(key.split("|")): content[key] for key in content.files if key != "facts"}
+        result = Result(json.loads(str(content["facts"])), {}, {})
+        for key in content.files:
+            if key == "facts":
+                continue
+            _, way, load = key.split("|")
+            if load.endswith("/s"):
+                result.open.setdefault((way, float(load.removesuffix("/s"))), []).append(content[key])
+            else:
+                result.closed.setdefault((way, int(load)), []).append(content[key])
+    return result
+
+
+def milliseconds(values: np.ndarray[Any, Any], percent: float) -> float:
+    """A percentile of the latencies of one round; a call that failed took for ever."""
+    taken = np.where(values == 0, np.inf, values / 1e6)
+    return float(np.percentile(taken, percent, method="higher"))
+
+
+def show(file: Path) -> None:
+    result = read(file)
+    facts = result.facts
     seconds = facts["seconds"]
     machine = facts["machine"]
     print(f"{facts['date']}, commit {facts['commit']}, {machine['cpu']}, {machine['cpus']} CPUs")
@@ -366,11 +506,11 @@ def show(file: Path) -> None:
     print(f"{facts['rounds']} rounds of {seconds:g} s; medians of the rounds, in brackets the extremes\n")
     print("| Way | Clients | p50 ms | p99 ms | calls/s |\n|---|---|---|---|---|")
     medians: dict[tuple[str, int], tuple[float, float]] = {}
-    for way in (BARE, GRPC, SERVING, GRPCIO, SERVING_GRPCIO, REST, FLASK):
-        for clients in sorted({int(key[2]) for key in taken if key[1] == way}):
-            rounds = [values for key, values in taken.items() if key[1:] == (way, str(clients))]
-            p50 = [float(np.percentile(values, 50)) / 1e6 for values in rounds]
-            p99 = [float(np.percentile(values, 99)) / 1e6 for values in rounds]
+    for way in (BARE, GRPC, WORKERS, SERVING, GRPCIO, SERVING_GRPCIO, REST, FLASK):
+        for clients in sorted({clients for each, clients in result.closed if each == way}):
+            rounds = result.closed[way, clients]
+            p50 = [milliseconds(values, 50) for values in rounds]
+            p99 = [milliseconds(values, 99) for values in rounds]
             rate = [len(values) / seconds for values in rounds]
             medians[way, clients] = float(np.median(p50)), float(np.median(rate))
             cells = (spread(p50, "{:.3f}"), spread(p99, "{:.2f}"), spread(rate, "{:.0f}"))
@@ -383,12 +523,35 @@ def show(file: Path) -> None:
         times = {way: medians[way, clients][1] / flask for way in (GRPC, GRPCIO, REST)}
         words = ", ".join(f"{way} {value:.1f} times" for way, value in times.items())
         print(f"{clients} clients: {words} the throughput of Flask (bar: {LEAST_TIMES:g} times)")
+    if result.open:
+        show_open_loop(result)
+
+
+def show_open_loop(result: Result) -> None:
+    """How each way fares when calls do not wait for each other."""
+    print(f"\nOpen loop over {CONNECTIONS} connections; latency from when a call was to leave\n")
+    print("| Calls/s | Way | p50 ms | p99 ms | Calls | Failed |\n|---|---|---|---|---|---|")
+    for rate in sorted({rate for _, rate in result.open}):
+        for way in (GRPC, WORKERS, SERVING, INSTANT):
+            if rounds := result.open.get((way, rate)):
+                p50 = [milliseconds(values, 50) for values in rounds]
+                p99 = [milliseconds(values, 99) for values in rounds]
+                failed = sum(int(np.sum(values == 0)) for values in rounds)
+                cells = (
+                    spread(p50, "{:.3f}"),
+                    spread(p99, "{:.2f}"),
+                    str(sum(map(len, rounds))),
+                    str(failed),
+                )
+                print(f"| {rate:g} | {way} | " + " | ".join(cells) + " |")
 
 
 def show_beside_serving(medians: dict[tuple[str, int], tuple[float, float]]) -> None:
     """Whether the engine holds its bars beside TensorFlow Serving."""
-    for way, other in ((GRPC, SERVING), (GRPCIO, SERVING_GRPCIO)):
+    for way, other in ((GRPC, SERVING), (WORKERS, SERVING), (GRPCIO, SERVING_GRPCIO)):
         for clients in sorted({clients for each, clients in medians if each == other}):
+            if (way, clients) not in medians:
+                continue
             (p50, rate), (other_p50, other_rate) = medians[way, clients], medians[other, clients]
             text = f"{way}, {clients} clients: {rate / other_rate:.2f} times the throughput of {SERVING}"
             text += f" (bar: {LEAST_OF_RATE:g}: {verdict(rate >= LEAST_OF_RATE * other_rate)})"

@@ -204,27 +204,52 @@ def _ladder(result: str, header: Sequence[str], names: dict[str, str]) -> str:
 
 def _serving() -> str:
     """What ``benchmarks/serving.py`` measured: medians of the rounds."""
-    with np.load(_RESULTS / "serving.npz") as content:
-        facts = json.loads(str(content["facts"]))
-        taken = {tuple(key.split("|")): content[key] for key in content.files if key != "facts"}
+    with imported("serving") as serving:
+        return serving_tables(serving, serving.read(_RESULTS / "serving.npz"))
 
-    def cell(way: str, clients: int) -> str:
-        rounds = [values for (_, *key), values in taken.items() if key == [way, str(clients)]]
-        rate = np.median([len(values) / facts["seconds"] for values in rounds])
-        p50 = np.median([np.percentile(values, 50) / 1e6 for values in rounds])
-        return f"{rate:,.0f} ({p50:.2f})"
 
-    ways = (
-        "gRPC",
-        "TensorFlow Serving",
-        "gRPC, grpcio client",
-        "TensorFlow Serving, grpcio client",
-        "REST",
-        "Flask",
-    )
+def serving_tables(serving: Any, result: Any) -> str:
+    """That of the closed loop, and where it was measured that of the open loop."""
+
+    def median(rounds: Iterable[Any], percent: float) -> float:
+        return float(np.median([serving.milliseconds(values, percent) for values in rounds]))
+
+    def closed(way: str, clients: int) -> str:
+        if (rounds := result.closed.get((way, clients))) is None:
+            return ""
+        rate = np.median([len(values) / result.facts["seconds"] for values in rounds])
+        return f"{rate:,.0f} ({median(rounds, 50):.2f})"
+
+    def opened(way: str, rate: float) -> str:
+        if (rounds := result.open.get((way, rate))) is None:
+            return ""
+        return f"{median(rounds, 50):.2f} ({median(rounds, 99):.2f})"
+
+    grpcio = (serving.GRPCIO, serving.SERVING_GRPCIO)
+    ways = [
+        way
+        for way in (serving.GRPC, serving.WORKERS, serving.SERVING, *grpcio, serving.REST, serving.FLASK)
+        if any(way == each for each, _ in result.closed)
+    ]
     header = ["clients at once", *(f"{way}, calls/s (p50 ms)" for way in ways)]
-    clients = sorted({int(key[2]) for key in taken if key[1] == "gRPC"})
-    return _table(header, ([str(n), *(cell(way, n) for way in ways)] for n in clients), numbers=True)
+    counts = sorted({clients for _, clients in result.closed})
+    tables = _table(header, ([str(n), *(closed(way, n) for way in ways)] for n in counts), numbers=True)
+    if not result.open:
+        return tables
+    ways = [
+        way
+        for way in (serving.GRPC, serving.WORKERS, serving.SERVING, serving.INSTANT)
+        if any(way == each for each, _ in result.open)
+    ]
+    header = ["open loop, calls/s", *(f"{way}, p50 (p99) ms" for way in ways)]
+    rates = sorted({rate for _, rate in result.open})
+    rows = ([f"{rate:,g}", *(opened(way, rate) for way in ways)] for rate in rates)
+    about = (
+        f"In an open loop calls leave at random, over {serving.CONNECTIONS} connections, whether or not\n"
+        "others are answered; latency counts from when a call was to leave. The load generator alone has\n"
+        "a server that answers at once, in Python: no more than that is the generator's own part.\n"
+    )
+    return f"{tables}\n{about}\n{_table(header, rows, numbers=True)}"
 
 
 def _engine_profile() -> str:
