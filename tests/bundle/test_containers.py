@@ -235,6 +235,18 @@ def test_the_package_is_the_same_in_every_build(containers: Engine, images: Imag
     assert first == second
 
 
+def test_files_of_the_clone_lose_its_times_and_permissions(containers: Engine, images: Images) -> None:
+    """The clone is one that a umask of 077 made: nobody else may read its files."""
+    scripts = "/usr/local/bin/entrypoint /usr/local/bin/health /usr/local/bin/serving-flags.bash"
+    commands = "/usr/local/bin/as-owner /usr/local/bin/prepare /training /warmup /benchmarks"
+    for image, paths in ((images.embedded, scripts), (images.serving, scripts), (images.tools, commands)):
+        found = containers.run(image, "-c", f"find {paths} -printf '%m %Ts %p\\n'", entrypoint="sh")
+        assert found.code == 0, found.output
+        lines = [line.split(" ", 2) for line in found.output.splitlines()]
+        assert len(lines) >= 3
+        assert [line for line in lines if line[0] not in ("644", "755") or int(line[1]) != 315532800] == []
+
+
 def test_pip_trusts_an_authority_that_is_passed_as_a_secret(
     containers: Engine, images: Images, tmp_path: Path
 ) -> None:

@@ -173,6 +173,15 @@ def test_no_layer_says_when_it_was_built() -> None:
         assert "apt-get clean" in run, run
 
 
+def test_images_take_nothing_from_the_clone_directly() -> None:
+    """A clone's times and permissions are its own: the stage `files` evens them out."""
+    text = (DOCKER / "Dockerfile").read_text().replace("\\\n", " ")
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM |\Z)", text, re.MULTILINE | re.DOTALL))
+    copies = re.findall(r"^(?:COPY|ADD) .*$", "".join(stages[name] for name in SHIPPED_STAGES), re.MULTILINE)
+    assert len(copies) >= 8
+    assert [line for line in copies if not line.startswith("COPY --from=")] == []
+
+
 def test_the_scan_asks_about_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an image's listing and of what apt says; the package itself is in no index."""
     monkeypatch.syspath_prepend(DOCKER)

@@ -137,6 +137,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy2(ROOT / name, folder / name)
     for parent in folder.parents[:2]:
         parent.chmod(0o755)  # Others have to get to the clone, as to a home directory.
+    # What images are made of, as a clone with a umask of 077 has it.
+    for name in ("docker/entrypoint", "docker/health", "docker/prepare", "src", "training", "warmup"):
+        for path in (folder / name, *(folder / name).rglob("*")):
+            path.chmod(path.stat().st_mode & 0o700)
     if os.geteuid() == 0:
         for path in (folder, *folder.rglob("*")):
             os.chown(path, OWNER, OWNER)
