@@ -12,46 +12,55 @@ import subprocess
 import sys
 from urllib.parse import quote
 
-# One a line: kind, name, version, architecture. The distribution comes first.
+# One a line, the distribution first: kind, name, version. Of its packages also the
+# architecture, the source package and that one's version.
 LISTING = r"""
 . /etc/os-release
-printf 'release\t%s\t%s\t\n' "$ID" "$VERSION_CODENAME"
-dpkg-query --show --showformat='deb\t${Package}\t${Version}\t${Architecture}\n'
+printf 'release\t%s\t%s\n' "$ID" "$VERSION_ID"
+fields='${Package}\t${Version}\t${Architecture}\t${source:Package}\t${source:Version}'
+dpkg-query --show --showformat="deb\t$fields\n"
 find / -xdev -path '*-packages/*.dist-info/METADATA' -not -path '/usr/share/*' 2> /dev/null |
     while read -r file; do
         awk -F ': ' '{ sub(/\r$/, "") } /^$/ { exit }
             $1 == "Name" { name = $2 } $1 == "Version" { version = $2 }
-            END { print "pypi\t" name "\t" version "\t" }' "$file"
+            END { print "pypi\t" name "\t" version }' "$file"
     done
 tensorflow_model_server --version 2> /dev/null |
-    sed -n 's/^TensorFlow ModelServer: \([0-9][0-9.]*\).*/server\ttensorflow-serving\t\1\t/p'
+    sed -n 's/^TensorFlow ModelServer: \([0-9][0-9.]*\).*/server\ttensorflow-serving\t\1/p'
 """
 
 
 def component(line, release):
     """A package by its package URL."""
-    kind, name, version, architecture = line.split("\t")
-    form = {
-        "deb": "pkg:deb/{release[1]}/{name}@{version}?arch={architecture}&distro={release[2]}",
-        "pypi": "pkg:pypi/{name}@{version}",
-        "server": "pkg:github/tensorflow/serving@{version}",
-    }[kind]
+    kind, name, version, *debian = line.split("\t")
+    purl = {"deb": f"pkg:deb/{release['name']}/", "pypi": "pkg:pypi/", "server": "pkg:github/tensorflow/"}[
+        kind
+    ]
     if kind == "pypi":
         name = name.lower().replace("_", "-")
-    purl = form.format(name=name, version=quote(version, safe=""), architecture=architecture, release=release)
+    purl += f"{'serving' if kind == 'server' else name}@{quote(version, safe='')}"
+    if kind == "deb":
+        architecture, source, source_version = debian
+        purl += f"?arch={architecture}&distro={release['name']}-{release['version']}"
+        # Vulnerabilities of Debian are told by source package.
+        if (source, source_version) != (name, version):
+            purl += f"&upstream={quote(f'{source}@{source_version}', safe='')}"
     return {"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl}
 
 
 def document(image, listing):
     """What the listing of an image says, as a CycloneDX document."""
     first, *lines = listing.rstrip("\n").split("\n")
-    release = first.split("\t")
+    _, name, version = first.split("\t")
+    # Scanners take the vulnerabilities of this one's packages, and without it of none.
+    release = {"type": "operating-system", "name": name, "version": version, "bom-ref": f"{name}-{version}"}
+    packages = sorted((component(line, release) for line in lines), key=lambda one: one["purl"])
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.5",
         "version": 1,
         "metadata": {"component": {"type": "container", "name": image, "bom-ref": image}},
-        "components": sorted((component(line, release) for line in lines), key=lambda one: one["purl"]),
+        "components": [release, *packages],
     }
 
 

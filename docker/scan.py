@@ -27,7 +27,7 @@ def updates_of(simulated: str) -> list[str]:
 
 def pins_of(bill: dict[str, Any]) -> list[str]:
     """What pip-audit is asked about: each Python package that an index may know."""
-    found = (one for one in bill["components"] if one["purl"].startswith("pkg:pypi/"))
+    found = (one for one in bill["components"] if one["bom-ref"].startswith("pkg:pypi/"))
     return [f"{one['name']}=={one['version']}" for one in found if one["name"] != OURS]
 
 

@@ -203,8 +203,12 @@ def test_the_bill_of_materials_is_of_the_image(containers: Engine, images: Image
         assert done.returncode == 0, done.stderr
         bom = json.loads(done.stdout)
         assert bom["metadata"]["component"]["name"] == image
-        purls = {component["purl"] for component in bom["components"]}
-        assert len(purls) == len(bom["components"])
+        release, *packages_found = bom["components"]
+        assert release["type"] == "operating-system"
+        purls = {component["purl"] for component in packages_found}
+        assert len(purls) == len(packages_found)
+        distribution = f"&distro={release['name']}-{release['version']}"
+        assert all(distribution in purl for purl in purls if purl.startswith("pkg:deb/"))
         names = {purl.partition("@")[0] for purl in purls}
         assert {f"pkg:pypi/{name}" for name in packages} <= names
         assert "pkg:pypi/pip" not in names

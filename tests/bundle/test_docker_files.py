@@ -188,16 +188,21 @@ def test_the_scan_asks_about_every_package(monkeypatch: pytest.MonkeyPatch) -> N
     scan = runpy.run_path(str(DOCKER / "scan.py"))
     bill = runpy.run_path(str(DOCKER / "sbom.py"))["document"](
         "an/image",
-        "release\tdebian\tbookworm\t\n"
-        "deb\tlibstdc++6\t12.2.0-14+deb12u1\tamd64\n"
-        "pypi\tTyping_Extensions\t4.16.0\t\n"
-        "pypi\tspikeless\t0.1.0\t\n"
-        "pypi\tgrpcio\t1.85.3\t\n"
-        "server\ttensorflow-serving\t2.20.0\t\n",
+        "release\tdebian\t12\n"
+        "deb\tlibstdc++6\t12.2.0-14+deb12u1\tamd64\tgcc-12\t12.2.0-14+deb12u1\n"
+        "deb\tdash\t0.5.12-2\tamd64\tdash\t0.5.12-2\n"
+        "pypi\tTyping_Extensions\t4.16.0\n"
+        "pypi\tspikeless\t0.1.0\n"
+        "pypi\tgrpcio\t1.85.3\n"
+        "server\ttensorflow-serving\t2.20.0\n",
     )
     assert scan["pins_of"](bill) == ["grpcio==1.85.3", "typing-extensions==4.16.0"]
-    assert [one["purl"] for one in bill["components"]] == [
-        "pkg:deb/debian/libstdc++6@12.2.0-14%2Bdeb12u1?arch=amd64&distro=bookworm",
+    release, *packages = bill["components"]
+    assert (release["type"], release["name"], release["version"]) == ("operating-system", "debian", "12")
+    assert [one["purl"] for one in packages] == [
+        "pkg:deb/debian/dash@0.5.12-2?arch=amd64&distro=debian-12",
+        "pkg:deb/debian/libstdc++6@12.2.0-14%2Bdeb12u1?arch=amd64&distro=debian-12"
+        "&upstream=gcc-12%4012.2.0-14%2Bdeb12u1",
         "pkg:github/tensorflow/serving@2.20.0",
         "pkg:pypi/grpcio@1.85.3",
         "pkg:pypi/spikeless@0.1.0",
