@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
-import re
 import select
 import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from harness import IS_EMBEDDED, Running, ServerFactory, put_version, refused
+from harness import IS_EMBEDDED, Running, ServerFactory, in_progress, put_version, refused
 
 from spikeless.client import Client, model_spec
 from spikeless.errors import Code, SpikelessError
@@ -63,20 +64,25 @@ def test_calls_that_nobody_waits_for_free_their_places(
         grpc.insecure_channel(running.server.target) as channel,
     ):
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        # Calls that no server finishes before their deadline, or that end by themselves
-        # after a while.
-        request, timeout = (spin_request(10**9), 2.0) if ending == "deadline" else (spin_request(10**4), None)
-        calls = [stub.Predict.future(request, timeout=timeout) for _ in range(4)]
         refusals = 1 if IS_EMBEDDED else 2
-        running.server.wait_for(lambda: sum(call.done() for call in calls) >= refusals, "calls to be refused")
-        refused_calls = [call for call in calls if call.done()]
-        assert [call.code() for call in refused_calls] == refusals * [grpc.StatusCode.RESOURCE_EXHAUSTED]
-        calls = [call for call in calls if call not in refused_calls]
+        exhausted, late = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED
         if ending == "cancelled":
+            # They end by themselves after a while.
+            calls = [stub.Predict.future(spin_request(10**4)) for _ in range(4)]
+            running.server.wait_for(
+                lambda: sum(call.done() for call in calls) >= refusals, "calls to be refused"
+            )
+            assert [call.code() for call in calls if call.done()] == refusals * [exhausted]
             for call in calls:
                 call.cancel()
         else:
-            assert {call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+            # On a slow machine, a deadline may be over before all calls have come.
+            for seconds in (2.0, 10.0, 50.0):
+                calls = [stub.Predict.future(spin_request(10**9), timeout=seconds) for _ in range(4)]
+                codes = Counter(call.code() for call in calls)
+                if codes[exhausted] == refusals:
+                    break
+            assert codes == {exhausted: refusals, late: 4 - refusals}
         running.server.wait_for(lambda: is_served(running), "the places to be free again")
 
 
@@ -146,7 +152,11 @@ def test_loading_threads_can_give_way(
 ) -> None:
     def threads(policy: int) -> int:
         found = psutil.Process(running.server.pid).threads()
-        return sum(os.sched_getscheduler(thread.id) == policy for thread in found)
+        count = 0
+        for thread in found:
+            with contextlib.suppress(ProcessLookupError):  # It has ended meanwhile.
+                count += os.sched_getscheduler(thread.id) == policy
+        return count
 
     models = tmp_path / "times"
     put_version(saved_models / "times_one", models, 1)
@@ -177,7 +187,7 @@ def test_port_0_is_a_free_one(embedded: None, models: Path) -> None:
         try:
             assert process.stdout is not None
             target = process.stdout.readline().split()[-1]
-            with Client(target) as client:
+            with Client(target, timeout=60.0) as client:
                 assert client.predict("times", X)["y"] == [1]
         finally:
             process.terminate()
@@ -274,17 +284,17 @@ def test_sigterm_lets_calls_in_progress_end(embedded: None, models: Path, serve:
     monitoring = models.parent / "monitoring.config"
     monitoring.write_text("prometheus_config { enable: true }")
     flag = f"--monitoring_config_file={monitoring}"
-    with serve(flag, "--grace=60", model_name="times", model_base_path=models, rest=True) as running:
+    with serve(flag, "--grace=240", model_name="times", model_base_path=models, rest=True) as running:
         address = urlsplit(running.rest_url).netloc
         answers: dict[str, Any] = {}
 
         def ask_grpc() -> None:
-            with Client(running.server.target, timeout=60) as client:
+            with Client(running.server.target, timeout=240) as client:
                 steps = np.array(10_000, np.int32)
                 answers["grpc"] = client.predict("times", {"steps": steps}, signature="spin")["y"]
 
         def ask_rest() -> None:
-            connection = http.client.HTTPConnection(address, timeout=60)
+            connection = http.client.HTTPConnection(address, timeout=240)
             connection.request(
                 "POST", "/v1/models/times:predict", b'{"signature_name": "spin", "inputs": 10000}'
             )
@@ -305,15 +315,6 @@ def test_sigterm_lets_calls_in_progress_end(embedded: None, models: Path, serve:
         assert running.server.exit_code == 0
         with refused(Code.UNAVAILABLE):
             running.client.predict("times", X)
-
-
-def in_progress(address: str) -> dict[str, int]:
-    """How many calls each transport is answering, from the metrics."""
-    connection = http.client.HTTPConnection(address, timeout=60)
-    connection.request("GET", "/monitoring/prometheus/metrics")
-    text = connection.getresponse().read().decode()
-    found = re.findall(r'^spikeless_calls_in_progress\{entrypoint="(\w+)"\} (\d+)', text, re.MULTILINE)
-    return {entrypoint: int(count) for entrypoint, count in found}
 
 
 def test_a_port_that_is_taken(embedded: None, models: Path, shared: Running, serve: ServerFactory) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import put_version
+from harness import in_progress, put_version
+from machines import wait_for
 from preloaded_server import serve, serve_and_break, serve_and_fail, serve_and_hang, serve_unread
 
 from spikeless import launch
@@ -137,7 +138,7 @@ def test_it_stops_under_requests_every_time(start: Start) -> None:
     for batch in range(int(os.environ.get("SPIKELESS_STOPS", "100")) // 5):
         over = threading.Event()
         with ExitStack() as stack, ThreadPoolExecutor(5) as pool:
-            servers = [stack.enter_context(start(f"{batch}-{number}")) for number in range(5)]
+            servers = [stack.enter_context(start(f"{batch}-{number}", "--grace=60")) for number in range(5)]
             asking = [pool.submit(ask_and_terminate, served, over) for served in servers]
             codes = [served.exit_code(120) for served in servers]
             over.set()
@@ -157,7 +158,7 @@ def test_a_part_that_fails_keeps_none_from_stopping(start: Start) -> None:
 
 
 def test_it_ends_when_it_cannot_answer_any_more(start: Start) -> None:
-    with start("server", target=serve_and_break) as served:
+    with start("server", "--grace=60", target=serve_and_break) as served:
         with pytest.raises((OSError, http.client.HTTPException)):
             served.post(BODY)
         assert served.exit_code(120) == 1
@@ -179,13 +180,19 @@ def test_a_log_that_nobody_reads_does_not_hold_it(start: Start) -> None:
         assert served.exit_code(120) == -signal.SIGALRM
 
 
-def test_calls_that_outlast_the_grace_are_cut_off(start: Start) -> None:
-    with start("server", "--grace=2") as served, ThreadPoolExecutor() as pool, served.client() as client:
+def test_calls_that_outlast_the_grace_are_cut_off(start: Start, tmp_path: Path) -> None:
+    monitoring = tmp_path / "monitoring.config"
+    monitoring.write_text("prometheus_config { enable: true }")
+    flags = ("--grace=2", f"--monitoring_config_file={monitoring}")
+    with start("server", *flags) as served, ThreadPoolExecutor() as pool, served.client() as client:
         steps = {"steps": np.array(10**9, np.int32)}
         calls: list[Future[Any]] = [
             pool.submit(client.predict, "times", steps, signature="spin"),
             pool.submit(served.post, SPIN),
         ]
+        # A call that comes later is refused, and keeps nobody from stopping.
+        address = f"127.0.0.1:{served.ports[1]}"
+        wait_for(lambda: in_progress(address) == {"GRPC": 1, "REST": 1}, "both calls")
         served.send(signal.SIGTERM)
         assert served.exit_code(120) == 1
         assert all(isinstance(call.exception(60), SpikelessError | OSError) for call in calls)
@@ -194,12 +201,8 @@ def test_calls_that_outlast_the_grace_are_cut_off(start: Start) -> None:
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(start: Start, second: signal.Signals) -> None:
     with start("server", "--grace=3600", target=serve_and_hang) as served:
-        # A call that meets the stop halfway may be held until the grace is over.
-        with served.client(timeout=5) as client:
-            served.send(signal.SIGTERM)
-            with suppress(SpikelessError):  # until it has begun to stop
-                while client.predict("times", X):
-                    pass
+        served.send(signal.SIGTERM)
+        wait_for(lambda: "SIGTERM: calls in progress" in served.log.read_text(), "it to begin to stop")
         assert served.exit_code(0) is None
         served.send(second)
         assert served.exit_code(120) == 128 + second

@@ -6,6 +6,7 @@ Everything here runs on the embedded engine, or on the ``tensorflow_model_server
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import shutil
@@ -70,6 +71,15 @@ def states(client: Client, name: str) -> dict[int, State]:
         return {}
 
 
+def in_progress(address: str) -> dict[str, int]:
+    """How many calls each transport is answering, from the metrics at ``host:port``."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    connection.request("GET", "/monitoring/prometheus/metrics")
+    text = connection.getresponse().read().decode()
+    found = re.findall(r'^spikeless_calls_in_progress\{entrypoint="(\w+)"\} (\d+)', text, re.MULTILINE)
+    return {entrypoint: int(count) for entrypoint, count in found}
+
+
 class Running:
     """A server with a client: what most tests need."""
 
@@ -101,7 +111,7 @@ def run_server(log: Path, *flags: str, **settings: object) -> Iterator[Running]:
     """
     settings.setdefault("environment", {"TF_CPP_MIN_LOG_LEVEL": "0"})
     launch_settings = launch.LaunchSettings(flags=flags, log=log, **settings)  # type: ignore[arg-type]
-    with launch.start(launch_settings) as server, Client(server.target) as client:
+    with launch.start(launch_settings) as server, Client(server.target, timeout=60.0) as client:
         yield Running(server, client)
 
 

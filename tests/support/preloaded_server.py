@@ -6,6 +6,7 @@ modules not by theirs.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import threading
@@ -14,12 +15,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import spikeless.cli.serve
-import spikeless.engine.rest_api  # noqa: F401 (loaded once for all)
+import spikeless.engine.rest_api  # loaded once for all
 from spikeless import runtime
 from spikeless.cli import main
 from spikeless.engine.rest_server import RestServer
 
 runtime.version()
+# On a busy machine, a server may take long to tell what it was doing.
+spikeless.cli.serve._TELLING_SECONDS = 60.0
 #: A server that writes without end must not fill the disk.
 MAX_LOG_BYTES = 16 << 20
 
@@ -66,9 +69,10 @@ def serve_and_break(flags: list[str], output: Connection, log: Path) -> None:
 
 
 def serve_unread(flags: list[str], output: Connection, log: Path) -> None:
-    """A server that hangs, whose log nobody reads any more from SIGTERM on."""
+    """A server whose log nobody reads any more once it is to stop."""
+    tell_later = faulthandler.dump_traceback_later
 
-    def hang(self: RestServer, grace: float) -> None:
+    def stop_reading(seconds: float, exit: bool) -> None:
         _, writer = os.pipe()
         os.set_blocking(writer, False)
         with suppress(BlockingIOError):
@@ -76,7 +80,8 @@ def serve_unread(flags: list[str], output: Connection, log: Path) -> None:
                 pass
         os.set_blocking(writer, True)
         os.dup2(writer, 2)
-        threading.Event().wait()
+        tell_later(seconds, exit=exit)
 
-    RestServer.stop = hang  # type: ignore[method-assign]
+    faulthandler.dump_traceback_later = stop_reading  # type: ignore[assignment]
+    spikeless.cli.serve._TELLING_SECONDS = 1.0
     serve(flags, output, log)
