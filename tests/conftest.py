@@ -7,6 +7,8 @@ import sys
 import hypothesis
 from places import ROOT
 
+from spikeless import launch
+
 # Tests fork only to start other programs. What gRPC does for more than that breaks
 # those that PySpark starts.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -27,6 +29,12 @@ pytest_plugins = (
     "prometheus",
     "registered_models",
 )
+
+
+# Processes that test at the same time take ports of their own for servers.
+_number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+launch._SERVER_PORTS = launch._SERVER_PORTS[_number::_count]
 
 
 def pytest_configure() -> None:

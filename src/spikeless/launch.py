@@ -16,6 +16,7 @@ groups. It ends with the caller, however that ends (`spikeless.disk.children`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import random
@@ -27,10 +28,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -501,13 +502,18 @@ def free_port() -> int:
     """A TCP port on loopback that nothing has at this moment.
 
     It is below those that the kernel gives to outgoing connections: none of them takes
-    it before a server that is still loading listens.
+    it before a server that is still loading listens. Nor does the next call give it.
     """
-    for port in random.sample(_SERVER_PORTS, 100):
+    for port in itertools.islice(_shuffled_ports(), 100):
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind((LOOPBACK, port))
             return port
     raise Unavailable(f"no free port from {_SERVER_PORTS.start} to {_SERVER_PORTS.stop - 1}")
+
+
+@cache
+def _shuffled_ports() -> Iterator[int]:
+    return itertools.cycle(random.sample(_SERVER_PORTS, len(_SERVER_PORTS)))
 
 
 def _temporary_log() -> Path:

@@ -108,3 +108,8 @@ def test_wrong_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(launch.ENGINE_VARIABLE, "/nowhere/tensorflow_model_server")
     with pytest.raises(NotFound, match="names '/nowhere/tensorflow_model_server', which is no executable"):
         launch.start(launch.LaunchSettings("boston", tmp_path))
+
+
+def test_no_port_is_given_twice() -> None:
+    """A server may need seconds until it listens on the one that it was given."""
+    assert len({launch.free_port() for _ in range(500)}) == 500
