@@ -46,7 +46,7 @@ def exporter(server: launch.ServerProcess, models: Path) -> Iterator[str]:
     url = process.stdout.readline().split()[-1]
     yield url
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     process.stdout.close()
 
 
@@ -67,9 +67,13 @@ def test_states_reloads_errors_and_memory(
     def value(*key: str) -> float | None:
         return scrape(exporter).get(key)
 
-    assert value("spikeless_server_up") == 1
-    assert value("spikeless_version_state", "m", "AVAILABLE", "1") == 1
-    assert value("spikeless_version_state", "m", "LOADING", "1") == 0
+    def wait(expected: float, *key: str) -> None:
+        """A poll may fail where the machine is busy; the next one finds it again."""
+        server.wait_for(lambda: value(*key) == expected, f"{key} to be {expected}")
+
+    wait(1, "spikeless_server_up")
+    wait(1, "spikeless_version_state", "m", "AVAILABLE", "1")
+    wait(0, "spikeless_version_state", "m", "LOADING", "1")
     assert value("spikeless_reloads_total", "m") == 0
     memory = proc.memory(server.pid)
     assert value("spikeless_memory_private_bytes") == pytest.approx(memory["RssAnon"], rel=0.1)
@@ -86,19 +90,19 @@ def test_states_reloads_errors_and_memory(
     server.wait_for(
         lambda: any(key[0] == error[0] and key[-1] == "3" for key in scrape(exporter)), "the error"
     )
-    assert value(*available, "2") == 1
-    assert value("spikeless_versions_missing", "m") == 1
+    wait(1, *available, "2")
+    wait(1, "spikeless_versions_missing", "m")
     shutil.rmtree(models / "m" / "3")
     server.wait_for(
         lambda: not any(key[0] == error[0] for key in scrape(exporter)), "the error to be history"
     )
 
-    assert value("spikeless_versions_missing", "m") == 0
+    wait(0, "spikeless_versions_missing", "m")
     # A server would load it, and answer nothing.
     (models / "m" / "2" / "variables").rename(models / "m" / "2" / "elsewhere")
-    server.wait_for(lambda: value("spikeless_versions_missing", "m") == 1, "half a version to be missed")
+    wait(1, "spikeless_versions_missing", "m")
     (models / "m" / "2" / "elsewhere").rename(models / "m" / "2" / "variables")
-    server.wait_for(lambda: value("spikeless_versions_missing", "m") == 0, "it to be whole")
+    wait(0, "spikeless_versions_missing", "m")
     block = new_block("m", str(models / "m"))
     models_config.edit(models, {"m": with_versions(block, [2, 7], {}), "gone": new_block("gone", "/gone")})
     server.wait_for(

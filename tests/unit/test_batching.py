@@ -322,13 +322,17 @@ def test_what_comes_while_others_run_is_one_batch(sessions: Callable[[str], Sess
 
 
 @contextmanager
-def waiting(runner: Any, rows: int) -> Iterator[None]:
-    """After the block, wait until so many rows are in the runner's queues."""
+def waiting(runner: Any, rows: int, over: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """After the block, wait until so many rows are in the queues, or it is over."""
     yield
+
+    def queued() -> int:
+        return sum(batch.size for queue in list(runner.queues.values()) for batch in queue.batches)
+
     deadline = threading.Event()
     timer = threading.Timer(60, deadline.set)
     timer.start()
-    while sum(batch.size for queue in list(runner.queues.values()) for batch in queue.batches) != rows:
+    while queued() != rows and not over():
         assert not deadline.wait(0.001), "the calls do not come"
     timer.cancel()
 
@@ -417,11 +421,12 @@ def test_the_first_call_of_a_batch_leaves_and_the_timeout_holds_for_the_next(
     feed, fetches = tensors(counted, "float32")
     rows = {feed: np.ones([1, 2], np.float32)}
     with ThreadPoolExecutor(2) as pool:
-        with waiting(runner, 1):
+        with waiting(runner, 1, lambda: first.done()):
             first = pool.submit(runner.run, rows, fetches, 0.3)
         second = pool.submit(runner.run, rows, fetches)
         assert len(second.result(60)[0]) == 1
-    # On a slow machine the batch may have run before the first call left.
+    # On a slow machine the first call may have left before the second came, or the
+    # batch may have run before it left.
     assert counted.rows in ([1], [2])
     assert (counted.rows == [1]) == isinstance(first.exception(), ResourceExhausted)
 

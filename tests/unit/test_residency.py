@@ -110,8 +110,8 @@ def test_the_limit_is_named(file: Path) -> None:
 
 
 def _version(models: Path, name: str, number: int, *sizes: int) -> Path:
-    """A version with mapped files of these sizes."""
-    version = models / name / str(number)
+    """A version with mapped files of these sizes, which appears as a whole."""
+    version = models / name / f"staged-{number}"
     (version / "variables").mkdir(parents=True)
     records = []
     for index, size in enumerate(sizes, 1):
@@ -120,7 +120,7 @@ def _version(models: Path, name: str, number: int, *sizes: int) -> Path:
         records.append(FileRecord(path, size, "", True))
     manifest_path(version).parent.mkdir()
     manifest_path(version).write_text(Manifest("test", "", "", 1, False, tuple(records), ()).to_json())
-    return version
+    return version.rename(models / name / str(number))
 
 
 def test_keeper_follows_what_is_served(tmp_path: Path) -> None:
