@@ -221,21 +221,21 @@ def test_the_precision_reaches_the_server(scales: Path, tmp_path: Path, precisio
 def test_a_server_with_nothing_to_serve_ends_with_the_reason(tmp_path: Path) -> None:
     put_half_a_version(tmp_path / "models" / "broken", 1)
     with container(tmp_path / "models") as running:
-        assert running.process.wait(60) not in (0, None)
+        assert running.process.wait(120) not in (0, None)
         assert "did not become available" in running.log.read_text()
 
 
 @pytest.mark.parametrize("flags", [("--no_such_flag=1",), ("--port", "9000"), ("bash",)])
 def test_flags_that_the_server_has_not_are_refused(tmp_path: Path, flags: tuple[str, ...]) -> None:
     with container(tmp_path / "models", *flags) as running:
-        assert running.process.wait(60) == 1
+        assert running.process.wait(120) == 1
         assert "entrypoint: error: " in running.log.read_text()
 
 
-def test_it_drains_and_ends(scales: Path, tmp_path: Path) -> None:
+def test_it_drains_until_a_second_signal(scales: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     put_version(scales / "1", models / "whole", 1)
-    with container(models, DRAIN="3") as running:
+    with container(models, DRAIN="600") as running:
         running.wait_states("whole", v1=State.AVAILABLE)
         running.wait_for(lambda: running.health()[0] == 0, "the health check to pass")
         running.process.terminate()
@@ -244,7 +244,8 @@ def test_it_drains_and_ends(scales: Path, tmp_path: Path) -> None:
         assert "about to end" in running.health()[1]
         if IS_EMBEDDED:
             assert not running.client.is_serving()
-        assert running.process.wait(30) == 0
+        running.process.terminate()
+        assert running.process.wait(120) == 0
 
 
 def test_a_server_that_was_stopped_is_killed(scales: Path, tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_a_server_that_was_stopped_is_killed(scales: Path, tmp_path: Path) -> No
         running.wait_states("whole", v1=State.AVAILABLE)
         assert proc.server_of(running.process.pid) == running.server_pid(), "what bench and exporter watch"
         os.kill(running.server_pid(), signal.SIGSTOP)
-        assert running.process.wait(60) == 128 + signal.SIGKILL
+        assert running.process.wait(120) == 128 + signal.SIGKILL
         assert "the server is stopped (SIGSTOP): killing it" in running.log.read_text()
 
 
@@ -277,7 +278,7 @@ def test_as_the_first_process_it_leaves_no_zombies(scales: Path, tmp_path: Path)
     with container(models, **environment) as template:
         command = ["unshare", "--pid", "--fork", "--mount-proc", str(script), *template.process.args[1:]]  # type: ignore[index]
         template.process.terminate()
-        template.process.wait(30)
+        template.process.wait(120)
         process = subprocess.Popen(
             command, env=template.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -300,7 +301,7 @@ def test_as_the_first_process_it_leaves_no_zombies(scales: Path, tmp_path: Path)
 
             template.wait_for(lambda: not zombies(), "the orphan to be reaped")
             os.kill(namespace, signal.SIGTERM)
-            assert process.wait(30) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
             process.wait()

@@ -37,7 +37,7 @@ def serve_all(models: Path, *flags: str) -> launch.ServerProcess:
 
 
 def test_a_server_of_one_model_can_be_promoted_on(clone: Path, scales: Path) -> None:
-    with serve_all(clone) as server, Client(server.target) as client:
+    with serve_all(clone) as server, Client(server.target, timeout=60.0) as client:
         add_version(scales / "2", clone, 2, expected=3.0)
         with pytest.raises(PromotionError, match="everything is as it was"):
             promote(clone, NAME, 2, fleet_of(server), settings())
@@ -58,7 +58,7 @@ def test_servers_of_every_folder_can_be_promoted_on(clone: Path, scales: Path, t
     settings_of = launch.LaunchSettings(
         flags=(POLL, f"--model_config_file={folders}"), wait_for=[NAME, "other"]
     )
-    with launch.start(settings_of) as server, Client(server.target) as client:
+    with launch.start(settings_of) as server, Client(server.target, timeout=60.0) as client:
         add_version(scales / "3", clone, 3)
         promote(clone, NAME, 3, fleet_of(server), settings(), dry_run=True)
         assert not (clone / "models.config").exists()
@@ -92,7 +92,7 @@ def test_a_configuration_for_other_paths_changes_nothing(clone: Path, scales: Pa
     """As in containers: the file says /models, the server runs outside."""
     models_config.edit(clone, {NAME: new_block(NAME, ELSEWHERE)})
     text = (clone / "models.config").read_text()
-    with serve_all(clone) as server, Client(server.target) as client:
+    with serve_all(clone) as server, Client(server.target, timeout=60.0) as client:
         with pytest.raises(FailedPrecondition) as caught:
             promote(clone, NAME, 1, fleet_of(server), settings())
         for part in (str(clone / NAME), ELSEWHERE, "nothing was changed", "correct base_path in"):
@@ -148,7 +148,10 @@ def test_a_path_that_the_server_does_not_see_changes_nothing(clone: Path) -> Non
 @pytest.mark.usefixtures("embedded")  # TensorFlow Serving ends without its configuration.
 def test_a_clone_without_models_config(clone: Path) -> None:
     flag = f"--model_config_file={clone / 'models.config'}"
-    with launch.start(launch.LaunchSettings(flags=(*FLAGS, flag))) as server, Client(server.target) as client:
+    with (
+        launch.start(launch.LaunchSettings(flags=(*FLAGS, flag))) as server,
+        Client(server.target, timeout=60.0) as client,
+    ):
         assert "no model is served until one is promoted" in server.log_tail()
         promote(clone, NAME, 1, fleet_of(server), settings())
         assert served(client, label="stable") == 1
@@ -158,7 +161,7 @@ def test_a_clone_without_models_config(clone: Path) -> None:
                 flags=(*FLAGS, flag, "--allow_version_labels_for_unavailable_models"), wait_for=[NAME]
             )
         ) as server,
-        Client(server.target) as client,
+        Client(server.target, timeout=60.0) as client,
     ):
         assert served(client, label="stable") == 1, "after a restart, too"
 
@@ -172,7 +175,7 @@ def test_a_missing_base_path_is_logged_once(clone: Path, scales: Path) -> None:
     flag = f"--model_config_file={clone / 'models.config'}"
     with launch.start(launch.LaunchSettings(flags=(*FLAGS, flag), wait_for=[*blocks])) as server:
         (clone / NAME).rename(clone / "away")
-        with Client(server.target) as client:
+        with Client(server.target, timeout=60.0) as client:
             for version in (2, 3, 4):  # Each is found by a later poll.
                 (clone / "other" / str(version - 1)).rename(clone / "other" / str(version))
                 server.wait_for(lambda: client.statuses("other")[-1].version >= version, "a poll")  # noqa: B023

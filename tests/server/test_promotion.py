@@ -49,7 +49,7 @@ LIVE = (State.START, State.LOADING, State.AVAILABLE)
 
 @pytest.fixture
 def client(server: launch.ServerProcess) -> Iterator[Client]:
-    with Client(server.target) as client:
+    with Client(server.target, timeout=60.0) as client:
         yield client
 
 
@@ -79,6 +79,7 @@ def test_promote_and_roll_back_under_load(models: Path, server: launch.ServerPro
         assert rollback(models, NAME, fleet_of(server)).version == 1, "repeated, it goes back no further"
 
         assert promote(models, NAME, 2, fleet_of(server), settings()).result == "promoted"
+        load.sees(2.0)
     assert load.factors == {1.0, 2.0}
     model = model_of(models)
     assert set(model.model_version_policy.specific.versions) == {1, 2}
@@ -114,7 +115,7 @@ def test_a_dry_run_names_the_steps_and_changes_nothing(
 def test_a_restart_serves_what_was_promoted(models: Path) -> None:
     with start_server(models) as server:
         promote(models, NAME, 2, fleet_of(server), settings())
-    with start_server(models) as server, Client(server.target) as client:
+    with start_server(models) as server, Client(server.target, timeout=60.0) as client:
         assert served(client) == served(client, label="stable") == 2
         assert served(client, version=1) == 1
 
@@ -160,7 +161,7 @@ def test_a_canary_comes_and_goes_without_a_pause(
     ended = threading.Event()
 
     def call() -> None:
-        with Client(server.target) as caller:
+        with Client(server.target, timeout=60.0) as caller:
             while not ended.is_set():
                 with suppress(SpikelessError):
                     served(caller, f"{NAME}-canary")
@@ -190,7 +191,7 @@ def unpinned(models: Path) -> Iterator[launch.ServerProcess]:
 def test_a_version_that_is_published_meanwhile_does_not_disturb(
     models: Path, unpinned: launch.ServerProcess, scales: Path
 ) -> None:
-    with Client(unpinned.target) as client:
+    with Client(unpinned.target, timeout=60.0) as client:
 
         def publish(line: str) -> None:
             if line == "checking version 2":
@@ -206,14 +207,16 @@ def test_a_version_that_is_published_meanwhile_does_not_disturb(
 def test_a_version_that_is_being_loaded_is_waited_for(
     models: Path, unpinned: launch.ServerProcess, scales: Path
 ) -> None:
-    with Client(unpinned.target) as client:
+    with Client(unpinned.target, timeout=60.0) as client:
         # It takes seconds to warm up.
         staged = add_version(scales / "3", models.parent / "staged", 3)
         records = [prediction_log().SerializeToString()] * 1000
         tfrecord.write(staged / "assets.extra" / "tf_serving_warmup_requests", records)
         staged.rename(models / NAME / "3")
+        # Or later, where this process was kept from looking.
+        begun = (State.LOADING, State.AVAILABLE)
         unpinned.wait_for(
-            lambda: {one.version: one.state for one in states(client, NAME)}.get(3) is State.LOADING,
+            lambda: {one.version: one.state for one in states(client, NAME)}.get(3) in begun,
             "version 3 to be loading",
         )
         promote(models, NAME, 2, fleet_of(unpinned), settings())
@@ -231,7 +234,7 @@ def test_the_state_of_a_version_with_damaged_text_can_be_read(
     record = log.SerializeToString().replace(b"XXX", b"\xff\xfe\x80")
     tfrecord.write(staged / "assets.extra" / "tf_serving_warmup_requests", [record])
     staged.rename(models / NAME / "3")
-    with Client(unpinned.target) as client:
+    with Client(unpinned.target, timeout=60.0) as client:
         unpinned.wait_for(
             lambda: {one.version: one.state for one in states(client, NAME)}.get(3) is State.END,
             "version 3 to fail",
@@ -289,6 +292,7 @@ def test_a_version_that_does_wrong_changes_nothing(
             time.sleep(0.02)
         # And nothing of it stands in the way of a good one.
         assert promote(models, NAME, 2, fleet_of(server), settings()).result == "promoted"
+        load.sees(2.0)
     assert load.factors == {1.0, 2.0}
     assert [r["result"] for r in journal(models) if r["event"] == "end"] == ["put back", "promoted"]
 
@@ -367,7 +371,11 @@ def test_soaking_watches_what_real_callers_of_the_canary_see(models: Path, tmp_p
     before = config_text(models)
     rest = launch.free_port()
     flags = (f"--rest_api_port={rest}", f"--monitoring_config_file={monitoring}")
-    with start_server(models, *flags) as server, Client(server.target) as client, flawless(server.target):
+    with (
+        start_server(models, *flags) as server,
+        Client(server.target, timeout=60.0) as client,
+        flawless(server.target),
+    ):
         watch = SoakSettings(
             seconds=60.0, interval=0.05, metrics=f"http://{{host}}:{rest}/monitoring/prometheus/metrics"
         )

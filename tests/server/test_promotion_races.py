@@ -48,7 +48,7 @@ def test_what_is_published_in_a_promotion_answers_nobody_after_it(
         if moment in line and staged.exists():
             staged.rename(models / NAME / "3")
 
-    with Client(unpinned.target) as client, flawless(unpinned.target, labels=("",)):
+    with Client(unpinned.target, timeout=60.0) as client, flawless(unpinned.target, labels=("",)):
         promote(models, NAME, 2, fleet_of(unpinned), settings(), publish)
         assert not staged.exists(), said
         for version in (2, 3):
@@ -59,7 +59,10 @@ def test_what_is_published_in_a_promotion_answers_nobody_after_it(
                 return served(client, POLLED) == version
 
             unpinned.wait_for(has_polled, "a poll of the disk")
-        assert {one.version: one.state for one in states(client, NAME)}.get(3, State.END) is State.END
+        unpinned.wait_for(
+            lambda: {one.version: one.state for one in states(client, NAME)}.get(3, State.END) is State.END,
+            "version 3 to be unloaded",
+        )
 
 
 def test_a_canary_is_taken_away_and_given_back_under_a_slow_request(models: Path, saved_models: Path) -> None:

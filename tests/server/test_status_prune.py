@@ -72,7 +72,7 @@ def test_status_and_prune_follow_a_promotion(models: Path, scales: Path) -> None
         assert pruned["kept"]["5"] == "among the newest 1"
         assert prune(models, NAME, 1, fleet_of(server), force=True).removed == (4,)
         assert prune(models, NAME, 1, fleet_of(server), force=True).removed == ()
-        with Client(server.target) as client:
+        with Client(server.target, timeout=60.0) as client:
             assert served(client) == 2
 
 

@@ -111,7 +111,7 @@ def test_a_server_with_a_certificate(models: Path, authority: trustme.CA, trust:
     trust(authority)
     with (
         serving(models, config(authority.issue_cert("127.0.0.1"))) as server,
-        Client(server.target) as client,
+        Client(server.target, timeout=60.0) as client,
     ):
         server.wait_for(lambda: is_available(client), "the model over TLS")
         assert client.predict("times", X)["y"] == [1]
@@ -147,7 +147,7 @@ def test_clients_that_have_to_show_a_certificate(models: Path, authority: trustm
     clients = trustme.CA()
     with serving(models, config(authority.issue_cert("127.0.0.1"), verify=clients)) as server:
         trust(authority, clients.issue_cert("client"))
-        with Client(server.target) as client:
+        with Client(server.target, timeout=60.0) as client:
             server.wait_for(lambda: is_available(client), "the model over TLS")
             assert client.predict("times", X)["y"] == [1]
         for shown in (None, trustme.CA().issue_cert("stranger")):

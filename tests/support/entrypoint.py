@@ -56,7 +56,7 @@ class Container:
             *flags,
         ]
         self.target = f"127.0.0.1:{self.port}"
-        self.client = Client(self.target)
+        self.client = Client(self.target, timeout=60.0)
         self.start()
 
     def start(self) -> None:

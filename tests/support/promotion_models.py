@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,8 +128,11 @@ def golden_file(path: Path, factor: float) -> Path:
 def add_version(
     saved_model: Path, models: Path, number: int, *, warmup: bool = True, expected: float | None = None
 ) -> Path:
-    """Put a version into a repository, with a warmup record and its expected answer."""
-    version = models / NAME / str(number)
+    """Put a version into a repository, with a warmup record and its expected answer.
+
+    It appears as a whole: a server may look at any moment.
+    """
+    version = models / NAME / f"staged-{number}"
     shutil.copytree(saved_model, version)
     extra = version / "assets.extra"
     extra.mkdir(exist_ok=True)
@@ -139,7 +143,7 @@ def add_version(
         file = golden_file(extra / "given", expected)
         golden.write_to_version(golden.read_file(file, golden.Tolerance()), version)
         file.unlink()
-    return version
+    return version.rename(models / NAME / str(number))
 
 
 def write_config(models: Path, versions: list[int], stable: int | None) -> None:
@@ -199,7 +203,7 @@ def server(models: Path) -> Iterator[launch.ServerProcess]:
 
 def fleet_of(*servers: launch.ServerProcess | str, **more: Any) -> FleetSettings:
     targets = [server if isinstance(server, str) else server.target for server in servers]
-    return FleetSettings(targets, **{"patience": 5.0, "load_timeout": 60.0, **more})
+    return FleetSettings(targets, **{"patience": 60.0, "load_timeout": 60.0, **more})
 
 
 def settings(**more: Any) -> PromotionSettings:
@@ -226,7 +230,7 @@ class Load:
         ]
 
     def _call(self, label: str) -> None:
-        with Client(self._target, timeout=30.0) as client:
+        with Client(self._target, timeout=60.0) as client:
             while not self._stop.wait(0.002):
                 try:
                     answer = client.predict(NAME, {"x": X}, label=label)["y"]
@@ -237,7 +241,14 @@ class Load:
     @property
     def factors(self) -> set[float]:
         """Whose answers callers got."""
-        return {factor for _, factor in self.answers}
+        return {factor for _, factor in list(self.answers)}
+
+    def sees(self, factor: float) -> None:
+        """Wait until callers have had an answer of this version."""
+        deadline = time.monotonic() + 60
+        while factor not in self.factors:
+            assert time.monotonic() < deadline, f"no answer of {factor}, only {self.answers}"
+            self._stop.wait(0.01)
 
     def __enter__(self) -> Load:
         for thread in self._threads:
