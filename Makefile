@@ -91,7 +91,8 @@ scan: $(READY)
 
 # Fuzz each parser of foreign bytes for FUZZ_SECONDS. Findings go to reports/.
 FUZZ_SECONDS ?= 600
-FUZZ_TARGETS := json tensor request infer_json infer_message http2 tfrecord warmup checkpoint
+FUZZ_TARGETS := json tensor request infer_json infer_message http2 tfrecord warmup checkpoint \
+    rest store version models_config
 fuzz: $(READY)
 	cd reports && for target in $(FUZZ_TARGETS); do \
 	    ../$(BIN)/python ../tests/fuzz/coverage_guided.py $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spikeless.errors import DataLoss, NotFound, Unimplemented
 from spikeless.formats import checkpoint, string_table
 from spikeless.formats.checkpoint import Checkpoint, index_file, rewrite
+from spikeless.formats.protos import tensor_bundle_pb2
 
 #: Writes checkpoints with TensorFlow: one with odd values, one with slices in two
 #: shards.
@@ -184,9 +186,35 @@ def _flip(file: Path, position: int) -> None:
     file.write_bytes(content)
 
 
-def test_big_endian_checkpoints_are_refused(tmp_path: Path) -> None:
-    from spikeless.formats.protos import tensor_bundle_pb2
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": -1},
+        {"offset": -1},
+        {"shard_id": -1},
+        {"shape": {"dim": [{"size": -3}, {"size": 4}]}},
+        {"slices": [{"extent": [{"start": 0, "length": 2}]}]},
+    ],
+)
+def test_an_entry_that_means_nothing_is_damage(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Its checksum may be right all the same."""
+    header = tensor_bundle_pb2.BundleHeaderProto(num_shards=1)
+    entry = tensor_bundle_pb2.BundleEntryProto(shape={"dim": [{"size": 3}, {"size": 4}]}, size=48)
+    entry.MergeFrom(tensor_bundle_pb2.BundleEntryProto(**changes))
+    table = {b"": header.SerializeToString(), b"v": entry.SerializeToString()}
+    index_file(tmp_path / "strange").write_bytes(string_table.write(table))
+    with pytest.raises(DataLoss, match="'v' is damaged"):
+        Checkpoint.read(tmp_path / "strange")
 
+
+@pytest.mark.parametrize("text", [" ", "1000 4 -", "1000 4 a:b", "1000 4 0,x:-", "x 4 -:-", "-:-", "1000 4"])
+def test_a_slice_that_is_none_is_not_found(written: Path, text: str) -> None:
+    read = Checkpoint.read(written / "plain")
+    assert read.find(_key("table").decode(), "1000 4 -:-") == (_key("table"),)
+    assert read.find(_key("table").decode(), text) is None
+
+
+def test_big_endian_checkpoints_are_refused(tmp_path: Path) -> None:
     header = tensor_bundle_pb2.BundleHeaderProto(
         num_shards=1, endianness=tensor_bundle_pb2.BundleHeaderProto.BIG
     )

@@ -591,7 +591,19 @@ def _flip(file: Path) -> None:
 def test_a_damaged_manifest_is_refused(mapped: Path, tmp_path: Path) -> None:
     path = shutil.copytree(mapped / "module", tmp_path / "model")
     manifest = path / "assets.extra" / MANIFEST_FILE
-    for content in ("{", "[]", '{"format": 99}', '{"format": 1}'):
+    good = json.loads(manifest.read_text())
+    file = good["files"][0]
+    for content in (
+        *("{", "[]", '{"format": 99}', '{"format": 1}', "[" * 100_000),
+        *(
+            json.dumps({**good, "files": [{**file, **changes}]})
+            for changes in ({"path": "/etc/passwd"}, {"path": "../a"}, {"path": 1}, {"size": "1"})
+        ),
+        *(
+            json.dumps({**good, "variables": [{**good["variables"][0], "file": other}]})
+            for other in (1, ["a"], "/etc/passwd")
+        ),
+    ):
         manifest.write_text(content)
         with pytest.raises(DataLoss, match="map the model again"):
             read_manifest(path)

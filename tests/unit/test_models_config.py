@@ -144,6 +144,8 @@ def test_an_edit_that_would_change_another_model_is_refused() -> None:
         (b"model_config_list { config { name: 3 } }", r"not in protocol buffer text format"),
         (b"\xff", "cannot be read"),
         (b"model_config_list { config { name 'a' } }", "line 1"),
+        (b"model_config_list { config " + b"{ a " * 5000, "nested too deeply"),
+        (b"a: " + b"- " * 5000, "nested too deeply"),
         (b"model_config_list: -", "line 1: cannot make sense of 'the end'"),
     ],
 )

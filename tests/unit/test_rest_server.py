@@ -120,6 +120,15 @@ def test_a_body_over_the_limit_is_refused() -> None:
         assert not application.entered.acquire(blocking=False), "it never got as far as the application"
 
 
+@pytest.mark.parametrize("address", [b"//[", b"http://[x/"])
+def test_half_an_address_is_refused(address: bytes) -> None:
+    application = Application()
+    with running(application) as (_, port), connect(port) as connection:
+        connection.sendall(b"GET " + address + b" HTTP/1.1\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+    assert not application.entered.acquire(blocking=False), "it never got as far as the application"
+
+
 def test_too_many_headers_are_refused() -> None:
     with running(Application()) as (_, port), connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n" + b"X: " + b"y" * (1 << 19) + b"\r\n\r\n")

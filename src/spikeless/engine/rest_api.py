@@ -210,9 +210,10 @@ def _model_spec(match: re.Match[str]) -> model_pb2.ModelSpec:
     name, version, label = match.group(1, 2, 3)
     spec = model_pb2.ModelSpec(name=rest_json.path_text(name, "model name"))
     if version is not None:
-        if int(version) > _MAX_VERSION:
+        digits = version.lstrip("0") or "0"
+        if len(digits) > len(str(_MAX_VERSION)) or int(digits) > _MAX_VERSION:
             raise InvalidArgument(f"Failed to convert version: {version} to numeric.")
-        spec.version.value = int(version)
+        spec.version.value = int(digits)
     elif label is not None:
         spec.version_label = rest_json.path_text(label, "model version label")
     return spec

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
@@ -63,6 +64,8 @@ class _RequestParser(HTTPRequestParser):
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
+            # The application does the same, also where waitress takes it for a path.
+            urlsplit(self.request_uri)
         except ValueError as error:
             raise ParsingError(str(error)) from None
 

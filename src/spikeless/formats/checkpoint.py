@@ -101,6 +101,8 @@ class Checkpoint:
             entries = {
                 key: tensor_bundle_pb2.BundleEntryProto.FromString(value) for key, value in table.items()
             }
+            for key, entry in entries.items():
+                _check(key, entry)
         except (DataLoss, KeyError, DecodeError) as error:
             raise DataLoss(
                 f"{index} is no readable checkpoint index ({error}): copy or export it again"
@@ -126,10 +128,10 @@ class Checkpoint:
             woven into others.
         """
         key = name.encode("utf-8", "surrogateescape")
-        entry = self.entries.get(key)
-        if entry is None:
+        shape = self._shape(key)
+        if shape is None:
             return None
-        shape = [dim.size for dim in entry.shape.dim]
+        entry = self.entries[key]
         wanted = _parse_slice(shape_and_slice, shape)
         if not entry.slices:
             return (key,) if wanted == [(0, size) for size in shape] else None
@@ -139,14 +141,34 @@ class Checkpoint:
         rows = {}
         for stored in map(_extents, entry.slices):
             (first, count), *others = _whole_lengths(stored, shape)
-            if count and others == columns and start <= first and first + count <= start + length:
-                rows[first] = (count, _slice_key(key, stored))
+            piece = _slice_key(key, stored)
+            sizes = [count, *(size for _, size in others)]
+            if (
+                count > 0
+                and others == columns
+                and start <= first
+                and first + count <= start + length
+                and self._shape(piece) == sizes
+            ):
+                rows[first] = (count, piece)
         keys, row = [], start
         while row in rows:
             count, key = rows[row]
             keys.append(key)
             row += count
-        return tuple(keys) if row == start + length and all(key in self.entries for key in keys) else None
+        return tuple(keys) if row == start + length else None
+
+    def _shape(self, key: bytes) -> list[int] | None:
+        entry = self.entries.get(key)
+        return None if entry is None else [dim.size for dim in entry.shape.dim]
+
+
+def _check(key: bytes, entry: tensor_bundle_pb2.BundleEntryProto) -> None:
+    """What no reader looks at again: places, and the dimensions of slices."""
+    rank = len(entry.shape.dim)
+    numbers = (entry.shard_id, entry.offset, entry.size, *(dim.size for dim in entry.shape.dim))
+    if min(numbers) < 0 or any(len(each.extent) != rank for each in entry.slices):
+        raise DataLoss(f"the entry of {key.decode(errors='replace')!r} is damaged")
 
 
 def index_file(prefix: Path) -> Path:
@@ -312,16 +334,19 @@ def _checked(path: Path, entries: Sequence[tuple[bytes, tensor_bundle_pb2.Bundle
 
 
 def _parse_slice(shape_and_slice: str, shape: Sequence[int]) -> list[tuple[int, int]] | None:
-    """(start, length) per dimension; None where the full shape is another."""
+    """(start, length) per dimension; None where it is none of this shape."""
     if not shape_and_slice:
         return [(0, size) for size in shape]
-    *full, spec = shape_and_slice.split()
-    if [int(size) for size in full] != list(shape):
+    *full, spec = shape_and_slice.split() or [""]
+    parts = [part.partition(",") for part in spec.split(":")]
+    if full != [str(size) for size in shape] or len(parts) != len(shape):
         return None
-    extents = [
-        (0, _FULL_EXTENT) if part == "-" else (int(part.partition(",")[0]), int(part.partition(",")[2]))
-        for part in spec.split(":")
-    ]
+    try:
+        extents = [
+            (0, _FULL_EXTENT) if start == "-" else (int(start), int(length)) for start, _, length in parts
+        ]
+    except ValueError:
+        return None
     return _whole_lengths(extents, shape)
 
 

@@ -127,11 +127,25 @@ def read_manifest(saved_model: str | os.PathLike[str]) -> Manifest:
             )
             for variable in content["variables"]
         )
-        return Manifest(**content)
+        manifest = Manifest(**content)
+        _check_paths(manifest)
+        return manifest
     except FileNotFoundError:
         raise NotFound(f"{saved_model} is not mapped: it has no {path.name}; run `spikeless map`") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataLoss(f"{path} cannot be read ({error}); map the model again") from error
+
+
+def _check_paths(manifest: Manifest) -> None:
+    """Every file is one inside the SavedModel, and has a size."""
+    for file in manifest.files:
+        path = PurePosixPath(file.path)
+        if path.is_absolute() or ".." in path.parts or not isinstance(file.size, int):
+            raise ValueError(f"{file.path!r} is no file of it, or has no size")
+    known = {None, *(file.path for file in manifest.files)}
+    for variable in manifest.variables:
+        if variable.file not in known:
+            raise ValueError(f"{variable.file!r} is no file of it")
 
 
 def mapping_nodes(proto: saved_model_pb2.SavedModel) -> Iterator[node_def_pb2.NodeDef]:

@@ -80,7 +80,7 @@ def of_version(version: str | os.PathLike[str]) -> Golden:
         tolerance = Tolerance(**json.loads((extra / TOLERANCE_FILE).read_text()))
     except FileNotFoundError:
         raise NotFound(f"{extra / TOLERANCE_FILE} is missing; publish the version again") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InvalidArgument(f"{extra / TOLERANCE_FILE} cannot be read: {error}") from None
     return read_file(extra / REQUESTS_FILE, tolerance)
 

@@ -205,7 +205,7 @@ def _quoted(value: str) -> str:
 def _parsed(text: str, message: Any) -> Any:
     try:
         return text_format.Parse(text, message, allow_unknown_field=True)
-    except text_format.ParseError as error:
+    except (text_format.ParseError, RecursionError) as error:
         raise InvalidArgument(f"{FILE_NAME} is not in protocol buffer text format: {error}") from None
 
 

@@ -65,5 +65,5 @@ def read(version: Path) -> Taken | None:
         return Taken(Origin(**fields["origin"]), tuple(fields["gates"]), Findings(**fields["findings"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataLoss(f"{file} cannot be read: {error}; publish the version again") from None

@@ -59,7 +59,10 @@ def parse(text: str) -> Message:
         InvalidArgument: it is not in text format; the message says in which line.
     """
     parser = _Parser(text)
-    return Message(0, len(text), parser.fields(""))
+    try:
+        return Message(0, len(text), parser.fields(""))
+    except RecursionError:
+        raise InvalidArgument("its messages are nested too deeply") from None
 
 
 class _Parser:
