@@ -311,6 +311,25 @@ def test_unreadable_results(tmp_path: Path) -> None:
         bench.read_run(tmp_path / "incomplete.npz")
 
 
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("metadata", np.full(100_000, ord("["), np.uint8)),
+        ("metadata", np.frombuffer(b'{"schema": 2, "settings": []}', np.uint8)),
+        ("latency", np.array("text")),
+        ("latency", np.array(1.0)),
+        ("latency", np.ones((3, 3))),
+    ],
+)
+def test_results_of_strange_content(tmp_path: Path, column: str, values: np.ndarray[Any, Any]) -> None:
+    made_up_run().save(tmp_path / "run.npz")
+    with np.load(tmp_path / "run.npz") as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "strange.npz", **arrays | {column: values})
+    with pytest.raises(DataLoss, match=r"strange\.npz"):
+        bench.read_run(tmp_path / "strange.npz")
+
+
 def test_workers_are_merged_by_intended_start() -> None:
     run = made_up_run()
     parts = [

@@ -17,7 +17,6 @@ from spikeless.errors import SpikelessError
 from spikeless.formats import large_tensors, open_inference, wire
 from spikeless.formats.large_tensors import (
     LARGE,
-    MAX_FIELDS,
     LargeRequest,
     Response,
     array_of,
@@ -111,14 +110,14 @@ def test_small_fields_take_no_memory_each(where: str) -> None:
     entry = wire.field(1, b"x") + wire.field(2, tensor) + many * (where == "entry")
     content = wire.field(2, entry) + many * (where == "request")
     taken, read = peak(lambda: read_request(content))
-    assert taken < 512 * MAX_FIELDS + SLACK
+    assert taken < 512 * wire.MAX_FIELDS + SLACK
     assert contents(read) == contents(predict_pb2.PredictRequest.FromString(content))
 
 
 def test_nor_do_those_of_the_open_inference_protocol() -> None:
     content = b"\x78\x05" * LARGE + wire.field(7, bytes(SIZE))
     taken, parsed = peak(lambda: open_inference.parse_message(content))
-    assert taken < 512 * MAX_FIELDS + SLACK
+    assert taken < 512 * wire.MAX_FIELDS + SLACK
     assert list(parsed.raw) == [bytes(SIZE)]
 
 

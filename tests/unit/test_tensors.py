@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
+from spikeless.formats import wire
 from spikeless.formats.protos import tensor_pb2, types_pb2
 from spikeless.formats.tensors import NUMPY_DTYPES, dtype_name, to_numpy, to_proto
 
@@ -117,6 +118,15 @@ def test_what_does_not_fit_is_refused(proto: tensor_pb2.TensorProto, message: st
 def test_types_without_a_counterpart_are_refused(number: int) -> None:
     with pytest.raises(Unimplemented, match="DT_"):
         to_numpy(tensor([1], dtype=number))
+
+
+def test_strings_before_the_numbers_mean_nothing_but_are_not_many() -> None:
+    """They are walked over: millions would hold all other requests up."""
+    few = tensor([1], dtype=types_pb2.DT_COMPLEX64, scomplex_val=[1, 2], string_val=[b""] * 100)
+    assert to_numpy(few).tolist() == [1 + 2j]
+    many = tensor([1], string_val=[b""] * (wire.MAX_FIELDS + 1))
+    with pytest.raises(InvalidArgument, match="too many fields"):
+        to_numpy(many)
 
 
 @given(st.binary(max_size=200))

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,7 +259,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         raise NotFound(f"{name} cannot be read: {error.strerror or error}") from None
     except zipfile.BadZipFile:
         raise DataLoss(f"{name} is damaged: its end is missing, or it is no raw result") from None
-    except (ValueError, KeyError, EOFError, AttributeError):
+    except (ValueError, KeyError, EOFError, AttributeError, RuntimeError, MemoryError, zlib.error):
         raise DataLoss(not_one) from None
     schema = metadata.pop("schema", None) if isinstance(metadata, dict) else None
     if schema != SCHEMA:
@@ -267,9 +268,10 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         facts = _facts(metadata)
         requests = {column: arrays[column].astype(dtype) for column, dtype in COLUMNS.items()}
         samples = {column: arrays[_SAMPLE_PREFIX + column] for column in SAMPLES}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataLoss(f"{name} is incomplete or has unknown fields: {error}") from None
-    if len({len(values) for values in requests.values()}) != 1:
+    shapes = {values.shape for values in requests.values()}
+    if len(shapes) != 1 or any(len(shape) != 1 for shape in shapes):
         raise DataLoss(f"{name} has columns of different lengths")
     return Run(facts, requests, samples)
 

@@ -24,9 +24,6 @@ from spikeless.formats.tensors import data_type, numpy_dtype, raw_field, to_nump
 
 #: From this many bytes on, a message is large.
 LARGE = 1 << 18
-#: Fields of a message, and of those in it, that are looked at one by one. The contents
-#: of one that has more, such as many strings, are not what makes it large.
-MAX_FIELDS = 1 << 12
 
 # The fields of the messages: of PredictRequest, of PredictResponse, of an entry of a
 # map, and of TensorProto.
@@ -81,7 +78,7 @@ def _split(request: memoryview) -> tuple[_Parts, dict[str, memoryview]]:
     """A request without its tensors' contents, in parts, and these by alias."""
     kept: _Parts = []
     contents: dict[str, memoryview] = {}
-    allowed = wire.allowance(MAX_FIELDS)
+    allowed = wire.allowance()
     for number, whole, value in wire.fields(request, allowed):
         if number != _INPUTS or not _holds_bytes(whole):
             kept.append(whole)

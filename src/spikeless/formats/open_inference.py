@@ -25,7 +25,7 @@ import orjson
 
 from spikeless.errors import InvalidArgument, SpikelessError, Unimplemented
 from spikeless.formats import rest_json, wire
-from spikeless.formats.large_tensors import LARGE, MAX_FIELDS
+from spikeless.formats.large_tensors import LARGE
 from spikeless.formats.open_inference_messages import message_class
 from spikeless.formats.protos import types_pb2
 from spikeless.formats.savedmodel import Signature, TensorSpec
@@ -367,7 +367,7 @@ def parse_message(content: bytes, large: int = LARGE) -> InferMessage:
         kept: list[memoryview] = []
         raw: list[memoryview] = []
         try:
-            for number, whole, value in wire.fields(memoryview(content), wire.allowance(MAX_FIELDS)):
+            for number, whole, value in wire.fields(memoryview(content), wire.allowance()):
                 if number == _RAW_INPUTS and whole[0] & 7 == wire.BYTES:
                     raw.append(value)
                 else:

@@ -195,9 +195,13 @@ def _packed(proto: tensor_pb2.TensorProto, number: int, size: int) -> bytes | me
     """The packed numbers of a field, from the serialized message: faster than a loop.
 
     What a client sent under this number in another encoding is written out too, as an
-    unknown field, but after the numbers and in another size.
+    unknown field, but after the numbers and in another size. Strings beside numbers,
+    which would come before them, mean nothing.
+
+    Raises:
+        InvalidArgument: there are too many of these.
     """
-    for field, _, value in wire.fields(memoryview(proto.SerializeToString())):
+    for field, _, value in wire.fields(memoryview(proto.SerializeToString()), wire.allowance()):
         if field == number and len(value) == size:
             return value
     return b""

@@ -15,6 +15,9 @@ from spikeless.errors import InvalidArgument
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
+#: Of a message from a client, and of those in it, that are looked at one by one. The
+#: numbers of a large tensor are one field; other messages are for the parser.
+MAX_FIELDS = 1 << 12
 #: Of a number, as for every parser.
 _MAX_VARINT_BYTES = 10
 
@@ -58,7 +61,7 @@ def field(number: int, content: bytes | memoryview) -> bytes:
     return b"".join((head(number, len(content)), content))
 
 
-def allowance(count: int) -> Iterator[None]:
+def allowance(count: int = MAX_FIELDS) -> Iterator[None]:
     """For `fields`: as many of them, in one message or in several."""
     return itertools.repeat(None, count)
 
