@@ -247,7 +247,6 @@ def test_a_kill_at_any_point_leaves_whole_versions_and_none_is_published_twice(
     assert done.returncode == 0, done.stderr
     events = {line.partition(" ")[0] for line in done.stdout.splitlines()}
     assert events >= {"open", "os.mkdir", "os.rename"}
-    # MLflow fetches with threads, so the lines are not one for each kill.
     folders = sorted(kills_in.iterdir(), key=lambda folder: int(folder.name))
     before = [list(versions(folder, "times")) for folder in folders]
     renamed = before.index([1])
