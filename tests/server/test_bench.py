@@ -284,7 +284,7 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     """The command starts the engine, publishes three times, and writes a raw result."""
     models, source = publish_boston(saved_models / "signatures", tmp_path), tmp_path / "source"
 
-    load: tuple[str | int, ...] = ("--rate", 100, "--duration", "18s", "--settle", "1s", "--timeout", "60s")
+    load: tuple[str | int, ...] = ("--rate", 100, "--duration", "23s", "--settle", "1s", "--timeout", "60s")
     load += ("--publishes", 3, "--publish-at", 3, "--publish-every", 5)
     place = ("--models", models, "--out", tmp_path / "raw")
     options = (*load, *place, "--publish", source, "--scenario", "warm", "--no-floor", "--json")
@@ -293,10 +293,10 @@ def test_swaps_measured_end_to_end(saved_models: Path, tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     for happened in ("publish v2", "v2 AVAILABLE", "v1 END", "publish v4", "v4 AVAILABLE"):
         assert len([line for line in lines if line.endswith(f" s {happened}")]) == 1, happened
-    assert any(re.search(r"/18 s, [\d,]+ sent, \d+/s, p99 .* private, v1 AVAILABLE", line) for line in lines)
+    assert any(re.search(r"/23 s, [\d,]+ sent, \d+/s, p99 .* private, v1 AVAILABLE", line) for line in lines)
     assert "\x1b" not in done.stderr
     answer = json.loads(done.stdout)
-    assert answer["codes"] == {"OK": len(Schedule(100, 18).offsets())}
+    assert answer["codes"] == {"OK": len(Schedule(100, 23).offsets())}
     assert len(answer["reloads"]) == 3
     assert (answer["reloads"][0]["old_version"], answer["reloads"][0]["new_version"]) == (1, 2)
     assert {"1", "2"} <= set(answer["served"]) <= {"1", "2", "3", "4"}

@@ -27,7 +27,7 @@ def test_each_part_of_a_call_is_timed(
 ) -> None:
     output = tmp_path / "profile.json"
     command = ["--saved-model", str(saved_models / "signatures"), "--metrics", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["engine_profile.py", *command, "--clients", "2", "--seconds", "0.5"])
+    monkeypatch.setattr(sys, "argv", ["engine_profile.py", *command, "--clients", "2", "--seconds", "2"])
     engine_profile.main()
     shown = capsys.readouterr().out
     result = json.loads(output.read_text())

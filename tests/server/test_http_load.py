@@ -276,12 +276,12 @@ PROTOCOLS = ("rest", "open-inference") if IS_EMBEDDED else ("rest",)
 def test_swaps_measured_over_http(protocol: str, saved_models: Path, tmp_path: Path) -> None:
     models, source = publish_boston(saved_models / "signatures", tmp_path), tmp_path / "source"
     options = ["--models", models, "--out", tmp_path / "raw", "--publish", source, "--protocol", protocol]
-    options += ["--rate", 50, "--duration", "8s", "--settle", "1s", "--timeout", "60s", "--publish-at", "3s"]
+    options += ["--rate", 50, "--duration", "13s", "--settle", "1s", "--timeout", "60s", "--publish-at", "3s"]
     arguments = ["bench", "run", "boston", *options, "--json"]
     done = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
-    assert answer["codes"] == {"OK": len(Schedule(50, 8).offsets())}
+    assert answer["codes"] == {"OK": len(Schedule(50, 13).offsets())}
     assert [reload["new_version"] for reload in answer["reloads"]] == [2]
     # Only Open Inference says which version answered.
     assert set(answer["served"]) == ({"1", "2"} if protocol == "open-inference" else set())

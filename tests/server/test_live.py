@@ -41,7 +41,7 @@ def publish(models: Path) -> None:
 
 
 def test_bench_shows_load_memory_and_the_moment_of_each_swap(models: Path, tmp_path: Path) -> None:
-    load = ("--rate", 50, "--duration", 8, "--settle", 0.5, "--publish-at", 2, "--timeout", 60)
+    load = ("--rate", 50, "--duration", 12, "--settle", 0.5, "--publish-at", 2, "--timeout", 60)
     place = ("--models", models, "--out", tmp_path / "raw", "--publish", tmp_path / "source")
     with Terminal("bench", "run", "boston", *load, *place, "--no-floor") as terminal:
         for text in ("v1 AVAILABLE", " s publish v2", " s v2 AVAILABLE", " s v1 END"):
@@ -63,7 +63,7 @@ def test_status_shows_each_change_as_it_happens(models: Path, server: launch.Ser
     ) as terminal:
         terminal.wait_for(f"boston 1 AVAILABLE on {server.target}")
         terminal.wait_for("private")
-        with Client(server.target) as client:
+        with Client(server.target, timeout=60.0) as client:
             client.prediction.Predict(record.request)
         terminal.wait_for("p99 at most")
         publish(models)
