@@ -51,7 +51,7 @@ def capturing(target: str, out: Path, sample: float = 1.0, **more: Any) -> Itera
     capture = Capture(CaptureSettings(target, "127.0.0.1:0", RecorderSettings(out, **more), sample))
     port = capture.start()
     try:
-        with Client(f"127.0.0.1:{port}") as client:
+        with Client(f"127.0.0.1:{port}", timeout=60.0) as client:
             yield client, capture
     finally:
         capture.stop()
@@ -65,7 +65,7 @@ def test_records_become_warmup_and_golden_requests(target: str, scales: Path, tm
     relay = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert relay.stdout is not None
     address = relay.stdout.readline().split()[1]
-    with Client(address) as client:
+    with Client(address, timeout=60.0) as client:
         for rows in (1, 2, 4, 2, 1):
             x = np.full((rows, 2), rows, np.float32)
             np.testing.assert_array_equal(client.predict(NAME, {"x": x})["y"], 2 * x)
@@ -96,7 +96,7 @@ def test_records_become_warmup_and_golden_requests(target: str, scales: Path, tm
 
 def test_the_relay_changes_nothing(target: str, tmp_path: Path) -> None:
     """Error codes, deadlines, metadata and unknown methods come through unchanged."""
-    with Client(target) as direct, capturing(target, tmp_path / "out") as (relayed, capture):
+    with Client(target, timeout=60.0) as direct, capturing(target, tmp_path / "out") as (relayed, capture):
         calls: tuple[Callable[[Client], object], ...] = (
             lambda client: client.predict(NAME, {"x": X}),
             lambda client: client.predict("unknown", {"x": X}),
@@ -430,7 +430,7 @@ def test_the_command_streams_while_warmup_is_built(target: str, scales: Path, tm
     sent: list[int] = []
 
     def call() -> None:
-        with Client(address) as client:
+        with Client(address, timeout=60.0) as client:
             while not done.is_set() or len(sent) < 50:
                 x = np.full((1 + len(sent) % 3, 2), 7, np.float32)
                 np.testing.assert_array_equal(client.predict(NAME, {"x": x})["y"], 2 * x)

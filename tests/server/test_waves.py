@@ -88,8 +88,9 @@ def test_a_healthy_fleet_goes_through_its_waves_under_load(store: str, tmp_path:
             "promote",
         ]
         all_serve(fleet, 2)
-        for machine in fleet:
+        for machine, load in zip(fleet, loads, strict=True):
             wait_for(lambda machine=machine: measured(machine), f"{machine.node}: {machine.log}")  # type: ignore[misc]
+            load.sees(2.0)
         for kills in itertools.count():
             if not killed_at_line(command(store, 3, *waves), kills):
                 break
@@ -99,6 +100,7 @@ def test_a_healthy_fleet_goes_through_its_waves_under_load(store: str, tmp_path:
         all_serve(fleet, 3)
         assert last_change(store).waves == ()
         for load in loads:
+            load.sees(3.0)
             assert load.factors == {1.0, 2.0, 3.0}
         for machine in fleet:
             assert SECRET_KEY not in machine.log
@@ -224,7 +226,7 @@ def test_what_callers_of_a_new_version_get_takes_it_back(
         assert re.match(f"wave 1 of 2: node-a: {problem}", change.reason), change.reason
         all_serve(fleet, 1)
         for machine in fleet:
-            with Client(machine.server.target) as client:
+            with Client(machine.server.target, timeout=60.0) as client:
                 assert served(client) == 1
         # Some callers of one machine noticed it, no others did.
         assert bool(calls.failures) == (saved_model == "brittle")

@@ -64,6 +64,7 @@ def running(models: Path, tmp_path: Path) -> Iterator[Running]:
         "--file_system_poll_wait_seconds=0.1",
         "--max_num_load_retries=0",
         "--grpc_max_threads=32",
+        "--grace=60",
     )
     settings: dict[str, Any] = {"model_name": NAME, "model_base_path": models / NAME, "rest": True}
     with run_server(tmp_path / "log", *flags, **settings) as running:
@@ -78,7 +79,7 @@ def answers_of(running: Running, ask: Callable[[Client], Any]) -> list[Any]:
     """What all workers answer."""
     answers = []
     for _ in range(CONNECTIONS):
-        with Client(running.server.target) as client:
+        with Client(running.server.target, timeout=60.0) as client:
             answers.append(ask(client))
     return answers
 
@@ -130,6 +131,7 @@ def test_workers_change_versions_together_under_load(running: Running, scales: P
             assert everywhere(running, served) == max(versions)
             service = f"{NAME}/{versions[0]}"
             told_everywhere(running, partial(Client.is_serving, service=service), True)
+            load.sees(max(versions))
     assert not load.failures, load.failures[:5]
     assert load.factors == {1.0, 2.0}
     with refused(Code.INVALID_ARGUMENT, "has no name"):
