@@ -15,7 +15,7 @@ from trained_models import spikeless
 from spikeless import bench, launch
 from spikeless.bench import ladder
 from spikeless.bench.rungs import LADDER
-from spikeless.errors import AlreadyExists, InvalidArgument
+from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from spikeless.mapping import check
 
 
@@ -106,7 +106,12 @@ def test_models_that_are_mapped_already_at_a_share_of_what_the_server_can_do(
         publish_every=5,
         load_share=0.05,
     )
-    summary = ladder.run(settings, Console(stderr=True)).read_text()
+    try:
+        summary = ladder.run(settings, Console(stderr=True)).read_text()
+    except FailedPrecondition as error:
+        if "cannot be loaded with a share" not in str(error):
+            raise
+        pytest.skip("this machine is too busy even for the first rate of the search")
     assert "Left out: stock, because no model is given that it could serve" in summary
     runs = {path.stem: bench.read_run(path) for path in out.glob("*.npz")}
     assert runs.keys() == {"mapped-1", "optimized-1"}

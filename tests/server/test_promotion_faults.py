@@ -372,7 +372,7 @@ def test_ctrl_c_and_sigterm_put_everything_back(models: Path) -> None:
             lines = iter(child.stderr.readline, "")
             assert any("soaking" in line for line in lines)
             child.send_signal(number)
-            rest = child.communicate(timeout=60)[1]
+            rest = child.communicate(timeout=120)[1]
             assert child.returncode == 1, rest
             assert rest.endswith("spikeless: error: interrupted\neverything is as it was\n")
             assert config_text(models) == before

@@ -273,7 +273,7 @@ spark_to_tfrecord.write(frame, pathlib.Path(sys.argv[1]), mode="new")
             assert process.poll() is None
             time.sleep(0.1)
         os.killpg(process.pid, number)
-        assert process.wait(60) != 0
+        assert process.wait(200) != 0
     finally:
         process.kill()
         process.wait()

@@ -211,7 +211,7 @@ def test_an_interrupt_leaves_no_export(data: Path, tmp_path: Path) -> None:
         assert process.stdout is not None
         assert any(line.startswith("epoch 1:") for line in process.stdout), process.communicate()[1]
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=200)
     finally:
         process.kill()
         process.wait()
