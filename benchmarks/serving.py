@@ -26,6 +26,7 @@ import argparse
 import functools
 import gc
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -69,6 +70,10 @@ BARE, GRPC, GRPCIO, REST, FLASK = "C API", "gRPC", "gRPC, grpcio client", "REST"
 WORKERS = "gRPC, 2 workers"
 #: TensorFlow Serving over gRPC, where one is given.
 SERVING, SERVING_GRPCIO = "TensorFlow Serving", "TensorFlow Serving, grpcio client"
+#: The same where the client waits in the thread that calls. Else it hands each call
+#: over between three threads of its own.
+POLLING, SERVING_POLLING = "gRPC, grpcio client that polls", "TensorFlow Serving, grpcio client that polls"
+POLLS = {"GRPC_EXPERIMENTS": "-event_engine_client"}
 #: A server that answers at once.
 INSTANT = "the load generator alone"
 #: Connections of the open loop: each worker of a server gets some.
@@ -107,6 +112,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.npz")
     parser.add_argument("--show", type=Path, help="only show this file")
     parser.add_argument("--bare", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
+    parser.add_argument("--grpcio", metavar="TARGET", help=argparse.SUPPRESS)
     parser.add_argument("--open", nargs=3, metavar=("TARGET", "RATE", "SEED"), help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.quick:
@@ -117,6 +123,9 @@ def main() -> None:
         parser.error("--saved-model is needed: train one with training/train_factorization_machine.py")
     elif settings.bare:
         json.dump(bare(settings.saved_model, settings.bare), sys.stdout)
+    elif settings.grpcio:
+        client = functools.partial(grpcio_client, settings.grpcio, settings.saved_model)
+        json.dump(turn(client, 1, settings.seconds), sys.stdout)
     elif settings.open:
         target, rate, seed = settings.open
         schedule = Schedule(float(rate), settings.seconds, seed=int(seed))
@@ -152,10 +161,11 @@ def bare(path: Path, seconds: float) -> list[int]:
         return closed_loop(ask, time.monotonic() + seconds)
 
 
-def apart(path: Path, *arguments: object) -> list[int]:
-    """What this script prints in a process of its own."""
+def apart(path: Path, *arguments: object, environment: Mapping[str, str] | None = None) -> list[int]:
+    """What this script prints in a process of its own, with these variables added."""
     command = [sys.executable, __file__, "--saved-model", str(path), *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=variables)
     taken: list[int] = json.loads(done.stdout)
     return taken
 
@@ -433,6 +443,11 @@ def measure(settings: argparse.Namespace) -> None:
             if clients == 1:
                 taken = apart(path, "--bare", settings.seconds)
                 arrays[f"{number}|{BARE}|1"] = np.array(taken, np.uint64)
+                for way, polling in ((GRPC, POLLING), (SERVING, SERVING_POLLING)):
+                    if way in targets:
+                        load = ("--seconds", settings.seconds, "--grpcio", targets[way])
+                        taken = apart(path, *load, environment=POLLS)
+                        arrays[f"{number}|{polling}|1"] = np.array(taken, np.uint64)
             for way, client in ways.items():
                 if way != WORKERS or clients > 1:
                     taken = turn(client, clients, settings.seconds)
@@ -506,7 +521,7 @@ def show(file: Path) -> None:
     print(f"{facts['rounds']} rounds of {seconds:g} s; medians of the rounds, in brackets the extremes\n")
     print("| Way | Clients | p50 ms | p99 ms | calls/s |\n|---|---|---|---|---|")
     medians: dict[tuple[str, int], tuple[float, float]] = {}
-    for way in (BARE, GRPC, WORKERS, SERVING, GRPCIO, SERVING_GRPCIO, REST, FLASK):
+    for way in (BARE, GRPC, WORKERS, SERVING, GRPCIO, SERVING_GRPCIO, POLLING, SERVING_POLLING, REST, FLASK):
         for clients in sorted({clients for each, clients in result.closed if each == way}):
             rounds = result.closed[way, clients]
             p50 = [milliseconds(values, 50) for values in rounds]
@@ -548,7 +563,8 @@ def show_open_loop(result: Result) -> None:
 
 def show_beside_serving(medians: dict[tuple[str, int], tuple[float, float]]) -> None:
     """Whether the engine holds its bars beside TensorFlow Serving."""
-    for way, other in ((GRPC, SERVING), (WORKERS, SERVING), (GRPCIO, SERVING_GRPCIO)):
+    pairs = ((GRPC, SERVING), (WORKERS, SERVING), (GRPCIO, SERVING_GRPCIO), (POLLING, SERVING_POLLING))
+    for way, other in pairs:
         for clients in sorted({clients for each, clients in medians if each == other}):
             if (way, clients) not in medians:
                 continue
