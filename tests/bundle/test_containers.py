@@ -733,11 +733,11 @@ def test_sigterm_lets_requests_in_progress_end(
 ) -> None:
     models = tmp_path / "models"
     publishing.publish(saved_models / "times_one", models, "m")
-    container = run(images.embedded, models)
+    container = run(images.embedded, models, "--grace=200")
     wait_healthy(container)
     metrics = f"http://{port_of(container, 8501)}/monitoring/prometheus/metrics"
-    with Client(port_of(container, 8500), timeout=120) as client, ThreadPoolExecutor() as pool:
-        slow = pool.submit(client.predict, "m", {"steps": np.asarray(4000, np.int32)}, "spin")
+    with Client(port_of(container, 8500), timeout=240) as client, ThreadPoolExecutor() as pool:
+        slow = pool.submit(client.predict, "m", {"steps": np.asarray(10_000, np.int32)}, "spin")
 
         def in_progress() -> bool:
             lines = [
@@ -748,10 +748,10 @@ def test_sigterm_lets_requests_in_progress_end(
             return sum(float(line.split()[-1]) for line in lines) > 0
 
         wait_for(container, in_progress, "the request to be in progress")
-        stopped: Future[None] = pool.submit(container.stop, timeout=60)
+        stopped: Future[None] = pool.submit(container.stop, timeout=240)
         assert not slow.done()
-        assert slow.result(120)["y"].shape == ()
-        stopped.result(120)
+        assert slow.result(240)["y"].shape == ()
+        stopped.result(240)
     assert state_of(container)["ExitCode"] == 0, logs_of(container)
 
 
