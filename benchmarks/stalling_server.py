@@ -35,7 +35,7 @@ import h2.events
 from spikeless.disk import children
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import get_model_status_pb2, predict_pb2, prediction_log_pb2
-from spikeless.openloop.http2 import PREFIX, configuration
+from spikeless.openloop.http2 import PREFIX, server_side
 
 MODEL = "stalls"
 BYSTANDERS = 1 << 32
@@ -162,7 +162,7 @@ class _Server:
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = h2.connection.H2Connection(configuration(client_side=False))
+        connection = server_side()
         connection.initiate_connection()
         sock.sendall(connection.data_to_send())
         self._connections[sock] = connection

@@ -272,6 +272,14 @@ def test_versions_are_staged_beforehand_and_take_turns(saved_models: Path, tmp_p
     assert graphs[1].samefile(sources[1] / "saved_model.pb")
 
 
+def test_the_instant_server_answers_a_burst(requests: Path) -> None:
+    """As a generator sends one that got no processor for a second."""
+    with instant_server() as target:
+        load = OpenLoop(np.zeros(500), read_requests(requests, "boston"), target, 60.0)
+        load.run(time.monotonic())
+    assert set(load.columns.ended()["code"]) == {Code.OK}
+
+
 def test_the_instant_server_ends_with_its_block(requests: Path) -> None:
     with instant_server() as target:
         columns = drive(requests, target, 100, 0.5).columns.ended()

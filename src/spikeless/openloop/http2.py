@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 
 import h2.config
+import h2.connection
+import h2.settings
 
 #: The compressed flag and the length in front of each gRPC message.
 PREFIX = struct.Struct(">BI")
@@ -20,3 +22,14 @@ def configuration(client_side: bool) -> h2.config.H2Configuration:
         validate_outbound_headers=False,
         normalize_outbound_headers=False,
     )
+
+
+def server_side() -> h2.connection.H2Connection:
+    """A server's end; a client may have any number of calls open.
+
+    A generator that got no processor for a moment sends all that is due at once.
+    """
+    connection = h2.connection.H2Connection(configuration(client_side=False))
+    most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: (1 << 31) - 1}
+    connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
+    return connection

@@ -12,13 +12,12 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
-import h2.connection
 import h2.events
 import h11
 
 from spikeless.bench.protocols import PROTOCOLS
 from spikeless.formats.protos import predict_pb2
-from spikeless.openloop.http2 import PREFIX, configuration
+from spikeless.openloop.http2 import PREFIX, server_side
 
 
 class _Speaker(Protocol):
@@ -33,7 +32,7 @@ class _Speaker(Protocol):
 
 class _Grpc:
     def __init__(self) -> None:
-        self._connection = h2.connection.H2Connection(configuration(client_side=False))
+        self._connection = server_side()
         answer = predict_pb2.PredictResponse()
         answer.model_spec.name = "floor"
         answer.model_spec.version.value = 1
