@@ -8,6 +8,7 @@ value at all means zeros (or empty strings), as documented in
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -116,7 +117,11 @@ def _static_shape(proto: tensor_pb2.TensorProto) -> tuple[int, ...]:
 
 def known_shape(dims: Iterable[int]) -> tuple[int, ...]:
     """The shape of a tensor that a client sent; ``InvalidArgument`` for no such one."""
-    static = tuple(dims)
+    return _known_shape(tuple(dims))
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_shape(static: tuple[int, ...]) -> tuple[int, ...]:
     if min(static, default=0) < 0:
         raise InvalidArgument("tensor shape is not fully known: every dimension must be 0 or more")
     # Zero dimensions do not excuse absurd ones: TensorFlow multiplies them all the

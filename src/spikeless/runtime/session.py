@@ -245,7 +245,7 @@ def _to_tensor(tf: _Library, feed: Feed) -> int:
     else:
         arrays, shape = list(feed), (sum(map(len, feed)), *feed[0].shape[1:])
     number = data_type(arrays[0].dtype)
-    dims = (c_int64 * len(shape))(*shape)
+    dims = _dims(shape)
     if number == types_pb2.DT_STRING:
         strings = chain.from_iterable(array.reshape(-1).tolist() for array in arrays)
         return _to_string_tensor(tf, as_bytes(list(strings)), dims)
@@ -255,6 +255,12 @@ def _to_tensor(tf: _Library, feed: Feed) -> int:
         _copy(address, array)
         address += array.nbytes
     return handle
+
+
+@functools.lru_cache(maxsize=1024)
+def _dims(shape: tuple[int, ...]) -> Any:
+    """A shape as C takes it, which only reads it."""
+    return (c_int64 * len(shape))(*shape)
 
 
 def _allocate(tf: _Library, number: int, dims: Any, size: int) -> int:

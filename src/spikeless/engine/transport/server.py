@@ -226,8 +226,10 @@ class FastServer(grpc.Server):
             heapq.heapify(self._timers)
 
     def _expire(self, now: float) -> None:
-        for client in self._handshakes.take_expired(now) + self._lingering.take_expired(now):
-            self._close(client)
+        for timeouts in (self._handshakes, self._lingering):
+            if timeouts.next <= now:
+                for client in timeouts.take_expired(now):
+                    self._close(client)
         while self._timers and self._timers[0][0] <= now:
             _, _, client, context = heapq.heappop(self._timers)
             if context is not None:
