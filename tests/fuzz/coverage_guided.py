@@ -574,10 +574,11 @@ def main() -> None:
         ]
         for number, seed in enumerate(seeds):
             (corpus / str(number)).write_bytes(seed)
-        words = {word for seed in seeds for word in re.findall(rb'"[^"]*"|[a-zA-Z][\w-]+|[0-9]+', seed)}
+        words = {word for seed in seeds for word in re.findall(rb'"[^"]*"|[a-zA-Z][\w-]*|[0-9]+', seed)}
         dictionary = _directory / "dictionary"
         dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in sorted(words)))
-        options = (*LIBFUZZER, f"-dict={dictionary}", *sys.argv[1:])
+        # An empty one is refused.
+        options = (*LIBFUZZER, *([f"-dict={dictionary}"] if words else []), *sys.argv[1:])
         atheris.Setup([sys.argv[0], *options, str(corpus)], test)
         atheris.Fuzz()
 
