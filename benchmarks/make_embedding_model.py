@@ -42,7 +42,15 @@ BLOCK_ROWS = 1 << 18
 WARMUP_REQUESTS, REQUESTS = 20, 10_000
 
 
-def make(out: Path, size: int, kind: str = "keras", versions: int = 2, *, mapped_only: bool = False) -> None:
+def make(
+    out: Path,
+    size: int,
+    kind: str = "keras",
+    versions: int = 2,
+    *,
+    mapped_only: bool = False,
+    requests: int = REQUESTS,
+) -> None:
     """Write the models, with embeddings of `size` bytes, and the requests to `out`.
 
     Raises:
@@ -54,7 +62,7 @@ def make(out: Path, size: int, kind: str = "keras", versions: int = 2, *, mapped
     generator = np.random.default_rng(0)
     records = [
         predict("serving_default", {"ids": generator.integers(0, rows, (1, IDS))}).SerializeToString()
-        for _ in range(REQUESTS)
+        for _ in range(max(requests, WARMUP_REQUESTS))
     ]
     with atomic.staging(out.absolute().parent / ".staging") as staging:
         for version in range(1, versions + 1):
@@ -65,7 +73,7 @@ def make(out: Path, size: int, kind: str = "keras", versions: int = 2, *, mapped
             tfrecord.write(own, records[:WARMUP_REQUESTS])
             if mapped_only:
                 _map(model, out.absolute())
-        tfrecord.write(staging / "models" / "requests", records)
+        tfrecord.write(staging / "models" / "requests", records[:requests])
         atomic.make_readable(staging / "models")
         atomic.sync_tree(staging / "models")
         os.rename(staging / "models", out)
@@ -149,10 +157,17 @@ def _write_random(file: Path, rows: int, seed: int) -> None:
 @click.option("--kind", type=click.Choice(KINDS), default="keras", show_default=True)
 @click.option("--versions", type=click.IntRange(1), default=2, show_default=True, help="How many models.")
 @click.option("--mapped-only", is_flag=True, help="Mapped models, and mapped and optimised ones, instead.")
-def main(out: Path, size: int, kind: str, versions: int, mapped_only: bool) -> None:
+@click.option(
+    "--requests",
+    type=click.IntRange(1),
+    default=REQUESTS,
+    show_default=True,
+    help="Different ones to replay. Fewer look up fewer rows, which then stay in memory.",
+)
+def main(out: Path, size: int, kind: str, versions: int, mapped_only: bool, requests: int) -> None:
     """Make models of an embedding of a given size in OUT."""
     try:
-        make(out, size, kind, versions, mapped_only=mapped_only)
+        make(out, size, kind, versions, mapped_only=mapped_only, requests=requests)
     except AlreadyExists as error:
         raise SystemExit(f"error: {error}") from None
 
