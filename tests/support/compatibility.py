@@ -202,6 +202,41 @@ def _ladder(result: str, header: Sequence[str], names: dict[str, str]) -> str:
     )
 
 
+#: The header, the verdicts, and what a share of the server's capacity is called.
+_ENGLISH_GOAL = (
+    ("table, requests/s", "p99", "p99.9", "private memory, peak", "reloads", "goal"),
+    {"met": "met", "not met": "not met", "-": "-"},
+    "{}% of what the server can do",
+)
+_CHINESE_GOAL = (
+    ("嵌入表 / 每秒请求数", "p99", "p99.9", "私有内存峰值", "加载次数", "目标"),
+    {"met": "达到", "not met": "未达到", "-": "-"},
+    "服务器能力的 {}%",
+)
+
+
+def _goal(rung: str, words: tuple[Sequence[str], dict[str, str], str]) -> str:
+    """What a rung comes to on TensorFlow Serving, at each size and load."""
+    header, verdicts, share = words
+    rows = {}
+    for summary in sorted(_RESULTS.glob("*-tensorflow-serving-*iB-*/summary.md")):
+        found = re.search(r"(\d+)([MG])iB-(load-)?(\d+)$", summary.parent.name)
+        line = re.search(rf"^\| {re.escape(rung)} \| ((not )?met|-) \|.*", summary.read_text(), re.MULTILINE)
+        assert found is not None, f"{summary} is of no size and load"
+        assert line is not None, f"{summary} has no goal for {rung}"
+        size, unit, is_share, load = found.groups()
+        _, verdict, p99, p999, _, memory, reloads = (cell.strip() for cell in line[0].strip("|").split("|"))
+        rows[unit == "G", int(size), is_share is not None, int(load)] = [
+            f"{size} {unit}iB, " + (share.format(load) if is_share else f"{int(load):,}"),
+            p99,
+            p999,
+            memory.partition(",")[0],
+            reloads,
+            verdicts[verdict],
+        ]
+    return _table(header, (rows[key] for key in sorted(rows)))
+
+
 def _serving() -> str:
     """What ``benchmarks/serving.py`` measured: medians of the rounds."""
     with imported("serving") as serving:
@@ -322,6 +357,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "fleet": lambda _: _fleet(),
     "ladder": lambda result: _ladder(result, _ENGLISH, {}),
     "ladder in chinese": lambda result: _ladder(result, _CHINESE, _CHINESE_RUNGS),
+    "goal": lambda _: _goal("+ isolated", _ENGLISH_GOAL),
+    "goal in chinese": lambda _: _goal("+ isolated", _CHINESE_GOAL),
 }
 
 
