@@ -60,7 +60,9 @@ def test_real_swaps_are_held_where_loads_are_apart_and_not_without_remedy() -> N
     assert stock
     for directory, runs in isolated.items():
         judgement = judge(runs, Limits({"p99.9": 20.0}))
-        assert judgement.outcome is GateOutcome.HELD, (directory, judgement)
+        # At a share of what the server can do, the generator may lack the processors.
+        allowed = {GateOutcome.HELD, GateOutcome.UNCLEAR} if runs[0].facts.notes else {GateOutcome.HELD}
+        assert judgement.outcome in allowed, (directory, judgement)
     found = {judge(runs, Limits({"p99.9": 20.0}, spike_ratio=1.5)).outcome for runs in stock.values()}
     # Where the server takes the processors from the generator, it is too noisy to tell.
     assert GateOutcome.BROKEN in found
