@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_scripts
 import pytest
-from benchmark_scripts import imported
 
-
-@pytest.fixture(scope="module")
-def engine_profile() -> Iterator[Any]:
-    with imported("engine_profile") as module:
-        yield module
+engine_profile = benchmark_scripts.fixture("engine_profile")
 
 
 def test_each_part_of_a_call_is_timed(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_scripts
 import pytest
-from benchmark_scripts import imported
 from rich.console import Console
 
 from spikeless import bench
@@ -16,11 +15,7 @@ from spikeless.bench import ladder
 from spikeless.bench.events import PUBLISH_ALL, STORM, UNLOAD
 from spikeless.errors import Code
 
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[Any]:
-    with imported("events") as module:
-        yield module
+benchmark = benchmark_scripts.fixture("events")
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ what happens but not whether it is reported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
+import benchmark_scripts
 import numpy as np
 import pytest
-from benchmark_scripts import imported
 
 from spikeless import bench
 from spikeless.errors import Code
@@ -20,10 +19,7 @@ RATE = 200.0
 HEIGHTS = (0.1, 0.4)
 
 
-@pytest.fixture(scope="module")
-def instrument() -> Iterator[Any]:
-    with imported("instrument") as module:
-        yield module
+instrument = benchmark_scripts.fixture("instrument")
 
 
 @pytest.fixture(scope="module", params=(1, 2), ids=("one process", "master and workers"))

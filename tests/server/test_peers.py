@@ -6,25 +6,20 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_scripts
 import numpy as np
 import pytest
 from bench_runs import made_up_run
-from benchmark_scripts import FOLDER, imported
 from machines import wait_for
 from rich.console import Console
 
 from spikeless import bench
 from spikeless.errors import Code
 
-
-@pytest.fixture(scope="module")
-def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with imported("bench_peers") as module:
-        yield module
+peers = benchmark_scripts.fixture("bench_peers")
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +186,12 @@ def test_every_peer_is_pinned_and_explained(peers: Any) -> None:
     for peer in peers.PEERS.values():
         if not peer.packages:
             continue
-        folder = FOLDER / "peers" / peer.name
+        folder = benchmark_scripts.FOLDER / "peers" / peer.name
         pins = (folder / "requirements.txt").read_text().splitlines()
         assert all("==" in pin and "://" not in pin for pin in pins), "no addresses"
         names = {pin.partition("==")[0] for pin in pins}
         assert set(peer.packages) <= names
         assert '"""' in (folder / "serve.py").read_text()
-    found = {folder.name for folder in (FOLDER / "peers").iterdir() if (folder / "serve.py").exists()}
+    folders = (benchmark_scripts.FOLDER / "peers").iterdir()
+    found = {folder.name for folder in folders if (folder / "serve.py").exists()}
     assert found == {peer.name for peer in peers.PEERS.values() if peer.packages}

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_scripts
 import compatibility
 import numpy as np
 import pytest
-from benchmark_scripts import imported
 
 from spikeless import launch
 from spikeless.openloop.schedule import Schedule
 
-
-@pytest.fixture(scope="module")
-def serving() -> Iterator[Any]:
-    with imported("serving") as module:
-        yield module
+serving = benchmark_scripts.fixture("serving")
 
 
 def test_each_way_is_measured_under_each_load(

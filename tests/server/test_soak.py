@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_scripts
 import pytest
 from bench_runs import made_up_run, with_failures
-from benchmark_scripts import imported
 from places import ROOT
 
-
-@pytest.fixture
-def soak() -> Iterator[Any]:
-    with imported("soak") as module:
-        yield module
+soak = benchmark_scripts.fixture("soak")
 
 
 def samples(soak: Any, **grown: int) -> list[Any]:

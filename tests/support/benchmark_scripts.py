@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from places import ROOT
 
 FOLDER = ROOT / "benchmarks"
@@ -26,3 +27,14 @@ def imported(name: str) -> Iterator[Any]:
             file = getattr(module, "__file__", None)
             if file is not None and Path(file).parent == FOLDER:
                 del sys.modules[key]
+
+
+def fixture(name: str) -> Any:
+    """A fixture of a test's module: the script."""
+
+    @pytest.fixture(scope="module")
+    def script() -> Iterator[Any]:
+        with imported(name) as module:
+            yield module
+
+    return script

@@ -117,11 +117,9 @@ static void *unmap(void *argument) {
     unsigned char resident;
     void *start = argument == NULL ? (void *)table : argument;
     if (munmap(start, table_size) != 0) abort();
-    if (argument == NULL)
-        printf("unloader_policy %d\n", settled_policy());
-    else
-        printf("unmapper_policy %d\n", sched_getscheduler(0));
-    printf("%s_gone %d\n", argument == NULL ? "unloader" : "unmapper", mincore(start, 4096, &resident) != 0);
+    const char *name = argument == NULL ? "unloader" : "unmapper";
+    printf("%s_policy %d\n", name, argument == NULL ? settled_policy() : sched_getscheduler(0));
+    printf("%s_gone %d\n", name, mincore(start, 4096, &resident) != 0);
     return NULL;
 }
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_scripts
 import numpy as np
-import pytest
 from bench_runs import MACHINE, made_up_run
-from benchmark_scripts import imported
 
 MIB = 1 << 20
 
 
-@pytest.fixture
-def summary() -> Iterator[Any]:
-    with imported("mapping_summary") as module:
-        yield module
+summary = benchmark_scripts.fixture("mapping_summary")
 
 
 def _write(directory: Path, part: str, label: str, kind: str, **measured: Any) -> None:
