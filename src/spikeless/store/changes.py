@@ -33,7 +33,7 @@ from spikeless.errors import (
 from spikeless.formats.versions import MAX_VERSION
 from spikeless.repository import journal, models_config
 from spikeless.repository.models_config import ModelsConfig
-from spikeless.store.documents import decoded
+from spikeless.store.documents import Reader
 from spikeless.store.objects import Store
 
 FORMAT = 1
@@ -142,6 +142,10 @@ class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         return next((each for each in self.waves if each.model == model), None)
 
 
+#: Reads a change.
+READER = Reader(Change, FORMAT)
+
+
 def after(last: Change | None, **fields: Any) -> Change:
     """The change that follows another one, made here and now.
 
@@ -199,7 +203,7 @@ class Changes:
             data = self._store.read(path, _MAX_RECORD_BYTES)
         except NotFound:
             return None
-        change = decoded(data, where, Change, FORMAT)
+        change = READER.read(data, where)
         if change.number != number:
             raise DataLoss(f"{where} cannot be used: it is number {change.number}")
         return change

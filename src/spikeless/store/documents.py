@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -15,26 +15,45 @@ class _Format(msgspec.Struct):
     format: int
 
 
-def decoded(data: bytes, where: str, kind: type[_T], latest: int, remedy: str = "") -> _T:
-    """What a document says.
+class Reader(Generic[_T]):
+    """Reads documents of one kind.
 
-    Its format is looked at first, as a newer one may have more fields.
+    It is made where the kind is, when the module is imported: msgspec looks at a kind's
+    fields when it first meets it, and a thread that decodes one meanwhile ends the
+    process (SIGSEGV).
 
     Args:
-        where: the document's address, for messages.
         latest: the newest format that is read.
         remedy: what to do about a document that cannot be used.
-
-    Raises:
-        DataLoss: it cannot be used.
-        FailedPrecondition: a newer Spikeless wrote it.
     """
-    try:
-        found = msgspec.json.decode(data, type=_Format).format
-        if found > latest:
-            raise FailedPrecondition(
-                f"{where} has format {found}, and this Spikeless reads up to {latest}: update Spikeless"
-            )
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise DataLoss(f"{where} cannot be used: {error}" + (f"; {remedy}" if remedy else "")) from None
+
+    _format = msgspec.json.Decoder(_Format)
+
+    def __init__(self, kind: type[_T], latest: int, remedy: str = "") -> None:
+        self._decoder = msgspec.json.Decoder(kind)
+        self._latest = latest
+        self._remedy = remedy
+
+    def read(self, data: bytes, where: str) -> _T:
+        """What a document says.
+
+        Its format is looked at first, as a newer one may have more fields.
+
+        Args:
+            where: the document's address, for messages.
+
+        Raises:
+            DataLoss: it cannot be used.
+            FailedPrecondition: a newer Spikeless wrote it.
+        """
+        try:
+            found = self._format.decode(data).format
+            if found > self._latest:
+                raise FailedPrecondition(
+                    f"{where} has format {found}, and this Spikeless reads up to {self._latest}: "
+                    "update Spikeless"
+                )
+            return self._decoder.decode(data)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            remedy = f"; {self._remedy}" if self._remedy else ""
+            raise DataLoss(f"{where} cannot be used: {error}{remedy}") from None

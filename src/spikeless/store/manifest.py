@@ -16,7 +16,7 @@ import msgspec
 from spikeless.errors import DataLoss
 from spikeless.formats.savedmodel import SAVED_MODEL_FILE
 from spikeless.formats.versions import MAX_VERSION
-from spikeless.store.documents import decoded
+from spikeless.store.documents import Reader
 
 #: Changes when a reader of the old form would misread the new one.
 FORMAT = 1
@@ -138,6 +138,10 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.json.encode(self) + b"\n"
 
 
+_MANIFEST = Reader(VersionManifest, FORMAT, _REMEDY)
+_INDEX = Reader(Index, FORMAT, _REMEDY)
+
+
 def read_manifest(data: bytes, where: str, model: str, version: int) -> VersionManifest:
     """Read and check a manifest.
 
@@ -149,7 +153,7 @@ def read_manifest(data: bytes, where: str, model: str, version: int) -> VersionM
         DataLoss: it is damaged, or says what no manifest may say.
         FailedPrecondition: a newer Spikeless wrote it.
     """
-    manifest = decoded(data, where, VersionManifest, FORMAT, _REMEDY)
+    manifest = _MANIFEST.read(data, where)
     try:
         _check_owner(manifest.model, model)
         if manifest.version != version:
@@ -164,7 +168,7 @@ def read_manifest(data: bytes, where: str, model: str, version: int) -> VersionM
 
 def read_index(data: bytes, where: str, model: str) -> Index:
     """Read and check an index; raises as `read_manifest` does."""
-    index = decoded(data, where, Index, FORMAT, _REMEDY)
+    index = _INDEX.read(data, where)
     try:
         _check_owner(index.model, model)
         numbers = [entry.version for entry in index.versions]

@@ -16,7 +16,7 @@ import msgspec
 
 from spikeless.errors import DataLoss, FailedPrecondition, NotFound, SpikelessError
 from spikeless.store.changes import NODE_PATTERN, Node, Version, check_node
-from spikeless.store.documents import decoded
+from spikeless.store.documents import Reader
 from spikeless.store.objects import Store
 
 FORMAT = 1
@@ -96,6 +96,10 @@ class NodeReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return next((model for model in self.models if model.name == name), None)
 
 
+#: Reads a report.
+READER = Reader(NodeReport, FORMAT)
+
+
 def clean(text: str) -> str:
     """A text as reports may have it: one line, not too long."""
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())[:MAX_TEXT]
@@ -129,7 +133,7 @@ class Reports:
         """
         where = self._store.show(_path(node))
         data = self._store.read(_path(node), MAX_BYTES)
-        report = decoded(data, where, NodeReport, FORMAT)
+        report = READER.read(data, where)
         if report.node != node:
             raise DataLoss(f"{where} cannot be used: it is of {report.node}")
         return report
