@@ -38,9 +38,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# A worker that dies ends the run with a report: others would wait for its tests without end.
+IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
+
 # In the order of the folders: the containers take longest and begin first.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # With the oldest TensorFlow that is supported (2.20): what its C library, graphs, messages and checkpoints decide,
 # and the server on top of them. OLDEST_TESTS="tests/unit tests/server" runs all of them.
@@ -48,7 +51,7 @@ OLDEST_TESTS := $(patsubst %,tests/unit/test_%.py,tensorflow_internals runtime m
     tensors_against_tensorflow wire import_cost warmup_replay crf dependencies) \
     $(patsubst %,tests/server/test_%.py,mapped_swap lifecycle)
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m pytest $(IN_PARALLEL) $(OLDEST_TESTS)
 
 # Images and the compose stack on a real container engine, started from the distribution's packages where none runs.
 # `make test` includes them unless SPIKELESS_CONTAINERS=0.
