@@ -2,7 +2,8 @@
  * Keeps the loading of a version apart from requests, in a model server that is not changed.
  *
  * Preload it (LD_PRELOAD) into tensorflow_model_server, beside jemalloc or without. SPIKELESS_ISOLATE=0 switches it
- * off; SPIKELESS_ISOLATE_WITHOUT leaves parts of it out, for measuring: "hide,pool,idle,unmap,arena". A thread that lists a version's folder (one with a saved_model.pb) loads versions. From then on:
+ * off; SPIKELESS_ISOLATE_WITHOUT leaves parts of it out, for measuring: "hide,pool,idle,touch,unmap,arena". A thread that
+ * lists a version's folder (one with a saved_model.pb) loads versions. From then on:
  *
  * - It does not see the folder's sub-folders. TensorFlow Serving sizes the folder twice a load (GetModelDiskSize), and
  *   starts and ends a pool of 256 threads for each folder that it sees. The estimate of a version's memory lacks what
@@ -13,6 +14,9 @@
  *   normal priority.
  * - It allocates from an arena of its own, and so do its pools: parameters and what else a version consists of lie
  *   apart from the memory of requests, and allocating it takes no lock that a request waits for. Needs jemalloc.
+ *
+ * What it maps it touches, as far as that is in the page cache: else the first requests on a version would enter its
+ * pages into the page table, one fault for each row that they look up.
  *
  * What it maps is unmapped piece by piece, by a thread that also runs only while nothing else wants the processor: else
  * the unloading of half a gigabyte keeps a processor for 10 ms.
@@ -33,6 +37,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -48,8 +53,12 @@
 /* Between two starts, and between two ends, of a pool's threads. A load takes 0.3 s longer for two pools. */
 #define PACE_NANOSECONDS 300000
 
-/* A version's files that are at least so large are unmapped in pieces of that size. */
+/* A version's files that are at least so large are touched and unmapped in pieces of that size. */
 #define PIECE_BYTES (4 << 20)
+/* A fault maps the pages around it that are in the page cache as well: what the kernel calls fault_around_bytes. */
+#define AROUND_BYTES (64 << 10)
+/* A file that needs the disk for so many faults is not in the page cache. */
+#define DISK_FAULTS 64
 #define MAPPINGS 1024
 
 /* The next definition of a function that is replaced here: that of the C library, or of a library preloaded later.
@@ -77,7 +86,7 @@ static size_t page;
 
 /* What is done, in the order of the list above; all of it unless SPIKELESS_ISOLATE_WITHOUT names it. */
 static struct {
-    bool hide, pool, idle, arena, unmap;
+    bool hide, pool, idle, arena, touch, unmap;
 } does;
 
 static bool is_left_out(const char *part) {
@@ -96,6 +105,7 @@ __attribute__((constructor)) static void start(void) {
     does.pool = !is_left_out("pool");
     does.idle = !is_left_out("idle");
     does.arena = !is_left_out("arena");
+    does.touch = !is_left_out("touch");
     does.unmap = !is_left_out("unmap");
 }
 
@@ -268,11 +278,30 @@ static bool forget_mapping(void *start, size_t size) {
     return false;
 }
 
+static long disk_faults(void) {
+    struct rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_majflt : 0;
+}
+
+/* Enters a file's pages into the page table. Takes the lock of this mapping alone, and only for one fault at a time. */
+static void touch(const volatile char *start, size_t size, int file, off_t offset) {
+    struct stat status;
+    long before = disk_faults();
+    /* Beyond the end of the file there is nothing to touch. */
+    if (fstat(file, &status) != 0 || status.st_size - offset < (off_t)size) return;
+    for (size_t done = 0; done < size; done += AROUND_BYTES) {
+        if (done % PIECE_BYTES == 0 && disk_faults() - before >= DISK_FAULTS) return;
+        (void)start[done];
+    }
+}
+
 /* Without `next`: an allocator calls these before a process can look up functions. */
 void *mmap(void *address, size_t size, int protection, int flags, int file, off_t offset) {
     void *start = (void *)syscall(SYS_mmap, address, size, protection, flags, file, offset);
-    if (does.unmap && self.loads && file >= 0 && start != MAP_FAILED && protection == PROT_READ && size >= PIECE_BYTES)
-        remember_mapping(start, size);
+    if (self.loads && file >= 0 && start != MAP_FAILED && protection == PROT_READ && size >= PIECE_BYTES) {
+        if (does.unmap) remember_mapping(start, size);
+        if (does.touch) touch(start, size, file, offset);
+    }
     return start;
 }
 

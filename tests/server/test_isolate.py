@@ -93,6 +93,7 @@ def test_a_load_is_kept_apart(library: Path, program: Path, version: Path) -> No
     assert seen["idle"] == seen["bound"] == POOLS * THREADS
     assert seen["loader_policy"] == (SCHED_IDLE if _may_return_from_idle() else SCHED_OTHER)
     assert seen["table_sum"] == TABLE_BYTES // PAGE_BYTES
+    assert seen["touched"], "reading the table enters no page into the page table"
     assert seen["unloader_policy"] == seen["loader_policy"], "who unmaps what a load mapped unloads"
     assert seen["unloader_gone"] == seen["unmapper_gone"] == 1
     for name in ("other_policy", "unmapper_policy", "main_policy", "child_policy"):
@@ -138,8 +139,10 @@ def test_each_part_can_be_left_out(library: Path, program: Path, version: Path) 
     assert changed("hide") == {"entries"}
     assert changed("pool") == {"idle", "bound"}
     assert changed("idle") == loader | unloader
+    assert changed("touch") == {"touched"}
     assert changed("unmap") == unloader
-    assert changed("hide", "pool", "idle", "unmap") == {"entries", "idle", "bound"} | loader | unloader
+    every = {"entries", "idle", "bound", "touched"} | loader | unloader
+    assert changed("hide", "pool", "idle", "touch", "unmap") == every
     assert changed("hid", "", "pools") == set()
 
 
