@@ -48,7 +48,7 @@ PARTS = {
     "socket": (f"{_TRANSPORT}.peer:Peer.read", f"{_TRANSPORT}.peer:Peer._flush"),
     "HTTP/2 frames": (f"{_TRANSPORT}.http2:Http2.receive", f"{_TRANSPORT}.http2:Http2.answer"),
     "headers": (
-        f"{_TRANSPORT}.headers:HeaderReader.read",
+        "spikeless.http2.headers:HeaderReader.read",
         f"{_TRANSPORT}.headers:HeaderWriter.head",
         f"{_TRANSPORT}.headers:HeaderWriter.success",
     ),

@@ -29,18 +29,41 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 
 from spikeless.disk import children
 from spikeless.formats import tfrecord
 from spikeless.formats.protos import get_model_status_pb2, predict_pb2, prediction_log_pb2
-from spikeless.openloop.http2 import PREFIX, server_side
+from spikeless.openloop.connection import PREFIX
 
 MODEL = "stalls"
 BYSTANDERS = 1 << 32
 _STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
 _State = get_model_status_pb2.ModelVersionStatus.State
+
+
+def server_side() -> h2.connection.H2Connection:
+    """A server's end of HTTP/2, of another make than the generator's.
+
+    A client may have any number of calls open: a generator that got no processor for a
+    moment sends all that is due at once.
+    """
+    settings = h2.config.H2Configuration(
+        client_side=False,
+        header_encoding=None,
+        # Both ends are ours, and checking takes time.
+        validate_inbound_headers=False,
+        normalize_inbound_headers=False,
+        validate_outbound_headers=False,
+        normalize_outbound_headers=False,
+    )
+    connection = h2.connection.H2Connection(settings)
+    most = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: (1 << 31) - 1}
+    connection.local_settings = h2.settings.Settings(client=False, initial_values=most)
+    return connection
 
 
 @dataclass(frozen=True)

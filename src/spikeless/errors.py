@@ -113,7 +113,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 #: What each extra of the package installs, by the names that it is imported by.
 EXTRAS = {
     "serve": ("waitress",),
-    "bench": ("gevent", "h11", "h2", "hdrh", "jinja2", "locust", "plotly"),
+    "bench": ("gevent", "h11", "hdrh", "jinja2", "locust", "plotly"),
     "train": ("keras", "scipy", "sklearn", "tensorboard", "tensorflow_datasets"),
     "tagger": ("seqeval", "tf_keras"),
     "spark": ("py4j", "pyarrow", "pyspark"),

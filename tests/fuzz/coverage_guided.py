@@ -35,7 +35,7 @@ with atheris.instrument_imports(include=["spikeless"]):
     from spikeless.engine.handlers import Calls
     from spikeless.engine.rest_api import RestApi
     from spikeless.engine.served_models import ServedModels
-    from spikeless.engine.transport import calls, frames, http2
+    from spikeless.engine.transport import calls, http2
     from spikeless.errors import Internal, NotFound, SpikelessError
     from spikeless.formats import (
         captures,
@@ -50,10 +50,12 @@ with atheris.instrument_imports(include=["spikeless"]):
         wire,
     )
     from spikeless.formats.savedmodel import TensorSpec
+    from spikeless.http2 import client as http2_client
+    from spikeless.http2 import frames
     from spikeless.mapping import manifest as mapping_manifest
     from spikeless.mapping.plan import VariableState
     from spikeless.repository import golden, models_config, origin
-    from spikeless.store import changes, documents, manifest, pieces, reports
+    from spikeless.store import changes, manifest, pieces, reports
     from spikeless.warmup import inspection, records
 
 from spikeless.formats.open_inference_messages import message_class
@@ -72,6 +74,7 @@ _CALL = [
     ("grpc-encoding", "gzip"),
     ("grpc-timeout", "1S"),
 ]
+_ANSWER = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-status", "0")]
 _EXAMPLE = {"features": {"feature": {"x": {"float_list": {"value": [1.5]}}}}}
 _IN_CONTEXT = {"examples": [_EXAMPLE], "context": _EXAMPLE}
 _DIGEST = "0123456789abcdef" * 4
@@ -174,6 +177,20 @@ SEEDS: dict[str, list[bytes]] = {
         + frames.frame(frames.HEADERS, 0x2C, 1, b"\1\0\0\0\0\0" + hpack.Encoder().encode(_CALL) + b"\0")
         + frames.frame(frames.DATA, 8, 1, b"\1\1\0\0\0\1\0")
         + frames.frame(frames.RST_STREAM, 0, 1, bytes(4)),
+    ],
+    "http2_answer": [
+        b"\xff"
+        + frames.frame(frames.SETTINGS, 0, 0, b"\0\1\0\0\0\0\0\3\0\0\0\1\0\4\0\0\0\1\0\5\0\1\0\0")
+        + frames.frame(frames.WINDOW_UPDATE, 0, 0, b"\0\0\0\1")
+        + frames.frame(frames.HEADERS, 4, 1, hpack.Encoder().encode(_ANSWER[:1]))
+        + frames.frame(frames.DATA, 8, 1, b"\1\0\0\0\0\1x\0")
+        + frames.frame(frames.PING, 0, 0, bytes(8))
+        + frames.frame(frames.HEADERS, 1, 1, b"")
+        + frames.frame(frames.CONTINUATION, 4, 1, hpack.Encoder().encode(_ANSWER[1:])),
+        b"\x20"
+        + frames.frame(frames.RST_STREAM, 0, 1, b"\0\0\0\7")
+        + frames.frame(frames.HEADERS, 0x2D, 3, b"\1\0\0\0\0\0" + hpack.Encoder().encode(_ANSWER) + b"\0")
+        + frames.frame(frames.GOAWAY, 0, 0, bytes(8)),
     ],
     "tfrecord": [tfrecord.frame(b"abc") + tfrecord.frame(b"")],
     "warmup": [
@@ -305,6 +322,22 @@ def read_http2(content: bytes) -> None:
                     connection.answer(stream, message)
     except frames.BrokenProtocol as broken:
         connection.refuse(broken.code)
+
+
+def read_http2_answer(content: bytes) -> None:
+    """No more calls end than were begun, whatever a server says to a client."""
+    client = http2_client.Http2Client()
+    headers = tuple((name.encode(), value.encode()) for name, value in _CALL)
+    body = bytes(70_000)
+    step = content[0] * 8 + 1 if content else 1
+    ended: list[int] = []
+    try:
+        for at in range(1, len(content), step):
+            client.call(at, headers, body)
+            ended += [answer.tag for answer in client.receive(content[at : at + step])]
+    except frames.BrokenProtocol:
+        return
+    assert sorted(ended + client.waiting()) == list(range(1, len(content), step))
 
 
 def read_infer_json(content: bytes) -> None:
@@ -475,11 +508,11 @@ def read_store(content: bytes) -> None:
         index = manifest.read_index(data, "here", "m")
         assert manifest.read_index(index.to_json(), "here", "m") == index
     elif kind == b"\2":
-        change = documents.decoded(data, "here", changes.Change, changes.FORMAT)
+        change = changes.READER.read(data, "here")
         config = changes.parse(change.config.encode(), "here")
         assert changes.parse(change.content, "here").message == config.message
     elif kind == b"\3":
-        documents.decoded(data, "here", reports.NodeReport, reports.FORMAT)
+        reports.READER.read(data, "here")
     else:
         encoding: Any = "xor" if kind == b"\5" else "zstd"
         piece = bytearray(300 if kind == b"\4" else 27)
@@ -531,6 +564,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "infer_json": read_infer_json,
     "infer_message": read_infer_message,
     "http2": read_http2,
+    "http2_answer": read_http2_answer,
     "tfrecord": read_tfrecord,
     "warmup": read_warmup,
     "checkpoint": read_checkpoint,

@@ -11,7 +11,17 @@ import pytest
 SCRIPT = Path(__file__).with_name("coverage_guided.py")
 TARGETS = (
     *("json", "tensor", "request", "infer_json", "infer_message"),
-    *("http2", "tfrecord", "warmup", "checkpoint", "rest", "store", "version", "models_config"),
+    *(
+        "http2",
+        "http2_answer",
+        "tfrecord",
+        "warmup",
+        "checkpoint",
+        "rest",
+        "store",
+        "version",
+        "models_config",
+    ),
 )
 
 pytest.importorskip("atheris", reason="atheris has no wheel for this Python or machine")

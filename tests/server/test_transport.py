@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 from spikeless.engine.transport import Context, FastServer
 from spikeless.engine.transport import peer as peer_module
 from spikeless.engine.transport import server as server_module
-from spikeless.engine.transport.frames import (
+from spikeless.engine.transport.http2 import Http2
+from spikeless.http2.frames import (
     DATA,
     GOAWAY,
     PING,
@@ -40,8 +41,7 @@ from spikeless.engine.transport.frames import (
     ErrorCode,
     frame,
 )
-from spikeless.engine.transport.frames import HEADERS as HEADERS_FRAME
-from spikeless.engine.transport.http2 import Http2
+from spikeless.http2.frames import HEADERS as HEADERS_FRAME
 
 PATH = "/a.B/Echo"
 HEADERS = (

@@ -15,7 +15,9 @@ import hpack
 import pytest
 
 from spikeless.engine.transport import http2 as http2_module
-from spikeless.engine.transport.frames import (
+from spikeless.engine.transport.http2 import Http2
+from spikeless.engine.transport.limits import Allowance
+from spikeless.http2.frames import (
     CONTINUATION,
     DATA,
     END_HEADERS,
@@ -33,8 +35,6 @@ from spikeless.engine.transport.frames import (
     ErrorCode,
     frame,
 )
-from spikeless.engine.transport.http2 import Http2
-from spikeless.engine.transport.limits import Allowance
 
 PING_FRAME = frame(PING, 0, 0, bytes(8))
 FIELDS = ((b":method", b"POST"), (b":path", b"/a.B/Echo"), (b"te", b"trailers"))

@@ -48,6 +48,6 @@ def test_the_plug_in_of_locust_needs_nothing_else_of_the_project() -> None:
     program = (
         "import sys, spikeless.openloop.user\n"
         "ours = {name.split('.')[1] for name in sys.modules if name.startswith('spikeless.')}\n"
-        "assert ours == {'openloop', 'errors'}, ours"
+        "assert ours == {'http2', 'openloop', 'errors'}, ours"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -1,7 +1,7 @@
 """Open-loop load on any gRPC or HTTP server, by itself or as a plug-in of Locust.
 
 In: a schedule and calls as bytes. Out: what happened to each call. It depends on
-nothing else of Spikeless but its errors, and knows nothing of models.
+nothing else of Spikeless but its errors and its HTTP/2, and knows nothing of models.
 
 schedule    when calls leave, decided before the run
 columns     what happened to each, in preallocated arrays

@@ -114,7 +114,13 @@ def _start(environment: Environment, **_: Any) -> None:
     start_chosen.fire(start=start)
 
 
-def _share_done(**_: Any) -> None:
+def _share_done(environment: Environment, msg: Any, **_: Any) -> None:
+    _end_share(environment, msg.data["failed"])
+
+
+def _end_share(environment: Environment, failed: bool) -> None:
+    if failed:
+        environment.process_exit_code = 1
     _Load.shares_done += 1
 
 
@@ -165,8 +171,23 @@ class OpenLoopUser(User):
 
     @task
     def drive(self) -> None:
-        """Locust's task: the whole run."""
+        """Locust's task: the whole run. One that fails ends the test for all."""
         share = _Load.shares.get()
+        failed = False
+        try:
+            self._drive(share)
+        except Exception:
+            failed = True
+            raise
+        finally:
+            runner = self.environment.runner
+            if isinstance(runner, LocalRunner):
+                _end_share(self.environment, failed)
+            else:
+                runner.send_message(_DONE, {"failed": failed})
+        raise StopUser
+
+    def _drive(self, share: Share) -> None:
         load = self.load(share)
         # A full collection during the run would look like a spike of the server.
         gc.collect()
@@ -179,12 +200,6 @@ class OpenLoopUser(User):
             load.stop()
             thread.get()
             self.ended(load, share)
-        runner = self.environment.runner
-        if isinstance(runner, LocalRunner):
-            _share_done()
-        else:
-            runner.send_message(_DONE, {})
-        raise StopUser
 
     def _follow(self, load: OpenLoop, thread: Any, share: Share) -> None:
         fire = self.environment.events.request.fire

@@ -10,14 +10,16 @@ import select
 import socket
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-import h2.events
 import h11
 
 from spikeless.bench.protocols import PROTOCOLS
 from spikeless.formats.protos import predict_pb2
-from spikeless.openloop.http2 import PREFIX, server_side
+from spikeless.http2.end import Http2End
+from spikeless.http2.frames import DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, frame
+from spikeless.http2.headers import HeaderEncoder
+from spikeless.openloop.connection import PREFIX
 
 
 class _Speaker(Protocol):
@@ -30,30 +32,57 @@ class _Speaker(Protocol):
         """What is sent when these bytes have arrived."""
 
 
-class _Grpc:
+class _Grpc(Http2End[Any]):
+    """It reads neither headers nor windows: the generator takes any answer."""
+
     def __init__(self) -> None:
-        self._connection = server_side()
+        super().__init__({})
         answer = predict_pb2.PredictResponse()
         answer.model_spec.name = "floor"
         answer.model_spec.version.value = 1
         message = answer.SerializeToString()
         self._body = PREFIX.pack(0, len(message)) + message
+        self._encoder = HeaderEncoder()
+        self._preface = len(PREFACE)
 
     def begin(self) -> bytes:
-        self._connection.initiate_connection()
-        return self._connection.data_to_send()
+        return self._said()
 
     def answer(self, content: bytes) -> bytes:
-        connection = self._connection
-        for event in connection.receive_data(content):
-            if isinstance(event, h2.events.DataReceived):
-                connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-            elif isinstance(event, h2.events.StreamEnded):
-                headers = [(b":status", b"200"), (b"content-type", b"application/grpc")]
-                connection.send_headers(event.stream_id, headers)
-                connection.send_data(event.stream_id, self._body)
-                connection.send_headers(event.stream_id, [(b"grpc-status", b"0")], end_stream=True)
-        return connection.data_to_send()
+        content = self._rest + content
+        if len(content) < self._preface:
+            self._rest = content
+            return b""
+        self._read(content, self._preface)
+        self._preface = 0
+        return self._said()
+
+    def _said(self) -> bytes:
+        content = b"".join(self.output)
+        self.output.clear()
+        return content
+
+    def _data(self, number: int, ends: bool, content: bytes, start: int, end: int) -> None:
+        if ends:
+            self.output += (
+                frame(HEADERS, END_HEADERS, number, self._encoder.write(_HEAD)),
+                frame(DATA, 0, number, self._body),
+                frame(HEADERS, END_HEADERS | END_STREAM, number, self._encoder.write(_SUCCESS)),
+            )
+
+    def _headers(self, number: int, ends: bool, block: bytes) -> None: ...
+
+    def _other(self, kind: int, number: int, flags: int, payload: bytes) -> None: ...
+
+    def _setting(self, name: int, value: int) -> None: ...
+
+    def _require_known(self, number: int) -> None: ...
+
+    def _grown(self, stream: Any, is_valid: bool) -> None: ...
+
+
+_HEAD = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_SUCCESS = ((b"grpc-status", b"0"),)
 
 
 class _Http:

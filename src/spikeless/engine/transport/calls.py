@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from spikeless.engine.transport.headers import HeaderList
 from spikeless.engine.transport.streams import Stream
+from spikeless.http2.headers import HeaderList
 
 if TYPE_CHECKING:
     from spikeless.engine.transport.peer import Peer

@@ -1,8 +1,7 @@
-"""Header blocks of gRPC over HTTP/2 (HPACK, RFC 7541): read by look-up, written ready.
+"""The headers of gRPC's calls and answers.
 
-In: blocks of a client. Out: what a call needs of them, and blocks for its answer. The
-blocks of one client repeat, so each is decoded once. Those of the server are the same
-bytes in every answer, apart from errors.
+In: those of a client. Out: what a call needs of them, and header blocks for its answer,
+which are the same bytes in every answer, apart from errors.
 """
 
 from __future__ import annotations
@@ -11,18 +10,15 @@ import functools
 from dataclasses import dataclass
 
 import grpc
-import hpack
 
-#: Bytes that a header, or a block, may have at most; larger ones end the connection.
-MAX_HEADER_BYTES, MAX_BLOCK_BYTES = 16 << 10, 64 << 10
-#: Blocks of one connection that are remembered.
-_REMEMBERED = 64
+from spikeless.http2.headers import HeaderList
+
+#: Bytes that a header may have at most; larger ones end the connection.
+MAX_HEADER_BYTES = 16 << 10
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
 #: How messages may be packed.
 ENCODINGS = (b"identity", b"deflate", b"gzip")
-
-HeaderList = tuple[tuple[bytes, bytes], ...]
 
 
 @dataclass(frozen=True)
@@ -94,46 +90,6 @@ class RequestHeaders:
             for name, value in self.pairs
             if not name.startswith((b":", b"grpc-")) and name not in (b"te", b"content-type")
         )
-
-
-class HeaderReader:
-    """Decodes the blocks of one connection, in their order.
-
-    A block that leaves the decoder's table as it was always means the same until
-    another one changes the table.
-    """
-
-    def __init__(self) -> None:
-        self._decoder = hpack.Decoder(max_header_list_size=MAX_BLOCK_BYTES)
-        self._known: dict[bytes, RequestHeaders] = {}
-
-    def read(self, block: bytes) -> RequestHeaders:
-        """What a block says.
-
-        Raises:
-            ValueError: it is none, or too long.
-        """
-        known = self._known.get(block)
-        if known is not None:
-            return known
-        table = self._decoder.header_table
-        size, count, newest = table.maxsize, len(table.dynamic_entries), _newest(table)
-        try:
-            pairs = self._decoder.decode(block, raw=True)
-        except (hpack.HPACKError, ValueError, IndexError) as error:
-            raise ValueError(f"no header block: {error}") from None
-        headers = RequestHeaders(tuple((bytes(name), bytes(value)) for name, value in pairs))
-        # The table grows at its front only.
-        same = (size, count) == (table.maxsize, len(table.dynamic_entries)) and newest is _newest(table)
-        if not same or len(self._known) >= _REMEMBERED:
-            self._known.clear()
-        if same:
-            self._known[block] = headers
-        return headers
-
-
-def _newest(table: hpack.table.HeaderTable) -> object:
-    return table.dynamic_entries[0] if table.dynamic_entries else None
 
 
 def _literal(name: bytes, value: bytes, first: int = 0x00) -> bytes:

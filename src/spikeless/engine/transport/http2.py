@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import struct
 
-from spikeless.engine.transport.frames import (
+from spikeless.engine.transport.headers import HeaderWriter, RequestHeaders
+from spikeless.engine.transport.limits import Allowance
+from spikeless.engine.transport.streams import Stream
+from spikeless.http2.end import (
+    HEADER_TABLE_SIZE,
+    MAX_CONCURRENT,
+    MAX_FRAME,
+    MAX_HEADER_LIST,
+    NUMBER,
+    Http2End,
+)
+from spikeless.http2.frames import (
     ACK,
     CONTINUATION,
     DATA,
     END_HEADERS,
     END_STREAM,
-    FRAME_HEAD,
     GOAWAY,
-    HAS_PRIORITY,
     HEADERS,
     MAX_WINDOW,
-    PADDED,
     PING,
     PREFACE,
     PUSH_PROMISE,
@@ -30,17 +38,9 @@ from spikeless.engine.transport.frames import (
     ErrorCode,
     frame,
     frame_head,
-    unpadded,
 )
-from spikeless.engine.transport.headers import MAX_BLOCK_BYTES, HeaderReader, HeaderWriter
-from spikeless.engine.transport.limits import Allowance
-from spikeless.engine.transport.streams import Stream
+from spikeless.http2.headers import HeaderReader
 
-_DEFAULT_WINDOW = 65535
-#: The largest frame that is taken: HTTP/2's least.
-_MAX_FRAME = 16384
-#: The largest frame that is sent, where the client takes it.
-_LARGEST_SENT = 1 << 20
 #: Streams that a client may have open at once.
 MAX_STREAMS = 1 << 14
 #: Bytes that a connection may make the server hold, and how many pass between looks.
@@ -50,55 +50,32 @@ _SMALL = 4096
 #: What settings, which every stream may have to follow, and an answer count in frames.
 _SETTINGS_COST, _ANSWER_EARNS = 100, 4
 
-_SETTING = struct.Struct(">HI")
-_NUMBER = struct.Struct(">I")
 _MESSAGE = struct.Struct(">BI")
 
-_HEADER_TABLE_SIZE, _MAX_CONCURRENT, _INITIAL_WINDOW, _MAX_FRAME_SIZE, _MAX_HEADER_LIST = 1, 3, 4, 5, 6
 _DRAINING = b"draining"
 
 
-class Http2:
+class Http2(Http2End[Stream]):
     """The state of one connection."""
 
     def __init__(self, allowance: Allowance | None = None) -> None:
-        self.streams: dict[int, Stream] = {}
-        #: What is to be sent.
-        self.output: list[bytes | memoryview] = []
+        super().__init__({MAX_CONCURRENT: MAX_STREAMS, MAX_HEADER_LIST: MAX_FRAME})
         #: Nothing new is accepted any more.
         self.draining = False
         #: The client has sent its preface and its first settings.
         self.has_begun = False
-        self._rest = b""
         self._has_preface = False
         self._last = 0
-        self._window = _DEFAULT_WINDOW
-        self._initial_window = _DEFAULT_WINDOW
-        self._largest = _MAX_FRAME
-        self._consumed = 0
-        self._reader = HeaderReader()
+        self._reader = HeaderReader(RequestHeaders)
         self._writer = HeaderWriter()
-        # A header block that is not complete: its stream, whether that ends, and parts.
-        self._block: tuple[int, bool, list[bytes]] | None = None
         # Streams with something to send that a window holds back.
         self._waiting: dict[int, Stream] = {}
-        self._is_open_again = False
         self._allowance = allowance or Allowance()
         # Bytes that came or went since the last look at what is held.
         self._passed = 0
         self._news: list[Stream] = []
-        settings = {_INITIAL_WINDOW: MAX_WINDOW, _MAX_CONCURRENT: MAX_STREAMS, _MAX_HEADER_LIST: _MAX_FRAME}
-        self.output.append(
-            frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*setting) for setting in settings.items()))
-            + frame(WINDOW_UPDATE, 0, 0, _NUMBER.pack(MAX_WINDOW - _DEFAULT_WINDOW))
-        )
 
     # --- what comes in ----------------------------------------------------------------
-
-    @property
-    def is_within_frame(self) -> bool:
-        """Whether the last bytes ended within a frame, so that more will come."""
-        return bool(self._rest)
 
     def receive(self, content: bytes) -> list[Stream]:
         """The streams for which these bytes are news: begun, data, ended, reset.
@@ -109,34 +86,16 @@ class Http2:
         self._limit_held(len(content))
         if self._rest:
             content = self._rest + content
-        position, end = 0, len(content)
+        position = 0
         if not self._has_preface:
             if not PREFACE.startswith(content[: len(PREFACE)]):
                 raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "no HTTP/2")
-            if end < len(PREFACE):
+            if len(content) < len(PREFACE):
                 self._rest = content
                 return []
             self._has_preface = True
             position = len(PREFACE)
-        while end - position >= 9:
-            high, low, kind, flags, number = FRAME_HEAD.unpack_from(content, position)
-            size = high << 8 | low
-            if size > _MAX_FRAME:
-                raise BrokenProtocol(ErrorCode.FRAME_SIZE_ERROR, "a frame that is too large")
-            start = position + 9
-            if end - start < size:
-                break
-            position = start + size
-            number &= MAX_WINDOW
-            if self._block is not None and (kind != CONTINUATION or number != self._block[0]):
-                raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a header block that does not end")
-            if kind == DATA:
-                self._data(number, flags, content, start, position)
-            elif kind == HEADERS:
-                self._headers(number, flags, content[start:position])
-            else:
-                self._other(kind, number, flags, content[start:position])
-        self._rest = content[position:]
+        self._read(content, position)
         if self._is_open_again:
             self._is_open_again = False
             for stream in [*self._waiting.values()]:
@@ -164,15 +123,9 @@ class Http2:
             stream.has_news = True
             self._news.append(stream)
 
-    def _data(self, number: int, flags: int, content: bytes, start: int, end: int) -> None:
-        self._consumed += end - start
-        if self._consumed > MAX_WINDOW // 2:
-            self.output.append(frame(WINDOW_UPDATE, 0, 0, _NUMBER.pack(self._consumed)))
-            self._consumed = 0
-        if flags & PADDED:
-            start, end = unpadded(content, start, end)
+    def _data(self, number: int, ends: bool, content: bytes, start: int, end: int) -> None:
         stream = self.streams.get(number)
-        if start == end and not flags & END_STREAM:
+        if start == end and not ends:
             self._spend()
         if stream is None:
             self._require_known(number)
@@ -192,7 +145,7 @@ class Http2:
                 last += content[start:end]
             else:
                 stream.received.append(content[start:end])
-        if flags & END_STREAM:
+        if ends:
             stream.ended = True
         self._tell(stream)
 
@@ -200,31 +153,7 @@ class Http2:
         if not number & 1 or (number > self._last and not self.draining):
             raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a stream that was not begun")
 
-    def _headers(self, number: int, flags: int, block: bytes) -> None:
-        if flags & (PADDED | HAS_PRIORITY):
-            start, end = unpadded(block, 0, len(block)) if flags & PADDED else (0, len(block))
-            start += 5 if flags & HAS_PRIORITY else 0
-            if start > end:
-                raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "headers without their priority")
-            block = block[start:end]
-        if flags & END_HEADERS:
-            self._begin(number, bool(flags & END_STREAM), block)
-        else:
-            self._block = number, bool(flags & END_STREAM), [block]
-
-    def _continue(self, flags: int, part: bytes) -> None:
-        if self._block is None:
-            raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a continuation of nothing")
-        number, ended, parts = self._block
-        parts.append(part)
-        # An empty part costs something, too.
-        if sum(map(len, parts)) > MAX_BLOCK_BYTES or len(parts) > 64:
-            raise BrokenProtocol(ErrorCode.ENHANCE_YOUR_CALM, "a header block that is too large")
-        if flags & END_HEADERS:
-            self._block = None
-            self._begin(number, ended, b"".join(parts))
-
-    def _begin(self, number: int, ended: bool, block: bytes) -> None:
+    def _headers(self, number: int, ends: bool, block: bytes) -> None:
         try:
             headers = self._reader.read(block)
         except ValueError as error:
@@ -243,7 +172,7 @@ class Http2:
         if self.draining:
             return  # said before: what comes after the last stream is not answered
         self._last = number
-        stream = Stream(number, headers, self._initial_window, ended=ended)
+        stream = Stream(number, headers, self._initial_window, ended=ends)
         if not headers.is_request:
             self._spend()
             self._send_reset(number, ErrorCode.INTERNAL_ERROR)  # as grpcio says it
@@ -282,48 +211,15 @@ class Http2:
         # GOAWAY: the client opens no more streams, and closes when it has its answers.
         # PRIORITY and kinds that are not known say nothing.
 
-    def _require_size(self, payload: bytes, size: int) -> None:
-        if len(payload) != size:
-            raise BrokenProtocol(ErrorCode.FRAME_SIZE_ERROR, "a frame of a wrong size")
+    def _setting(self, name: int, value: int) -> None:
+        if name == HEADER_TABLE_SIZE:
+            self._writer.limit_table(value)
 
-    def _more_window(self, number: int, payload: bytes) -> None:
-        self._require_size(payload, 4)
-        more = _NUMBER.unpack(payload)[0] & MAX_WINDOW
-        stream = self.streams.get(number)
-        if not number:
-            # Streams wait for it only while there is none.
-            self._is_open_again |= self._window <= 0
-            self._window += more
-            if not more or self._window > MAX_WINDOW:
-                raise BrokenProtocol(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
-        elif stream is not None:
-            stream.window += more
-            if not more or stream.window > MAX_WINDOW:
-                self.reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
-            elif stream.waiting:
-                self._pump(stream)
-        else:
-            self._require_known(number)
-
-    def _settings(self, payload: bytes) -> None:
-        if len(payload) % 6:
-            raise BrokenProtocol(ErrorCode.FRAME_SIZE_ERROR, "settings of a wrong size")
-        # Of equal settings the last, as if all were followed one after the other.
-        for name, value in dict(_SETTING.iter_unpack(payload)).items():
-            if name == _INITIAL_WINDOW:
-                if value > MAX_WINDOW:
-                    raise BrokenProtocol(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
-                for stream in self.streams.values():
-                    stream.window += value - self._initial_window
-                self._initial_window = value
-                self._is_open_again = True
-            elif name == _MAX_FRAME_SIZE:
-                if not _MAX_FRAME <= value < 1 << 24:
-                    raise BrokenProtocol(ErrorCode.PROTOCOL_ERROR, "a frame size that there is not")
-                self._largest = min(value, _LARGEST_SENT)
-            elif name == _HEADER_TABLE_SIZE:
-                self._writer.limit_table(value)
-        self.output.append(frame(SETTINGS, ACK, 0))
+    def _grown(self, stream: Stream, is_valid: bool) -> None:
+        if not is_valid:
+            self.reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
+        elif stream.waiting:
+            self._pump(stream)
 
     # --- what goes out ----------------------------------------------------------------
 
@@ -434,7 +330,7 @@ class Http2:
             self._tell(stream)
 
     def _send_reset(self, number: int, code: ErrorCode) -> None:
-        self.output.append(frame(RST_STREAM, 0, number, _NUMBER.pack(code)))
+        self.output.append(frame(RST_STREAM, 0, number, NUMBER.pack(code)))
 
     def drain(self) -> None:
         """Ask the client for no new streams; those on their way are answered.
@@ -451,4 +347,4 @@ class Http2:
         self.output.append(self._goaway(self._last, code))
 
     def _goaway(self, last: int, code: ErrorCode) -> bytes:
-        return frame(GOAWAY, 0, 0, _NUMBER.pack(last) + _NUMBER.pack(code))
+        return frame(GOAWAY, 0, 0, NUMBER.pack(last) + NUMBER.pack(code))

@@ -15,10 +15,10 @@ from typing import Any
 import grpc
 
 from spikeless.engine.transport.calls import Context
-from spikeless.engine.transport.frames import BrokenProtocol
-from spikeless.engine.transport.headers import HeaderList
 from spikeless.engine.transport.http2 import Http2
 from spikeless.engine.transport.streams import Stream
+from spikeless.http2.frames import BrokenProtocol
+from spikeless.http2.headers import HeaderList
 
 _READ_BYTES, _LARGE_READ_BYTES = 16 << 10, 1 << 20
 #: Parts that one call of the system takes.

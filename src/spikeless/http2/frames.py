@@ -28,10 +28,11 @@ class ErrorCode(IntEnum):
     CANCEL = 0x8
     COMPRESSION_ERROR = 0x9
     ENHANCE_YOUR_CALM = 0xB
+    INADEQUATE_SECURITY = 0xC
 
 
 class BrokenProtocol(Exception):
-    """The client broke the protocol: its connection ends."""
+    """The other end broke the protocol: its connection ends."""
 
     def __init__(self, code: ErrorCode, text: str) -> None:
         super().__init__(text)
