@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import ServerFactory
+from harness import IS_EMBEDDED, ServerFactory
 from places import SUPPORT
 
 from spikeless.disk import proc
@@ -56,7 +56,8 @@ def test_what_a_swap_takes(serve: ServerFactory, saved_model: Path, tmp_path: Pa
         assert proc.private_memory(pid) < private_before + SIZE / 8, "the old version's memory is given back"
         if mapped:
             # Not even for a moment: what was freed again would have been given before.
-            assert taken < SIZE / 4
+            # The threads that TensorFlow Serving starts take up to 19 MiB.
+            assert taken < (SIZE / 4 if IS_EMBEDDED else SIZE / 2)
         else:
             assert taken > SIZE
         # What is read of the parameters, and none of the libraries, which are larger.

@@ -30,7 +30,8 @@ def captured(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     offsets = np.concatenate([burst + np.arange(20) * 0.01 for burst in (0.0, 1.0, 2.0)])
     requests = read_requests(warmup_file(models / "boston" / "1"), "boston")
     recorder = RecorderSettings(directory / "calls", per_shape=1000)
-    with launch.start(launch.LaunchSettings("boston", models / "boston")) as server:
+    settings = launch.LaunchSettings("boston", models / "boston", flags=bench.SERVER_FLAGS)
+    with launch.start(settings) as server:
         capture = Capture(CaptureSettings(server.target, "127.0.0.1:0", recorder, sample=1.0))
         port = capture.start()
         load = OpenLoop(offsets, requests, f"127.0.0.1:{port}", 60)

@@ -90,7 +90,7 @@ def serving(models: Path, ssl_config: str, *flags: str) -> Iterator[launch.Serve
     settings = launch.LaunchSettings(
         model_name="times",
         model_base_path=models,
-        flags=(f"--ssl_config_file={file}", *flags),
+        flags=(f"--ssl_config_file={file}", *bench.SERVER_FLAGS, *flags),
         log=models.parent / "server.log",
     )
     with launch.ServerProcess(settings) as server:
@@ -206,6 +206,7 @@ def test_a_load_over_tls(
     with serving(models, config(authority.issue_cert("127.0.0.1"), verify=clients)) as server:
         server.wait_ready()
         load = ["--requests", requests, "--rate", "20", "--duration", "2s", "--settle", "0s", "--no-floor"]
+        load += ["--timeout", "60s"]
         command = ["bench", "run", "times", "--server", server.target, *load, "--out", tmp_path / "raw"]
         done = CliRunner().invoke(cli, [*map(str, command), "--json"], catch_exceptions=False)
         assert done.exit_code == 0, done.output
