@@ -204,12 +204,12 @@ def _ladder(result: str, header: Sequence[str], names: dict[str, str]) -> str:
 
 #: The header, the verdicts, and what a share of the server's capacity is called.
 _ENGLISH_GOAL = (
-    ("table, requests/s", "p99", "p99.9", "private memory, peak", "reloads", "goal"),
+    ("table, requests/s", "processor", "p99", "p99.9", "private memory, peak", "reloads", "goal"),
     {"met": "met", "not met": "not met", "-": "-"},
     "{}% of what the server can do",
 )
 _CHINESE_GOAL = (
-    ("嵌入表 / 每秒请求数", "p99", "p99.9", "私有内存峰值", "加载次数", "目标"),
+    ("嵌入表 / 每秒请求数", "处理器", "p99", "p99.9", "私有内存峰值", "加载次数", "目标"),
     {"met": "达到", "not met": "未达到", "-": "-"},
     "服务器能力的 {}%",
 )
@@ -220,14 +220,19 @@ def _goal(rung: str, words: tuple[Sequence[str], dict[str, str], str]) -> str:
     header, verdicts, share = words
     rows = {}
     for summary in sorted(_RESULTS.glob("*-tensorflow-serving-*iB-*/summary.md")):
+        text = summary.read_text()
         found = re.search(r"(\d+)([MG])iB-(load-)?(\d+)$", summary.parent.name)
-        line = re.search(rf"^\| {re.escape(rung)} \| ((not )?met|-) \|.*", summary.read_text(), re.MULTILINE)
+        line = re.search(rf"^\| {re.escape(rung)} \| ((not )?met|-) \|.*", text, re.MULTILINE)
+        machine = re.search(r"^- machine: (\w+)(?:\(R\))? (\w+)", text, re.MULTILINE)
         assert found is not None, f"{summary} is of no size and load"
         assert line is not None, f"{summary} has no goal for {rung}"
+        assert machine is not None, f"{summary} is of no machine"
         size, unit, is_share, load = found.groups()
         _, verdict, p99, p999, _, memory, reloads = (cell.strip() for cell in line[0].strip("|").split("|"))
-        rows[unit == "G", int(size), is_share is not None, int(load)] = [
+        processor = " ".join(machine.groups())
+        rows[unit == "G", int(size), is_share is not None, int(load), processor] = [
             f"{size} {unit}iB, " + (share.format(load) if is_share else f"{int(load):,}"),
+            processor,
             p99,
             p999,
             memory.partition(",")[0],
