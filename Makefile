@@ -94,7 +94,7 @@ scan: $(READY)
 
 # Fuzz each parser of foreign bytes for FUZZ_SECONDS. Findings go to reports/.
 FUZZ_SECONDS ?= 600
-FUZZ_TARGETS := json tensor request infer_json infer_message http2 tfrecord warmup checkpoint \
+FUZZ_TARGETS := json tensor request infer_json infer_message http2 http2_answer tfrecord warmup checkpoint \
     rest store version models_config
 fuzz: $(READY)
 	cd reports && for target in $(FUZZ_TARGETS); do \
