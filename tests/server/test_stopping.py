@@ -132,6 +132,7 @@ def ask_and_terminate(served: Served, over: threading.Event) -> None:
             asker.join()
 
 
+@pytest.mark.timeout(1200)
 def test_it_stops_under_requests_every_time(start: Start) -> None:
     """A hundred times, five servers at once; ``SPIKELESS_STOPS`` is another number."""
     # Processes are started and joined on one thread: multiprocessing wants it so.
