@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from trained_models import spikeless
 
 from spikeless import bench, launch
-from spikeless.bench import ladder
+from spikeless.bench import capacity, ladder
 from spikeless.bench.rungs import LADDER
 from spikeless.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from spikeless.mapping import check
@@ -94,7 +95,9 @@ def test_models_that_are_mapped_already_at_a_share_of_what_the_server_can_do(
     for file in (file for path in (one, other) for file in check(path, str(path)).files):
         assert (one / file.path).samefile(other / file.path), "what both have is on the disk once"
 
-    monkeypatch.setattr("spikeless.bench.capacity.PROBE_SECONDS", 1.0)
+    # A rough search does here.
+    search = functools.partial(capacity.find_capacity, seconds=1.0, narrow=1.0)
+    monkeypatch.setattr(capacity, "find_capacity", search)
     settings = ladder.LadderSettings(
         [one, other],
         models / "requests",
