@@ -180,11 +180,12 @@ def test_a_killed_worker_is_replaced_and_nobody_else_notices(
         put_version(scales / "3", models / NAME, 3)
         running.wait(NAME, {3: State.AVAILABLE})
         assert everywhere(running, served) == 3
-    # What was in progress there, and what was called while gRPC waited to connect
-    # again: who did so before the kernel had closed the killed worker's port is to
-    # wait for a second.
+    # What was in progress there, at most one call of each caller, and what that caller
+    # called until gRPC connected again: who tries before the kernel has closed the
+    # killed worker's port is to wait for a second.
+    assert len(load.outages) <= 8, load.outages
     assert load.failures == failures, "none once there are as many workers again"
-    assert all("Stream removed" in failure or "Connection" in failure for failure in failures), failures
+    assert all("StatusCode" not in failure for failure in load.failures)
     count = f':tensorflow:serving:request_count{{model_name="{NAME}",status="OK"}}'
     assert before[count] < after[count]
     assert len(workers(running)) == WORKERS

@@ -222,6 +222,8 @@ class Load:
     def __init__(self, target: str, threads: int = 2, labels: Sequence[str] = ("", "stable")) -> None:
         self.answers: Counter[tuple[str, float]] = Counter()
         self.failures: list[str] = []
+        #: The first failure of each row of them that a caller met.
+        self.outages: list[str] = []
         self._target = target
         self._stop = threading.Event()
         self._threads = [
@@ -231,12 +233,17 @@ class Load:
 
     def _call(self, label: str) -> None:
         with Client(self._target, timeout=60.0) as client:
+            fails = False
             while not self._stop.wait(0.002):
                 try:
                     answer = client.predict(NAME, {"x": X}, label=label)["y"]
                     self.answers[label, float(answer[0, 0])] += 1
+                    fails = False
                 except SpikelessError as error:
                     self.failures.append(f"{label or 'unlabelled'}: {error}")
+                    if not fails:
+                        self.outages.append(self.failures[-1])
+                    fails = True
 
     @property
     def factors(self) -> set[float]:
