@@ -15,8 +15,8 @@
  * - It allocates from an arena of its own, and so do its pools: parameters and what else a version consists of lie
  *   apart from the memory of requests, and allocating it takes no lock that a request waits for. Needs jemalloc.
  *
- * What it maps it touches, as far as that is in the page cache: else the first requests on a version would enter its
- * pages into the page table, one fault for each row that they look up.
+ * What it maps it touches, piece by piece, as far as that is in the page cache: else the first requests on a version
+ * would enter its pages into the page table, one fault for each row that they look up.
  *
  * What it maps is unmapped piece by piece, by a thread that also runs only while nothing else wants the processor: else
  * the unloading of half a gigabyte keeps a processor for 10 ms.
@@ -50,11 +50,13 @@
 /* Of each thread of a pool, with its guard page. They ask for the size of files and need about 10 KiB; only pages that
    are used take memory. */
 #define STACK_BYTES (256 << 10)
-/* Between two starts, and between two ends, of a pool's threads. A load takes 0.3 s longer for two pools. */
-#define PACE_NANOSECONDS 300000
+/* Between two starts, and between two ends, of a pool's threads. A load takes 0.8 s longer for two pools. */
+#define POOL_PACE_NANOSECONDS 800000
 
-/* A version's files that are at least so large are touched and unmapped in pieces of that size. */
+/* A version's files that are at least so large are touched and unmapped in pieces of that size, */
 #define PIECE_BYTES (4 << 20)
+/* with so much time between them: 0.15 s for 2 GiB. */
+#define PIECE_PACE_NANOSECONDS 300000
 /* A fault maps the pages around it that are in the page cache as well: what the kernel calls fault_around_bytes. */
 #define AROUND_BYTES (64 << 10)
 /* A file that needs the disk for so many faults is not in the page cache. */
@@ -183,7 +185,7 @@ static void *work(void *argument) {
         use_arena();
     }
     void *result = worker->function(worker->argument);
-    wait_for((uint64_t)(atomic_fetch_add(&ended, 1) % POOL_THREADS) * PACE_NANOSECONDS);
+    wait_for((uint64_t)(atomic_fetch_add(&ended, 1) % POOL_THREADS) * POOL_PACE_NANOSECONDS);
     return result;
 }
 
@@ -235,7 +237,7 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*
     }
     if (self.pool == POOL_THREADS) bind();
     int error = create_worker(thread, function, argument);
-    wait_for(PACE_NANOSECONDS);
+    wait_for(POOL_PACE_NANOSECONDS);
     if (--self.pool == 0) unbind();
     return error;
 }
@@ -290,7 +292,10 @@ static void touch(const volatile char *start, size_t size, int file, off_t offse
     /* Beyond the end of the file there is nothing to touch. */
     if (fstat(file, &status) != 0 || status.st_size - offset < (off_t)size) return;
     for (size_t done = 0; done < size; done += AROUND_BYTES) {
-        if (done % PIECE_BYTES == 0 && disk_faults() - before >= DISK_FAULTS) return;
+        if (done % PIECE_BYTES == 0) {
+            if (disk_faults() - before >= DISK_FAULTS) return;
+            wait_for(PIECE_PACE_NANOSECONDS);
+        }
         (void)start[done];
     }
 }
@@ -314,7 +319,7 @@ int munmap(void *start, size_t size) {
         keep_apart();
         for (size_t done = 0; done < size; done += PIECE_BYTES) {
             madvise((char *)start + done, size - done < PIECE_BYTES ? size - done : PIECE_BYTES, MADV_DONTNEED);
-            wait_for(PACE_NANOSECONDS);
+            wait_for(PIECE_PACE_NANOSECONDS);
         }
     }
     return (int)syscall(SYS_munmap, start, size);
