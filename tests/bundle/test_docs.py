@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pages
 import pytest
+from machines import wait_for
 from places import ROOT
 
 from spikeless.cli.bench.gate import gate_command
@@ -27,6 +30,8 @@ RUNNABLE = [
     and not document.name.startswith("README")
     and any(not block.excuse for block in pages.blocks(document.read_text()))
 ]
+#: How late an idle processor may come back.
+LATENCY = Path("/dev/cpu_dma_latency")
 #: What commands may need of a clone.
 FOLDERS = ("training", "warmup", "benchmarks")
 
@@ -55,6 +60,28 @@ def test_commands_that_are_not_run_here_name_the_test_that_runs_them() -> None:
             named = re.findall(r"tests/\w+(?:/\w+\.py)?", block.excuse)
             assert bool(named) == bool(block.excuse), f"{name(document)}: {block.excuse}"
             assert all((ROOT / path).exists() for path in named), f"{name(document)}: {block.excuse}"
+
+
+def allowed_latency() -> int:
+    with LATENCY.open("rb", buffering=0) as device:
+        return int.from_bytes(device.read(4), sys.byteorder)
+
+
+@pytest.mark.skipif(not os.access(LATENCY, os.R_OK | os.W_OK), reason="for root, on a machine of its own")
+def test_idle_processors_poll_as_long_as_the_command_runs() -> None:
+    page = (DOCS / "how-to" / "measure.md").read_text()
+    (text,) = (block.text for block in pages.blocks(page) if str(LATENCY) in block.text)
+    sudo, python, *arguments = shlex.split(text)
+    assert (sudo, python) == ("sudo", "python3")
+    before = allowed_latency()
+    if before == 0:
+        pytest.skip("something keeps the processors awake already")
+    with subprocess.Popen([sys.executable, *arguments]) as process:
+        try:
+            wait_for(lambda: allowed_latency() == 0, "idle processors poll")
+        finally:
+            process.terminate()
+    assert allowed_latency() == before
 
 
 def test_every_page_says_whom_it_helps() -> None:
