@@ -8,7 +8,8 @@ different parameters, each with warmup records that look up random rows; and
 ``OUT/requests``, many more such records to replay. ``OUT`` appears whole or not at all.
 With ``--mapped-only``, for tables that do not fit on the disk twice: ``OUT/mapped/1``
 and ``OUT/optimized/1``, which share their files, and so on; three tables of that size
-are the most on the disk while two versions are made, two remain.
+are the most on the disk while two versions are made, two remain. With ``--steps`` loads
+take long: a second signature, which is in the warmup file too, has so many steps.
 
 Kinds:
 
@@ -37,6 +38,8 @@ from spikeless.warmup.requests import predict
 KINDS = ("keras", "module", "sparse")
 WIDTH, IDS, HIDDEN = 64, 32, 256
 BLOCK_ROWS = 1 << 18
+#: The second signature.
+STEPS = "steps"
 #: The records of a warmup file, and those to replay: enough that most of a table of 512
 #: MiB is looked up.
 WARMUP_REQUESTS, REQUESTS = 20, 10_000
@@ -50,6 +53,7 @@ def make(
     *,
     mapped_only: bool = False,
     requests: int = REQUESTS,
+    steps: int = 0,
 ) -> None:
     """Write the models, with embeddings of `size` bytes, and the requests to `out`.
 
@@ -64,13 +68,17 @@ def make(
         predict("serving_default", {"ids": generator.integers(0, rows, (1, IDS))}).SerializeToString()
         for _ in range(max(requests, WARMUP_REQUESTS))
     ]
+    further = [predict(STEPS, {"x": np.zeros(1, np.float32)}).SerializeToString()] if steps else []
     with atomic.staging(out.absolute().parent / ".staging") as staging:
         for version in range(1, versions + 1):
             model = staging / "models" / str(version)
-            (_export_keras if kind == "keras" else _export_module)(model, rows, version, kind)
+            if kind == "keras":
+                _export_keras(model, rows, version)
+            else:
+                _export_module(model, rows, version, kind, steps)
             own = warmup.warmup_file(model)
             own.parent.mkdir(exist_ok=True)
-            tfrecord.write(own, records[:WARMUP_REQUESTS])
+            tfrecord.write(own, [*records[:WARMUP_REQUESTS], *further])
             if mapped_only:
                 _map(model, out.absolute())
         tfrecord.write(staging / "models" / "requests", records[:requests])
@@ -99,7 +107,7 @@ def _map(model: Path, out: Path) -> None:
     shutil.rmtree(model)
 
 
-def _export_keras(path: Path, rows: int, seed: int, kind: str) -> None:
+def _export_keras(path: Path, rows: int, seed: int) -> None:
     import keras
 
     keras.utils.set_random_seed(seed)
@@ -111,7 +119,7 @@ def _export_keras(path: Path, rows: int, seed: int, kind: str) -> None:
     keras.backend.clear_session()
 
 
-def _export_module(path: Path, rows: int, seed: int, kind: str) -> None:
+def _export_module(path: Path, rows: int, seed: int, kind: str, steps: int) -> None:
     import tensorflow as tf
 
     model = tf.Module()
@@ -137,8 +145,15 @@ def _export_module(path: Path, rows: int, seed: int, kind: str) -> None:
             x = tf.nn.relu(x @ kernel)
         return {"scores": tf.sigmoid(x @ model.kernels[-1])}
 
-    model.serve = serve
-    tf.saved_model.save(model, str(path), {"serving_default": serve})
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
+    def take_steps(x: tf.Tensor) -> dict[str, tf.Tensor]:
+        for step in range(steps):
+            x = tf.tanh(x * (1 + step / steps))
+        return {"y": x}
+
+    model.serve, model.take_steps = serve, take_steps
+    signatures = {"serving_default": serve, **({STEPS: take_steps} if steps else {})}
+    tf.saved_model.save(model, str(path), signatures)
     values.unlink()
 
 
@@ -164,10 +179,15 @@ def _write_random(file: Path, rows: int, seed: int) -> None:
     show_default=True,
     help="Different ones to replay. Fewer look up fewer rows, which then stay in memory.",
 )
-def main(out: Path, size: int, kind: str, versions: int, mapped_only: bool, requests: int) -> None:
+@click.option("--steps", type=click.IntRange(0), default=0, help="Of another signature, not of keras.")
+def main(
+    out: Path, size: int, kind: str, versions: int, mapped_only: bool, requests: int, steps: int
+) -> None:
     """Make models of an embedding of a given size in OUT."""
+    if steps and kind == "keras":
+        raise SystemExit("error: --steps is for the kinds module and sparse")
     try:
-        make(out, size, kind, versions, mapped_only=mapped_only, requests=requests)
+        make(out, size, kind, versions, mapped_only=mapped_only, requests=requests, steps=steps)
     except AlreadyExists as error:
         raise SystemExit(f"error: {error}") from None
 

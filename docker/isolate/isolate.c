@@ -2,16 +2,16 @@
  * Keeps the loading of a version apart from requests, in a model server that is not changed.
  *
  * Preload it (LD_PRELOAD) into tensorflow_model_server, beside jemalloc or without. SPIKELESS_ISOLATE=0 switches it
- * off; SPIKELESS_ISOLATE_WITHOUT leaves parts of it out, for measuring: "hide,pool,idle,touch,unmap,arena". A thread that
- * lists a version's folder (one with a saved_model.pb) loads versions. From then on:
+ * off; SPIKELESS_ISOLATE_WITHOUT leaves parts of it out, for measuring: "hide,pool,idle,pause,touch,unmap,arena". A
+ * thread that lists a version's folder (one with a saved_model.pb) loads versions. From then on:
  *
  * - It does not see the folder's sub-folders. TensorFlow Serving sizes the folder twice a load (GetModelDiskSize), and
  *   starts and ends a pool of 256 threads for each folder that it sees. The estimate of a version's memory lacks what
  *   is in sub-folders; it matters only where the server has a limit.
  * - The pools that are left, one for each walk, cost requests nothing: their threads get stacks that are kept, run
  *   only while nothing else wants the processor, all on one processor, and start and end one after the other.
- * - It runs only while nothing else wants the processor, but never waits for it long (priority.c). What it starts has
- *   normal priority.
+ * - It runs only while nothing else wants the processor, but never waits for it long, and pauses twice a millisecond, so
+ *   that its processor can take over requests that wait for another (priority.c). What it starts has normal priority.
  * - It allocates from an arena of its own, and so do its pools: parameters and what else a version consists of lie
  *   apart from the memory of requests, and allocating it takes no lock that a request waits for. Needs jemalloc.
  *
@@ -28,6 +28,7 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
@@ -88,7 +89,7 @@ static size_t page;
 
 /* What is done, in the order of the list above; all of it unless SPIKELESS_ISOLATE_WITHOUT names it. */
 static struct {
-    bool hide, pool, idle, arena, touch, unmap;
+    bool hide, pool, idle, pause, arena, touch, unmap;
 } does;
 
 static bool is_left_out(const char *part) {
@@ -106,6 +107,7 @@ __attribute__((constructor)) static void start(void) {
     does.hide = !is_left_out("hide");
     does.pool = !is_left_out("pool");
     does.idle = !is_left_out("idle");
+    does.pause = !is_left_out("pause");
     does.arena = !is_left_out("arena");
     does.touch = !is_left_out("touch");
     does.unmap = !is_left_out("unmap");
@@ -145,7 +147,7 @@ static void keep_apart(void) {
     if (self.loads) return;
     self.loads = true;
     use_arena();
-    if (does.idle) run_when_idle();
+    run_when_idle(does.idle, does.pause);
 }
 
 /* Pools of threads --------------------------------------------------------------------------------------------- */
@@ -168,9 +170,10 @@ static void create_stacks(void) {
     stacks = start;
 }
 
+/* A signal, as for a pause, does not cut it short. */
 static void wait_for(uint64_t nanoseconds) {
-    struct timespec time = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
-    nanosleep(&time, NULL);
+    struct timespec left = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
+    while (nanosleep(&left, &left) != 0 && errno == EINTR) {}
 }
 
 /* A thread of a pool. Eigen's pool lets all of its threads end at the same time: here they queue. */

@@ -4,10 +4,16 @@
  * A lock that such a thread holds must not wait for long. So a thread of this library watches them: one that did not
  * run although it could gets normal priority for one period. Taking back SCHED_IDLE needs CAP_SYS_NICE, or a limit of
  * 20 or more for RLIMIT_NICE; without these, threads keep their priority.
+ *
+ * That nothing waits for this processor does not mean that nothing waits. A processor takes over what waits for another
+ * one when it has nothing to run, and otherwise only as its clock ticks, 4 ms apart at 250 Hz: a thread that fills the
+ * idle time of one processor makes requests queue at the other. So these threads pause, for as long as it takes to look.
+ * A timer sends a thread a signal, whose handler sleeps; the timer stands still while the thread waits for something.
  */
 #define _GNU_SOURCE
 #include "priority.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
@@ -26,6 +32,16 @@
 /* The period of watching, and how long a thread that could run must have run in it. */
 #define PERIOD_NANOSECONDS 20000000
 #define FAIR_NANOSECONDS 1000000
+/* A thread that runs so much in a period, or is seen running, is made to pause. */
+#define MUCH_NANOSECONDS 4000000
+/* From one pause to the next, and how long it is; the kernel adds up to 50 us. */
+#define PAUSE_EVERY_NANOSECONDS 500000
+#define PAUSE_NANOSECONDS 50000
+
+/* A field of sigevent that glibc has no name for. */
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
 
 static struct watched {
     /* 0: this place is free. */
@@ -33,13 +49,20 @@ static struct watched {
     /* Files of the kernel: whether the thread could run, and how long it has run. */
     int stat, schedstat;
     uint64_t ran;
-    bool could_run, lent;
+    bool could_run;
+    /* Whether it shall have SCHED_IDLE, and whether it has normal priority for now. */
+    bool lowered, lent;
+    /* Whether it has a timer, and whether that runs. */
+    bool has_timer, pauses;
+    timer_t timer;
 } places[THREADS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_key_t place_of_thread;
-static bool allowed, watching;
-static _Thread_local bool idle __attribute__((tls_model("initial-exec")));
+static bool allowed, ready, watching;
+/* A signal that the program does not use; 0: there is none. */
+static int pause_signal;
+static _Thread_local struct watched *self __attribute__((tls_model("initial-exec")));
 
 static bool set_policy(pid_t thread, int policy) {
     struct sched_param none = {0};
@@ -65,11 +88,29 @@ static uint64_t nanoseconds_run(int schedstat) {
     return read_text(schedstat, text, sizeof text) <= 0 ? 0 : strtoull(text, NULL, 10);
 }
 
+/* The handler of that signal. */
+static void pause_now(int number) {
+    const struct timespec time = {0, PAUSE_NANOSECONDS};
+    int error = errno;
+    (void)number;
+    if (self != NULL) nanosleep(&time, NULL);
+    errno = error;
+}
+
+static void set_pauses(struct watched *it, bool pauses) {
+    struct itimerspec times = {0};
+    if (!it->has_timer || it->pauses == pauses) return;
+    if (pauses) times.it_value.tv_nsec = times.it_interval.tv_nsec = PAUSE_EVERY_NANOSECONDS;
+    it->pauses = timer_settime(it->timer, 0, &times, NULL) == 0 && pauses;
+}
+
 static void watch(struct watched *it) {
     uint64_t ran = nanoseconds_run(it->schedstat);
     bool could = could_run(it->stat);
-    bool starved = could && it->could_run && ran - it->ran < FAIR_NANOSECONDS;
+    uint64_t more = ran - it->ran;
+    bool starved = it->lowered && could && it->could_run && more < FAIR_NANOSECONDS;
     if (starved != it->lent) set_policy(it->thread, starved ? SCHED_OTHER : SCHED_IDLE);
+    set_pauses(it, could || more >= MUCH_NANOSECONDS);
     it->lent = starved;
     it->could_run = could;
     it->ran = ran;
@@ -91,16 +132,19 @@ static void *watch_all(void *unused) {
 static void forget(void *place) {
     struct watched *it = place;
     run_normally();
-    idle = false;
+    self = NULL;
     pthread_mutex_lock(&lock);
+    if (it->has_timer) timer_delete(it->timer);
     close(it->stat);
     close(it->schedstat);
     it->thread = 0;
     pthread_mutex_unlock(&lock);
 }
 
-/* After a fork, threads of the parent are not this process's. */
+/* After a fork, threads of the parent are not this process's, nor are their timers. */
 static void forget_all(void) {
+    run_normally();
+    self = NULL;
     pthread_mutex_init(&lock, NULL);
     for (size_t i = 0; i < THREADS; i++) {
         if (places[i].thread == 0) continue;
@@ -109,8 +153,6 @@ static void forget_all(void) {
         places[i].thread = 0;
     }
     watching = false;
-    run_normally();
-    idle = false;
 }
 
 /* Whether the process may take SCHED_IDLE back is tried on a thread that nothing needs. */
@@ -119,12 +161,24 @@ static void *try_policies(void *unused) {
     return tried ? &allowed : unused;
 }
 
+/* A real-time signal that has no handler yet, from the end that programs use last. */
+static int take_signal(void) {
+    const struct sigaction pausing = {.sa_handler = pause_now, .sa_flags = SA_RESTART};
+    for (int number = SIGRTMAX; number >= SIGRTMIN; number--) {
+        struct sigaction taken;
+        if (sigaction(number, NULL, &taken) != 0 || (taken.sa_flags & SA_SIGINFO) || taken.sa_handler != SIG_DFL) continue;
+        return sigaction(number, &pausing, NULL) == 0 ? number : 0;
+    }
+    return 0;
+}
+
 static void prepare(void) {
     pthread_t thread;
     void *result = NULL;
     allowed = pthread_create(&thread, NULL, try_policies, NULL) == 0 && pthread_join(thread, &result) == 0 &&
-              result != NULL && pthread_key_create(&place_of_thread, forget) == 0 &&
-              pthread_atfork(NULL, NULL, forget_all) == 0;
+              result != NULL;
+    pause_signal = take_signal();
+    ready = pthread_key_create(&place_of_thread, forget) == 0 && pthread_atfork(NULL, NULL, forget_all) == 0;
 }
 
 /* Starts what watches, with normal priority and without signals, which are for the program's threads. */
@@ -143,29 +197,40 @@ static int task_file(pid_t thread, const char *name) {
     return open(path, O_RDONLY | O_CLOEXEC);
 }
 
-static bool take_place(struct watched *it) {
+static void create_timer(struct watched *it) {
+    struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = pause_signal};
+    event.sigev_notify_thread_id = it->thread;
+    it->has_timer = pause_signal != 0 && timer_create(CLOCK_MONOTONIC, &event, &it->timer) == 0;
+    set_pauses(it, true);
+}
+
+static void take_place(struct watched *it, bool lowers, bool pauses) {
     pid_t thread = (pid_t)syscall(SYS_gettid);
     *it = (struct watched){.stat = task_file(thread, "stat"), .schedstat = task_file(thread, "schedstat")};
-    if (it->stat >= 0 && it->schedstat >= 0 && pthread_setspecific(place_of_thread, it) == 0) {
-        it->thread = thread;
-        return true;
+    if (it->stat < 0 || it->schedstat < 0 || pthread_setspecific(place_of_thread, it) != 0) {
+        close(it->stat);
+        close(it->schedstat);
+        return;
     }
-    close(it->stat);
-    close(it->schedstat);
-    return false;
+    it->thread = thread;
+    it->lowered = lowers && allowed && sched_getscheduler(0) == SCHED_OTHER && set_policy(0, SCHED_IDLE);
+    self = it;
+    if (pauses) create_timer(it);
 }
 
-void run_when_idle(void) {
+void run_when_idle(bool lowers, bool pauses) {
     pthread_once(&once, prepare);
-    if (!allowed || idle || sched_getscheduler(0) != SCHED_OTHER) return;
+    if (!ready || self != NULL || !(lowers || pauses)) return;
     pthread_mutex_lock(&lock);
     if (!watching) start_watching();
-    for (size_t i = 0; watching && !idle && i < THREADS; i++)
-        if (places[i].thread == 0) idle = take_place(&places[i]);
+    for (size_t i = 0; watching && i < THREADS; i++)
+        if (places[i].thread == 0) {
+            take_place(&places[i], lowers, pauses);
+            break;
+        }
     pthread_mutex_unlock(&lock);
-    if (idle) set_policy(0, SCHED_IDLE);
 }
 
-bool run_normally(void) { return idle && set_policy(0, SCHED_OTHER); }
+bool run_normally(void) { return self != NULL && self->lowered && set_policy(0, SCHED_OTHER); }
 
 void run_when_idle_again(void) { set_policy(0, SCHED_IDLE); }

@@ -1,8 +1,9 @@
 /* Threads that run only while nothing else wants the processor. */
 #include <stdbool.h>
 
-/* The calling thread is one from now on, if the process may take that back and if it can be watched. */
-void run_when_idle(void);
+/* The calling thread is one from now on, if it can be watched. `lowers`: with the lowest priority, if the process may
+   take that back. `pauses`: and it pauses while it runs, so that its processor looks for what waits for another. */
+void run_when_idle(bool lowers, bool pauses);
 
 /* Gives the calling thread normal priority while it starts another, which inherits it; returns whether it had to. */
 bool run_normally(void);

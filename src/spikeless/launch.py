@@ -80,7 +80,7 @@ ISOLATE_LIBRARY = "libspikeless-isolate.so"
 #: Names, with commas between them, of what that library does not do: for measuring.
 ISOLATE_WITHOUT_VARIABLE = "SPIKELESS_ISOLATE_WITHOUT"
 #: All of what it does (``docker/isolate/isolate.c``).
-ISOLATE_PARTS = ("hide", "pool", "idle", "touch", "unmap", "arena")
+ISOLATE_PARTS = ("hide", "pool", "idle", "pause", "touch", "unmap", "arena")
 LOOPBACK = "127.0.0.1"
 ALLOCATORS = ("glibc", "jemalloc")
 

@@ -93,6 +93,8 @@ def test_a_load_is_kept_apart(library: Path, program: Path, version: Path) -> No
     assert seen["idle"] == seen["bound"] == POOLS * THREADS
     assert seen["loader_policy"] == (SCHED_IDLE if _may_return_from_idle() else SCHED_OTHER)
     assert seen["table_sum"] == TABLE_BYTES // PAGE_BYTES
+    assert seen["pauses"], "what computes lets its processor look for what waits for another one"
+    assert seen["rests"], "nothing disturbs a thread that waits"
     assert seen["touched"], "reading the table enters no page into the page table"
     assert seen["unloader_policy"] == seen["loader_policy"], "who unmaps what a load mapped unloads"
     assert seen["unloader_gone"] == seen["unmapper_gone"] == 1
@@ -139,10 +141,11 @@ def test_each_part_can_be_left_out(library: Path, program: Path, version: Path) 
     assert changed("hide") == {"entries"}
     assert changed("pool") == {"idle", "bound"}
     assert changed("idle") == loader | unloader
+    assert changed("pause") == {"pauses"}
     assert changed("touch") == {"touched"}
     assert changed("unmap") == unloader
-    every = {"entries", "idle", "bound", "touched"} | loader | unloader
-    assert changed("hide", "pool", "idle", "touch", "unmap") == every
+    every = {"entries", "idle", "bound", "pauses", "touched"} | loader | unloader
+    assert changed("hide", "pool", "idle", "pause", "touch", "unmap") == every
     assert changed("hid", "", "pools") == set()
 
 

@@ -6,7 +6,9 @@
  */
 #define _GNU_SOURCE
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -130,10 +132,29 @@ static void *unmap(void *argument) {
     return NULL;
 }
 
+static long nanoseconds_run(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* Does nothing but compute, and then nothing. */
+static void compute(void) {
+    struct rusage before, after;
+    getrusage(RUSAGE_THREAD, &before);
+    for (long end = nanoseconds_run() + 100000000; nanoseconds_run() < end;) {}
+    getrusage(RUSAGE_THREAD, &after);
+    printf("pauses %d\n", after.ru_nvcsw - before.ru_nvcsw >= 50);
+    bool quiet = false;
+    for (int tries = 0; !quiet && tries < 10000; tries++) quiet = poll(NULL, 0, 100) == 0;
+    printf("rests %d\n", quiet);
+}
+
 static void *load(void *unused) {
     pthread_t thread;
     walk();
     walk();
+    compute();
     pthread_create(&thread, NULL, other, NULL);
     pthread_join(thread, NULL);
     printf("loader_policy %d\nloader_processors %d\n", settled_policy(), processors());
@@ -160,9 +181,7 @@ static void *load_with_a_lock(void *unused) {
     pthread_mutex_lock(&lock);
     long wanted = 2 * sysconf(_SC_NPROCESSORS_ONLN);
     while (atomic_load(&peers) < wanted) usleep(1000);
-    struct timespec time;
-    do clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-    while (time.tv_sec == 0 && time.tv_nsec < 200000000);
+    while (nanoseconds_run() < 200000000) {}
     pthread_mutex_unlock(&lock);
     atomic_store(&done, true);
     return unused;
