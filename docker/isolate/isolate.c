@@ -10,8 +10,9 @@
  *   is in sub-folders; it matters only where the server has a limit.
  * - The pools that are left, one for each walk, cost requests nothing: their threads get stacks that are kept, run
  *   only while nothing else wants the processor, all on one processor, and start and end one after the other.
- * - It runs only while nothing else wants the processor, but never waits for it long, and pauses twice a millisecond, so
- *   that its processor can take over requests that wait for another (priority.c). What it starts has normal priority.
+ * - It runs only while nothing else wants the processor, but never waits for it long, and pauses after each half
+ *   millisecond, so that its processor can take over requests that wait for another (priority.c). What it starts has
+ *   normal priority.
  * - It allocates from an arena of its own, and so do its pools: parameters and what else a version consists of lie
  *   apart from the memory of requests, and allocating it takes no lock that a request waits for. Needs jemalloc.
  *
@@ -28,7 +29,6 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
-#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
@@ -51,8 +51,12 @@
 /* Of each thread of a pool, with its guard page. They ask for the size of files and need about 10 KiB; only pages that
    are used take memory. */
 #define STACK_BYTES (256 << 10)
-/* Between two starts, and between two ends, of a pool's threads. A load takes 0.8 s longer for two pools. */
-#define POOL_PACE_NANOSECONDS 800000
+/* After each start of a pool's thread its starter waits so many times as long as the start took, which tells how busy the
+   processors are; at least and at most so long. The threads end at the same pace. A load takes 0.8 s longer for two
+   pools, and some seconds when the processors are busy. */
+#define POOL_PACE 8
+#define POOL_PACE_LEAST_NANOSECONDS 800000
+#define POOL_PACE_MOST_NANOSECONDS 8000000
 
 /* A version's files that are at least so large are touched and unmapped in pieces of that size, */
 #define PIECE_BYTES (4 << 20)
@@ -123,6 +127,8 @@ static _Thread_local struct {
     /* Its processors, while it starts a pool on one of them. */
     cpu_set_t processors;
     bool bound;
+    /* When it began to. */
+    uint64_t began;
 } self __attribute__((tls_model("initial-exec")));
 
 /* An arena for loads ------------------------------------------------------------------------------------------- */
@@ -160,6 +166,8 @@ static struct worker {
 static char *stacks;
 static pthread_once_t stacks_once = PTHREAD_ONCE_INIT;
 static atomic_uint ended;
+/* How long the last pool took to start. */
+static _Atomic uint64_t starting;
 
 static void create_stacks(void) {
     char *start = mmap(NULL, (size_t)POOL_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
@@ -168,12 +176,6 @@ static void create_stacks(void) {
     for (size_t i = 0; i < POOL_THREADS; i++)
         if (mprotect(start + i * STACK_BYTES, page, PROT_NONE) != 0) return;
     stacks = start;
-}
-
-/* A signal, as for a pause, does not cut it short. */
-static void wait_for(uint64_t nanoseconds) {
-    struct timespec left = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
-    while (nanosleep(&left, &left) != 0 && errno == EINTR) {}
 }
 
 /* A thread of a pool. Eigen's pool lets all of its threads end at the same time: here they queue. */
@@ -188,7 +190,7 @@ static void *work(void *argument) {
         use_arena();
     }
     void *result = worker->function(worker->argument);
-    wait_for((uint64_t)(atomic_fetch_add(&ended, 1) % POOL_THREADS) * POOL_PACE_NANOSECONDS);
+    wait_for(atomic_fetch_add(&ended, 1) % POOL_THREADS * (atomic_load(&starting) / POOL_THREADS));
     return result;
 }
 
@@ -238,10 +240,20 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*
         if (raised) run_when_idle_again();
         return error;
     }
-    if (self.pool == POOL_THREADS) bind();
+    uint64_t begin = now();
+    if (self.pool == POOL_THREADS) {
+        bind();
+        self.began = begin;
+    }
     int error = create_worker(thread, function, argument);
-    wait_for(POOL_PACE_NANOSECONDS);
-    if (--self.pool == 0) unbind();
+    uint64_t pace = POOL_PACE * (now() - begin);
+    if (pace < POOL_PACE_LEAST_NANOSECONDS) pace = POOL_PACE_LEAST_NANOSECONDS;
+    if (pace > POOL_PACE_MOST_NANOSECONDS) pace = POOL_PACE_MOST_NANOSECONDS;
+    wait_for(pace);
+    if (--self.pool == 0) {
+        unbind();
+        atomic_store(&starting, now() - self.began);
+    }
     return error;
 }
 

@@ -7,8 +7,9 @@
  *
  * That nothing waits for this processor does not mean that nothing waits. A processor takes over what waits for another
  * one when it has nothing to run, and otherwise only as its clock ticks, 4 ms apart at 250 Hz: a thread that fills the
- * idle time of one processor makes requests queue at the other. So these threads pause, for as long as it takes to look.
- * A timer sends a thread a signal, whose handler sleeps; the timer stands still while the thread waits for something.
+ * idle time of one processor makes requests queue at the other. So these threads pause: for as long as it takes to look,
+ * and longer where they had to wait for the processor themselves, which is then busy. A timer sends a thread a signal,
+ * whose handler sleeps; the timer stands still while the thread waits for something.
  */
 #define _GNU_SOURCE
 #include "priority.h"
@@ -32,11 +33,13 @@
 /* The period of watching, and how long a thread that could run must have run in it. */
 #define PERIOD_NANOSECONDS 20000000
 #define FAIR_NANOSECONDS 1000000
-/* A thread that runs so much in a period, or is seen running, is made to pause. */
-#define MUCH_NANOSECONDS 4000000
-/* From one pause to the next, and how long it is; the kernel adds up to 50 us. */
+/* From one pause to the next, and how long it is at least; the kernel adds up to 50 us. */
 #define PAUSE_EVERY_NANOSECONDS 500000
 #define PAUSE_NANOSECONDS 50000
+/* How long it is where the thread had to wait for the processor, */
+#define LONG_PAUSE_NANOSECONDS 1000000
+/* which is when it did so for this long since the last one. Who has not run for as long needs none. */
+#define NOTICED_NANOSECONDS 100000
 
 /* A field of sigevent that glibc has no name for. */
 #ifndef sigev_notify_thread_id
@@ -63,6 +66,12 @@ static bool allowed, ready, watching;
 /* A signal that the program does not use; 0: there is none. */
 static int pause_signal;
 static _Thread_local struct watched *self __attribute__((tls_model("initial-exec")));
+static _Thread_local struct {
+    /* It sleeps anyway. */
+    bool waits;
+    /* When its last pause ended, and how long it had run. */
+    uint64_t ended, ran;
+} pausing __attribute__((tls_model("initial-exec")));
 
 static bool set_policy(pid_t thread, int policy) {
     struct sched_param none = {0};
@@ -88,13 +97,34 @@ static uint64_t nanoseconds_run(int schedstat) {
     return read_text(schedstat, text, sizeof text) <= 0 ? 0 : strtoull(text, NULL, 10);
 }
 
+static uint64_t nanoseconds_of(clockid_t clock) {
+    struct timespec time;
+    clock_gettime(clock, &time);
+    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
+uint64_t now(void) { return nanoseconds_of(CLOCK_MONOTONIC); }
+
 /* The handler of that signal. */
 static void pause_now(int number) {
-    const struct timespec time = {0, PAUSE_NANOSECONDS};
     int error = errno;
+    uint64_t ran = nanoseconds_of(CLOCK_THREAD_CPUTIME_ID) - pausing.ran;
     (void)number;
-    if (self != NULL) nanosleep(&time, NULL);
+    if (self != NULL && !pausing.waits && ran >= NOTICED_NANOSECONDS) {
+        bool busy = now() - pausing.ended >= ran + NOTICED_NANOSECONDS;
+        const struct timespec time = {0, busy ? LONG_PAUSE_NANOSECONDS : PAUSE_NANOSECONDS};
+        nanosleep(&time, NULL);
+        pausing.ran = nanoseconds_of(CLOCK_THREAD_CPUTIME_ID);
+        pausing.ended = now();
+    }
     errno = error;
+}
+
+void wait_for(uint64_t nanoseconds) {
+    struct timespec left = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
+    pausing.waits = true;
+    while (nanosleep(&left, &left) != 0 && errno == EINTR) {}
+    pausing.waits = false;
 }
 
 static void set_pauses(struct watched *it, bool pauses) {
@@ -110,7 +140,7 @@ static void watch(struct watched *it) {
     uint64_t more = ran - it->ran;
     bool starved = it->lowered && could && it->could_run && more < FAIR_NANOSECONDS;
     if (starved != it->lent) set_policy(it->thread, starved ? SCHED_OTHER : SCHED_IDLE);
-    set_pauses(it, could || more >= MUCH_NANOSECONDS);
+    set_pauses(it, could || more >= FAIR_NANOSECONDS);
     it->lent = starved;
     it->could_run = could;
     it->ran = ran;

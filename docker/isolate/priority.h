@@ -1,9 +1,16 @@
 /* Threads that run only while nothing else wants the processor. */
 #include <stdbool.h>
+#include <stdint.h>
 
 /* The calling thread is one from now on, if it can be watched. `lowers`: with the lowest priority, if the process may
    take that back. `pauses`: and it pauses while it runs, so that its processor looks for what waits for another. */
 void run_when_idle(bool lowers, bool pauses);
+
+/* Nanoseconds of a clock that only goes forward. */
+uint64_t now(void);
+
+/* Sleeps, without pauses and however many signals arrive. */
+void wait_for(uint64_t nanoseconds);
 
 /* Gives the calling thread normal priority while it starts another, which inherits it; returns whether it had to. */
 bool run_normally(void);
