@@ -178,6 +178,12 @@ static void create_stacks(void) {
     stacks = start;
 }
 
+static uint64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
 /* A thread of a pool. Eigen's pool lets all of its threads end at the same time: here they queue. */
 static void *work(void *argument) {
     struct worker *worker = argument;

@@ -21,7 +21,6 @@
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -38,7 +37,7 @@
 #define PAUSE_NANOSECONDS 50000
 /* How long it is where the thread had to wait for the processor, */
 #define LONG_PAUSE_NANOSECONDS 1000000
-/* which is when it did so for this long since the last one. Who has not run for as long needs none. */
+/* for so long since the last one. Who has not run for as long needs none. */
 #define NOTICED_NANOSECONDS 100000
 
 /* A field of sigevent that glibc has no name for. */
@@ -69,8 +68,8 @@ static _Thread_local struct watched *self __attribute__((tls_model("initial-exec
 static _Thread_local struct {
     /* It sleeps anyway. */
     bool waits;
-    /* When its last pause ended, and how long it had run. */
-    uint64_t ended, ran;
+    /* How long it had run and waited at the end of its last pause. */
+    uint64_t ran, waited;
 } pausing __attribute__((tls_model("initial-exec")));
 
 static bool set_policy(pid_t thread, int policy) {
@@ -92,30 +91,43 @@ static bool could_run(int stat) {
     return name_end != NULL && strncmp(name_end, ") R", 3) == 0;
 }
 
-static uint64_t nanoseconds_run(int schedstat) {
-    char text[128];
-    return read_text(schedstat, text, sizeof text) <= 0 ? 0 : strtoull(text, NULL, 10);
+static uint64_t number(const char **text) {
+    uint64_t value = 0;
+    for (; **text >= '0' && **text <= '9'; ++*text) value = value * 10 + (uint64_t)(**text - '0');
+    return value;
 }
 
-static uint64_t nanoseconds_of(clockid_t clock) {
+/* How long a thread has run, and has waited for a processor; the kernel writes them with a space between. */
+static struct times {
+    uint64_t ran, waited;
+} times_of(int schedstat) {
+    char content[128];
+    const char *text = content;
+    struct times times = {0};
+    if (read_text(schedstat, content, sizeof content) <= 0) return times;
+    times.ran = number(&text);
+    if (*text == ' ') text++;
+    times.waited = number(&text);
+    return times;
+}
+
+/* Of this thread; the kernel's file is behind while a thread runs. */
+static uint64_t has_run(void) {
     struct timespec time;
-    clock_gettime(clock, &time);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
     return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
 }
-
-uint64_t now(void) { return nanoseconds_of(CLOCK_MONOTONIC); }
 
 /* The handler of that signal. */
 static void pause_now(int number) {
     int error = errno;
-    uint64_t ran = nanoseconds_of(CLOCK_THREAD_CPUTIME_ID) - pausing.ran;
     (void)number;
-    if (self != NULL && !pausing.waits && ran >= NOTICED_NANOSECONDS) {
-        bool busy = now() - pausing.ended >= ran + NOTICED_NANOSECONDS;
+    if (self != NULL && !pausing.waits && has_run() - pausing.ran >= NOTICED_NANOSECONDS) {
+        bool busy = times_of(self->schedstat).waited - pausing.waited >= NOTICED_NANOSECONDS;
         const struct timespec time = {0, busy ? LONG_PAUSE_NANOSECONDS : PAUSE_NANOSECONDS};
         nanosleep(&time, NULL);
-        pausing.ran = nanoseconds_of(CLOCK_THREAD_CPUTIME_ID);
-        pausing.ended = now();
+        pausing.ran = has_run();
+        pausing.waited = times_of(self->schedstat).waited;
     }
     errno = error;
 }
@@ -135,7 +147,7 @@ static void set_pauses(struct watched *it, bool pauses) {
 }
 
 static void watch(struct watched *it) {
-    uint64_t ran = nanoseconds_run(it->schedstat);
+    uint64_t ran = times_of(it->schedstat).ran;
     bool could = could_run(it->stat);
     uint64_t more = ran - it->ran;
     bool starved = it->lowered && could && it->could_run && more < FAIR_NANOSECONDS;

@@ -6,9 +6,6 @@
    take that back. `pauses`: and it pauses while it runs, so that its processor looks for what waits for another. */
 void run_when_idle(bool lowers, bool pauses);
 
-/* Nanoseconds of a clock that only goes forward. */
-uint64_t now(void);
-
 /* Sleeps, without pauses and however many signals arrive. */
 void wait_for(uint64_t nanoseconds);
 
