@@ -166,8 +166,8 @@ static struct worker {
 static char *stacks;
 static pthread_once_t stacks_once = PTHREAD_ONCE_INIT;
 static atomic_uint ended;
-/* How long the last pool took to start. */
-static _Atomic uint64_t starting;
+/* How far apart the threads of the last pool started. */
+static _Atomic uint64_t ends_apart;
 
 static void create_stacks(void) {
     char *start = mmap(NULL, (size_t)POOL_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
@@ -178,11 +178,7 @@ static void create_stacks(void) {
     stacks = start;
 }
 
-static uint64_t now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
-}
+static uint64_t now(void) { return nanoseconds_of(CLOCK_MONOTONIC); }
 
 /* A thread of a pool. Eigen's pool lets all of its threads end at the same time: here they queue. */
 static void *work(void *argument) {
@@ -196,7 +192,7 @@ static void *work(void *argument) {
         use_arena();
     }
     void *result = worker->function(worker->argument);
-    wait_for(atomic_fetch_add(&ended, 1) % POOL_THREADS * (atomic_load(&starting) / POOL_THREADS));
+    wait_for(atomic_fetch_add(&ended, 1) % POOL_THREADS * atomic_load(&ends_apart));
     return result;
 }
 
@@ -258,7 +254,7 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*
     wait_for(pace);
     if (--self.pool == 0) {
         unbind();
-        atomic_store(&starting, now() - self.began);
+        atomic_store(&ends_apart, (now() - self.began) / POOL_THREADS);
     }
     return error;
 }

@@ -111,12 +111,14 @@ static struct times {
     return times;
 }
 
-/* Of this thread; the kernel's file is behind while a thread runs. */
-static uint64_t has_run(void) {
+uint64_t nanoseconds_of(clockid_t clock) {
     struct timespec time;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    clock_gettime(clock, &time);
     return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
 }
+
+/* Of this thread; the kernel's file is behind while a thread runs. */
+static uint64_t has_run(void) { return nanoseconds_of(CLOCK_THREAD_CPUTIME_ID); }
 
 /* The handler of that signal. */
 static void pause_now(int number) {
@@ -208,7 +210,7 @@ static int take_signal(void) {
     const struct sigaction pausing = {.sa_handler = pause_now, .sa_flags = SA_RESTART};
     for (int number = SIGRTMAX; number >= SIGRTMIN; number--) {
         struct sigaction taken;
-        if (sigaction(number, NULL, &taken) != 0 || (taken.sa_flags & SA_SIGINFO) || taken.sa_handler != SIG_DFL) continue;
+        if (sigaction(number, NULL, &taken) != 0 || taken.sa_handler != SIG_DFL) continue;
         return sigaction(number, &pausing, NULL) == 0 ? number : 0;
     }
     return 0;

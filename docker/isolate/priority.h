@@ -1,10 +1,14 @@
 /* Threads that run only while nothing else wants the processor. */
 #include <stdbool.h>
 #include <stdint.h>
+#include <time.h>
 
 /* The calling thread is one from now on, if it can be watched. `lowers`: with the lowest priority, if the process may
    take that back. `pauses`: and it pauses while it runs, so that its processor looks for what waits for another. */
 void run_when_idle(bool lowers, bool pauses);
+
+/* What a clock shows. */
+uint64_t nanoseconds_of(clockid_t clock);
 
 /* Sleeps, without pauses and however many signals arrive. */
 void wait_for(uint64_t nanoseconds);
