@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,31 @@ def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
     again = subprocess.run(script, capture_output=True, text=True, timeout=200)
     assert again.returncode == 1
     assert "is there already" in again.stderr
+
+
+def test_a_model_whose_loads_take_long(tmp_path: Path) -> None:
+    """Warming runs its second signature, which requests do not."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "make_embedding_model.py"), str(tmp_path / "made")]
+    options = ["--size", "1MiB", "--versions", "1", "--requests", "30", "--steps", "3"]
+    refused = subprocess.run([*script, *options], capture_output=True, text=True, timeout=200)
+    assert refused.returncode == 1
+    assert "--steps is for the kinds module and sparse" in refused.stderr
+    assert not (tmp_path / "made").exists()
+
+    options += ["--kind", "module"]
+    made = subprocess.run([*script, *options], capture_output=True, text=True, timeout=200)
+    assert made.returncode == 0, made.stderr
+    verified = spikeless("warmup", "verify", tmp_path / "made" / "1", "--json")
+    assert verified.returncode == 0, verified.stderr
+    assert signatures(tmp_path / "made" / "1") == {"serving_default": 20, "steps": 1}
+    assert signatures(tmp_path / "made" / "requests") == {"serving_default": 30}
+
+
+def signatures(records: Path) -> dict[str, int]:
+    """How often each signature is called by a file of records."""
+    done = spikeless("warmup", "inspect", records, "--json")
+    assert done.returncode == 0, done.stderr
+    return collections.Counter(key for record in json.loads(done.stdout) for key in record["signatures"])
 
 
 @pytest.mark.skipif(not launch.jemalloc_installed(), reason=launch.JEMALLOC_REMEDY)
