@@ -25,7 +25,7 @@ from preloaded_server import serve, serve_and_break, serve_and_fail, serve_and_h
 
 from spikeless import launch
 from spikeless.client import Client
-from spikeless.errors import SpikelessError
+from spikeless.errors import SpikelessError, Unavailable
 
 X = {"x": np.array([1.0], np.float32)}
 BODY = b'{"instances": [1.0]}'
@@ -117,19 +117,18 @@ def ask_and_terminate(served: Served, over: threading.Event) -> None:
     """Send requests, then SIGTERM, and go on sending until the port is closed."""
 
     def ask(call: Callable[[], object]) -> None:
-        with suppress(OSError, http.client.HTTPException, SpikelessError):
+        with suppress(OSError, http.client.HTTPException, Unavailable):
             while not over.is_set():
                 call()
 
-    with served.client() as client:
+    # Clients learn that the server goes: none tries until its deadline.
+    with served.client(timeout=30) as client, ThreadPoolExecutor(2) as pool:
         assert [served.post(BODY) for _ in range(3)] == [200] * 3
         calls = (lambda: served.post(BODY), lambda: client.predict("times", X))
-        askers = [threading.Thread(target=ask, args=[call]) for call in calls]
-        for asker in askers:
-            asker.start()
+        asking = [pool.submit(ask, call) for call in calls]
         served.send(signal.SIGTERM)
-        for asker in askers:
-            asker.join()
+        for asked in asking:
+            asked.result()
 
 
 @pytest.mark.timeout(1200)

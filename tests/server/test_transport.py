@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import math
 import random
+import select
 import socket
 import struct
 import threading
@@ -515,6 +516,49 @@ def test_stopping_lets_calls_end(fast: Start) -> None:
         assert stopping.wait(60)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
+
+
+def kind_of_next(sock: socket.socket) -> int:
+    """The kind of the frame that arrives next."""
+    head = sock.recv(9, socket.MSG_WAITALL)
+    assert len(head) == 9, "the connection is closed"
+    sock.recv(int.from_bytes(head[:3], "big"), socket.MSG_WAITALL)
+    return head[3]
+
+
+def skip_to(sock: socket.socket, kind: int) -> None:
+    while kind_of_next(sock) != kind:
+        pass
+
+
+@pytest.mark.parametrize("is_young", [True, False])
+def test_a_client_that_has_just_connected_is_not_told_to_go_before_its_first_call(
+    fast: Start, monkeypatch: pytest.MonkeyPatch, is_young: bool
+) -> None:
+    """One of gRPC's that reads it while it connects would not hear, but spin."""
+    monkeypatch.setattr(peer_module, "_CONNECT_SECONDS", math.inf if is_young else 0.0)
+    port, methods = fast()
+    call = frame(HEADERS_FRAME, 4, 1, hpack.Encoder().encode(HEADERS)) + frame(DATA, 1, 1, message(b"x"))
+    address = "127.0.0.1", port
+    with (
+        socket.create_connection(address, timeout=60) as first,
+        socket.create_connection(address, timeout=60) as second,
+    ):
+        for sock in (first, second):
+            sock.sendall(PREFACE + frame(SETTINGS, 0, 0))
+            for _ in ("its own", "that it has those of the client"):
+                skip_to(sock, SETTINGS)
+        second.sendall(call)
+        skip_to(second, DATA)
+        methods.server.stop(60)  # type: ignore[attr-defined]
+        # Whoever came before this one has been looked at.
+        skip_to(second, GOAWAY)
+        has_heard = bool(select.select([first], [], [], 0)[0])
+        assert has_heard != is_young
+        first.sendall(call)
+        kinds: list[int] = []
+        while not {GOAWAY, DATA} <= {*kinds}:
+            kinds.append(kind_of_next(first))
 
 
 def test_a_socket_that_was_left_behind(tmp_path: Any) -> None:

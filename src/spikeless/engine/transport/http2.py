@@ -64,6 +64,8 @@ class Http2(Http2End[Stream]):
         self.draining = False
         #: The client has sent its preface and its first settings.
         self.has_begun = False
+        #: The client has opened a stream.
+        self.has_called = False
         self._has_preface = False
         self._last = 0
         self._reader = HeaderReader(RequestHeaders)
@@ -172,6 +174,7 @@ class Http2(Http2End[Stream]):
         if self.draining:
             return  # said before: what comes after the last stream is not answered
         self._last = number
+        self.has_called = True
         stream = Stream(number, headers, self._initial_window, ended=ends)
         if not headers.is_request:
             self._spend()

@@ -234,6 +234,8 @@ class FastServer(grpc.Server):
             _, _, client, context = heapq.heappop(self._timers)
             if context is not None:
                 client.fail(context, grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+            elif not client.is_over and not client.may_drain(now):
+                self._at(client.connected_by, client)
             elif not client.is_over and client.drained_at is None:
                 client.drain(now)
                 self._is_draining = True
@@ -254,7 +256,7 @@ class FastServer(grpc.Server):
         now = time.monotonic()
         self._listeners.close(self._poll)
         for client in [*self._clients.values()]:
-            if client.drained_at is None:
+            if client.drained_at is None and client.may_drain(now):
                 client.drain(now)
             if now >= stop_at or client.has_drained(now, _DRAIN_SECONDS):
                 self._close(client)
