@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gzip
 import math
@@ -157,6 +158,19 @@ def _start(
 
 def message(content: bytes, flag: int = 0) -> bytes:
     return struct.pack(">BI", flag, len(content)) + content
+
+
+def frames(sock: socket.socket) -> Iterator[bytes]:
+    """Those that arrive until the connection is closed; nothing is read ahead."""
+    while head := _read(sock, 9):
+        yield head + _read(sock, int.from_bytes(head[:3], "big"))
+
+
+def _read(sock: socket.socket, size: int) -> bytes:
+    content = b""
+    while len(content) < size and (part := sock.recv(size - len(content))):
+        content += part
+    return content
 
 
 def raw(port: int, headers: tuple[tuple[bytes, bytes], ...], body: bytes) -> list[Any]:
@@ -403,13 +417,11 @@ def test_connections_have_an_age(fast: Start) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
         call = frame(HEADERS_FRAME, 4, 1, block) + frame(DATA, 1, 1, message(b"hold"))
         sock.sendall(PREFACE + frame(SETTINGS, 0, 0) + call)
-        with sock.makefile("rb") as file:
-            while head := file.read(9):
-                kinds.append(head[3])
-                content = file.read(int.from_bytes(head[:3], "big"))
-                if head[3] == PING:
-                    sock.sendall(frame(PING, 1, 0, content))
-                    methods.held.set()
+        for content in frames(sock):
+            kinds.append(content[3])
+            if content[3] == PING:
+                sock.sendall(frame(PING, 1, 0, content[9:]))
+                methods.held.set()
     # It goes when the call has its answer, and says before that it will.
     assert [kind for kind in kinds if kind in (PING, GOAWAY)] == [GOAWAY, PING, GOAWAY]
     assert kinds.index(DATA) > kinds.index(GOAWAY)
@@ -443,11 +455,7 @@ def test_a_client_has_two_minutes_to_begin(fast: Start) -> None:
 
 def last_frame(sock: socket.socket) -> bytes:
     """What the server said before it closed."""
-    last = b""
-    with sock.makefile("rb") as file:
-        while head := file.read(9):
-            last = head + file.read(int.from_bytes(head[:3], "big"))
-    return last
+    return collections.deque(frames(sock), maxlen=1).pop()
 
 
 @pytest.mark.parametrize(
@@ -518,17 +526,8 @@ def test_stopping_lets_calls_end(fast: Start) -> None:
             socket.create_connection(("127.0.0.1", port))
 
 
-def kind_of_next(sock: socket.socket) -> int:
-    """The kind of the frame that arrives next."""
-    head = sock.recv(9, socket.MSG_WAITALL)
-    assert len(head) == 9, "the connection is closed"
-    sock.recv(int.from_bytes(head[:3], "big"), socket.MSG_WAITALL)
-    return head[3]
-
-
 def skip_to(sock: socket.socket, kind: int) -> None:
-    while kind_of_next(sock) != kind:
-        pass
+    assert kind in (content[3] for content in frames(sock))
 
 
 @pytest.mark.parametrize("is_young", [True, False])
@@ -556,9 +555,12 @@ def test_a_client_that_has_just_connected_is_not_told_to_go_before_its_first_cal
         has_heard = bool(select.select([first], [], [], 0)[0])
         assert has_heard != is_young
         first.sendall(call)
-        kinds: list[int] = []
-        while not {GOAWAY, DATA} <= {*kinds}:
-            kinds.append(kind_of_next(first))
+        left = {GOAWAY, DATA}
+        for content in frames(first):
+            left.discard(content[3])
+            if not left:
+                break
+        assert not left, "the connection is closed"
 
 
 def test_a_socket_that_was_left_behind(tmp_path: Any) -> None:

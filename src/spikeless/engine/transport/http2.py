@@ -64,8 +64,6 @@ class Http2(Http2End[Stream]):
         self.draining = False
         #: The client has sent its preface and its first settings.
         self.has_begun = False
-        #: The client has opened a stream.
-        self.has_called = False
         self._has_preface = False
         self._last = 0
         self._reader = HeaderReader(RequestHeaders)
@@ -76,6 +74,11 @@ class Http2(Http2End[Stream]):
         # Bytes that came or went since the last look at what is held.
         self._passed = 0
         self._news: list[Stream] = []
+
+    @property
+    def has_called(self) -> bool:
+        """Whether the client has opened a stream."""
+        return self._last > 0
 
     # --- what comes in ----------------------------------------------------------------
 
@@ -174,7 +177,6 @@ class Http2(Http2End[Stream]):
         if self.draining:
             return  # said before: what comes after the last stream is not answered
         self._last = number
-        self.has_called = True
         stream = Stream(number, headers, self._initial_window, ended=ends)
         if not headers.is_request:
             self._spend()
