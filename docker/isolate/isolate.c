@@ -262,7 +262,9 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*
 int pthread_join(pthread_t thread, void **result) {
     self.pool = 0;
     unbind();
+    bool stopped = stop_pauses();
     int error = NEXT(pthread_join)(thread, result);
+    if (stopped) start_pauses();
     /* glibc keeps a thread's description, whose address is its name, at the end of its stack. */
     uintptr_t offset = (uintptr_t)thread - (uintptr_t)stacks;
     if (error == 0 && stacks != NULL && offset < (size_t)POOL_THREADS * STACK_BYTES)

@@ -9,7 +9,7 @@
  * one when it has nothing to run, and otherwise only as its clock ticks, 4 ms apart at 250 Hz: a thread that fills the
  * idle time of one processor makes requests queue at the other. So these threads pause: for as long as it takes to look,
  * and longer where they had to wait for the processor themselves, which is then busy. A timer sends a thread a signal,
- * whose handler sleeps; the timer stands still while the thread waits for something.
+ * whose handler sleeps and starts the timer again; the timer stands still while the thread waits for something.
  */
 #define _GNU_SOURCE
 #include "priority.h"
@@ -19,6 +19,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
@@ -54,8 +55,9 @@ static struct watched {
     bool could_run;
     /* Whether it shall have SCHED_IDLE, and whether it has normal priority for now. */
     bool lowered, lent;
-    /* Whether it has a timer, and whether that runs. */
-    bool has_timer, pauses;
+    /* Whether it has a timer, and whether that runs, except while the thread stops it itself. */
+    bool has_timer;
+    atomic_bool pauses;
     timer_t timer;
 } places[THREADS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -65,12 +67,10 @@ static bool allowed, ready, watching;
 /* A signal that the program does not use; 0: there is none. */
 static int pause_signal;
 static _Thread_local struct watched *self __attribute__((tls_model("initial-exec")));
-static _Thread_local struct {
-    /* It sleeps anyway. */
-    bool waits;
-    /* How long it had run and waited at the end of its last pause. */
+/* How long it had run and waited when it last paused. */
+static _Thread_local struct times {
     uint64_t ran, waited;
-} pausing __attribute__((tls_model("initial-exec")));
+} last_pause __attribute__((tls_model("initial-exec")));
 
 static bool set_policy(pid_t thread, int policy) {
     struct sched_param none = {0};
@@ -98,9 +98,7 @@ static uint64_t number(const char **text) {
 }
 
 /* How long a thread has run, and has waited for a processor; the kernel writes them with a space between. */
-static struct times {
-    uint64_t ran, waited;
-} times_of(int schedstat) {
+static struct times times_of(int schedstat) {
     char content[128];
     const char *text = content;
     struct times times = {0};
@@ -120,32 +118,47 @@ uint64_t nanoseconds_of(clockid_t clock) {
 /* Of this thread; the kernel's file is behind while a thread runs. */
 static uint64_t has_run(void) { return nanoseconds_of(CLOCK_THREAD_CPUTIME_ID); }
 
+/* Starts a thread's timer, or stops it. */
+static void set_timer(const struct watched *it, bool runs) {
+    const struct itimerspec times = {.it_value.tv_nsec = runs ? PAUSE_EVERY_NANOSECONDS : 0};
+    timer_settime(it->timer, 0, &times, NULL);
+}
+
 /* The handler of that signal. */
 static void pause_now(int number) {
     int error = errno;
     (void)number;
-    if (self != NULL && !pausing.waits && has_run() - pausing.ran >= NOTICED_NANOSECONDS) {
-        bool busy = times_of(self->schedstat).waited - pausing.waited >= NOTICED_NANOSECONDS;
+    struct times now = {.ran = has_run()};
+    if (self != NULL && now.ran - last_pause.ran >= NOTICED_NANOSECONDS) {
+        now.waited = times_of(self->schedstat).waited;
+        bool busy = now.waited - last_pause.waited >= NOTICED_NANOSECONDS;
         const struct timespec time = {0, busy ? LONG_PAUSE_NANOSECONDS : PAUSE_NANOSECONDS};
         nanosleep(&time, NULL);
-        pausing.ran = has_run();
-        pausing.waited = times_of(self->schedstat).waited;
+        last_pause = now;
     }
+    if (self != NULL && self->pauses) set_timer(self, true);
     errno = error;
 }
 
+bool stop_pauses(void) {
+    if (self == NULL || !self->pauses) return false;
+    set_timer(self, false);
+    return true;
+}
+
+void start_pauses(void) { set_timer(self, true); }
+
 void wait_for(uint64_t nanoseconds) {
     struct timespec left = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
-    pausing.waits = true;
+    bool stopped = stop_pauses();
     while (nanosleep(&left, &left) != 0 && errno == EINTR) {}
-    pausing.waits = false;
+    if (stopped) start_pauses();
 }
 
 static void set_pauses(struct watched *it, bool pauses) {
-    struct itimerspec times = {0};
     if (!it->has_timer || it->pauses == pauses) return;
-    if (pauses) times.it_value.tv_nsec = times.it_interval.tv_nsec = PAUSE_EVERY_NANOSECONDS;
-    it->pauses = timer_settime(it->timer, 0, &times, NULL) == 0 && pauses;
+    it->pauses = pauses;
+    set_timer(it, pauses);
 }
 
 static void watch(struct watched *it) {

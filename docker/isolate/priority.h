@@ -10,6 +10,10 @@ void run_when_idle(bool lowers, bool pauses);
 /* What a clock shows. */
 uint64_t nanoseconds_of(clockid_t clock);
 
+/* Stops the calling thread's pauses before it waits for something; returns whether they are to be started again. */
+bool stop_pauses(void);
+void start_pauses(void);
+
 /* Sleeps, without pauses and however many signals arrive. */
 void wait_for(uint64_t nanoseconds);
 

@@ -95,6 +95,7 @@ def test_a_load_is_kept_apart(library: Path, program: Path, version: Path) -> No
     assert seen["table_sum"] == TABLE_BYTES // PAGE_BYTES
     assert seen["pauses"], "what computes lets its processor look for what waits for another one"
     assert seen["rests"], "nothing disturbs a thread that waits"
+    assert seen["joins_undisturbed"], "nor one that waits for another to end"
     assert seen["touched"], "reading the table enters no page into the page table"
     assert seen["unloader_policy"] == seen["loader_policy"], "who unmaps what a load mapped unloads"
     assert seen["unloader_gone"] == seen["unmapper_gone"] == 1

@@ -137,13 +137,24 @@ static long nanoseconds_run(void) {
     return time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-/* Does nothing but compute, and then nothing. */
+static void *sleep_briefly(void *unused) {
+    usleep(30000);
+    return unused;
+}
+
+/* Does nothing but compute, then waits for a thread, and then does nothing. */
 static void compute(void) {
     struct rusage before, after;
+    pthread_t thread;
     getrusage(RUSAGE_THREAD, &before);
     for (long end = nanoseconds_run() + 100000000; nanoseconds_run() < end;) {}
     getrusage(RUSAGE_THREAD, &after);
     printf("pauses %d\n", after.ru_nvcsw - before.ru_nvcsw >= 50);
+    pthread_create(&thread, NULL, sleep_briefly, NULL);
+    getrusage(RUSAGE_THREAD, &before);
+    pthread_join(thread, NULL);
+    getrusage(RUSAGE_THREAD, &after);
+    printf("joins_undisturbed %d\n", after.ru_nvcsw - before.ru_nvcsw < 10);
     bool quiet = false;
     for (int tries = 0; !quiet && tries < 10000; tries++) quiet = poll(NULL, 0, 100) == 0;
     printf("rests %d\n", quiet);
