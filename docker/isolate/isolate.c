@@ -9,7 +9,7 @@
  *   starts and ends a pool of 256 threads for each folder that it sees. The estimate of a version's memory lacks what
  *   is in sub-folders; it matters only where the server has a limit.
  * - The pools that are left, one for each walk, cost requests nothing: their threads get stacks that are kept, run
- *   only while nothing else wants the processor, all on one processor, and start and end one after the other.
+ *   only while nothing else wants the processor, all on one processor, and start, wake and end one after the other.
  * - It runs only while nothing else wants the processor, but never waits for it long, and pauses after each half
  *   millisecond, so that its processor can take over requests that wait for another (priority.c). What it starts has
  *   normal priority.
@@ -23,8 +23,9 @@
  * the unloading of half a gigabyte keeps a processor for 10 ms.
  *
  * A pool's threads are known by their place: those that a thread starts after it has listed such a folder, and before
- * it waits for one to end. All functions of the C library that are replaced here are called when files are listed or
- * mapped and when threads start and end, not by a request.
+ * it waits for one to end. Of the functions of the C library that are replaced here a request calls one,
+ * pthread_cond_signal, which then looks at one flag of its thread more. The others are called when files are listed or
+ * mapped and when threads start and end.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -52,8 +53,8 @@
    are used take memory. */
 #define STACK_BYTES (256 << 10)
 /* After each start of a pool's thread its starter waits so many times as long as the start took, which tells how busy the
-   processors are; at least and at most so long. The threads end at the same pace. A load takes 0.8 s longer for two
-   pools, and some seconds when the processors are busy. */
+   processors are; at least and at most so long. The threads wake and end at the same pace. A load takes 0.8 s longer for
+   two pools, and some seconds when the processors are busy. */
 #define POOL_PACE 8
 #define POOL_PACE_LEAST_NANOSECONDS 800000
 #define POOL_PACE_MOST_NANOSECONDS 8000000
@@ -83,7 +84,7 @@ static void *next(const char *name, void *_Atomic *known) {
 }
 
 static void *_Atomic next_opendir, *_Atomic next_readdir, *_Atomic next_readdir64, *_Atomic next_closedir,
-    *_Atomic next_pthread_create, *_Atomic next_pthread_join;
+    *_Atomic next_pthread_create, *_Atomic next_pthread_join, *_Atomic next_pthread_cond_signal;
 
 /* jemalloc's, where it is loaded. */
 extern int mallctl(const char *name, void *old, size_t *old_size, void *new, size_t new_size) __attribute__((weak));
@@ -129,6 +130,8 @@ static _Thread_local struct {
     bool bound;
     /* When it began to. */
     uint64_t began;
+    /* Whether whom it wakes is a thread of a pool. */
+    bool wakes_pool;
 } self __attribute__((tls_model("initial-exec")));
 
 /* An arena for loads ------------------------------------------------------------------------------------------- */
@@ -150,7 +153,10 @@ static void use_arena(void) {
 
 /* This thread loads or unloads versions from now on. */
 static void keep_apart(void) {
-    if (self.loads) return;
+    if (self.loads) {
+        start_pauses();
+        return;
+    }
     self.loads = true;
     use_arena();
     run_when_idle(does.idle, does.pause);
@@ -165,9 +171,8 @@ static struct worker {
 } workers[POOL_THREADS];
 static char *stacks;
 static pthread_once_t stacks_once = PTHREAD_ONCE_INIT;
-static atomic_uint ended;
 /* How far apart the threads of the last pool started. */
-static _Atomic uint64_t ends_apart;
+static _Atomic uint64_t apart;
 
 static void create_stacks(void) {
     char *start = mmap(NULL, (size_t)POOL_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
@@ -180,7 +185,7 @@ static void create_stacks(void) {
 
 static uint64_t now(void) { return nanoseconds_of(CLOCK_MONOTONIC); }
 
-/* A thread of a pool. Eigen's pool lets all of its threads end at the same time: here they queue. */
+/* A thread of a pool. */
 static void *work(void *argument) {
     struct worker *worker = argument;
     struct sched_param none = {0};
@@ -191,9 +196,8 @@ static void *work(void *argument) {
         mallctl("thread.tcache.enabled", NULL, NULL, &cache, sizeof cache);
         use_arena();
     }
-    void *result = worker->function(worker->argument);
-    wait_for(atomic_fetch_add(&ended, 1) % POOL_THREADS * atomic_load(&ends_apart));
-    return result;
+    self.wakes_pool = true;
+    return worker->function(worker->argument);
 }
 
 static struct worker *take_worker(void) {
@@ -254,13 +258,23 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*
     wait_for(pace);
     if (--self.pool == 0) {
         unbind();
-        atomic_store(&ends_apart, (now() - self.began) / POOL_THREADS);
+        atomic_store(&apart, (now() - self.began) / POOL_THREADS);
+        self.wakes_pool = true;
     }
     return error;
 }
 
+/* Eigen's pool ends when all of its threads wait for work. Who ends it wakes each of them, and without this they would
+   wake together, look for work in 256 queues, wait again, and be woken together by the last of them: twice, a processor
+   runs nothing but them for several milliseconds. Apart, each wakes once, sees that all the others wait, and ends. */
+int pthread_cond_signal(pthread_cond_t *condition) {
+    if (self.wakes_pool) wait_for(atomic_load(&apart));
+    return NEXT(pthread_cond_signal)(condition);
+}
+
 int pthread_join(pthread_t thread, void **result) {
     self.pool = 0;
+    self.wakes_pool = false;
     unbind();
     bool stopped = stop_pauses();
     int error = NEXT(pthread_join)(thread, result);
@@ -349,6 +363,7 @@ int munmap(void *start, size_t size) {
 DIR *opendir(const char *path) {
     DIR *directory = NEXT(opendir)(path);
     self.pool = 0;
+    self.wakes_pool = false;
     unbind();
     /* The first thread of a process loads nothing but its program. */
     if (directory == NULL || !active || syscall(SYS_gettid) == getpid()) return directory;

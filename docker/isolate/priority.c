@@ -9,7 +9,9 @@
  * one when it has nothing to run, and otherwise only as its clock ticks, 4 ms apart at 250 Hz: a thread that fills the
  * idle time of one processor makes requests queue at the other. So these threads pause: for as long as it takes to look,
  * and longer where they had to wait for the processor themselves, which is then busy. A timer sends a thread a signal,
- * whose handler sleeps and starts the timer again; the timer stands still while the thread waits for something.
+ * whose handler sleeps and starts the timer again; the timer stands still while the thread waits for something. A thread
+ * that lists a version's folder starts it, so that a load pauses from the beginning; the thread that watches stops it
+ * when it does not see the thread run, and starts it when it does.
  */
 #define _GNU_SOURCE
 #include "priority.h"
@@ -33,9 +35,13 @@
 /* The period of watching, and how long a thread that could run must have run in it. */
 #define PERIOD_NANOSECONDS 20000000
 #define FAIR_NANOSECONDS 1000000
+/* For how many periods a thread pauses after it was seen to run, or said that it would. */
+#define PAUSE_PERIODS 2
 /* From one pause to the next, and how long it is at least; the kernel adds up to 50 us. */
 #define PAUSE_EVERY_NANOSECONDS 500000
 #define PAUSE_NANOSECONDS 50000
+/* From one that was not needed to the next: to be woken must not look like running. */
+#define REST_NANOSECONDS 2000000
 /* How long it is where the thread had to wait for the processor, */
 #define LONG_PAUSE_NANOSECONDS 1000000
 /* for so long since the last one. Who has not run for as long needs none. */
@@ -55,9 +61,10 @@ static struct watched {
     bool could_run;
     /* Whether it shall have SCHED_IDLE, and whether it has normal priority for now. */
     bool lowered, lent;
-    /* Whether it has a timer, and whether that runs, except while the thread stops it itself. */
+    /* Whether it has a timer, for how many periods that still runs, and whether it stands still while the thread waits. */
     bool has_timer;
-    atomic_bool pauses;
+    atomic_int pauses;
+    atomic_bool waits;
     timer_t timer;
 } places[THREADS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -119,34 +126,44 @@ uint64_t nanoseconds_of(clockid_t clock) {
 static uint64_t has_run(void) { return nanoseconds_of(CLOCK_THREAD_CPUTIME_ID); }
 
 /* Starts a thread's timer, or stops it. */
-static void set_timer(const struct watched *it, bool runs) {
-    const struct itimerspec times = {.it_value.tv_nsec = runs ? PAUSE_EVERY_NANOSECONDS : 0};
+static void set_timer(const struct watched *it, long nanoseconds) {
+    const struct itimerspec times = {.it_value.tv_nsec = nanoseconds};
     timer_settime(it->timer, 0, &times, NULL);
 }
 
-/* The handler of that signal. */
+/* Sleeps, if this thread has run since it last did; returns the time to the next pause. */
+static long pause_if_needed(void) {
+    struct times now = {.ran = has_run()};
+    if (now.ran - last_pause.ran < NOTICED_NANOSECONDS) return REST_NANOSECONDS;
+    now.waited = times_of(self->schedstat).waited;
+    bool busy = now.waited - last_pause.waited >= NOTICED_NANOSECONDS;
+    const struct timespec time = {0, busy ? LONG_PAUSE_NANOSECONDS : PAUSE_NANOSECONDS};
+    nanosleep(&time, NULL);
+    last_pause = now;
+    return PAUSE_EVERY_NANOSECONDS;
+}
+
+/* The handler of that signal. One may still come when the timer has been stopped. */
 static void pause_now(int number) {
     int error = errno;
     (void)number;
-    struct times now = {.ran = has_run()};
-    if (self != NULL && now.ran - last_pause.ran >= NOTICED_NANOSECONDS) {
-        now.waited = times_of(self->schedstat).waited;
-        bool busy = now.waited - last_pause.waited >= NOTICED_NANOSECONDS;
-        const struct timespec time = {0, busy ? LONG_PAUSE_NANOSECONDS : PAUSE_NANOSECONDS};
-        nanosleep(&time, NULL);
-        last_pause = now;
-    }
-    if (self != NULL && self->pauses) set_timer(self, true);
+    if (self != NULL && self->pauses > 0 && !self->waits) set_timer(self, pause_if_needed());
     errno = error;
 }
 
 bool stop_pauses(void) {
-    if (self == NULL || !self->pauses) return false;
-    set_timer(self, false);
+    if (self == NULL || !self->has_timer) return false;
+    self->waits = true;
+    set_timer(self, 0);
     return true;
 }
 
-void start_pauses(void) { set_timer(self, true); }
+void start_pauses(void) {
+    if (self == NULL || !self->has_timer) return;
+    self->pauses = PAUSE_PERIODS;
+    self->waits = false;
+    set_timer(self, PAUSE_EVERY_NANOSECONDS);
+}
 
 void wait_for(uint64_t nanoseconds) {
     struct timespec left = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
@@ -155,10 +172,14 @@ void wait_for(uint64_t nanoseconds) {
     if (stopped) start_pauses();
 }
 
-static void set_pauses(struct watched *it, bool pauses) {
-    if (!it->has_timer || it->pauses == pauses) return;
-    it->pauses = pauses;
-    set_timer(it, pauses);
+/* After a period in which a thread was seen to run, or not. */
+static void set_pauses(struct watched *it, bool runs) {
+    int before = it->pauses;
+    int after = runs ? PAUSE_PERIODS : before - 1;
+    /* Unless it says now that it will. */
+    if (!it->has_timer || after < 0 || !atomic_compare_exchange_strong(&it->pauses, &before, after)) return;
+    if (after == 0) set_timer(it, 0);
+    if (before == 0 && !it->waits) set_timer(it, PAUSE_EVERY_NANOSECONDS);
 }
 
 static void watch(struct watched *it) {
@@ -258,7 +279,6 @@ static void create_timer(struct watched *it) {
     struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = pause_signal};
     event.sigev_notify_thread_id = it->thread;
     it->has_timer = pause_signal != 0 && timer_create(CLOCK_MONOTONIC, &event, &it->timer) == 0;
-    set_pauses(it, true);
 }
 
 static void take_place(struct watched *it, bool lowers, bool pauses) {
@@ -272,7 +292,10 @@ static void take_place(struct watched *it, bool lowers, bool pauses) {
     it->thread = thread;
     it->lowered = lowers && allowed && sched_getscheduler(0) == SCHED_OTHER && set_policy(0, SCHED_IDLE);
     self = it;
-    if (pauses) create_timer(it);
+    if (pauses) {
+        create_timer(it);
+        start_pauses();
+    }
 }
 
 void run_when_idle(bool lowers, bool pauses) {

@@ -12,6 +12,8 @@ uint64_t nanoseconds_of(clockid_t clock);
 
 /* Stops the calling thread's pauses before it waits for something; returns whether they are to be started again. */
 bool stop_pauses(void);
+
+/* The calling thread pauses from now on, if it does so at all, until it is not seen to run. */
 void start_pauses(void);
 
 /* Sleeps, without pauses and however many signals arrive. */

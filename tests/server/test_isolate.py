@@ -96,6 +96,8 @@ def test_a_load_is_kept_apart(library: Path, program: Path, version: Path) -> No
     assert seen["pauses"], "what computes lets its processor look for what waits for another one"
     assert seen["rests"], "nothing disturbs a thread that waits"
     assert seen["joins_undisturbed"], "nor one that waits for another to end"
+    assert seen["wakes_apart"], "a pool's threads do not wake together"
+    assert seen["pauses_at_once"], "before it is seen to run"
     assert seen["touched"], "reading the table enters no page into the page table"
     assert seen["unloader_policy"] == seen["loader_policy"], "who unmaps what a load mapped unloads"
     assert seen["unloader_gone"] == seen["unmapper_gone"] == 1
@@ -139,13 +141,14 @@ def test_each_part_can_be_left_out(library: Path, program: Path, version: Path) 
 
     loader = {"loader_policy"} if _may_return_from_idle() else set()
     unloader = {"unloader_policy"} if _may_return_from_idle() else set()
+    pauses = {"pauses", "pauses_at_once"}
     assert changed("hide") == {"entries"}
-    assert changed("pool") == {"idle", "bound"}
+    assert changed("pool") == {"idle", "bound", "wakes_apart"}
     assert changed("idle") == loader | unloader
-    assert changed("pause") == {"pauses"}
+    assert changed("pause") == pauses
     assert changed("touch") == {"touched"}
     assert changed("unmap") == unloader
-    every = {"entries", "idle", "bound", "pauses", "touched"} | loader | unloader
+    every = {"entries", "idle", "bound", "wakes_apart", "touched"} | pauses | loader | unloader
     assert changed("hide", "pool", "idle", "pause", "touch", "unmap") == every
     assert changed("hid", "", "pools") == set()
 

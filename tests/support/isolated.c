@@ -27,7 +27,11 @@ extern int mallctl(const char *name, void *old, size_t *old_size, void *new, siz
 
 static const char *folder;
 static long patience;
-static pthread_barrier_t all_started;
+static struct waiter {
+    pthread_mutex_t lock;
+    pthread_cond_t condition;
+    bool woken;
+} waiters[THREADS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static atomic_int idle, bound, peers;
 static atomic_bool done;
@@ -59,12 +63,22 @@ static int entries(const char *path) {
     return count;
 }
 
-/* Waits for all the others, as the threads of Eigen's pool do before they end. */
-static void *work(void *unused) {
+/* Waits until it is woken, as the threads of Eigen's pool do before they end. */
+static void *work(void *argument) {
+    struct waiter *waiter = argument;
     atomic_fetch_add(&idle, sched_getscheduler(0) == SCHED_IDLE);
     atomic_fetch_add(&bound, processors() == 1);
-    pthread_barrier_wait(&all_started);
-    return unused;
+    pthread_mutex_lock(&waiter->lock);
+    while (!waiter->woken) pthread_cond_wait(&waiter->condition, &waiter->lock);
+    pthread_mutex_unlock(&waiter->lock);
+    return NULL;
+}
+
+static void wake(struct waiter *waiter) {
+    pthread_mutex_lock(&waiter->lock);
+    waiter->woken = true;
+    pthread_mutex_unlock(&waiter->lock);
+    pthread_cond_signal(&waiter->condition);
 }
 
 static void *other(void *unused) {
@@ -72,14 +86,35 @@ static void *other(void *unused) {
     return unused;
 }
 
+static long nanoseconds_run(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* How often the thread gives the processor away while it does nothing but compute. */
+static long gives_away(long nanoseconds) {
+    struct rusage before, after;
+    getrusage(RUSAGE_THREAD, &before);
+    for (long end = nanoseconds_run() + nanoseconds; nanoseconds_run() < end;) {}
+    getrusage(RUSAGE_THREAD, &after);
+    return after.ru_nvcsw - before.ru_nvcsw;
+}
+
 static void walk(void) {
     pthread_t threads[THREADS];
+    struct rusage before, after;
     printf("entries %d\n", entries(folder));
-    pthread_barrier_init(&all_started, NULL, THREADS);
-    for (int i = 0; i < THREADS; i++)
-        if (pthread_create(&threads[i], NULL, work, NULL) != 0) abort();
+    printf("pauses_at_once %d\n", gives_away(5000000) >= 4);
+    for (int i = 0; i < THREADS; i++) {
+        waiters[i] = (struct waiter){PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false};
+        if (pthread_create(&threads[i], NULL, work, &waiters[i]) != 0) abort();
+    }
+    getrusage(RUSAGE_THREAD, &before);
+    for (int i = 0; i < THREADS; i++) wake(&waiters[i]);
+    getrusage(RUSAGE_THREAD, &after);
+    printf("wakes_apart %d\n", after.ru_nvcsw - before.ru_nvcsw >= THREADS);
     for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
-    pthread_barrier_destroy(&all_started);
 }
 
 static void arena(void) {
@@ -131,12 +166,6 @@ static void *unmap(void *argument) {
     return NULL;
 }
 
-static long nanoseconds_run(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-    return time.tv_sec * 1000000000 + time.tv_nsec;
-}
-
 static void *sleep_briefly(void *unused) {
     usleep(30000);
     return unused;
@@ -146,10 +175,7 @@ static void *sleep_briefly(void *unused) {
 static void compute(void) {
     struct rusage before, after;
     pthread_t thread;
-    getrusage(RUSAGE_THREAD, &before);
-    for (long end = nanoseconds_run() + 100000000; nanoseconds_run() < end;) {}
-    getrusage(RUSAGE_THREAD, &after);
-    printf("pauses %d\n", after.ru_nvcsw - before.ru_nvcsw >= 50);
+    printf("pauses %d\n", gives_away(100000000) >= 50);
     pthread_create(&thread, NULL, sleep_briefly, NULL);
     getrusage(RUSAGE_THREAD, &before);
     pthread_join(thread, NULL);
@@ -163,8 +189,8 @@ static void compute(void) {
 static void *load(void *unused) {
     pthread_t thread;
     walk();
-    walk();
     compute();
+    walk();
     pthread_create(&thread, NULL, other, NULL);
     pthread_join(thread, NULL);
     printf("loader_policy %d\nloader_processors %d\n", settled_policy(), processors());
