@@ -153,13 +153,12 @@ static void use_arena(void) {
 
 /* This thread loads or unloads versions from now on. */
 static void keep_apart(void) {
-    if (self.loads) {
-        start_pauses();
-        return;
+    if (!self.loads) {
+        self.loads = true;
+        use_arena();
+        run_when_idle(does.idle, does.pause);
     }
-    self.loads = true;
-    use_arena();
-    run_when_idle(does.idle, does.pause);
+    start_pauses();
 }
 
 /* Pools of threads --------------------------------------------------------------------------------------------- */
@@ -239,6 +238,13 @@ static void unbind(void) {
     self.bound = false;
 }
 
+/* What this thread starts and wakes from now on is of no pool. */
+static void leave_pool(void) {
+    self.pool = 0;
+    self.wakes_pool = false;
+    unbind();
+}
+
 int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*function)(void *), void *argument) {
     if (self.pool == 0) {
         bool raised = run_normally();
@@ -273,12 +279,10 @@ int pthread_cond_signal(pthread_cond_t *condition) {
 }
 
 int pthread_join(pthread_t thread, void **result) {
-    self.pool = 0;
-    self.wakes_pool = false;
-    unbind();
-    bool stopped = stop_pauses();
+    leave_pool();
+    stop_pauses();
     int error = NEXT(pthread_join)(thread, result);
-    if (stopped) start_pauses();
+    start_pauses();
     /* glibc keeps a thread's description, whose address is its name, at the end of its stack. */
     uintptr_t offset = (uintptr_t)thread - (uintptr_t)stacks;
     if (error == 0 && stacks != NULL && offset < (size_t)POOL_THREADS * STACK_BYTES)
@@ -362,9 +366,7 @@ int munmap(void *start, size_t size) {
 
 DIR *opendir(const char *path) {
     DIR *directory = NEXT(opendir)(path);
-    self.pool = 0;
-    self.wakes_pool = false;
-    unbind();
+    leave_pool();
     /* The first thread of a process loads nothing but its program. */
     if (directory == NULL || !active || syscall(SYS_gettid) == getpid()) return directory;
     if (faccessat(dirfd(directory), VERSION_FILE, F_OK, 0) != 0) return directory;

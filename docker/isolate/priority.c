@@ -151,11 +151,10 @@ static void pause_now(int number) {
     errno = error;
 }
 
-bool stop_pauses(void) {
-    if (self == NULL || !self->has_timer) return false;
+void stop_pauses(void) {
+    if (self == NULL || !self->has_timer) return;
     self->waits = true;
     set_timer(self, 0);
-    return true;
 }
 
 void start_pauses(void) {
@@ -167,9 +166,9 @@ void start_pauses(void) {
 
 void wait_for(uint64_t nanoseconds) {
     struct timespec left = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
-    bool stopped = stop_pauses();
+    stop_pauses();
     while (nanosleep(&left, &left) != 0 && errno == EINTR) {}
-    if (stopped) start_pauses();
+    start_pauses();
 }
 
 /* After a period in which a thread was seen to run, or not. */
@@ -292,10 +291,7 @@ static void take_place(struct watched *it, bool lowers, bool pauses) {
     it->thread = thread;
     it->lowered = lowers && allowed && sched_getscheduler(0) == SCHED_OTHER && set_policy(0, SCHED_IDLE);
     self = it;
-    if (pauses) {
-        create_timer(it);
-        start_pauses();
-    }
+    if (pauses) create_timer(it);
 }
 
 void run_when_idle(bool lowers, bool pauses) {

@@ -10,11 +10,11 @@ void run_when_idle(bool lowers, bool pauses);
 /* What a clock shows. */
 uint64_t nanoseconds_of(clockid_t clock);
 
-/* Stops the calling thread's pauses before it waits for something; returns whether they are to be started again. */
-bool stop_pauses(void);
-
-/* The calling thread pauses from now on, if it does so at all, until it is not seen to run. */
+/* The calling thread pauses from now on, until it is not seen to run. Neither does anything for threads without pauses. */
 void start_pauses(void);
+
+/* It does not, until it starts them again: it is going to wait for something. */
+void stop_pauses(void);
 
 /* Sleeps, without pauses and however many signals arrive. */
 void wait_for(uint64_t nanoseconds);

@@ -92,29 +92,33 @@ static long nanoseconds_run(void) {
     return time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
+/* How often the thread has given the processor away. */
+static long given_away(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw;
+}
+
 /* How often the thread gives the processor away while it does nothing but compute. */
 static long gives_away(long nanoseconds) {
-    struct rusage before, after;
-    getrusage(RUSAGE_THREAD, &before);
+    long before = given_away();
     for (long end = nanoseconds_run() + nanoseconds; nanoseconds_run() < end;) {}
-    getrusage(RUSAGE_THREAD, &after);
-    return after.ru_nvcsw - before.ru_nvcsw;
+    return given_away() - before;
 }
 
 static void walk(void) {
     pthread_t threads[THREADS];
-    struct rusage before, after;
     printf("entries %d\n", entries(folder));
     printf("pauses_at_once %d\n", gives_away(5000000) >= 4);
     for (int i = 0; i < THREADS; i++) {
         waiters[i] = (struct waiter){PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false};
         if (pthread_create(&threads[i], NULL, work, &waiters[i]) != 0) abort();
     }
-    getrusage(RUSAGE_THREAD, &before);
+    long before = given_away();
     for (int i = 0; i < THREADS; i++) wake(&waiters[i]);
-    getrusage(RUSAGE_THREAD, &after);
+    long waits = given_away() - before;
     /* Together, it is next to none. On a busy machine, a wait may be over before the thread sleeps. */
-    printf("wakes_apart %d\n", after.ru_nvcsw - before.ru_nvcsw >= THREADS / 2);
+    printf("wakes_apart %d\n", waits >= THREADS / 2);
     for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
 }
 
@@ -174,14 +178,12 @@ static void *sleep_briefly(void *unused) {
 
 /* Does nothing but compute, then waits for a thread, and then does nothing. */
 static void compute(void) {
-    struct rusage before, after;
     pthread_t thread;
     printf("pauses %d\n", gives_away(100000000) >= 50);
     pthread_create(&thread, NULL, sleep_briefly, NULL);
-    getrusage(RUSAGE_THREAD, &before);
+    long before = given_away();
     pthread_join(thread, NULL);
-    getrusage(RUSAGE_THREAD, &after);
-    printf("joins_undisturbed %d\n", after.ru_nvcsw - before.ru_nvcsw < 10);
+    printf("joins_undisturbed %d\n", given_away() - before < 10);
     bool quiet = false;
     for (int tries = 0; !quiet && tries < 10000; tries++) quiet = poll(NULL, 0, 100) == 0;
     printf("rests %d\n", quiet);
