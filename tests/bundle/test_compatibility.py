@@ -18,6 +18,27 @@ def test_tables_are_up_to_date() -> None:
     assert found == set(compatibility.TABLES), "a document has lost its markers"
 
 
+def _numbers(text: str) -> set[str]:
+    """Those that stand alone: no versions, dates or parts of names."""
+    return set(re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w-]|\.\d)", re.sub(r"(?<=\d),(?=\d)", "", text)))
+
+
+def test_figures_in_links_to_results_are_in_these_results() -> None:
+    """``[171 ms and 5.23 ms](…/summary.md)``: how text outside of tables stays true."""
+    held = 0
+    for document in compatibility.documents():
+        typed = compatibility.BLOCK.sub("", document.read_text())
+        links = re.findall(r"\[((?:[^][]|\[[^][]*\])*)\]\(([^)\s]*benchmarks/results/[^)#\s]*)", typed)
+        for text, target in links:
+            figures = _numbers(text)
+            if not figures:
+                continue
+            unknown = figures - _numbers((document.parent / target).read_text())
+            assert not unknown, f"{document}: {target} does not have {unknown} of “{text}”"
+            held += len(figures)
+    assert held > 20
+
+
 @pytest.mark.parametrize("entry", compatibility.differences(), ids=lambda entry: entry["behaviour"])
 def test_every_difference_is_held_by_a_test(entry: dict[str, str]) -> None:
     assert set(entry) == {"behaviour", "serving", "embedded", "reason", "test"}

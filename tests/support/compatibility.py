@@ -145,17 +145,22 @@ _SHOWN = (
 )
 
 
-def _tables(summary: str) -> Iterator[tuple[str, list[str], dict[str, list[str]]]]:
-    """Each table of a summary: its heading, columns, and rows with their medians."""
+def _whole_tables(summary: str) -> Iterator[tuple[str, list[str], dict[str, list[str]]]]:
+    """Each table of a summary: its heading, columns, and rows."""
     heading = ""
     for block in re.split(r"\n\n+", summary):
         if block.startswith("## "):
             heading = block[3:].strip()
         if block.startswith("| |"):
             lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
-            # The median stands before the range.
-            rows = {line[0]: [re.sub(r" [(\[].*", "", cell) for cell in line[1:]] for line in lines[2:]}
-            yield heading, lines[0][1:], rows
+            yield heading, lines[0][1:], {line[0]: line[1:] for line in lines[2:]}
+
+
+def _tables(summary: str) -> Iterator[tuple[str, list[str], dict[str, list[str]]]]:
+    """The same with the medians alone, which stand before their ranges."""
+    for heading, columns, rows in _whole_tables(summary):
+        medians = {name: [re.sub(r" [(\[].*", "", cell) for cell in cells] for name, cells in rows.items()}
+        yield heading, columns, medians
 
 
 def _results() -> str:
@@ -240,6 +245,51 @@ def _goal(rung: str, words: tuple[Sequence[str], dict[str, str], str]) -> str:
             verdicts[verdict],
         ]
     return _table(header, (rows[key] for key in sorted(rows)))
+
+
+def _parts(result: str) -> str:
+    """What parts of docker/isolate are worth: a result of ``bench-isolation``."""
+    goal, figures, *_ = _whole_tables((_RESULTS / result / "summary.md").read_text())
+    p99 = goal[1].index("p99")
+    available = [re.sub(r" \(.*", "", cell) for cell in figures[2]["publish to available"]]
+    rows = zip(goal[2], (cells[p99] for cells in goal[2].values()), available, strict=True)
+    return _table(["parts of the library", "p99", "publish to available"], rows)
+
+
+#: What the page on mapping shows of ``benchmarks/mapping.py``: the part, how the row
+#: begins there, and what it is called here.
+_MAPPING = (
+    ("swap", "folded reloads", "swaps that count"),
+    ("swap", "folded reload p99.9", "p99.9 during them, all folded"),
+    ("swap", "folded control p99.9", "the same in as many windows without a swap"),
+    ("swap", "folded excess p99.9", "what swaps add to it, and the 95 % interval"),
+    ("load", "of it loading", "loading, s"),
+    ("load", "page faults of the swap", "page faults of a swap on an idle server"),
+    ("load", "processor time of the swap", "its processor time, with the status requests that time it, s"),
+    ("load", "private memory before", "private memory, one version loaded, MiB"),
+    ("load", "private memory, peak", "private memory, its peak through that swap, MiB"),
+    ("load", "first request after the load", "first request after a load without warmup, ms"),
+    ("steady", "", "p50 relative to stock in the same half second"),
+    ("throughput", "", "throughput relative to stock in the same half second"),
+)
+
+
+def _mapping(result: str) -> str:
+    """What mapping changes, at 512 MiB; of the two that compare turns, the last row."""
+    parts = {
+        heading.removeprefix("512MiB, "): (columns, rows)
+        for heading, columns, rows in _whole_tables((_RESULTS / result / "summary.md").read_text())
+        if heading.startswith("512MiB, ")
+    }
+    kinds, lines = parts["swap"][0], []
+    for part, begins, called in _MAPPING:
+        columns, rows = parts[part]
+        row = [name for name in rows if name.startswith(begins)][-1]
+        # The interval is the news of an excess; of others the median is enough here.
+        cells = rows[row] if "excess" in row else [re.sub(r" [(\[].*", "", cell) for cell in rows[row]]
+        values = dict(zip(columns, cells, strict=True))
+        lines.append([called, *(values.get(kind, "") for kind in kinds)])
+    return _table(["", *kinds], lines, numbers=True)
 
 
 def _serving() -> str:
@@ -362,6 +412,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "fleet": lambda _: _fleet(),
     "ladder": lambda result: _ladder(result, _ENGLISH, {}),
     "ladder in chinese": lambda result: _ladder(result, _CHINESE, _CHINESE_RUNGS),
+    "mapping": _mapping,
+    "parts": _parts,
     "goal": lambda _: _goal("+ isolated", _ENGLISH_GOAL),
     "goal in chinese": lambda _: _goal("+ isolated", _CHINESE_GOAL),
 }
