@@ -85,9 +85,11 @@ class ServerCore(ServedModels):
         _validate(config, self.model_names())
         labels = self._checked_labels(config)
         old = set(self.model_names())
-        self._config, self._labels = config, labels
-        for name in old - set(self.model_names()):
-            self.manager.set_aspired(name, {})
+        # A poll that has begun with the old one would want its models again.
+        with self._polling:
+            self._config, self._labels = config, labels
+            for name in old - set(self.model_names()):
+                self.manager.set_aspired(name, {})
         self.poll()
         return set(self.model_names()) - old
 
