@@ -18,6 +18,7 @@ from spikeless.errors import Code
 RATE = 200.0
 HEIGHTS = (0.1, 0.4)
 
+pytestmark = pytest.mark.xdist_group("instrument")  # one proof of each kind serves all of these tests
 
 instrument = benchmark_scripts.fixture("instrument")
 

@@ -19,6 +19,8 @@ from rich.console import Console
 from spikeless import bench
 from spikeless.errors import Code
 
+pytestmark = pytest.mark.xdist_group("peers")  # one comparison serves all of these tests
+
 peers = benchmark_scripts.fixture("bench_peers")
 
 

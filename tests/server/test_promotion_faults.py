@@ -386,9 +386,9 @@ def test_a_server_that_repeats_failed_loads_is_told_what_to_set(models: Path) ->
     retries = ("--max_num_load_retries=5", "--load_retry_interval_micros=60000000")
     with start_server(models, *retries) as server:
         with pytest.raises(PromotionError) as caught:
-            promote(models, NAME, 2, fleet_of(server, load_timeout=20.0), settings())
+            promote(models, NAME, 2, fleet_of(server, load_timeout=8.0), settings())
         told = str(caught.value)
-        assert f"not done after 20 s ({NAME} 1: AVAILABLE, {NAME}-canary 2: LOADING)" in told
+        assert f"not done after 8 s ({NAME} 1: AVAILABLE, {NAME}-canary 2: LOADING)" in told
         assert "a server that repeats failed loads does not say that they fail" in told
         assert "start it with --max_num_load_retries=0" in told
         with Client(server.target, timeout=60.0) as client:

@@ -28,6 +28,8 @@ from spikeless.repository.layout import versions
 from spikeless.rollout.fleet import FleetSettings
 from spikeless.rollout.promotion import rollback
 
+pytestmark = pytest.mark.xdist_group("registry")  # one registry serves all of these tests
+
 #: Loading is tested where it matters.
 QUICK = [FILES]
 GATES = [gate.name for gate in gates.GATES]
