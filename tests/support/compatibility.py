@@ -156,11 +156,15 @@ def _whole_tables(summary: str) -> Iterator[tuple[str, list[str], dict[str, list
             yield heading, lines[0][1:], {line[0]: line[1:] for line in lines[2:]}
 
 
+def _median(cell: str) -> str:
+    """It stands before the range."""
+    return re.sub(r" [(\[].*", "", cell)
+
+
 def _tables(summary: str) -> Iterator[tuple[str, list[str], dict[str, list[str]]]]:
-    """The same with the medians alone, which stand before their ranges."""
+    """The same with the medians alone."""
     for heading, columns, rows in _whole_tables(summary):
-        medians = {name: [re.sub(r" [(\[].*", "", cell) for cell in cells] for name, cells in rows.items()}
-        yield heading, columns, medians
+        yield heading, columns, {name: [*map(_median, cells)] for name, cells in rows.items()}
 
 
 def _results() -> str:
@@ -251,7 +255,7 @@ def _parts(result: str) -> str:
     """What parts of docker/isolate are worth: a result of ``bench-isolation``."""
     goal, figures, *_ = _whole_tables((_RESULTS / result / "summary.md").read_text())
     p99 = goal[1].index("p99")
-    available = [re.sub(r" \(.*", "", cell) for cell in figures[2]["publish to available"]]
+    available = map(_median, figures[2]["publish to available"])
     rows = zip(goal[2], (cells[p99] for cells in goal[2].values()), available, strict=True)
     return _table(["parts of the library", "p99", "publish to available"], rows)
 
@@ -268,6 +272,7 @@ _MAPPING = (
     ("load", "processor time of the swap", "its processor time, with the status requests that time it, s"),
     ("load", "private memory before", "private memory, one version loaded, MiB"),
     ("load", "private memory, peak", "private memory, its peak through that swap, MiB"),
+    ("swap", "private memory, peak", "private memory, its peak through all swaps under load"),
     ("load", "first request after the load", "first request after a load without warmup, ms"),
     ("steady", "", "p50 relative to stock in the same half second"),
     ("throughput", "", "throughput relative to stock in the same half second"),
@@ -276,17 +281,18 @@ _MAPPING = (
 
 def _mapping(result: str) -> str:
     """What mapping changes, at 512 MiB; of the two that compare turns, the last row."""
-    parts = {
-        heading.removeprefix("512MiB, "): (columns, rows)
-        for heading, columns, rows in _whole_tables((_RESULTS / result / "summary.md").read_text())
-        if heading.startswith("512MiB, ")
-    }
+    parts: dict[str, tuple[list[str], dict[str, list[str]]]] = {}
+    for heading, columns, rows in _whole_tables((_RESULTS / result / "summary.md").read_text()):
+        size, _, part = heading.partition(", ")
+        if size == "512MiB":
+            # What was measured of swaps stands in two tables.
+            parts.setdefault(part, (columns, {}))[1].update(rows)
     kinds, lines = parts["swap"][0], []
     for part, begins, called in _MAPPING:
         columns, rows = parts[part]
         row = [name for name in rows if name.startswith(begins)][-1]
         # The interval is the news of an excess; of others the median is enough here.
-        cells = rows[row] if "excess" in row else [re.sub(r" [(\[].*", "", cell) for cell in rows[row]]
+        cells = rows[row] if "excess" in row else map(_median, rows[row])
         values = dict(zip(columns, cells, strict=True))
         lines.append([called, *(values.get(kind, "") for kind in kinds)])
     return _table(["", *kinds], lines, numbers=True)
