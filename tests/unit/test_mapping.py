@@ -996,3 +996,15 @@ def test_publish_refuses_damaged_files(
     with pytest.raises(SpikelessError, match=message):
         publishing.publish(source, tmp_path / "models", "m")
     assert not layout.versions(tmp_path / "models", "m")
+
+
+def test_the_content_of_twins_need_not_be_read(mapped: Path, tmp_path: Path) -> None:
+    with publishing.stage(mapped / "module", tmp_path / "models", "m") as first:
+        file = first.path / "variables" / "variables.data-00001-of-00003"
+        file.chmod(0o644)
+        _flip(file)  # only who reads it notices
+        twin = functools.partial(publishing.stage, first.path, tmp_path / "models", "m", gates=(), link=True)
+        with twin(digests=False) as second:
+            assert (second.path / file.relative_to(first.path)).samefile(file)
+        with pytest.raises(DataLoss, match="has changed"), twin():
+            pass

@@ -45,10 +45,10 @@ def staged(
     Publishing is a rename and a line in the journal, so it takes no time from the load.
     The SavedModels take turns. Give two (or one twice), so that the old and the new
     version share no file; else the new one would find its files in the processor's
-    caches. The `gates` check the first version of each SavedModel, and later ones are
-    hard links to it. With `link` the first ones are hard links to the SavedModels,
-    which then must not be changed. Versions that were not published are deleted at the
-    end of the block.
+    caches. The first version of each SavedModel is checked, with the `gates` and by its
+    digests; later ones are hard links to it. With `link` the first ones are hard links
+    to the SavedModels, which then must not be changed. Versions that were not published
+    are deleted at the end of the block.
 
     Raises:
         SpikelessError: what `spikeless.repository.publishing.stage` raises.
@@ -60,7 +60,7 @@ def staged(
             candidate = (
                 publishing.stage(saved_models[number], models, name, gates=gates, link=link)
                 if twin < 0
-                else publishing.stage(candidates[twin].path, models, name, gates=(), link=True)
+                else publishing.stage(candidates[twin].path, models, name, gates=(), link=True, digests=False)
             )
             candidates.append(stack.enter_context(candidate))
         waiting = iter(candidates)

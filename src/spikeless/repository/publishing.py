@@ -67,6 +67,7 @@ def stage(
     gates: Sequence[Gate] = GATES,
     serving_root: str | None = None,
     link: bool = False,
+    digests: bool = True,
     registered: Origin | None = None,
     progress: Callable[[str], None] = lambda title: None,
 ) -> Iterator[Candidate]:
@@ -91,6 +92,8 @@ def stage(
         link: share the source's files by hard links where the file system allows it,
             which costs neither space nor time. Nothing may write to the source's files
             from then on.
+        digests: compare the content of mapped files with their digests, which reads all
+            of them. Without, for links to files that were compared already.
         registered: what a registry calls the source; the version is told, and the
             journal. By default the journal has the path.
         progress: called with the title of each stage as it begins.
@@ -124,7 +127,7 @@ def stage(
             atomic.copy_tree(source, candidate.path, link=link)
             if is_mapped(candidate.path):
                 progress("checking mapped files")
-                repin(candidate.path)  # its gates find the files of the copy
+                repin(candidate.path, digests=digests)  # its gates find the files of the copy
             for gate in gates:
                 progress(gate.title)
                 gate.run(candidate)
