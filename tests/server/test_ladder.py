@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,9 @@ def test_a_ladder_of_one_rung(tmp_path: Path) -> None:
     arguments = ("bench", "ladder", models / "1", models / "2", "--title", "tiny", "--rung", "threads", *load)
     done = spikeless(*arguments, "--out", out)
     assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^\+ load/unload threads \(1\): [0-2] of 2 reloads can be used", done.stderr, re.MULTILINE
+    )
     assert sorted(path.name for path in out.iterdir()) == ["summary.md", "threads-1.npz"]
     summary = (out / "summary.md").read_text()
     assert summary.startswith("# results\n")

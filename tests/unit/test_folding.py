@@ -10,7 +10,7 @@ import pytest
 from bench_runs import SETTINGS, control_of, made_up_run, reload_of
 
 from spikeless import bench
-from spikeless.bench import folding
+from spikeless.bench import folding, ladder
 from spikeless.bench.analysis import latencies, percentile
 from spikeless.bench.watch import StateChange
 from spikeless.errors import InvalidArgument
@@ -95,6 +95,10 @@ def test_a_reload_that_is_not_over_when_the_next_begins() -> None:
     assert not fold.enough
     assert "reload 2: the old version was not seen to end" in fold.left_out[0]
     assert "reload 3: the quiet time before it is shorter" in fold.left_out[1]
+    assert ladder.usable(run) == (
+        "1 of 3 reloads can be used; for 2 the quiet time before was too short: "
+        "give --publish-every more than 40.0s"
+    )
 
 
 def test_publishing_after_the_load_is_no_reload() -> None:

@@ -182,6 +182,22 @@ def _run(
                 result = _measured(settings, round, rung, server, publish, floor, searched, console)
             settings.out.mkdir(parents=True, exist_ok=True)
             result.save(_result(settings, round, rung))
+            if settings.event != START:
+                console.print(f"{rung.title} ({round}): {usable(result)}", soft_wrap=True)
+
+
+def usable(run: bench.Run) -> str:
+    """How many reloads of a run can be compared, and what to change, in words."""
+    summary = bench.analyse(run)
+    used, reloads = len(bench.fold([run], [summary]).pairs), summary.reloads
+    text = f"{used} of {len(reloads)} reloads can be used"
+    if short := [reload.window for reload in reloads if reload.control is None]:
+        longest = max(window.end - window.begin for window in short)
+        text += (
+            f"; for {len(short)} the quiet time before was too short: "
+            f"give --publish-every more than {2 * longest:.1f}s"
+        )
+    return text
 
 
 def _found_rate(
