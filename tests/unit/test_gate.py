@@ -39,6 +39,11 @@ def slow_generator(run: bench.Run, reloads: int) -> bench.Run:
     return dataclasses.replace(run, requests={**run.requests, "lag": lag})
 
 
+#: A checked-in result with one stall of up to 34 ms in a window, before the server saw
+#: the new version. So the limit is inside the interval.
+STALLED = "2026-11-28-amd-tensorflow-serving-8GiB-1000"
+
+
 def outcomes(judgement: Judgement) -> list[str]:
     return [check.outcome.name for check in judgement.checks]
 
@@ -58,11 +63,14 @@ def test_real_swaps_are_held_where_loads_are_apart_and_not_without_remedy() -> N
     isolated, stock = checked_in("isolated"), checked_in("stock")
     assert isolated
     assert stock
-    outcomes = {name: judge(runs, Limits({"p99.9": 20.0})).outcome for name, runs in isolated.items()}
-    # A stall of the machine in one window makes the interval wide, and near what the
-    # server can do the generator may lack the processors: too noisy to tell.
-    assert GateOutcome.BROKEN not in outcomes.values(), outcomes
-    assert list(outcomes.values()).count(GateOutcome.HELD) > len(outcomes) / 2, outcomes
+    for directory, runs in isolated.items():
+        judgement = judge(runs, Limits({"p99.9": 20.0}))
+        if directory == STALLED:
+            assert judgement.outcome is GateOutcome.UNCLEAR
+            continue
+        # At a share of what the server can do, the generator may lack the processors.
+        allowed = {GateOutcome.HELD, GateOutcome.UNCLEAR} if runs[0].facts.notes else {GateOutcome.HELD}
+        assert judgement.outcome in allowed, (directory, judgement)
     found = {judge(runs, Limits({"p99.9": 20.0}, spike_ratio=1.5)).outcome for runs in stock.values()}
     # Where the server takes the processors from the generator, it is too noisy to tell.
     assert GateOutcome.BROKEN in found

@@ -90,7 +90,7 @@ def fold(runs: Sequence[Run], summaries: Sequence[Summary]) -> Fold:
     left_out = []
     for number, summary in enumerate(summaries):
         for position, swap in enumerate(summary.reloads, start=1):
-            why = _unfit(swap)
+            why = unfit(swap)
             if why is None:
                 pairs.append((number, swap))
             else:
@@ -161,7 +161,7 @@ def median_interval(
     return float(low), float(high)
 
 
-def _unfit(swap: Reload) -> str | None:
+def unfit(swap: Reload) -> str | None:
     """Why a reload cannot be used, or None."""
     if swap.incomplete:
         return "; ".join(swap.incomplete)

@@ -21,6 +21,7 @@ from spikeless import bench, launch
 from spikeless.bench import report
 from spikeless.bench.capacity import share_of_capacity
 from spikeless.bench.events import PUBLISH, START
+from spikeless.bench.folding import unfit
 from spikeless.bench.replayed import read_requests
 from spikeless.bench.rungs import LADDER, Rung
 from spikeless.disk.atomic import DIRECTORY_MODE, write_atomically
@@ -188,8 +189,8 @@ def _run(
 
 def usable(run: bench.Run) -> str:
     """How many reloads of a run can be compared, and what to change, in words."""
-    summary = bench.analyse(run)
-    used, reloads = len(bench.fold([run], [summary]).pairs), summary.reloads
+    reloads = bench.analyse(run).reloads
+    used = sum(unfit(reload) is None for reload in reloads)
     text = f"{used} of {len(reloads)} reloads can be used"
     if short := [reload.window for reload in reloads if reload.control is None]:
         longest = max(window.end - window.begin for window in short)
